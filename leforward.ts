@@ -1,0 +1,202 @@
+#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q -N -E=SSH_ORIGINAL_COMMAND --v8-flags=--max-semi-space-size=1
+/**
+ * leforward: a redirect server for a host that has no web server of its own.
+ *
+ * While it runs, a CA that asks this host for an http-01 challenge (RFC 8555 §8.3) is sent on to the host
+ * where lematt dropped the answer. Meant as the forced command of an ssh key (conf/remote/authorized_keys), so
+ * it trusts neither side: the base URL must be one plain word, and of a request nothing but a valid token
+ * reaches the answer.
+ *
+ * One file without imports: copying it is installing it. It listens and does nothing else: it opens no file
+ * and no connection. Deno.serve would be shorter, but it lets silent connections stand for ever and ends when
+ * files run out. The V8 flag above keeps a flood of requests from doubling the memory (54 MB, else 117).
+ */
+
+const HELP = `leforward: send ACME http-01 challenges of this host on to another one
+
+  leforward.ts --baseurl URL [--port N] [--host ADDRESS] [--allow URL]... [--lifetime MINUTES]
+
+  --baseurl URL       where the challenges are served, such as http://central.example.com;
+                      without it: the one word of SSH_ORIGINAL_COMMAND (for a forced command)
+  --allow URL         accept this base URL and no other; may be repeated
+  --port N            port to listen on; default 80, the one that a CA asks
+  --host ADDRESS      address to listen on; default :: (every address, IPv6 and IPv4)
+  --lifetime MINUTES  end after this time; default 60
+
+  http://here/.well-known/acme-challenge/TOKEN  ->  301  URL/.well-known/acme-challenge/TOKEN
+  anything else                                 ->  404
+
+It ends on INT, TERM and HUP, when its standard input closes and when its parent goes away.
+Exit status: 0 ended as asked, 1 the port cannot be had, 2 usage.`;
+
+const MAX_HEAD = 8192; // bytes of a request; a CA's has about 300
+const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, which Deno does not survive
+const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
+const WATCH_MS = 500; // how often parent and connections are looked at
+
+// Fit to stand in a header: no user, query, fragment, blank, control character or anything that a shell knows.
+const BASE_URL = /^https?:\/\/(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(\/[\w.~%/-]*)?$/i;
+// Origin form and absolute form (RFC 9112 §3.2); a token is base64url.
+const REQUEST =
+  /^(?:GET|HEAD) (?:https?:\/\/[^\s/]+)?(\/\.well-known\/acme-challenge\/[\w-]+) HTTP\/1\.[01]\r?\n/;
+
+function exit(status: number, text: string): never {
+  console.error(`leforward: ${text}`);
+  Deno.exit(status);
+}
+
+/** In quotes, and harmless on a terminal. */
+function quoted(text: string): string {
+  return JSON.stringify(text.slice(0, 200)).replace(/[^ -~]/g, "?");
+}
+
+/** The base URL without its last slash. */
+function toBaseUrl(text: string): string {
+  const url = BASE_URL.test(text) ? URL.parse(text) : null;
+  if (!url) {
+    exit(2, `Cannot redirect to ${quoted(text)}: not an http(s) URL without user, query and fragment`);
+  }
+  return url.href.replace(/\/+$/, "");
+}
+
+function toNumber(text: string, option: string, least: number, most: number): number {
+  const value = /^\d{1,5}(\.\d{1,3})?$/.test(text) ? Number(text) : NaN;
+  if (!(value >= least && value <= most)) {
+    exit(2, `Cannot use --${option} ${quoted(text)}: not a number from ${least} to ${most}`);
+  }
+  return value;
+}
+
+function readOptions(args: readonly string[], sshCommand: string | undefined) {
+  const given: Record<string, string> = { port: "80", host: "::", lifetime: "60" };
+  const allowed: string[] = [];
+  for (let i = 0; i < args.length; i++) {
+    const [, name, inline] = /^--(baseurl|allow|port|host|lifetime)(?:=(.*))?$/s.exec(args[i]!) ?? [];
+    if (!name) exit(2, `Cannot use ${quoted(args[i]!)}: not an option (see --help)`);
+    const value = inline ?? args[++i];
+    if (!value) exit(2, `Cannot use --${name}: it needs a value (see --help)`);
+    if (name === "allow") allowed.push(toBaseUrl(value));
+    else given[name] = value;
+  }
+  const text = given.baseurl ?? sshCommand;
+  if (!text) exit(2, "Cannot redirect: neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL (see --help)");
+  const baseUrl = toBaseUrl(text);
+  if (allowed.length > 0 && !allowed.includes(baseUrl)) {
+    exit(2, `Cannot redirect to ${quoted(baseUrl)}: --allow does not name it`);
+  }
+  return {
+    baseUrl,
+    port: toNumber(given.port!, "port", 0, 65_535),
+    hostname: given.host!,
+    lifetimeMs: toNumber(given.lifetime!, "lifetime", 0.01, 30_000) * 60_000,
+  };
+}
+
+/** Listens, or ends with a line that says what to do about the port. */
+function listen(hostname: string, port: number): Deno.TcpListener {
+  try {
+    return Deno.listen({ hostname, port });
+  } catch (error) {
+    if (hostname === "::" && (error as { code?: string }).code === "EAFNOSUPPORT") {
+      return listen("0.0.0.0", port);
+    }
+    const where = `Cannot listen on port ${port} of ${quoted(hostname)}`;
+    if (error instanceof Deno.errors.AddrInUse) {
+      exit(1, `${where}: it is taken, by a web server (let that one redirect) or by another leforward`);
+    }
+    if (error instanceof Deno.errors.PermissionDenied) {
+      exit(
+        1,
+        `${where}: not permitted; allow it with "sysctl net.ipv4.ip_unprivileged_port_start=${port}", ` +
+          `with "setcap cap_net_bind_service=+ep" on the compiled leforward, or run it with sudo`,
+      );
+    }
+    exit(1, `${where}: ${(error as Error).message}`);
+  }
+}
+
+const connections = new Map<Deno.Conn, number>(); // with the time of their arrival, oldest first
+
+function close(connection: Deno.Conn | undefined): void {
+  if (connection && connections.delete(connection)) connection.close();
+}
+
+const latin1 = new TextDecoder("latin1");
+const utf8 = new TextEncoder();
+
+/** Reads one request, answers it and closes. Whatever the client does, only this connection ends. */
+async function answer(connection: Deno.Conn, baseUrl: string): Promise<void> {
+  connections.set(connection, Date.now());
+  try {
+    const bytes = new Uint8Array(2048);
+    let head = "";
+    while (!/\n\r?\n/.test(head)) {
+      const length = await connection.read(bytes);
+      if (length === null || head.length > MAX_HEAD) return;
+      head += latin1.decode(bytes.subarray(0, length));
+    }
+    const path = REQUEST.exec(head)?.[1];
+    const status = path ? `301 Moved Permanently\r\nLocation: ${baseUrl}${path}` : "404 Not Found";
+    await connection.write(
+      utf8.encode(`HTTP/1.1 ${status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n`),
+    );
+  } catch {
+    // reset by the client, or closed by us for its age
+  } finally {
+    close(connection);
+  }
+}
+
+function end(why: string): never {
+  exit(0, `ended: ${why}`);
+}
+
+/** Ends the process when whoever wanted it is gone; with or without a terminal, one of these tells. */
+function watch(lifetimeMs: number, overSsh: boolean): void {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    Deno.addSignalListener(signal, () => end(signal));
+  }
+  setTimeout(() => end("its lifetime is over"), lifetimeMs);
+
+  // sshd does not end a command that has no terminal; it just goes away, and we get another parent. It may
+  // have done so before we could look: then that is process 1 from the start.
+  const parent = Deno.ppid;
+  setInterval(() => {
+    if (Deno.ppid !== parent || (overSsh && parent === 1)) end("its parent is gone");
+    for (const [connection, since] of connections) {
+      if (Date.now() - since < MAX_AGE_MS) break;
+      close(connection);
+    }
+  }, WATCH_MS);
+}
+
+/**
+ * Ends the process when standard input closes after having been open. One that is closed within the first
+ * second was never open (cron, systemd, `ssh -n`) and tells nothing. A terminal is left alone: it tells by HUP,
+ * and who reads it in the background is stopped.
+ */
+async function watchInput(): Promise<void> {
+  if (Deno.stdin.isTerminal()) return;
+  const ignored = new Uint8Array(512);
+  while (await Deno.stdin.read(ignored).catch(() => null) !== null);
+  if (performance.now() > 1000) end("its standard input is closed");
+}
+
+if (Deno.args.includes("--help")) {
+  console.log(HELP);
+  Deno.exit(0);
+}
+const sshCommand = Deno.env.get("SSH_ORIGINAL_COMMAND");
+const { baseUrl, port, hostname, lifetimeMs } = readOptions(Deno.args, sshCommand);
+const listener = listen(hostname, port);
+watch(lifetimeMs, sshCommand !== undefined);
+watchInput();
+console.log(`leforward: port ${listener.addr.port} redirects to ${baseUrl}`);
+while (true) {
+  try {
+    answer(await listener.accept(), baseUrl);
+    if (connections.size > MAX_OPEN) close(connections.keys().next().value);
+  } catch {
+    await new Promise((resolve) => setTimeout(resolve, WATCH_MS)); // out of files, most likely
+  }
+}

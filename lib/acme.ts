@@ -1,0 +1,647 @@
+/**
+ * The ACME conversation (RFC 8555): directory, nonces, account, orders, authorizations, challenges, certificates.
+ *
+ * Speaks to the CA and returns typed values; it knows no files, no configuration and no sentences for people. `jose`,
+ * imported here and nowhere else, signs the requests. Nothing that the CA sends is trusted: bodies are bounded, URLs
+ * must be https and of a host that the directory names, tokens must be base64url, and every text is stripped of control
+ * characters before it goes any further.
+ */
+
+import { createPrivateKey } from "node:crypto";
+import { isIP } from "node:net";
+import type { CryptoKey, JWK } from "jose";
+
+/** RFC 8555 §9.7.7, RFC 8738. */
+export interface Identifier {
+  readonly type: "dns" | "ip";
+  readonly value: string;
+}
+
+/** RFC 8555 §6.7, RFC 7807. `type` is without the prefix `urn:ietf:params:acme:error:`. */
+export interface Problem {
+  readonly type: string;
+  readonly detail: string;
+  readonly identifier?: string;
+  readonly subproblems: readonly Problem[];
+}
+
+/** RFC 8555 §7.1.3. */
+export interface Order {
+  readonly url: string;
+  readonly status: "pending" | "ready" | "processing" | "valid" | "invalid";
+  readonly identifiers: readonly Identifier[];
+  readonly authorizations: readonly string[];
+  readonly finalize: string;
+  readonly certificate?: string;
+  readonly error?: Problem;
+}
+
+/** RFC 8555 §7.1.4. `name` is the identifier with `*.` before it where the authorization is for a wildcard. */
+export interface Authorization {
+  readonly url: string;
+  readonly status: "pending" | "valid" | "invalid" | "deactivated" | "expired" | "revoked";
+  readonly name: string;
+  readonly challenges: readonly Challenge[];
+}
+
+/** RFC 8555 §7.1.5, §8. Types that need no token have the empty one. */
+export interface Challenge {
+  readonly type: string;
+  readonly url: string;
+  readonly status: "pending" | "processing" | "valid" | "invalid";
+  readonly token: string;
+  readonly error?: Problem;
+}
+
+/** RFC 8555 §7.1.1, with RFC 9773's renewalInfo and the profiles of draft-aaron-acme-profiles. */
+export interface Directory {
+  readonly newNonce: string;
+  readonly newAccount: string;
+  readonly newOrder: string;
+  readonly revokeCert?: string;
+  readonly keyChange?: string;
+  readonly renewalInfo?: string;
+}
+
+/** The world as this file needs it; tests hand in their own. */
+export interface Transport {
+  fetch(url: string, init: RequestInit): Promise<Response>;
+  now(): Date;
+  /** Uniform in [0, 1), for jitter. */
+  random(): number;
+  readonly userAgent: string;
+  /** Ends every request and every wait. */
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * What the CA refused, an answer that cannot be used, or none at all. `step` and `url` say of what, `problem` what the
+ * CA said, `retryAfter` when it wants to be asked again; `passing` that the same request may succeed in a moment.
+ */
+export class AcmeError extends Error {
+  override readonly name = "AcmeError";
+  readonly problem?: Problem;
+  readonly retryAfter?: Date;
+  readonly passing: boolean;
+  constructor(
+    readonly step: string,
+    message: string,
+    readonly url: string,
+    evidence: { problem?: Problem; retryAfter?: Date; passing?: boolean } = {},
+  ) {
+    super(message);
+    this.problem = evidence.problem;
+    this.retryAfter = evidence.retryAfter;
+    this.passing = evidence.passing ?? false;
+  }
+}
+
+/** One answer of the CA may take this long; Let's Encrypt's own gateway gives up after some 30 s. */
+const REQUEST_TIMEOUT_MS = 30_000;
+/** How often one request is tried where connection, time-out or server (5xx) failed. */
+const ATTEMPTS = 4;
+/** badNonce comes in bursts and costs nothing but a round trip; Pebble can be told to refuse every second nonce. */
+const BAD_NONCE_ATTEMPTS = 30;
+/** A shorter Retry-After is waited for; with a longer one the error goes up, for a later run to heed. */
+const LONGEST_WAIT_MS = 30_000;
+/** The first poll of an order; each next waits three times as long, up to the longest. */
+const FIRST_POLL_MS = 50;
+const LONGEST_POLL_MS = 5_000;
+/** How long an order may be validated or issued; Let's Encrypt needs seconds. */
+export const ORDER_DEADLINE_MS = 180_000;
+/** A chain of ten RSA-4096 certificates with 100 names is well below; so is every other resource. */
+const LARGEST_BODY = 1 << 20;
+
+const ERROR_PREFIX = "urn:ietf:params:acme:error:";
+/** RFC 8555 §8: at least 128 bits in base64url; the upper bound keeps it a file name. */
+const TOKEN = /^[A-Za-z0-9_-]{22,200}$/;
+
+/** An account key (PEM in PKCS#8, PKCS#1 or SEC1; RSA or EC) made ready for signing. */
+export interface AccountKey {
+  readonly alg: "RS256" | "ES256" | "ES384" | "ES512";
+  readonly privateKey: CryptoKey;
+  readonly publicJwk: JWK;
+  /** RFC 7638, base64url of SHA-256. */
+  readonly thumbprint: string;
+}
+
+/** Reads an account key; throws where `pem` is none. */
+export async function importAccountKey(pem: string): Promise<AccountKey> {
+  const key = createPrivateKey(pem);
+  const algorithms = { prime256v1: "ES256", secp384r1: "ES384", secp521r1: "ES512" } as const;
+  const curve = key.asymmetricKeyDetails?.namedCurve as keyof typeof algorithms | undefined;
+  const alg = key.asymmetricKeyType === "rsa" ? "RS256" : curve && algorithms[curve];
+  if (alg === undefined) throw new Error("neither an RSA nor an EC key");
+  const { calculateJwkThumbprint, importPKCS8 } = await import("jose");
+  const jwk = key.export({ format: "jwk" }) as JWK;
+  const publicJwk: JWK = jwk.kty === "RSA"
+    ? { kty: "RSA", n: jwk.n!, e: jwk.e! }
+    : { kty: "EC", crv: jwk.crv!, x: jwk.x!, y: jwk.y! };
+  return {
+    alg,
+    privateKey: await importPKCS8(key.export({ type: "pkcs8", format: "pem" }) as string, alg),
+    publicJwk,
+    thumbprint: await calculateJwkThumbprint(publicJwk),
+  };
+}
+
+/** RFC 8555 §8.1. */
+export function keyAuthorization(token: string, key: AccountKey): string {
+  return `${token}.${key.thumbprint}`;
+}
+
+/** A name of the configuration as the CA is asked for it. */
+export function identifierOf(name: string): Identifier {
+  return { type: isIP(name) ? "ip" : "dns", value: name };
+}
+
+/** A conversation with one CA under one account key. */
+export class AcmeClient {
+  readonly #nonces: Nonces;
+  readonly #hosts: Set<string>;
+  #account: Promise<string> | undefined;
+
+  private constructor(
+    readonly directory: Directory,
+    directoryUrl: string,
+    readonly key: AccountKey,
+    private readonly registration: Registration,
+    private readonly transport: Transport,
+  ) {
+    const urls = [directoryUrl, ...Object.values(directory)];
+    this.#hosts = new Set(urls.filter((url) => url !== undefined).map((url) => new URL(url).host));
+    this.#nonces = new Nonces(registration.concurrency, () => this.#newNonce());
+    if (registration.accountUrl !== undefined) this.#account = Promise.resolve(registration.accountUrl);
+  }
+
+  /** RFC 8555 §7.1.1: one request. */
+  static async connect(
+    directoryUrl: string,
+    key: AccountKey,
+    registration: Registration,
+    transport: Transport,
+  ): Promise<AcmeClient> {
+    const step = "read the directory";
+    const body = await withRetries(transport, async () => {
+      const response = await exchange(step, directoryUrl, { method: "GET" }, transport);
+      if (!response.ok) throw refusal(step, directoryUrl, response, transport);
+      return jsonObject(step, directoryUrl, response);
+    });
+    const url = (name: string, needed: boolean) => {
+      const value = body[name];
+      if (value === undefined && !needed) return undefined;
+      if (isHttps(value)) return value;
+      throw new AcmeError(step, `not an ACME directory: no usable URL for ${name}`, directoryUrl);
+    };
+    const directory: Directory = {
+      newNonce: url("newNonce", true)!,
+      newAccount: url("newAccount", true)!,
+      newOrder: url("newOrder", true)!,
+      revokeCert: url("revokeCert", false),
+      keyChange: url("keyChange", false),
+      renewalInfo: url("renewalInfo", false),
+    };
+    return new AcmeClient(directory, directoryUrl, key, registration, transport);
+  }
+
+  /** The account's URL: the remembered one without asking, or that of newAccount (RFC 8555 §7.3), asked for once. */
+  account(): Promise<string> {
+    return this.#account ??= this.#newAccount();
+  }
+
+  async #newAccount(): Promise<string> {
+    const step = "register the account";
+    const { newAccount } = this.directory;
+    const response = await this.#post(step, newAccount, {
+      termsOfServiceAgreed: true,
+      ...(this.registration.contact.length > 0 && { contact: this.registration.contact }),
+    }, "jwk");
+    return this.#location(step, newAccount, response);
+  }
+
+  /** RFC 8555 §7.4. The order comes back `pending`, or `ready` where every name is already proven. */
+  async newOrder(names: readonly string[]): Promise<Order> {
+    const step = "create an order";
+    const { newOrder } = this.directory;
+    const response = await this.#post(step, newOrder, { identifiers: names.map(identifierOf) });
+    return this.#order(step, this.#location(step, newOrder, response), response);
+  }
+
+  /** RFC 8555 §7.5. */
+  async getAuthorization(url: string): Promise<Authorization> {
+    const step = "read an authorization";
+    return this.#authorization(step, url, await this.#postAsGet(step, url));
+  }
+
+  /** RFC 8555 §7.5.1: tells the CA that a challenge of this authorization can be checked now. */
+  async respondToChallenge(authorization: Authorization, challenge: Challenge): Promise<void> {
+    const step = "answer a challenge";
+    try {
+      jsonObject(step, challenge.url, await this.#post(step, challenge.url, {}));
+    } catch (error) {
+      // as in finalizeOrder: the second try of a request that had arrived meets a challenge under way
+      if (!(error instanceof AcmeError) || error.problem?.type !== "malformed") throw error;
+      const { status, challenges } = await this.getAuthorization(authorization.url);
+      const untouched = challenges.some(({ url, status }) => url === challenge.url && status === "pending");
+      if (status !== "valid" && untouched) throw error;
+    }
+  }
+
+  /** Polls a `pending` order until it is something else (RFC 8555 §7.1.6, §7.5.1). */
+  awaitValidation(order: Order): Promise<Order> {
+    return this.#poll("validate", order, "pending");
+  }
+
+  /** RFC 8555 §7.4, finalize: hands in the CSR of a `ready` order and polls until the CA has issued or refused. */
+  async finalizeOrder(order: Order, csr: Uint8Array): Promise<Order> {
+    const step = "finalize the order";
+    let finalized: Order;
+    try {
+      const response = await this.#post(step, order.finalize, { csr: base64url(csr) });
+      finalized = this.#order(step, order.url, response);
+    } catch (error) {
+      // an answer lost on its way makes the second try meet an order that is no longer ready, which is no failure
+      if (!(error instanceof AcmeError) || error.problem?.type !== "orderNotReady") throw error;
+      finalized = await this.#getOrder(step, order.url);
+      if (finalized.status === "ready") throw error;
+    }
+    return finalized.status === "processing" ? await this.#poll("issue", finalized, "processing") : finalized;
+  }
+
+  /** RFC 8555 §7.4.2: the chain of a `valid` order, PEM, leaf first. */
+  async downloadCertificate(order: Order): Promise<string> {
+    const step = "download the certificate";
+    if (order.certificate === undefined) {
+      throw new AcmeError(step, "the order names no certificate", order.url);
+    }
+    const response = await this.#postAsGet(step, order.certificate, "application/pem-certificate-chain");
+    if (mediaType(response) !== "application/pem-certificate-chain") {
+      throw new AcmeError(step, `not a certificate but ${mediaType(response)}`, order.certificate);
+    }
+    return response.text;
+  }
+
+  async #getOrder(step: string, url: string): Promise<Order> {
+    return this.#order(step, url, await this.#postAsGet(step, url));
+  }
+
+  async #poll(what: string, order: Order, status: Order["status"]): Promise<Order> {
+    const { transport } = this;
+    const deadline = transport.now().getTime() + ORDER_DEADLINE_MS;
+    const step = `${what} the order`;
+    let current = order;
+    let retryAfter: Date | undefined;
+    for (let pause = FIRST_POLL_MS; current.status === status; pause = Math.min(pause * 3, LONGEST_POLL_MS)) {
+      const now = transport.now().getTime();
+      const wait = retryAfter === undefined ? jittered(pause, transport) : retryAfter.getTime() - now;
+      if (now + wait > deadline) {
+        throw new AcmeError(step, `still ${status} after ${ORDER_DEADLINE_MS / 1000} s`, order.url);
+      }
+      await sleep(wait, transport.signal);
+      const response = await this.#postAsGet(step, order.url);
+      retryAfter = parseRetryAfter(response.headers, transport.now());
+      current = this.#order(step, order.url, response);
+    }
+    return current;
+  }
+
+  /** RFC 8555 §6.3: an empty payload, which is not the empty object. */
+  #postAsGet(step: string, url: string, accept?: string): Promise<Answer> {
+    return this.#post(step, url, undefined, "kid", accept);
+  }
+
+  /** RFC 8555 §6.2: one signed request, with a fresh nonce for every try. Throws AcmeError for whatever is not 2xx. */
+  async #post(
+    step: string,
+    url: string,
+    payload: object | undefined,
+    signer: "kid" | "jwk" = "kid",
+    accept?: string,
+  ): Promise<Answer> {
+    const { transport, key } = this;
+    this.#checkUrl(step, url);
+    let badNonces = 0;
+    let registeredAnew = false;
+    return await withRetries(transport, async () => {
+      for (;;) {
+        const account = signer === "kid" ? await this.account() : undefined;
+        const response = await this.#nonces.use(async (nonce) => {
+          const signer = account === undefined ? { jwk: key.publicJwk } : { kid: account };
+          const body = await sign(key, payload, { alg: key.alg, nonce, url, ...signer });
+          return await exchange(step, url, {
+            method: "POST",
+            headers: { "content-type": "application/jose+json", ...(accept && { accept }) },
+            body: JSON.stringify(body),
+          }, transport);
+        });
+        if (response.ok) return response;
+        const error = refusal(step, url, response, transport);
+        if (error.problem?.type === "badNonce" && ++badNonces < BAD_NONCE_ATTEMPTS) continue;
+        // a remembered account that the CA no longer knows: register, once, and go on
+        const forgotten = error.problem?.type === "accountDoesNotExist" &&
+          account === this.registration.accountUrl;
+        if (forgotten && !registeredAnew) {
+          registeredAnew = true;
+          if (await this.#account === account) this.#account = this.#newAccount();
+          continue;
+        }
+        throw error;
+      }
+    });
+  }
+
+  /** RFC 8555 §7.2, where no earlier answer left a nonce. */
+  async #newNonce(): Promise<string> {
+    const step = "get a nonce";
+    const url = this.directory.newNonce;
+    const response = await exchange(step, url, { method: "HEAD" }, this.transport);
+    if (!response.ok) throw refusal(step, url, response, this.transport);
+    const nonce = nonceOf(response);
+    if (nonce === undefined) throw new AcmeError(step, "no nonce in the answer", url);
+    return nonce;
+  }
+
+  #checkUrl(step: string, url: unknown): string {
+    if (isHttps(url) && this.#hosts.has(new URL(url).host)) return url;
+    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(printable(String(url)))}`, "");
+  }
+
+  #location(step: string, url: string, response: Answer): string {
+    const location = response.headers.get("location");
+    if (location === null) throw new AcmeError(step, "the answer has no Location", url);
+    return this.#checkUrl(step, location);
+  }
+
+  #order(step: string, url: string, response: Answer): Order {
+    const body = jsonObject(step, url, response);
+    const { authorizations } = body;
+    const status = oneOf(["pending", "ready", "processing", "valid", "invalid"] as const, body.status);
+    if (status === undefined || !Array.isArray(authorizations)) {
+      throw new AcmeError(step, "not an order", url);
+    }
+    return {
+      url,
+      status,
+      identifiers: (Array.isArray(body.identifiers) ? body.identifiers : []).map((entry) => ({
+        type: entry?.type === "ip" ? "ip" : "dns",
+        value: printable(String(entry?.value)),
+      })),
+      authorizations: authorizations.map((entry) => this.#checkUrl(step, entry)),
+      finalize: this.#checkUrl(step, body.finalize),
+      certificate: body.certificate === undefined ? undefined : this.#checkUrl(step, body.certificate),
+      error: problemOf(body.error),
+    };
+  }
+
+  #authorization(step: string, url: string, response: Answer): Authorization {
+    const body = jsonObject(step, url, response);
+    const identifier = body.identifier as { value?: unknown } | undefined;
+    const status = oneOf(
+      ["pending", "valid", "invalid", "deactivated", "expired", "revoked"] as const,
+      body.status,
+    );
+    if (status === undefined || typeof identifier?.value !== "string" || !Array.isArray(body.challenges)) {
+      throw new AcmeError(step, "not an authorization", url);
+    }
+    return {
+      url,
+      status,
+      name: (body.wildcard === true ? "*." : "") + printable(identifier.value).toLowerCase(),
+      challenges: body.challenges.map((entry) => ({
+        type: printable(String(entry?.type)),
+        url: this.#checkUrl(step, entry?.url),
+        status: oneOf(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
+        token: typeof entry?.token === "string" ? checkToken(step, url, entry.token) : "",
+        error: problemOf(entry?.error),
+      })),
+    };
+  }
+}
+
+/** How the account is registered, and its URL where that was done before. */
+export interface Registration {
+  readonly accountUrl?: string;
+  /** mailto: URLs. */
+  readonly contact: readonly string[];
+  /** How many requests may be under way at once; at most as many nonces are asked for. */
+  readonly concurrency: number;
+}
+
+/**
+ * The nonces in circulation (RFC 8555 §6.5): each answer brings the one for the next request, so that new ones are asked
+ * for only until there are as many as requests may be under way.
+ */
+class Nonces {
+  readonly #free: string[] = [];
+  readonly #waiting: ((nonce: string | undefined) => void)[] = [];
+  #circulating = 0;
+
+  constructor(private readonly most: number, private readonly newNonce: () => Promise<string>) {}
+
+  /** Makes a request with a nonce, and keeps the one that its answer brings. */
+  async use(request: (nonce: string) => Promise<Answer>): Promise<Answer> {
+    let next: string | undefined;
+    try {
+      const response = await request(await this.#take());
+      next = nonceOf(response);
+      return response;
+    } finally {
+      const waiting = this.#waiting.shift();
+      if (waiting !== undefined) waiting(next);
+      else if (next !== undefined) this.#free.push(next);
+      else this.#circulating--;
+    }
+  }
+
+  async #take(): Promise<string> {
+    const free = this.#free.pop();
+    if (free !== undefined) return free;
+    if (this.#circulating === this.most) {
+      const passedOn = await new Promise<string | undefined>((resolve) => this.#waiting.push(resolve));
+      return passedOn ?? await this.newNonce(); // the other's was lost: ask for one in its stead
+    }
+    this.#circulating++;
+    return await this.newNonce();
+  }
+}
+
+function nonceOf(response: Answer): string | undefined {
+  const nonce = response.headers.get("replay-nonce") ?? "";
+  return /^[A-Za-z0-9_-]{1,1000}$/.test(nonce) ? nonce : undefined;
+}
+
+/** An HTTP response whose body has been read whole. */
+interface Answer {
+  readonly ok: boolean;
+  readonly status: number;
+  readonly headers: Headers;
+  readonly text: string;
+}
+
+async function exchange(step: string, url: string, init: RequestInit, transport: Transport): Promise<Answer> {
+  const signals = [AbortSignal.timeout(REQUEST_TIMEOUT_MS), ...(transport.signal ? [transport.signal] : [])];
+  try {
+    const response = await transport.fetch(url, {
+      ...init,
+      redirect: "manual",
+      signal: AbortSignal.any(signals),
+      headers: { "user-agent": transport.userAgent, ...init.headers as Record<string, string> },
+    });
+    return {
+      ok: response.ok,
+      status: response.status,
+      headers: response.headers,
+      text: await boundedText(response),
+    };
+  } catch (cause) {
+    transport.signal?.throwIfAborted();
+    const reason = cause instanceof DOMException && cause.name === "TimeoutError"
+      ? `no answer within ${REQUEST_TIMEOUT_MS / 1000} s`
+      : printable(cause instanceof Error ? cause.message : String(cause));
+    throw new AcmeError(step, reason, url, { passing: true });
+  }
+}
+
+async function boundedText(response: Response): Promise<string> {
+  const chunks: Uint8Array[] = [];
+  let size = 0;
+  for await (const chunk of response.body ?? []) {
+    size += chunk.length;
+    if (size > LARGEST_BODY) throw new Error(`an answer of more than ${LARGEST_BODY} bytes`);
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks).toString("utf8");
+}
+
+/** Tries again, with growing pauses or when the CA says, what may pass; what the CA refused on purpose goes up. */
+async function withRetries<T>(transport: Transport, attempt: () => Promise<T>): Promise<T> {
+  for (let tries = 1;; tries++) {
+    try {
+      return await attempt();
+    } catch (error) {
+      if (!(error instanceof AcmeError) || !error.passing || tries === ATTEMPTS) throw error;
+      const wait = error.retryAfter === undefined
+        ? jittered(500 * 3 ** (tries - 1), transport)
+        : error.retryAfter.getTime() - transport.now().getTime();
+      if (wait > LONGEST_WAIT_MS) throw error;
+      await sleep(wait, transport.signal);
+    }
+  }
+}
+
+function refusal(step: string, url: string, response: Answer, transport: Transport): AcmeError {
+  const { status } = response;
+  let problem: Problem | undefined;
+  if (mediaType(response) === "application/problem+json") problem = problemOf(parseJson(response.text));
+  if (status === 429) problem ??= { type: "rateLimited", detail: "too many requests", subproblems: [] };
+  const message = problem === undefined
+    ? `HTTP status ${status} (${mediaType(response)})`
+    : describe(problem);
+  const retryAfter = parseRetryAfter(response.headers, transport.now());
+  // a limit is worth waiting for only where the CA says how long
+  const passing = status >= 500 || (problem?.type === "rateLimited" && retryAfter !== undefined);
+  return new AcmeError(step, message, url, { problem, retryAfter, passing });
+}
+
+/** A problem in a sentence, its subproblems behind it. */
+export function describe(problem: Problem): string {
+  const about = problem.identifier === undefined ? "" : `${problem.identifier}: `;
+  const own = `${about}${problem.detail || "no detail"} (${problem.type})`;
+  return [own, ...problem.subproblems.map(describe)].join("; ");
+}
+
+function problemOf(value: unknown): Problem | undefined {
+  if (typeof value !== "object" || value === null) return undefined;
+  const { type, detail, identifier, subproblems } = value as Record<string, unknown>;
+  const named = (identifier as { value?: unknown } | undefined)?.value;
+  return {
+    type: printable(String(type ?? "about:blank")).replace(ERROR_PREFIX, ""),
+    detail: printable(String(detail ?? "")),
+    identifier: named === undefined ? undefined : printable(String(named)),
+    subproblems: (Array.isArray(subproblems) ? subproblems : []).slice(0, 100).map(problemOf).filter((p) =>
+      p !== undefined
+    ),
+  };
+}
+
+/**
+ * The moment of a Retry-After header, in seconds or as an HTTP date (RFC 9110 §10.2.3): at least one second and at most
+ * a day from `now`, since neither a date in the past nor a century is meant. Undefined without a usable header.
+ */
+export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
+  const value = headers.get("retry-after")?.trim();
+  if (!value) return undefined;
+  const at = /^\d+$/.test(value) ? now.getTime() + Number(value) * 1000 : Date.parse(value);
+  if (Number.isNaN(at)) return undefined;
+  return new Date(Math.min(Math.max(at, now.getTime() + 1000), now.getTime() + 86_400_000));
+}
+
+/** Text from outside on one line of bounded length, without control, format or direction characters. */
+export function printable(text: string): string {
+  const clean = text.slice(0, 2000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
+  return clean.length > 500 ? `${clean.slice(0, 500)}…` : clean;
+}
+
+function jsonObject(step: string, url: string, response: Answer): Record<string, unknown> {
+  const value = mediaType(response) === "application/json" ? parseJson(response.text) : undefined;
+  if (typeof value === "object" && value !== null) return value as Record<string, unknown>;
+  throw new AcmeError(step, `not JSON but ${mediaType(response)}`, url);
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function mediaType(response: Answer): string {
+  return printable(
+    response.headers.get("content-type")?.split(";")[0]?.trim().toLowerCase() || "no content type",
+  );
+}
+
+function checkToken(step: string, url: string, token: string): string {
+  if (TOKEN.test(token)) return token;
+  throw new AcmeError(step, "the CA sent a token that is not base64url", url);
+}
+
+function isHttps(value: unknown): value is string {
+  return typeof value === "string" && value.length < 2000 && URL.canParse(value) &&
+    new URL(value).protocol === "https:";
+}
+
+function oneOf<const T>(allowed: readonly T[], value: unknown): T | undefined {
+  return allowed.find((entry) => entry === value);
+}
+
+function base64url(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString("base64url");
+}
+
+/** RFC 8555 §6.2: flattened JSON serialization; `undefined` is the empty payload. */
+async function sign(key: AccountKey, payload: object | undefined, header: Record<string, unknown>) {
+  const { FlattenedSign } = await import("jose");
+  const bytes = new TextEncoder().encode(payload === undefined ? "" : JSON.stringify(payload));
+  return await new FlattenedSign(bytes).setProtectedHeader(header as { alg: string }).sign(key.privateKey);
+}
+
+function jittered(ms: number, transport: Transport): number {
+  return ms * (0.75 + transport.random() / 2);
+}
+
+function sleep(ms: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    if (signal?.aborted) return reject(signal.reason);
+    const stop = () => {
+      clearTimeout(timer);
+      reject(signal!.reason);
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", stop);
+      resolve();
+    }, ms);
+    signal?.addEventListener("abort", stop, { once: true });
+  });
+}

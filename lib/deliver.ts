@@ -1,0 +1,262 @@
+/**
+ * The ledger of deliveries owed: which sections still have to carry which certificates, and the carrying.
+ *
+ * A section is the unit: what it owes is in the ledger before its first command runs, and leaves it only when all its
+ * commands have succeeded. A crash therefore repeats a delivery but never loses one.
+ */
+
+import { basename } from "node:path";
+import {
+  CommandError,
+  type CommandLine,
+  commandLines,
+  type Outcome,
+  runCommand,
+  type Values,
+} from "./actions.ts";
+import type { Config, Line, Mode, Section } from "./config.ts";
+import { type Debt, type Entry, filesOf, type State, type Store } from "./store.ts";
+
+/** A command that succeeded, with the text that it has in actions.conf. */
+export interface Ran {
+  readonly template: string;
+  readonly outcome: Outcome;
+}
+
+/** One section's attempt to pay what it owes. */
+export interface Delivery {
+  readonly section: string;
+  /** Names of the lines whose certificates were carried. */
+  readonly entries: readonly Entry[];
+  readonly commands: readonly Ran[];
+  /** Absent where the debt is paid. */
+  readonly error?: Error;
+  /** Since when the section owes something. */
+  readonly since: Date;
+}
+
+/** What delivering needs of the run. */
+export interface Delivering {
+  readonly config: Config;
+  readonly mode: Mode;
+  readonly store: Store;
+  /** The certificates as they are on disk now. */
+  inventory(): readonly Entry[];
+  now(): Date;
+  readonly signal?: AbortSignal;
+}
+
+/** Commands that run side by side; most of them wait for a network. */
+const MOST_COMMANDS = 32;
+const HOUR_MS = 3_600_000;
+const LONGEST_PAUSE_MS = 24 * HOUR_MS;
+
+/** Notes what the sections of a line owe for a new certificate. To be kept before the certificate takes its place. */
+export function owe(state: State, line: Line, certFile: string, fingerprint: string, now: Date): void {
+  for (const section of line.sections.filter(carries)) {
+    const debt = state.owed[section.name] ??= { since: now.toISOString(), certificates: {}, attempts: 0 };
+    debt.certificates[certFile] = fingerprint;
+    debt.attempts = 0;
+    delete debt.retryAt;
+  }
+}
+
+function carries(section: Section): boolean {
+  const { uploadCerts, uploadKeys, update, verify } = section;
+  return uploadCerts.length + uploadKeys.length + update.length + verify.length > 0;
+}
+
+/** Names of the sections that owe something and are to be tried now. */
+export function owing(state: State, now: Date): string[] {
+  return Object.entries(state.owed)
+    .filter(([, { retryAt }]) => retryAt === undefined || new Date(retryAt) <= now)
+    .map(([name]) => name);
+}
+
+/** Drops debts that the configuration has no use for any more; returns what was dropped, in words of the configuration. */
+export function dropForgotten(state: State, config: Config, known: ReadonlySet<string>): string[] {
+  const sections = new Set(config.sections.map(({ name }) => name));
+  const dropped: string[] = [];
+  for (const [name, debt] of Object.entries(state.owed)) {
+    if (!sections.has(name)) {
+      delete state.owed[name];
+      dropped.push(`section [${name}]`);
+      continue;
+    }
+    for (const certFile of Object.keys(debt.certificates).filter((file) => !known.has(file))) {
+      delete debt.certificates[certFile];
+      dropped.push(`${certFile} in section [${name}]`);
+    }
+    if (Object.keys(debt.certificates).length === 0) delete state.owed[name];
+  }
+  return dropped;
+}
+
+/** When a debt that could not be paid for the n-th time is tried again; undefined means by the next run. */
+export function retryAfterAttempt(attempts: number, now: Date): Date | undefined {
+  if (attempts < 2) return undefined;
+  return new Date(now.getTime() + Math.min(HOUR_MS * 2 ** (attempts - 2), LONGEST_PAUSE_MS));
+}
+
+/** A section on its way: what it carries, and when each of its halves is over. */
+interface Carrying {
+  readonly section: Section;
+  readonly debt: Debt;
+  readonly entries: readonly Entry[];
+  readonly values: Values;
+  readonly ran: Ran[];
+  uploaded: Promise<void>;
+  updated: Promise<void>;
+}
+
+/** Carries what is owed. */
+export class Deliveries {
+  readonly #slots = new Slots(MOST_COMMANDS);
+  /** Section -> its last delivery, which the next one has to wait for. */
+  readonly #last = new Map<string, Promise<unknown>>();
+
+  constructor(private readonly delivering: Delivering) {}
+
+  /**
+   * Carries what the named sections owe: sections side by side, `[every]` behind the others; in each `uploadCerts`,
+   * `uploadKeys`, then `update`. An `update` command line that several sections share runs once, when all of them
+   * have uploaded.
+   */
+  async deliver(names: readonly string[]): Promise<Delivery[]> {
+    const { config, store } = this.delivering;
+    const known = new Map(this.delivering.inventory().map((entry) => [this.#certFile(entry), entry]));
+    const carried = config.sections.filter(({ name }) =>
+      names.includes(name) && store.state.owed[name] !== undefined
+    )
+      .map((section) => this.#carrying(section, known))
+      .filter(({ entries }) => entries.length > 0);
+    const others = carried.filter(({ section }) => section.name !== "every");
+    const every = carried.filter(({ section }) => section.name === "every");
+    const shared = new SharedCommands(carried, (line) => this.#run(line));
+    for (const each of [...others, ...every]) {
+      const before = each.section.name === "every" ? others : [];
+      each.uploaded = Promise.allSettled([
+        this.#last.get(each.section.name),
+        ...before.map(({ uploaded }) => uploaded),
+      ])
+        .then(() => this.#upload(each));
+      each.updated = Promise.allSettled([each.uploaded, ...before.map(({ updated }) => updated)])
+        .then(() => each.uploaded)
+        .then(() => this.#update(each, shared));
+    }
+    const deliveries = carried.map((each) => this.#settle(each));
+    carried.forEach(({ section }, index) => this.#last.set(section.name, deliveries[index]!));
+    return await Promise.all(deliveries);
+  }
+
+  #certFile(entry: Entry): string {
+    return basename(filesOf(this.delivering.config, this.delivering.mode, entry).cert);
+  }
+
+  #carrying(section: Section, known: ReadonlyMap<string, Entry>): Carrying {
+    const { store } = this.delivering;
+    const debt = store.state.owed[section.name]!;
+    const entries = Object.keys(debt.certificates).map((certFile) => known.get(certFile))
+      .filter((entry) => entry?.finding.kind === "present") as Entry[];
+    const paths = entries.map((entry) => store.pathsOf(entry));
+    const values = {
+      CERTS: paths.flatMap(({ certs }) => certs),
+      KEYS: paths.flatMap(({ keys }) => keys),
+      DOMAINS_CN: [...new Set(entries.map(({ line }) => line.names[0]!))],
+      DOMAINS_ALL: [...new Set(entries.flatMap(({ line }) => line.names))],
+    };
+    const none = Promise.resolve();
+    return { section, debt, entries, values, ran: [], uploaded: none, updated: none };
+  }
+
+  async #upload({ section, values, ran }: Carrying): Promise<void> {
+    for (const template of [...section.uploadCerts, ...section.uploadKeys]) {
+      for (const line of commandLines(template, values)) {
+        ran.push({ template, outcome: await this.#run(line) });
+      }
+    }
+  }
+
+  async #update({ section, values, ran }: Carrying, shared: SharedCommands): Promise<void> {
+    for (const template of section.update) {
+      for (const line of commandLines(template, values)) {
+        ran.push({ template, outcome: await shared.run(line) });
+      }
+    }
+  }
+
+  #run(line: CommandLine): Promise<Outcome> {
+    const { config, signal } = this.delivering;
+    return this.#slots.use(() => runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds, signal }));
+  }
+
+  /** Waits for a section and enters in the ledger what came of it. */
+  async #settle({ section, debt, entries, ran, updated }: Carrying): Promise<Delivery> {
+    const { store } = this.delivering;
+    const carried = entries.map((entry) => [this.#certFile(entry), fingerprintOf(entry)] as const);
+    const since = new Date(debt.since);
+    let error: Error | undefined;
+    try {
+      await updated;
+      for (const [certFile, fingerprint] of carried) {
+        // one that has been renewed in the meantime is owed anew
+        if (debt.certificates[certFile] === fingerprint) delete debt.certificates[certFile];
+      }
+      if (Object.keys(debt.certificates).length === 0) delete store.state.owed[section.name];
+    } catch (reason) {
+      if (!(reason instanceof CommandError)) throw reason;
+      error = reason;
+      debt.attempts++;
+      debt.lastError = reason.message;
+      debt.retryAt = retryAfterAttempt(debt.attempts, this.delivering.now())?.toISOString();
+    }
+    await store.saveState();
+    return { section: section.name, entries, commands: ran, error, since };
+  }
+}
+
+function fingerprintOf({ finding }: Entry): string | undefined {
+  return "certificate" in finding ? finding.certificate.fingerprint : undefined;
+}
+
+/** Runs each command line once, however many sections have it, when all of these have uploaded. */
+class SharedCommands {
+  readonly #runs = new Map<string, Promise<Outcome>>();
+  readonly #users = new Map<string, Carrying[]>();
+
+  constructor(carried: readonly Carrying[], private readonly start: (line: CommandLine) => Promise<Outcome>) {
+    for (const each of carried) {
+      for (const { command } of each.section.update.flatMap((update) => commandLines(update, each.values))) {
+        this.#users.set(command, [...this.#users.get(command) ?? [], each]);
+      }
+    }
+  }
+
+  run(line: CommandLine): Promise<Outcome> {
+    let run = this.#runs.get(line.command);
+    if (run === undefined) {
+      const users = this.#users.get(line.command) ?? [];
+      run = Promise.allSettled(users.map(({ uploaded }) => uploaded)).then(() => this.start(line));
+      this.#runs.set(line.command, run);
+    }
+    return run;
+  }
+}
+
+/** Lets a number of things happen at a time. */
+class Slots {
+  readonly #waiting: (() => void)[] = [];
+  constructor(private free: number) {}
+
+  async use<T>(task: () => Promise<T>): Promise<T> {
+    if (this.free > 0) this.free--;
+    else await new Promise<void>((resolve) => this.#waiting.push(resolve));
+    try {
+      return await task();
+    } finally {
+      const next = this.#waiting.shift();
+      if (next) next();
+      else this.free++;
+    }
+  }
+}

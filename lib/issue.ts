@@ -1,0 +1,132 @@
+/**
+ * One line of `domains` becomes its certificates, in the order of RFC 8555 §7.4: order, authorizations, finalize,
+ * download.
+ *
+ * The names of a line are proven once. Its key types follow each other to the point where their order is ready and then
+ * go on side by side; their private keys are made while the CA is waited for. What it returns has been checked against
+ * what was asked for; putting it in place is not done here.
+ */
+
+import { type AcmeClient, AcmeError, type Authorization, describe, type Order } from "./acme.ts";
+import type { Challenges } from "./challenge.ts";
+import type { Line } from "./config.ts";
+import type { Due, Task } from "./plan.ts";
+import type { Issued } from "./store.ts";
+import { ChainError, checkChain, createCsr } from "./x509.ts";
+
+/** What issuing needs of the run. */
+export interface Issuing {
+  readonly client: AcmeClient;
+  readonly challenges: Challenges;
+  now(): Date;
+  /** The PEM private key for a certificate: the present one, or a new one. */
+  privateKey(due: Due): Promise<string>;
+}
+
+/** Starts the certificates of one line; one promise for each that is due, in that order. */
+export function issueLine(task: Task, issuing: Issuing): Promise<Issued>[] {
+  let proven: Promise<unknown> = Promise.resolve();
+  return task.due.map((due) => {
+    const key = issuing.privateKey(due);
+    key.catch(() => {}); // looked at when the order is ready, if ever
+    const ready = proven.then(() => readyOrder(task.line, issuing));
+    proven = ready;
+    return ready.then(async (order) => await certificate(task.line, order, await key, issuing));
+  });
+}
+
+/** An order whose names have all been proven. */
+async function readyOrder(line: Line, { client, challenges }: Issuing): Promise<Order> {
+  let order = await client.newOrder(line.names);
+  if (order.status === "pending") {
+    await using answers = new AsyncDisposableStack();
+    const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
+    const pending = authorizations.filter((authorization) => isPending(authorization, line));
+    await settled(pending.map(async (authorization) => {
+      const answer = answers.use(await challenges.present(authorization, client.key));
+      await client.respondToChallenge(authorization, answer.challenge);
+    }));
+    order = await client.awaitValidation(order);
+    if (order.status === "invalid") throw await validationError(order, client);
+  }
+  return order;
+}
+
+function isPending(authorization: Authorization, line: Line): boolean {
+  const { name, status, url } = authorization;
+  if (!line.names.includes(name)) {
+    throw new AcmeError("read an authorization", `the CA asks for ${name}, which was not ordered`, url);
+  }
+  switch (status) {
+    case "pending":
+      return true;
+    case "valid": // proven before and remembered by the CA
+      return false;
+    case "invalid":
+    case "deactivated":
+    case "expired":
+    case "revoked":
+      throw new AcmeError("read an authorization", `the authorization of ${name} is ${status}`, url);
+    default:
+      return status satisfies never;
+  }
+}
+
+/** Why an order became invalid: the errors of its challenges, which say more than the order does. */
+async function validationError(order: Order, client: AcmeClient): Promise<AcmeError> {
+  const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
+  const failures = authorizations.flatMap(({ name, challenges }) =>
+    challenges.flatMap(({ error }) => error === undefined ? [] : [`${name}: ${describe(error)}`])
+  );
+  const [first] = authorizations.flatMap(({ challenges }) => challenges.map(({ error }) => error))
+    .filter((error) => error !== undefined);
+  const problem = first ?? order.error;
+  const message = failures.join("; ") || (order.error ? describe(order.error) : "the order became invalid");
+  return new AcmeError("validate", message, order.url, { problem });
+}
+
+async function certificate(
+  line: Line,
+  ready: Order,
+  keyPem: string,
+  { client, now }: Issuing,
+): Promise<Issued> {
+  const csr = await createCsr(keyPem, line.names);
+  let order = ready;
+  if (order.status === "ready") order = await client.finalizeOrder(order, csr.der);
+  switch (order.status) {
+    case "valid":
+      break;
+    case "invalid": {
+      const message = order.error ? describe(order.error) : "the order became invalid";
+      throw new AcmeError("issue", message, order.url, { problem: order.error });
+    }
+    case "pending":
+    case "ready":
+    case "processing":
+      throw new AcmeError("issue", `the order is ${order.status} after it was finalized`, order.url);
+    default:
+      order.status satisfies never;
+  }
+  const chainPem = await client.downloadCertificate(order);
+  try {
+    return {
+      keyPem,
+      csrPem: csr.pem,
+      chainPem,
+      certificate: checkChain(chainPem, line.names, keyPem, now()),
+    };
+  } catch (error) {
+    if (!(error instanceof ChainError)) throw error;
+    throw new AcmeError("check the certificate", error.message, order.url);
+  }
+}
+
+/** All of the values, or the first error once every promise has come to its end, so that nothing goes on behind it. */
+async function settled<T>(promises: readonly Promise<T>[]): Promise<T[]> {
+  const results = await Promise.allSettled(promises);
+  return results.map((result) => {
+    if (result.status === "rejected") throw result.reason;
+    return result.value;
+  });
+}

@@ -1,0 +1,140 @@
+/**
+ * Fetches an http-01 challenge as a CA does, to see whether the CA will find it.
+ *
+ * Follows redirects as Let's Encrypt does: at most ten, http and https, ports 80 and 443, certificates unverified. Each
+ * address family under which the name is found must answer, since the CA may choose either. Sends no secret and
+ * believes nothing but the expected content.
+ */
+
+import { lookup } from "node:dns/promises";
+import http from "node:http";
+import https from "node:https";
+import { isIP } from "node:net";
+import { printable } from "./acme.ts";
+
+/** One address of a host with the port to dial there. */
+export interface Destination {
+  readonly address: string;
+  readonly port: number;
+}
+
+/** Where `port` of a host is reached. Throws where the host has no address. */
+export type Route = (host: string, port: number) => Promise<Destination[]>;
+
+/** The addresses that the system knows, IPv4 and IPv6, under the port itself. */
+export const systemRoute: Route = async (host, port) => {
+  const addresses = isIP(host) ? [{ address: host }] : await lookup(host, { all: true });
+  return [...new Set(addresses.map(({ address }) => address))].map((address) => ({ address, port }));
+};
+
+/** https://letsencrypt.org/docs/challenge-types/#http-01-challenge */
+const MOST_REDIRECTS = 10;
+const PORTS: Readonly<Record<string, number>> = { "http:": 80, "https:": 443 };
+const HOP_TIMEOUT_MS = 10_000;
+const LONGEST_BODY = 4096;
+
+/** What one request was answered. */
+interface Hop {
+  readonly status: number;
+  readonly location?: string;
+  readonly body: string;
+}
+
+/** Undefined where `url` shows `expected` under every family of its host's addresses, else which hop answered what. */
+export async function fetchAsCa(url: string, expected: string, route: Route): Promise<string | undefined> {
+  const { hostname } = new URL(url);
+  let destinations: Destination[];
+  try {
+    destinations = await route(bare(hostname), 80);
+  } catch {
+    return `${hostname} has no address`;
+  }
+  const families = [4, 6].map((family) => destinations.filter(({ address }) => isIP(address) === family));
+  for (const family of families.filter(({ length }) => length > 0)) {
+    const fault = await follow(new URL(url), expected, family, route);
+    // a host without IPv6 cannot look that way; the CA can, but this is no fault of the name's
+    if (fault !== undefined && !(family !== families[0] && fault.includes("ENETUNREACH"))) return fault;
+  }
+}
+
+async function follow(
+  start: URL,
+  expected: string,
+  first: Destination[],
+  route: Route,
+): Promise<string | undefined> {
+  let url = start;
+  let destinations = first;
+  for (let redirects = 0;; redirects++) {
+    const at = `${url.href} at ${destinations.map(({ address }) => address).join(", ")}`;
+    let hop: Hop;
+    try {
+      hop = await get(url, destinations);
+    } catch (error) {
+      return `${at}: ${printable((error as Error).message)}`;
+    }
+    if (hop.location === undefined) {
+      if (hop.status === 200 && hop.body.trimEnd() === expected) return undefined;
+      return `${at} answered ${hop.status}${hop.status === 200 ? " with something else" : ""}`;
+    }
+    if (redirects === MOST_REDIRECTS) return `${start.href}: more than ${MOST_REDIRECTS} redirects`;
+    const target = URL.canParse(hop.location, url) ? new URL(hop.location, url) : undefined;
+    const port = PORTS[target?.protocol ?? ""];
+    if (
+      target === undefined || port === undefined || (target.port !== "" && ![80, 443].includes(+target.port))
+    ) {
+      return `${at} redirects to ${printable(hop.location)}, where the CA does not follow`;
+    }
+    try {
+      destinations = await route(bare(target.hostname), Number(target.port || port));
+    } catch {
+      return `${at} redirects to ${target.href}, but ${target.hostname} has no address`;
+    }
+    url = target;
+  }
+}
+
+/** One GET, of the first destination that can be connected to. */
+async function get(url: URL, destinations: readonly Destination[]): Promise<Hop> {
+  for (const [index, { address, port }] of destinations.entries()) {
+    try {
+      return await request(url, address, port);
+    } catch (error) {
+      if (index === destinations.length - 1) throw error;
+    }
+  }
+  throw new Error("no address");
+}
+
+function request(url: URL, address: string, port: number): Promise<Hop> {
+  const name = bare(url.hostname);
+  const options = {
+    host: address,
+    port,
+    path: url.pathname + url.search,
+    headers: { host: url.host, "user-agent": "lematt preflight", connection: "close" },
+    agent: false as const,
+    signal: AbortSignal.timeout(HOP_TIMEOUT_MS),
+    ...(url.protocol === "https:" && { servername: isIP(name) ? "" : name, rejectUnauthorized: false }),
+  };
+  return new Promise((resolve, reject) => {
+    const sent = (url.protocol === "https:" ? https : http).get(options, (response) => {
+      const status = response.statusCode ?? 0;
+      const location = status >= 300 && status < 400 ? response.headers.location : undefined;
+      let body = "";
+      response.setEncoding("utf8");
+      response.on("data", (chunk: string) => {
+        body += chunk;
+        if (body.length > LONGEST_BODY) response.destroy();
+      });
+      response.on("close", () => resolve({ status, location, body }));
+      response.on("error", reject);
+    });
+    sent.on("error", reject);
+  });
+}
+
+/** An IPv6 host without the brackets that it has in a URL. */
+function bare(hostname: string): string {
+  return hostname.startsWith("[") ? hostname.slice(1, -1) : hostname;
+}

@@ -1,0 +1,376 @@
+/**
+ * Events and summaries become lines, JSON and a progress line: the only place where sentences for people are made.
+ *
+ * Knows no files and no network. What came from outside has been cleaned where it came in (acme.ts, actions.ts).
+ */
+
+import type { Mode, Notice } from "./config.ts";
+import type { Delivery } from "./deliver.ts";
+import type { Due, Kept, Plan, Reason, Rule, Task } from "./plan.ts";
+import type { Debt } from "./store.ts";
+import type { Certificate } from "./x509.ts";
+
+/** What happens in a run, as it happens. */
+export type Event =
+  | { readonly kind: "notice"; readonly text: string }
+  | { readonly kind: "account key"; readonly path: string }
+  | { readonly kind: "plan"; readonly plan: Plan; readonly owed: Readonly<Record<string, Debt>> }
+  | { readonly kind: "begin"; readonly tasks: readonly Task[] }
+  | { readonly kind: "task"; readonly task: Task }
+  | { readonly kind: "no CA"; readonly error: Error; readonly tasks: readonly Task[] }
+  | {
+    readonly kind: "issued";
+    readonly due: Due;
+    readonly certificate: Certificate;
+    readonly seconds: number;
+  }
+  | { readonly kind: "failed"; readonly due: readonly Due[]; readonly error: Error }
+  | { readonly kind: "end"; readonly task: Task }
+  | { readonly kind: "delivery"; readonly delivery: Delivery };
+
+/** How a run ended. */
+export interface Summary {
+  readonly issued: number;
+  readonly failed: number;
+  readonly kept: readonly Kept[];
+  readonly owed: Readonly<Record<string, Debt>>;
+}
+
+/** How to speak. */
+export interface Manner {
+  readonly mode: Mode;
+  /** Nothing unless something changed or failed. */
+  readonly cron: boolean;
+  readonly json: boolean;
+  /** Standard output is a terminal: a progress line is of use there. */
+  readonly terminal: boolean;
+  readonly color: boolean;
+  readonly now: () => Date;
+  readonly out: (text: string) => void;
+  readonly err: (text: string) => void;
+}
+
+const DAY_MS = 86_400_000;
+
+/** `lematt.conf:12: Cannot …`, and the hint on a line of its own. */
+export function noticeText({ file, line, text, hint }: Notice): string {
+  const where = line === undefined ? file : `${file}:${line}`;
+  return `${where}: ${text}${hint === undefined ? "" : `\n  hint: ${hint}`}`;
+}
+
+/** A certificate's names, short: the primary and how many more there are. */
+function nameText(names: readonly string[]): string {
+  return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
+}
+
+/** Why a certificate is issued, to stand behind "because". */
+export function reasonText(reason: Reason): string {
+  switch (reason.kind) {
+    case "found": {
+      const { finding } = reason;
+      switch (finding.kind) {
+        case "missing":
+          return finding.what === "certificate" ? "there is no certificate yet" : "its key is missing";
+        case "unreadable":
+          return `its ${finding.what} cannot be read: ${finding.detail}`;
+        case "other names":
+          return `it is for ${finding.certificate.names.join(" ")}`;
+        case "other key":
+          return "it does not match its key";
+        default:
+          return finding satisfies never;
+      }
+    }
+    case "expired":
+      return `it expired ${dateText(reason.at)}`;
+    case "renewal":
+      return `due since ${dateText(reason.since)} by ${ruleText(reason.rule)}`;
+    default:
+      return reason satisfies never;
+  }
+}
+
+/** Which setting decides, in the configuration's words. */
+function ruleText(rule: Rule): string {
+  switch (rule) {
+    case "age":
+      return "generateNewCertsAfterDays";
+    case "expiry":
+      return "reauthorizeDays";
+    case "expiry, capped":
+      return "reauthorizeDays, capped: two thirds of its life are never cut short";
+    case "age beyond life":
+      return "reauthorizeDays, since it does not live as long as generateNewCertsAfterDays";
+    default:
+      return rule satisfies never;
+  }
+}
+
+/** The day, in UTC. */
+function dateText(date: Date): string {
+  return date.toISOString().slice(0, 10);
+}
+
+function daysText(from: Date, to: Date): string {
+  const days = (to.getTime() - from.getTime()) / DAY_MS;
+  const count = days < 10 ? Math.round(days * 10) / 10 : Math.round(days);
+  return `${count} ${count === 1 ? "day" : "days"}`;
+}
+
+function count(number: number, thing: string): string {
+  return `${number} ${thing}${number === 1 ? "" : "s"}`;
+}
+
+/** An error as a person should see it: the CA's words with their step; a bug with its stack. */
+function errorText(error: Error): string {
+  const { name, code } = error as Error & { code?: string };
+  if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${error.message}`;
+  const expected = ["ChallengeError", "CommandError", "AbortError"].includes(name) || code !== undefined;
+  return expected || error instanceof Deno.errors.NotFound ? error.message : error.stack ?? String(error);
+}
+
+/** What a failed command printed, set off from our own words. */
+function outputOf(error: Error): string[] {
+  const { output } = error as Error & { output?: string };
+  return (output ?? "").trimEnd().split("\n").filter((line) => line !== "").slice(-20).map((line) =>
+    `| ${line}`
+  );
+}
+
+/** Speaks of a run while it goes on, and sums it up. */
+export class Report {
+  /** Standard output that waits, under --cron, for something worth being read. */
+  #held: string[] = [];
+  #quiet: boolean;
+  #progress = { tasks: 0, begun: 0, done: 0, failed: 0 };
+  #progressShown = false;
+  readonly #events: Event[] = [];
+  readonly #told = new Set<unknown>();
+
+  constructor(private readonly manner: Manner) {
+    this.#quiet = manner.cron;
+  }
+
+  /** Takes in one event and says of it what there is to say. */
+  tell(event: Event): void {
+    if (this.manner.json) {
+      this.#events.push(event);
+      return;
+    }
+    this.#clearProgress();
+    switch (event.kind) {
+      case "notice":
+        this.#say(`note    ${event.text}`);
+        break;
+      case "account key":
+        this.#sayAloud(`made    ${event.path}, the account key (P-256); keep a copy of it`);
+        break;
+      case "plan":
+        this.#sayPlan(event.plan, event.owed);
+        break;
+      case "begin":
+        this.#progress.tasks = event.tasks.length;
+        break;
+      case "task":
+        this.#progress.begun++;
+        break;
+      case "no CA":
+        this.#fail(
+          `${count(event.tasks.length, "line")} of domains, from ${nameText(event.tasks[0]!.line.names)} on`,
+          event.error,
+        );
+        break;
+      case "issued": {
+        const { line, keyType } = event.due.entry;
+        const until = dateText(event.certificate.notAfter);
+        this.#sayAloud(
+          `issued  ${this.#subject(line.names, keyType)}  until ${until}, because ${
+            reasonText(event.due.reason)
+          }`,
+        );
+        break;
+      }
+      case "failed":
+        this.#progress.failed++;
+        this.#fail(
+          `${nameText(event.due[0]!.entry.line.names)} (${
+            event.due.map(({ entry }) => entry.keyType).join(", ")
+          })`,
+          event.error,
+        );
+        break;
+      case "end":
+        this.#progress.done++;
+        break;
+      case "delivery":
+        this.#sayDelivery(event.delivery);
+        break;
+      default:
+        event satisfies never;
+    }
+    this.#showProgress();
+  }
+
+  #sayDelivery({ section, commands, error }: Delivery): void {
+    for (const { template, outcome } of commands) {
+      if (this.#told.has(outcome)) continue; // shared with another section
+      this.#told.add(outcome);
+      this.#sayAloud(`ran     [${section}] ${template} (${outcome.seconds.toFixed(1)} s)`);
+    }
+    if (error === undefined || this.#told.has(error)) return;
+    this.#told.add(error);
+    this.#fail(`[${section}]`, error);
+  }
+
+  #sayPlan(plan: Plan, owed: Readonly<Record<string, Debt>>): void {
+    for (const { line, due } of plan.tasks) {
+      for (const { entry, reason } of due) {
+        this.#say(`issue   ${this.#subject(line.names, entry.keyType)}  ${reasonText(reason)}`);
+      }
+    }
+    for (const { entry, renewAt, rule, notAfter } of plan.kept) {
+      const when = `${dateText(renewAt)}, in ${daysText(this.manner.now(), renewAt)}`;
+      this.#say(
+        `keep    ${this.#subject(entry.line.names, entry.keyType)}  ` +
+          `until ${when} (${ruleText(rule)}); expires ${dateText(notAfter)}`,
+      );
+    }
+    for (const [section, debt] of Object.entries(owed)) this.#say(`deliver ${this.#owedText(section, debt)}`);
+  }
+
+  #owedText(section: string, { certificates, since, retryAt, lastError }: Debt): string {
+    const next = retryAt === undefined
+      ? "next run"
+      : `not before ${retryAt.slice(0, 16).replace("T", " ")} UTC`;
+    const what = count(Object.keys(certificates).length, "certificate");
+    return `[${section}] owes ${what} since ${since.slice(0, 10)}, tried again: ${next}` +
+      (lastError === undefined ? "" : `; ${lastError}`);
+  }
+
+  #subject(names: readonly string[], keyType: string): string {
+    return `${nameText(names).padEnd(28)} ${keyType.padEnd(3)}`;
+  }
+
+  /** Sums up and returns the exit status: 1 where something failed or is owed. */
+  finish(summary: Summary): 0 | 1 {
+    this.#clearProgress();
+    const { issued, failed, kept, owed } = summary;
+    const debts = Object.entries(owed);
+    if (this.manner.json) {
+      this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
+    } else {
+      const capped = kept.filter(({ rule }) => rule === "expiry, capped").length;
+      if (capped > 0) {
+        this.#say(
+          `note    reauthorizeDays is capped for ${count(capped, "certificate")}: none is renewed ` +
+            `with more than two thirds of its life left`,
+        );
+      }
+      for (const [section, debt] of debts) this.manner.err(`owed    ${this.#owedText(section, debt)}\n`);
+      const next = kept.reduce<Kept | undefined>(
+        (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
+        undefined,
+      );
+      const parts = [
+        issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
+        failed > 0 ? `${failed} failed` : "",
+        `${kept.length} kept`,
+        debts.length > 0 ? `${count(debts.length, "delivery").replace("deliverys", "deliveries")} owed` : "",
+        next === undefined
+          ? ""
+          : `next renewal ${dateText(next.renewAt)} (${
+            nameText(next.entry.line.names)
+          } ${next.entry.keyType})`,
+      ];
+      this.#say(parts.filter((part) => part !== "").join(", "));
+    }
+    return failed > 0 || debts.length > 0 ? 1 : 0;
+  }
+
+  /** Standard output; held back under --cron until something has changed. */
+  #say(text: string): void {
+    if (this.#quiet) this.#held.push(text);
+    else this.manner.out(`${text}\n`);
+  }
+
+  /** Something changed: this, and whatever was held back, is worth being read. */
+  #sayAloud(text: string): void {
+    this.#quiet = false;
+    for (const line of this.#held.splice(0)) this.manner.out(`${line}\n`);
+    this.#say(text);
+  }
+
+  #fail(subject: string, error: Error): void {
+    const label = this.manner.color ? "\x1b[31mFAILED\x1b[0m" : "FAILED";
+    const lines = [...errorText(error).split("\n"), ...outputOf(error)];
+    this.manner.err(`${label}  ${subject}\n${lines.map((line) => `        ${line}\n`).join("")}`);
+  }
+
+  #showProgress(): void {
+    const { tasks, begun, done, failed } = this.#progress;
+    if (!this.manner.terminal || this.manner.cron || tasks < 2 || done === tasks) return;
+    const counts = `${done} of ${count(tasks, "line")} done, ${begun - done} in flight, ${failed} failed`;
+    this.manner.out(counts);
+    this.#progressShown = true;
+  }
+
+  #clearProgress(): void {
+    if (this.#progressShown) this.manner.out("\r\x1b[K");
+    this.#progressShown = false;
+  }
+}
+
+/** The `--json` document. Dates are ISO 8601, fingerprints SHA-256 in hexadecimal. */
+function document(mode: Mode, events: readonly Event[], { kept, owed }: Summary): object {
+  const of = <K extends Event["kind"]>(kind: K) =>
+    events.filter((event) => event.kind === kind) as Extract<Event, { kind: K }>[];
+  const failure = (error: Error) => ({
+    error: errorText(error),
+    problem: (error as { problem?: unknown }).problem,
+  });
+  return {
+    mode,
+    notes: of("notice").map(({ text }) => text),
+    due: of("plan").flatMap(({ plan }) => plan.tasks).flatMap(({ due }) => due).map(({ entry, reason }) => ({
+      names: entry.line.names,
+      keyType: entry.keyType,
+      reason: reasonText(reason),
+    })),
+    issued: of("issued").map(({ due, certificate, seconds }) => ({
+      names: due.entry.line.names,
+      keyType: due.entry.keyType,
+      reason: reasonText(due.reason),
+      notAfter: certificate.notAfter,
+      fingerprint: certificate.fingerprint,
+      seconds,
+    })),
+    failed: [
+      ...of("failed").map(({ due, error }) => ({
+        names: due[0]!.entry.line.names,
+        keyTypes: due.map(({ entry }) => entry.keyType),
+        ...failure(error),
+      })),
+      ...of("no CA").flatMap(({ tasks, error }) =>
+        tasks.map(({ line, due }) => ({
+          names: line.names,
+          keyTypes: due.map(({ entry }) => entry.keyType),
+          ...failure(error),
+        }))
+      ),
+    ],
+    kept: kept.map(({ entry, renewAt, rule, notAfter }) => ({
+      names: entry.line.names,
+      keyType: entry.keyType,
+      renewAt,
+      rule,
+      notAfter,
+    })),
+    deliveries: of("delivery").map(({ delivery: { section, entries, commands, error } }) => ({
+      section,
+      certificates: entries.map(({ line, keyType }) => ({ names: line.names, keyType })),
+      commands: commands.map(({ outcome: { command, seconds } }) => ({ command, seconds })),
+      ...(error !== undefined && failure(error)),
+    })),
+    owed,
+  };
+}

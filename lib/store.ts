@@ -1,0 +1,489 @@
+/**
+ * What stands below `conf/test` and `conf/prod`: the names of its files, what is found in them, and every change to them.
+ *
+ * The only writer there. Keeps the names of the Python original, so that its directories are taken over in place. Files
+ * are written beside their target, flushed and renamed; an OS lock on `.lock` keeps a second run out. What to do about
+ * what is found is for `plan.ts` to say.
+ */
+
+import { createHash } from "node:crypto";
+import { lstatSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
+import type { Config, KeyType, Line, Mode } from "./config.ts";
+import { type Certificate, coversExactly, isKeyOf, isPrivateKey, readCertificate } from "./x509.ts";
+
+/** What was found of one certificate and its key. */
+export type Finding =
+  | { readonly kind: "present"; readonly certificate: Certificate }
+  | { readonly kind: "missing"; readonly what: "certificate" | "key" }
+  | { readonly kind: "unreadable"; readonly what: "certificate" | "key"; readonly detail: string }
+  | { readonly kind: "other names"; readonly certificate: Certificate }
+  | { readonly kind: "other key"; readonly certificate: Certificate };
+
+/** One certificate of the configuration as it stands on disk. */
+export interface Entry {
+  readonly line: Line;
+  readonly keyType: KeyType;
+  /** What the names of its files begin with. */
+  readonly stem: string;
+  readonly finding: Finding;
+}
+
+/** A certificate received and checked, with what belongs to it. */
+export interface Issued {
+  /** PEM; the key that is on disk already, or a new one that replaces it. */
+  readonly keyPem: string;
+  readonly csrPem: string;
+  readonly chainPem: string;
+  readonly certificate: Certificate;
+}
+
+/** Absolute paths of the files of one certificate. */
+export interface Files {
+  readonly key: string;
+  readonly csr: string;
+  readonly cert: string;
+}
+
+/** What one section still has to deliver. Dates are ISO 8601. */
+export interface Debt {
+  since: string;
+  /** base name of the certificate file -> fingerprint of the newest certificate that is owed */
+  certificates: Record<string, string>;
+  attempts: number;
+  retryAt?: string;
+  lastError?: string;
+}
+
+/** `state.json`: what one run tells the next. */
+export interface State {
+  version: 1;
+  /** "<directory URL> <thumbprint of the account key>" -> account URL */
+  accounts: Record<string, string>;
+  /** name of a section -> what it owes */
+  owed: Record<string, Debt>;
+}
+
+/** Another run holds the lock. */
+export class LockedError extends Error {
+  override readonly name = "LockedError";
+}
+
+const FILE_NAME_MAX = 255;
+const TEMPORARY = ".new";
+
+/** Directory of one mode's files. */
+export function modeDirectory(config: Config, mode: Mode): string {
+  return join(config.directory, mode);
+}
+
+/** Base names of the files of `stem`, those of the original. */
+function fileNames(config: Config, mode: Mode, stem: string, keyType: KeyType): Files {
+  const tag = (keyType === "rsa" ? config.rsaTag : config.curveTag) + (mode === "test" ? ".test" : "");
+  return {
+    key: `${stem}-key.${tag}.pem`,
+    csr: `${stem}-csr.${tag}.csr`,
+    cert: `${stem}-cert-combined.${tag}.pem`,
+  };
+}
+
+/** Absolute paths of the files of one certificate. */
+export function filesOf(config: Config, mode: Mode, entry: Pick<Entry, "stem" | "keyType">): Files {
+  const names = fileNames(config, mode, entry.stem, entry.keyType);
+  const base = modeDirectory(config, mode);
+  return {
+    key: join(base, "key", names.key),
+    csr: join(base, "csr", names.csr),
+    cert: join(base, "cert", names.cert),
+  };
+}
+
+/**
+ * What the file names of a certificate begin with: its names joined by `_`, the primary first. Where the longest file
+ * name would exceed 255 bytes, the primary (cut if need be), the count of names and a digest of the whole.
+ */
+export function stemOf(config: Config, mode: Mode, names: readonly string[]): string {
+  const stem = names.map((name) => name.replace("*", "_wildcard").replaceAll(":", "-")).join("_");
+  const longest = Math.max(
+    ...(["rsa", "ec"] as const).map((type) => fileNames(config, mode, "", type).cert.length),
+  );
+  if (stem.length + longest <= FILE_NAME_MAX) return stem;
+  const rest = `_${names.length}names_${sha256(stem).slice(0, 12)}`;
+  return names[0]!.replace("*", "_wildcard").slice(0, FILE_NAME_MAX - longest - rest.length) + rest;
+}
+
+/**
+ * The line whose files a name's own file names stand for: the one that has this name alone, else the first that has it.
+ * Each name of a line of several is linked to the bundle by the line that owns it.
+ */
+function linkOwners(config: Config): Map<string, Line> {
+  const owners = new Map<string, Line>();
+  for (const line of config.lines) if (line.names.length === 1) owners.set(line.names[0]!, line);
+  for (const line of config.lines) {
+    for (const name of line.names) if (!owners.has(name)) owners.set(name, line);
+  }
+  return owners;
+}
+
+/** Reads what is on disk for every certificate of the configuration, in the order of `domains`. Changes nothing. */
+export function readInventory(config: Config, mode: Mode): Entry[] {
+  return config.lines.flatMap((line) =>
+    config.keyTypes.map((keyType) => readEntry(config, mode, line, keyType))
+  );
+}
+
+function readEntry(config: Config, mode: Mode, line: Line, keyType: KeyType): Entry {
+  const stem = stemOf(config, mode, line.names);
+  const entry = {
+    line,
+    keyType,
+    stem,
+    finding: inspect(filesOf(config, mode, { stem, keyType }), line.names),
+  };
+  if (line.names.length < 3 || entry.finding.kind !== "missing") return entry;
+  const other = stemInOtherOrder(config, mode, line, keyType);
+  if (other === undefined) return entry;
+  return {
+    ...entry,
+    stem: other,
+    finding: inspect(filesOf(config, mode, { stem: other, keyType }), line.names),
+  };
+}
+
+/**
+ * The original left it to chance in which order names that differ in the last label alone (`example.net example.org`)
+ * stand in a stem. The link of the primary tells which it was.
+ */
+function stemInOtherOrder(config: Config, mode: Mode, line: Line, keyType: KeyType): string | undefined {
+  const link = filesOf(config, mode, { stem: stemOf(config, mode, line.names.slice(0, 1)), keyType }).cert;
+  const target = linkTarget(link);
+  const end = fileNames(config, mode, "", keyType).cert;
+  if (target === undefined || target.includes("/") || !target.endsWith(end)) return undefined;
+  const stem = target.slice(0, -end.length);
+  const names = stem.split("_");
+  return names.length === line.names.length && line.names.every((name) => names.includes(name))
+    ? stem
+    : undefined;
+}
+
+function inspect(files: Files, names: readonly string[]): Finding {
+  const certPem = readIfThere(files.cert, "certificate");
+  if (typeof certPem !== "string") return certPem;
+  const keyPem = readIfThere(files.key, "key");
+  if (typeof keyPem !== "string") return keyPem;
+  let certificate: Certificate;
+  try {
+    certificate = readCertificate(certPem);
+  } catch {
+    return { kind: "unreadable", what: "certificate", detail: "not a PEM certificate" };
+  }
+  try {
+    if (!isKeyOf(keyPem, certificate)) return { kind: "other key", certificate };
+  } catch {
+    return { kind: "unreadable", what: "key", detail: "not an unencrypted PEM private key" };
+  }
+  return { kind: coversExactly(certificate, names) ? "present" : "other names", certificate };
+}
+
+function readIfThere(path: string, what: "certificate" | "key"): string | Finding {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    const { code } = error as { code?: string };
+    return code === "ENOENT"
+      ? { kind: "missing", what }
+      : { kind: "unreadable", what, detail: code ?? String(error) };
+  }
+}
+
+function linkTarget(path: string): string | undefined {
+  try {
+    return readlinkSync(path);
+  } catch {
+    return undefined;
+  }
+}
+
+/** Makes a secret file that must not exist yet, and the directories to it. Throws Deno.errors.AlreadyExists. */
+export async function createSecret(path: string, text: string): Promise<void> {
+  Deno.mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
+  const temporary = await writeTemporary(path, text, 0o600);
+  try {
+    Deno.linkSync(temporary, path); // unlike a rename, never replaces
+  } finally {
+    removeIfThere(temporary);
+  }
+  syncDirectory(dirname(path));
+}
+
+/** What `state.json` holds, or why it cannot be used. Changes nothing. */
+export function readState(config: Config, mode: Mode): State | { readonly unusable: string } {
+  let text: string;
+  try {
+    text = readFileSync(join(modeDirectory(config, mode), "state.json"), "utf8");
+  } catch (error) {
+    if ((error as { code?: string }).code === "ENOENT") return emptyState();
+    return { unusable: (error as Error).message };
+  }
+  try {
+    const state = JSON.parse(text) as State;
+    if (state?.version !== 1) {
+      return { unusable: `version ${JSON.stringify(state?.version)} is not known here` };
+    }
+    return checkedState(state) ?? { unusable: "not as lematt writes it" };
+  } catch {
+    return { unusable: "not JSON" };
+  }
+}
+
+function emptyState(): State {
+  return { version: 1, accounts: {}, owed: {} };
+}
+
+function checkedState(state: State): State | undefined {
+  const strings = (value: unknown) =>
+    isRecord(value) && Object.values(value).every((entry) => typeof entry === "string");
+  const isDebt = (debt: Debt) =>
+    isRecord(debt) && isDate(debt.since) && strings(debt.certificates) && Number.isInteger(debt.attempts) &&
+    (debt.retryAt === undefined || isDate(debt.retryAt)) &&
+    ["string", "undefined"].includes(typeof debt.lastError);
+  const complete = { ...emptyState(), ...state };
+  if (!strings(complete.accounts)) return undefined;
+  return isRecord(complete.owed) && Object.values(complete.owed).every(isDebt) ? complete : undefined;
+}
+
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isDate(value: unknown): boolean {
+  return typeof value === "string" && !Number.isNaN(Date.parse(value));
+}
+
+/** One mode's directory, held under its lock until disposed of. */
+export class Store implements Disposable {
+  #written: Promise<void> = Promise.resolve();
+  #waiting: Promise<void> | undefined;
+  readonly #owners: Map<string, Line>;
+
+  private constructor(
+    private readonly config: Config,
+    private readonly mode: Mode,
+    private readonly lock: Deno.FsFile,
+    /** Changed in memory, kept by `saveState`. */
+    readonly state: State,
+    /** What the caller should say: a state that was set aside, say. */
+    readonly notices: readonly string[],
+  ) {
+    this.#owners = linkOwners(config);
+  }
+
+  /** Makes the directories, takes the lock (throws LockedError), and mends what a run that was cut off left behind. */
+  static open(config: Config, mode: Mode, now: Date): Store {
+    const base = modeDirectory(config, mode);
+    makeDirectory(base, 0o755);
+    const lock = takeLock(join(base, ".lock"), mode);
+    try {
+      makeDirectory(join(base, "key"), 0o700);
+      makeDirectory(join(base, "csr"), 0o755);
+      makeDirectory(join(base, "cert"), 0o755);
+      const notices: string[] = [];
+      let state = readState(config, mode);
+      if ("unusable" in state) {
+        const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
+        Deno.renameSync(join(base, "state.json"), join(base, aside));
+        notices.push(`cannot use ${mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`);
+        state = emptyState();
+      }
+      const store = new Store(config, mode, lock, state, notices);
+      store.#completeCommits();
+      return store;
+    } catch (error) {
+      lock.close();
+      throw error;
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.lock.close();
+  }
+
+  /** The private key that stands there, to be used again; a link is another certificate's, and so none of this one's. */
+  keyOf(entry: Entry): string | undefined {
+    const { key } = filesOf(this.config, this.mode, entry);
+    if (!lstatSync(key, { throwIfNoEntry: false })?.isFile()) return undefined;
+    const keyPem = readFileSync(key, "utf8");
+    return isPrivateKey(keyPem) ? keyPem : undefined;
+  }
+
+  /**
+   * Puts a certificate, and its key where that is new, in the place of the old. Both are complete on disk before the
+   * first is renamed, so that a run cut off between the two renames is completed by the next.
+   */
+  async commit(entry: Entry, issued: Issued): Promise<void> {
+    const files = filesOf(this.config, this.mode, entry);
+    const renames: [string, string][] = [];
+    if (this.keyOf(entry) !== issued.keyPem) {
+      renames.push([await writeTemporary(files.key, issued.keyPem, 0o600), files.key]);
+    }
+    renames.push([await writeTemporary(files.cert, issued.chainPem, 0o644), files.cert]);
+    for (const [from, to] of renames) await Deno.rename(from, to);
+    await Deno.rename(await writeTemporary(files.csr, issued.csrPem, 0o644), files.csr);
+    this.link(entry);
+    for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
+  }
+
+  /** Makes the links by which each name of a line of several finds the bundle, where they are not right already. */
+  link(entry: Entry): void {
+    const { line, keyType } = entry;
+    if (line.names.length === 1) return;
+    const bundle = filesOf(this.config, this.mode, entry);
+    for (const name of line.names) {
+      if (this.#owners.get(name) !== line) continue;
+      const own = filesOf(this.config, this.mode, { stem: stemOf(this.config, this.mode, [name]), keyType });
+      for (const what of ["key", "cert"] as const) linkTo(own[what], basename(bundle[what]));
+    }
+  }
+
+  /** Every path under which a certificate, and its key, are found: the bundle and the links to it. */
+  pathsOf(entry: Entry): { certs: string[]; keys: string[] } {
+    const linked = entry.line.names.length === 1 ? [] : entry.line.names
+      .filter((name) => this.#owners.get(name) === entry.line)
+      .map((name) => ({ stem: stemOf(this.config, this.mode, [name]), keyType: entry.keyType }));
+    const files = [entry, ...linked].map((each) => filesOf(this.config, this.mode, each));
+    return { certs: files.map(({ cert }) => cert), keys: files.map(({ key }) => key) };
+  }
+
+  /** Keeps `state` as it is now. Whoever asks while it is being written shares the next writing. */
+  saveState(): Promise<void> {
+    return this.#waiting ??= this.#written.catch(() => {}).then(() => {
+      this.#waiting = undefined;
+      return this.#written = this.#writeState();
+    });
+  }
+
+  async #writeState(): Promise<void> {
+    const path = join(modeDirectory(this.config, this.mode), "state.json");
+    const text = JSON.stringify(this.state, undefined, 1) + "\n";
+    await Deno.rename(await writeTemporary(path, text, 0o600), path);
+    syncDirectory(dirname(path));
+  }
+
+  /** What `note` left that a run which was cut off has not cleaned up. */
+  notes(): string[] {
+    return (readIfPresent(this.#notesPath) ?? "").split("\n").slice(0, -1);
+  }
+
+  /** Remembers, before it is done, something outside that must be undone even if this run is cut off. One line of text. */
+  note(text: string): void {
+    Deno.writeTextFileSync(this.#notesPath, `${text}\n`, { append: true, mode: 0o600 });
+  }
+
+  /** Forgets all notes: everything noted has been undone. */
+  clearNotes(): void {
+    removeIfThere(this.#notesPath);
+  }
+
+  get #notesPath(): string {
+    return join(modeDirectory(this.config, this.mode), ".cleanup");
+  }
+
+  /**
+   * After a run that was cut off: a complete pair of temporaries, or a certificate that is for the key already in place,
+   * takes its place; whatever else was left half done is removed.
+   */
+  #completeCommits(): void {
+    const base = modeDirectory(this.config, this.mode);
+    const left = ["key", "csr", "cert", "."].flatMap((directory) =>
+      readdirSync(join(base, directory)).filter((name) => name.endsWith(TEMPORARY))
+        .map((name) => join(base, directory, name))
+    );
+    if (left.length === 0) return;
+    for (const entry of readInventory(this.config, this.mode)) {
+      const files = filesOf(this.config, this.mode, entry);
+      const [newKey, newCert] = [temporaryOf(files.key), temporaryOf(files.cert)];
+      if (!left.includes(newCert)) continue;
+      const keyIsNew = left.includes(newKey);
+      const pair = { key: keyIsNew ? newKey : files.key, csr: files.csr, cert: newCert };
+      if (inspect(pair, entry.line.names).kind !== "present") continue;
+      if (keyIsNew) Deno.renameSync(newKey, files.key);
+      Deno.renameSync(newCert, files.cert);
+      this.link(entry);
+    }
+    left.forEach(removeIfThere);
+  }
+}
+
+function takeLock(path: string, mode: Mode): Deno.FsFile {
+  const file = Deno.openSync(path, { write: true, create: true, mode: 0o600 });
+  let locked: boolean;
+  try {
+    locked = file.tryLockSync(true);
+  } catch (error) {
+    file.close();
+    throw new Error(`cannot lock ${path}: ${(error as Error).message}; the file system must support locks`);
+  }
+  if (locked) return file;
+  file.close();
+  throw new LockedError(`another --${mode} run is under way (it holds ${path})`);
+}
+
+function makeDirectory(path: string, mode: number): void {
+  try {
+    Deno.mkdirSync(path, { mode });
+  } catch (error) {
+    if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
+  }
+}
+
+/** Name beside `path`; short, since that of `path` may use all 255 bytes, and derived, so that the next run finds it. */
+function temporaryOf(path: string): string {
+  return join(dirname(path), `.${sha256(basename(path)).slice(0, 16)}${TEMPORARY}`);
+}
+
+/** Writes and flushes the temporary of `path`, with exactly `mode` whatever the umask. */
+async function writeTemporary(path: string, text: string, mode: number): Promise<string> {
+  const temporary = temporaryOf(path);
+  removeIfThere(temporary);
+  using file = await Deno.open(temporary, { write: true, createNew: true, mode: 0o600 });
+  const bytes = new TextEncoder().encode(text);
+  for (let written = 0; written < bytes.length;) written += await file.write(bytes.subarray(written));
+  if (mode !== 0o600) await Deno.chmod(temporary, mode);
+  await file.sync();
+  return temporary;
+}
+
+function linkTo(path: string, target: string): void {
+  if (linkTarget(path) === target) return;
+  const temporary = temporaryOf(path);
+  removeIfThere(temporary);
+  Deno.symlinkSync(target, temporary);
+  Deno.renameSync(temporary, path);
+}
+
+/** A rename is on disk once its directory is. */
+function syncDirectory(path: string): void {
+  using directory = Deno.openSync(path);
+  directory.syncSync();
+}
+
+function readIfPresent(path: string): string | undefined {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    if ((error as { code?: string }).code === "ENOENT") return undefined;
+    throw error;
+  }
+}
+
+function removeIfThere(path: string): void {
+  try {
+    Deno.removeSync(path);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  }
+}
+
+function sha256(text: string): string {
+  return createHash("sha256").update(text).digest("hex");
+}

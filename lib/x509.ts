@@ -1,0 +1,242 @@
+/**
+ * Keys, certificate signing requests, and the facts that a certificate states.
+ *
+ * Works on text and bytes alone: it knows neither files nor the network. `@peculiar/x509`, imported here and nowhere
+ * else, is loaded when the first CSR is made; reading certificates is left to `node:crypto`, some twenty times faster,
+ * since a run reads them all and mostly has nothing else to do.
+ *
+ * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
+ */
+
+import { createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
+import { isIP } from "node:net";
+
+/** What key to make. */
+export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
+  readonly type: "ec";
+  readonly curve: "P-256" | "P-384" | "P-521";
+};
+
+/** What a certificate says of itself. */
+export interface Certificate {
+  /** DNS names and IP addresses of the subjectAltName, lower-case, in the certificate's order. */
+  readonly names: readonly string[];
+  readonly notBefore: Date;
+  readonly notAfter: Date;
+  /** SHA-256 of the DER, lower-case hexadecimal without colons. */
+  readonly fingerprint: string;
+  /** Distinguished name of the issuer, one attribute a line, as `node:crypto` writes it. */
+  readonly issuer: string;
+  /** DER of the SubjectPublicKeyInfo. */
+  readonly publicKey: Uint8Array;
+  /** DER of the whole certificate. */
+  readonly der: Uint8Array;
+}
+
+/** A chain from the CA that is not what was asked for; the message says in which respect. */
+export class ChainError extends Error {
+  override readonly name = "ChainError";
+}
+
+const PEM_CERTIFICATE = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g;
+const PEM_PRIVATE_KEY = /-----BEGIN ((?:RSA |EC )?PRIVATE KEY)-----([^-]+)-----END \1-----/;
+
+/** How far the CA's clock may be ahead of ours: an hour, which is what Let's Encrypt back-dates by. */
+const CLOCK_SKEW_MS = 3600_000;
+
+/** The first certificate in `pem`. Throws where there is none that can be read. */
+export function readCertificate(pem: string): Certificate {
+  return certificateFacts(new X509Certificate(pem));
+}
+
+function certificateFacts(certificate: X509Certificate): Certificate {
+  return {
+    names: alternativeNames(certificate.subjectAltName ?? ""),
+    notBefore: new Date(certificate.validFrom),
+    notAfter: new Date(certificate.validTo),
+    fingerprint: certificate.fingerprint256.replaceAll(":", "").toLowerCase(),
+    issuer: certificate.issuer,
+    publicKey: certificate.publicKey.export({ type: "spki", format: "der" }),
+    der: certificate.raw,
+  };
+}
+
+/** `DNS:example.com, IP Address:192.0.2.1` as a list; a name that node had to quote stays quoted and so equals none of ours. */
+function alternativeNames(text: string): string[] {
+  return text.split(", ").filter((entry) => entry !== "").map((entry) => {
+    const [, kind, value] = /^(DNS|IP Address):(.*)$/.exec(entry) ?? [];
+    if (kind === "DNS") return value!.toLowerCase();
+    return kind === undefined ? entry : canonicalAddress(value!);
+  });
+}
+
+/** An IP address in the text form of RFC 5952, as WHATWG URLs write it. */
+function canonicalAddress(text: string): string {
+  return isIP(text) === 6 ? new URL(`http://[${text}]`).hostname.slice(1, -1) : text;
+}
+
+/** Whether `certificate` is for exactly `names`, whatever their order. */
+export function coversExactly(certificate: Certificate, names: readonly string[]): boolean {
+  const certified = new Set(certificate.names);
+  return certified.size === names.length && names.every((name) => certified.has(name));
+}
+
+/**
+ * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of `certificate`. Throws where it is no readable key.
+ *
+ * Every one of those formats normally holds the public half as the very bytes that stand in the certificate, so
+ * looking for them decides almost always; only where they are absent is the key itself built, which costs a hundred
+ * times more.
+ */
+export function isKeyOf(keyPem: string, certificate: Certificate): boolean {
+  const key = privateKeyDer(keyPem);
+  if (key.includes(publicBits(certificate.publicKey))) return true;
+  const own = createPublicKey(createPrivateKey(keyPem)).export({ type: "spki", format: "der" });
+  return own.equals(certificate.publicKey);
+}
+
+/** Whether `pem` is an unencrypted private key that can be used. */
+export function isPrivateKey(pem: string): boolean {
+  try {
+    return ["rsa", "ec"].includes(createPrivateKey(pem).asymmetricKeyType ?? "");
+  } catch {
+    return false;
+  }
+}
+
+/** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
+function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array): boolean } {
+  const encoded = PEM_PRIVATE_KEY.exec(pem)?.[2];
+  if (encoded === undefined) throw new Error("not an unencrypted PEM private key");
+  const der = Buffer.from(encoded, "base64");
+  if (der[0] !== 0x30 || element(der, 0).end !== der.length) throw new Error("truncated private key");
+  return der as unknown as Uint8Array & { includes(bytes: Uint8Array): boolean };
+}
+
+/** Of a SubjectPublicKeyInfo, what a private key repeats: an EC point, or modulus and exponent of RSA. */
+function publicBits(spki: Uint8Array): Uint8Array {
+  const outer = element(spki, 0);
+  const bitString = element(spki, element(spki, outer.start).end);
+  const bits = bitString.start + 1; // behind the count of unused bits
+  return spki.subarray(spki[bits] === 0x30 ? element(spki, bits).start : bits, bitString.end);
+}
+
+/** Where the content of the DER element at `offset` starts and ends (X.690 §8.1.3; lengths below 16 MiB). */
+function element(der: Uint8Array, offset: number): { start: number; end: number } {
+  const first = der[offset + 1] ?? 0;
+  const octets = first < 0x80 ? 0 : first & 0x7f;
+  let length = octets === 0 ? first : 0;
+  for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
+  const start = offset + 2 + octets;
+  return { start, end: start + length };
+}
+
+/** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
+export async function generateKey(spec: KeySpec): Promise<string> {
+  const pair = await crypto.subtle.generateKey(keyAlgorithm(spec), true, ["sign", "verify"]) as CryptoKeyPair;
+  return pem("PRIVATE KEY", await crypto.subtle.exportKey("pkcs8", pair.privateKey));
+}
+
+function keyAlgorithm(spec: KeySpec) {
+  return spec.type === "ec" ? { name: "ECDSA", namedCurve: spec.curve } : {
+    name: "RSASSA-PKCS1-v1_5",
+    modulusLength: spec.bits,
+    publicExponent: new Uint8Array([1, 0, 1]),
+    hash: "SHA-256",
+  };
+}
+
+/** Private and public half of a PEM private key in any of the three formats. Throws where it is no RSA or EC key. */
+async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; hash: string }> {
+  const key = createPrivateKey(keyPem);
+  const curve = ({ prime256v1: "P-256", secp384r1: "P-384", secp521r1: "P-521" } as Record<string, string>)[
+    key.asymmetricKeyDetails?.namedCurve ?? ""
+  ];
+  if (key.asymmetricKeyType !== "rsa" && curve === undefined) throw new Error("neither an RSA nor an EC key");
+  // the digest that goes with the curve (FIPS 186-5); SHA-256 for RSA of any size
+  const hash = curve === "P-384" ? "SHA-384" : curve === "P-521" ? "SHA-512" : "SHA-256";
+  const algorithm = curve === undefined
+    ? { name: "RSASSA-PKCS1-v1_5", hash }
+    : { name: "ECDSA", namedCurve: curve };
+  const half = (kind: "pkcs8" | "spki", from: KeyObject, usage: KeyUsage) =>
+    crypto.subtle.importKey(
+      kind,
+      Uint8Array.from(from.export({ type: kind, format: "der" } as never) as unknown as Uint8Array),
+      algorithm,
+      true,
+      [usage],
+    );
+  const [privateKey, publicKey] = await Promise.all([
+    half("pkcs8", key, "sign"),
+    half("spki", createPublicKey(key), "verify"),
+  ]);
+  return { keys: { privateKey, publicKey }, hash };
+}
+
+/**
+ * A CSR for `names` (DNS names and IP addresses) signed by `keyPem`, as DER for the CA and PEM for the file.
+ * The first name is also the common name where it can be one: a DNS name of at most 64 characters (RFC 5280 A.1).
+ */
+export async function createCsr(
+  keyPem: string,
+  names: readonly string[],
+): Promise<{ der: Uint8Array; pem: string }> {
+  await import("reflect-metadata");
+  const x509 = await import("@peculiar/x509");
+  const { keys, hash } = await importKeyPair(keyPem);
+  const alternativeNames = names.map((value) => ({
+    type: isIP(value) ? "ip" as const : "dns" as const,
+    value,
+  }));
+  const primary = alternativeNames[0]!;
+  const csr = await x509.Pkcs10CertificateRequestGenerator.create({
+    name: primary.type === "dns" && primary.value.length <= 64 ? [{ CN: [primary.value] }] : [],
+    keys,
+    signingAlgorithm: { ...keys.privateKey.algorithm, hash } as EcdsaParams,
+    extensions: [new x509.SubjectAlternativeNameExtension(alternativeNames)],
+  });
+  return { der: new Uint8Array(csr.rawData), pem: pem("CERTIFICATE REQUEST", csr.rawData) };
+}
+
+/**
+ * Makes sure that a chain received is what was asked for: it parses, its leaf is for exactly `names` and for `keyPem`
+ * and valid now, and each certificate is signed by the next. Returns the leaf; throws ChainError.
+ */
+export function checkChain(
+  chainPem: string,
+  names: readonly string[],
+  keyPem: string,
+  now: Date,
+): Certificate {
+  const blocks = chainPem.match(PEM_CERTIFICATE) ?? [];
+  if (blocks.length === 0) throw new ChainError("no certificate in the answer");
+  let chain: X509Certificate[];
+  try {
+    chain = blocks.map((block) => new X509Certificate(block));
+  } catch {
+    throw new ChainError("a certificate that cannot be parsed");
+  }
+  const leaf = certificateFacts(chain[0]!);
+  if (!isKeyOf(keyPem, leaf)) throw new ChainError("the certificate is for another key");
+  if (!coversExactly(leaf, names)) {
+    throw new ChainError(`the certificate is for other names: ${leaf.names.join(" ")}`);
+  }
+  if (leaf.notAfter <= now) throw new ChainError(`the certificate expired at ${leaf.notAfter.toISOString()}`);
+  if (leaf.notBefore.getTime() > now.getTime() + CLOCK_SKEW_MS) {
+    throw new ChainError(
+      `the certificate is not valid before ${leaf.notBefore.toISOString()}; is this clock right?`,
+    );
+  }
+  for (let i = 0; i + 1 < chain.length; i++) {
+    const [subject, issuer] = [chain[i]!, chain[i + 1]!];
+    if (!subject.checkIssued(issuer) || !subject.verify(issuer.publicKey)) {
+      throw new ChainError(`broken chain: certificate ${i + 1} is not issued by certificate ${i + 2}`);
+    }
+  }
+  return leaf;
+}
+
+function pem(label: string, der: ArrayBuffer): string {
+  const lines = Buffer.from(der).toString("base64").match(/.{1,64}/g) ?? [];
+  return `-----BEGIN ${label}-----\n${lines.join("\n")}\n-----END ${label}-----\n`;
+}

@@ -1,0 +1,309 @@
+// lib/ini.ts: what each form of line means, which line each fault names, and that Python's own configparser, where
+// it is installed, agrees about thousands of generated files.
+import { deepStrictEqual as same, ok } from "node:assert/strict";
+import { lineFinder, parseIni, printable, valueOf } from "../lib/ini.ts";
+
+/** Sections -> keys -> values, as Python would give them; null for a value that cannot be substituted. */
+function read(text: string): Record<string, Record<string, string | null>> | null {
+  const ini = parseIni(text);
+  if (ini.faults.length) return null;
+  return Object.fromEntries(
+    ini.sections.map((section) => {
+      const keys = new Set([...ini.defaults.entries.keys(), ...section.entries.keys()]);
+      return [
+        section.name,
+        Object.fromEntries(
+          [...keys].sort().map((key) => {
+            const value = valueOf(ini, section, key)!;
+            return [key, value.fault ? null : value.text];
+          }),
+        ),
+      ];
+    }),
+  );
+}
+
+const accepted: [behaviour: string, text: string, sections: ReturnType<typeof read>][] = [
+  ["reads both delimiters", "[a]\nx: 1\ny=2\nz  =  a:b=c\n", { a: { x: "1", y: "2", z: "a:b=c" } }],
+  ["finds keys whatever their case", "[a]\nKeyBitsRSA: 2048\n", { a: { keybitsrsa: "2048" } }],
+  ["keeps sections apart by case", "[a]\n[A]\nx: 1\n", { a: {}, A: { x: "1" } }],
+  ["skips whole-line comments, indented ones too", "# c\n[a]\n  ; c\nx: 1\n   # c\n", { a: { x: "1" } }],
+  ["keeps what looks like a comment behind a value", "[a]\nx: 1 # one ; two\n", {
+    a: { x: "1 # one ; two" },
+  }],
+  ["joins indented lines", "[a]\nx: [\n  1,\n\t2 ]\ny:\n 3\n", { a: { x: "[\n1,\n2 ]", y: "\n3" } }],
+  ["keeps blank lines within a value, not at its end", "[a]\nx: 1\n\n 2\n\n\ny: 3\n", {
+    a: { x: "1\n\n2", y: "3" },
+  }],
+  ["drops comments within a value", "[a]\nx: 1\n# c\n  ; c\n 2\n", { a: { x: "1\n2" } }],
+  ["reads a key that is as deep as the one before", "[a]\n  x: 1\n  y: 2\n   z: 3\n", {
+    a: { x: "1", y: "2\nz: 3" },
+  }],
+  ["reads an indented key after a header", "  [a]\n    x: 1\n", { a: { x: "1" } }],
+  ["takes a header up to its last bracket", "[a] b] c\nx: 1\n", { "a] b": { x: "1" } }],
+  ["reads empty values", "[a]\nx:\ny =\n", { a: { x: "", y: "" } }],
+  ["reads CRLF, CR and a byte order mark", "\ufeff[a]\r\nx: 1\ry: 2\r\n", { a: { x: "1", y: "2" } }],
+  ["falls back to [DEFAULT], wherever it stands", "[a]\nx: 1\n[b]\n[DEFAULT]\nx: 2\n", {
+    a: { x: "1" },
+    b: { x: "2" },
+  }],
+  [
+    "substitutes in the light of the section",
+    "[DEFAULT]\nto: %(host)s:/etc\n[a]\nhost: one\n[b]\nHost: two\n",
+    {
+      a: { host: "one", to: "one:/etc" },
+      b: { host: "two", to: "two:/etc" },
+    },
+  ],
+  ["reads %% as a percent sign", "[a]\nx: date +%%Y %%(y)s\n", { a: { x: "date +%Y %(y)s" } }],
+  ["fails only the value that lacks a key", "[a]\nx: %(no)s\ny: 1\n", { a: { x: null, y: "1" } }],
+  ["fails a lone percent sign", "[a]\nx: 5%\ny: %H\nz: %()s\nw: %(x\n", {
+    a: { x: null, y: null, z: null, w: null },
+  }],
+  ["fails a circle", "[a]\nx: %(y)s\ny: %(x)s\n", { a: { x: null, y: null } }],
+  ["reads an empty file", "", {}],
+  ["is not fooled by names of Object's own", "[__proto__]\nconstructor: 1\ntoString: 2\n", {
+    ["__proto__"]: { constructor: "1", tostring: "2" },
+  }],
+];
+for (const [behaviour, text, sections] of accepted) {
+  Deno.test(`parseIni() ${behaviour}`, () => same(read(text), sections));
+}
+
+const refused: [behaviour: string, text: string, faults: string[]][] = [
+  ["a key before any section, once", "x: 1\ny: 2\n[a]\n", [
+    '1 Cannot read "x: 1": it stands before any [section]',
+  ]],
+  ["a section that is there twice", "[a]\n[b]\n[a]\n", [
+    "3 Cannot use section [a] twice: it began in line 1",
+  ]],
+  ["a key that is there twice", "[a]\nx: 1\nX: 2\n[DEFAULT]\ny:\n[DEFAULT]\ny:\n", [
+    '3 Cannot use key "X" twice in one section: it is in line 2 already',
+    '7 Cannot use key "y" twice in one section: it is in line 5 already',
+  ]],
+  ["a line that is nothing", "[a]\nupdate: [\n  1,\n]\n", [
+    '4 Cannot read "]": neither a [section] nor a "key: value"; indent it if it continues "update" of line 2',
+  ]],
+  ["a value without a key", "[a]\n: 1\n  = 2\n", [
+    '2 Cannot read ": 1": there is no key before the delimiter',
+    '3 Cannot read "= 2": there is no key before the delimiter',
+  ]],
+  ["every faulty line, not the first", "x\n[]\n[a]\nx\n[a]\ny\n", [
+    '1 Cannot read "x": it stands before any [section]',
+    '4 Cannot read "x": neither a [section] nor a "key: value"',
+    "5 Cannot use section [a] twice: it began in line 3",
+    '6 Cannot read "y": neither a [section] nor a "key: value"',
+  ]],
+];
+for (const [behaviour, text, faults] of refused) {
+  Deno.test(`parseIni() refuses ${behaviour}`, () => {
+    const told = parseIni(text).faults.map(({ line, text, hint }) =>
+      `${line} ${text}${hint?.startsWith("indent") ? `; ${hint}` : ""}`
+    );
+    same(told, faults);
+  });
+}
+
+Deno.test("parseIni() lets the text override built-in fallbacks, and substitutes them", () => {
+  const ini = parseIni("[DEFAULT]\nbits: 4096\n[a]\ntag: rsa%(bits)s-%(curve)s\n", {
+    bits: "2048",
+    Curve: "P-256",
+  });
+  same(ini.faults, []);
+  const value = valueOf(ini, ini.sections[0]!, "tag")!;
+  same(value.text, "rsa4096-P-256");
+  same([...ini.used], ["bits", "curve"]);
+  same(valueOf(ini, ini.sections[0]!, "curve")!.entry.line, 0);
+});
+
+Deno.test("lineFinder() knows the line of each character, comments and blank lines counted", () => {
+  const ini = parseIni("[a]\nx: one\n\n# comment\n  two\n  three\n");
+  const value = valueOf(ini, ini.sections[0]!, "x")!;
+  same(value.text, "one\n\ntwo\nthree");
+  const lineAt = lineFinder(value);
+  same(["one", "two", "three"].map((word) => lineAt(value.text.indexOf(word))), [2, 5, 6]);
+});
+
+Deno.test("valueOf() names the line and the mend of what it cannot substitute", () => {
+  const ini = parseIni("[a]\nx: 1\ny: %(Host)s\nz: 5%\n");
+  same(["y", "z"].map((key) => valueOf(ini, ini.sections[0]!, key)!.fault), [
+    {
+      line: 3,
+      text: 'Cannot read "y": no key "Host" for "%(Host)s"',
+      hint: 'write it in this section or in [DEFAULT], or "%%" for a percent sign',
+    },
+    { line: 4, text: 'Cannot read "z": a lone "%" in it', hint: 'write "%%" for a percent sign' },
+  ]);
+});
+
+Deno.test("valueOf() ends substitutions that would grow without bound", () => {
+  const levels = Array.from({ length: 9 }, (_, n) => `x${n}: ${`%(x${n + 1})s`.repeat(40)}`);
+  for (const seed of ["seed", ""]) {
+    const ini = parseIni(`[a]\n${levels.join("\n")}\nx9: ${seed}\n`);
+    ok(valueOf(ini, ini.sections[0]!, "x0")!.fault?.text.includes("longer than a megabyte"));
+  }
+});
+
+Deno.test("parseIni() takes time in proportion to a hostile text", () => {
+  for (const unit of [" ", "%(", "[", "]", "=", "\n", "\r", "x:\n", "[x]\n"]) {
+    const ini = parseIni(`[a]\nx: a${unit.repeat(300_000)}b\n`);
+    for (const key of ini.sections[0]?.entries.keys() ?? []) valueOf(ini, ini.sections[0]!, key);
+  }
+});
+
+Deno.test("printable() hides nothing and lets nothing act on a terminal", () => {
+  same(
+    printable("a\tb\nc\x1b[31m\x07\u202e\u2028\x9b\ud800é"),
+    "a\\tb\\nc\\u{1b}[31m\\u{7}\\u{202e}\\u{2028}\\u{9b}\ufffdé",
+  );
+  same(printable("x".repeat(100)).length, 80);
+});
+
+// Python's own reader, told over standard input, so that one process serves all files.
+const PYTHON = `
+import configparser, io, json, sys
+def read(text):
+    parser = configparser.ConfigParser()
+    try:
+        parser.read_file(io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8-sig"))
+    except configparser.Error:
+        return None
+    def value(section, key):
+        try: return parser.get(section, key)
+        except configparser.InterpolationError: return None
+    return {s: {k: value(s, k) for k in sorted(parser[s])} for s in parser.sections()}
+json.dump([read(text) for text in json.load(sys.stdin)], sys.stdout)
+`;
+
+async function python(texts: string[]): Promise<unknown[]> {
+  const child = new Deno.Command("python3", { args: ["-c", PYTHON], stdin: "piped", stdout: "piped" })
+    .spawn();
+  const [{ stdout }] = await Promise.all([
+    child.output(),
+    (async () => {
+      const writer = child.stdin.getWriter();
+      await writer.write(new TextEncoder().encode(JSON.stringify(texts)));
+      await writer.close();
+    })(),
+  ]);
+  return JSON.parse(new TextDecoder().decode(stdout));
+}
+
+const hasPython = await new Deno.Command("python3", { args: ["--version"], stdout: "null", stderr: "null" })
+  .output()
+  .then(({ success }) => success, () => false);
+
+Deno.test({
+  name: `parseIni() agrees with Python's configparser${hasPython ? "" : " (skipped: no python3)"}`,
+  ignore: !hasPython,
+  async fn() {
+    const seed = Number(Deno.env.get("LEMATT_SEED") ?? Date.now() % 2 ** 31);
+    const texts = [...chains(), ...generate(seed, 6000)];
+    const theirs = await python(texts);
+    for (const [index, text] of texts.entries()) {
+      same(read(text), theirs[index], `seed ${seed}, file ${index}: ${JSON.stringify(text)}`);
+      linesAreTrue(text);
+    }
+    const share = theirs.filter((answer) => answer !== null).length / texts.length;
+    ok(share > 0.25 && share < 0.75, `seed ${seed}: a share of ${share} was accepted, so little was tested`);
+  },
+});
+
+/** Every entry's line numbers lead back to its text. */
+function linesAreTrue(text: string) {
+  const lines = text.split(/\r\n|\r|\n/);
+  for (const { entries } of parseIni(text).sections) {
+    for (const { spelling, line, lines: numbers, raw } of entries.values()) {
+      ok(lines[line - 1]!.includes(spelling));
+      raw.split("\n").forEach((part, index) =>
+        ok(lines[numbers[index]! - 1]!.includes(part), JSON.stringify(text))
+      );
+    }
+  }
+}
+
+/** References in a row, around the depth at which Python gives up. */
+function chains(): string[] {
+  return [8, 9, 10, 11, 12].flatMap((length) =>
+    ["end", "%%"].map((last) =>
+      `[a]\n${Array.from({ length }, (_, n) => `x${n}: %(x${n + 1})s`).join("\n")}\nx${length}: ${last}\n`
+    )
+  );
+}
+
+/** Files from a grammar of what is written, and what is mistyped, in such files; every second one mutated. */
+function generate(seed: number, count: number): string[] {
+  const random = () => { // mulberry32
+    seed = (seed + 0x6d2b79f5) | 0;
+    let x = Math.imul(seed ^ (seed >>> 15), seed | 1);
+    x = (x + Math.imul(x ^ (x >>> 7), x | 61)) ^ x;
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
+  };
+  const pick = <T>(choices: readonly T[]): T => choices[Math.floor(random() * choices.length)]!;
+  const chance = (probability: number) => random() < probability;
+  const many = (most: number, make: () => string) =>
+    Array.from({ length: Math.floor(random() * (most + 1)) }, make).join("");
+
+  const blank = () => pick(["", "", "", " ", "  ", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "\f"]);
+  const end = () => pick(["\n", "\n", "\n", "\n", "\r\n", "\r", " \n"]);
+  const key = () =>
+    pick(["x", "X", "y", "Update", "long key", "é", "ẞ", "İx", "a%b", "uploadCerts", "z1", "z2"]);
+  const word = () =>
+    pick([
+      "",
+      "a",
+      "[1]",
+      "yes",
+      "# no",
+      "; no",
+      "a:b",
+      "c=d",
+      '["x"]',
+      "%%",
+      "%(x)s",
+      "%(Y)s",
+      "%(no)s",
+      "%",
+      "%(",
+      "%(x",
+      "%()s",
+      "%(x)d",
+      "\u2028",
+      "\ufeff",
+      "\x1d",
+      "é",
+      "]",
+      "[",
+    ]);
+  const value = () => many(3, () => word() + pick(["", " "]));
+  const comment = () => `${blank()}${pick(["#", ";", "##", "; #"])}${value()}${end()}`;
+  const empty = () => blank() + end();
+  const continuation = () =>
+    chance(0.2)
+      ? empty()
+      : chance(0.2)
+      ? comment()
+      : `${pick([" ", "  ", "\t", "    "])}${word()}${value()}${end()}`;
+  const option = () =>
+    `${pick(["", "", "", "", " ", "  "])}${key()}${
+      chance(0.05) ? "" : blank() + pick([":", "=", ": ", " = "])
+    }` +
+    `${value()}${end()}${many(2, continuation)}`;
+  const header = () =>
+    `${pick(["", "", "", " "])}[${
+      pick(["a", "b", "c", "d", "a b", "DEFAULT", "default", "]", "A", "[a", "é"])
+    }]` +
+    `${pick(["", "", "", "x", "]"])}${end()}`;
+  const section = () =>
+    header() + many(4, () => (chance(0.8) ? option() : chance(0.5) ? comment() : empty()));
+  const mutate = (text: string) => {
+    const at = Math.floor(random() * (text.length + 1));
+    const cut = Math.floor(random() * 4);
+    return text.slice(0, at) + pick(["", " ", "\n", ":", "[", "]", "#", "%", "\t", "x", "\n ", "\r"]) +
+      text.slice(at + cut);
+  };
+  return Array.from({ length: count }, (_, index) => {
+    const text = pick(["", "", "", "", "\ufeff", "\n", "# c\n"]) + many(2, section) + section();
+    return index % 2 ? mutate(text).toWellFormed() : text;
+  });
+}

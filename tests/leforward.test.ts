@@ -1,0 +1,337 @@
+/**
+ * leforward as a program: started as its first line says, asked over raw sockets, ended in every way.
+ * What an ssh session does to it is in remote.test.ts.
+ */
+import assert from "node:assert/strict";
+
+const PROGRAM = new URL("../leforward.ts", import.meta.url).pathname;
+const FLAGS = Deno.readTextFileSync(PROGRAM).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");
+const COMMAND = [Deno.execPath(), "run", ...FLAGS, PROGRAM];
+const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
+const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
+
+/** A running leforward on a free port; `child.stdin` is open unless told otherwise. */
+async function start(args: string[], { stdin = "piped", by = COMMAND }: {
+  stdin?: "piped" | "null";
+  by?: string[];
+} = {}) {
+  const [program, ...rest] = by;
+  const child = new Deno.Command(program!, {
+    args: [...rest, "--port", "0", ...args],
+    stdin,
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+  const port = Number(/^leforward: port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);
+  const stderr = new Response(child.stderr).text();
+  assert.ok(port > 0, "leforward did not start");
+  return {
+    port,
+    child,
+    stderr,
+    async [Symbol.asyncDispose]() {
+      try {
+        child.kill("SIGKILL");
+      } catch { /* it has ended already */ }
+      if (stdin === "piped") await child.stdin.abort().catch(() => {});
+      await reader.cancel();
+      await Promise.all([child.status, stderr]);
+    },
+  };
+}
+
+/** Runs leforward to its end, for what it refuses. */
+async function refused(args: string[], env: Record<string, string> = {}, by = COMMAND) {
+  const { code, stdout, stderr } = await new Deno.Command(by[0]!, {
+    args: [...by.slice(1), ...args],
+    env,
+    stdin: "null",
+  }).output();
+  return { code, stdout: new TextDecoder().decode(stdout), stderr: new TextDecoder().decode(stderr) };
+}
+
+/** Sends `request` as it stands, one byte a character, and returns all that comes back. */
+async function ask(port: number, request: string, hostname = "127.0.0.1"): Promise<string> {
+  using connection = await Deno.connect({ hostname, port });
+  await connection.write(Uint8Array.from(request, (c) => c.charCodeAt(0)));
+  return await new Response(connection.readable).text().catch(() => "");
+}
+
+/** Milliseconds until nobody listens on `port` any more. */
+async function untilFree(port: number): Promise<number> {
+  const since = performance.now();
+  while (performance.now() - since < 10_000) {
+    try {
+      Deno.listen({ hostname: "::", port }).close();
+      return performance.now() - since;
+    } catch {
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+  }
+  throw new Error(`port ${port} is still taken after ten seconds`);
+}
+
+const moved = (location: string) =>
+  `HTTP/1.1 301 Moved Permanently\r\nLocation: ${location}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n`;
+const NOT_FOUND = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
+Deno.test("leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, and nothing else", async () => {
+  await using server = await start(["--baseurl", "http://central.example.com:8080/le/"]);
+  const location = `http://central.example.com:8080/le${CHALLENGE}`;
+  for (
+    const [request, answer] of [
+      [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`HEAD ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.0\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.1\n\n`, moved(location)],
+      [`GET http://a.example${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.1\r\nX: ${"x".repeat(6000)}\r\n\r\n`, moved(location)],
+      [`POST ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`get ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE} HTTP/2.0\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}/ HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}?a=b HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}%0d%0aSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}\rSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET /${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      ["GET /.well-known/acme-challenge/ HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET /.well-known/acme-challenge/../x HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET /.well-known/acme-challenge/caf\xe9 HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET / HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["\0\xff\n\n", NOT_FOUND],
+      ["\r\n\r\n", NOT_FOUND],
+      [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n`.repeat(300), ""], // never ends its header
+    ] as const
+  ) assert.equal(await ask(server.port, request), answer, JSON.stringify(request.slice(0, 100)));
+  const request = `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`;
+  assert.equal(await ask(server.port, request, "::1"), moved(location), "IPv6");
+});
+
+Deno.test("leforward answers a request that comes in pieces", async () => {
+  await using server = await start(["--baseurl=http://c.example", "--host=127.0.0.1"]);
+  using connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
+  connection.setNoDelay();
+  for (const piece of `GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`) {
+    await connection.write(new TextEncoder().encode(piece));
+  }
+  assert.equal(await new Response(connection.readable).text(), moved(`http://c.example${CHALLENGE}`));
+});
+
+Deno.test("leforward survives a thousand random requests and resets", async () => {
+  await using server = await start(["--baseurl", "http://c.example"]);
+  const words = [
+    "GET ",
+    "HEAD ",
+    CHALLENGE,
+    " HTTP/1.1",
+    "\r\n",
+    "\n",
+    "\r",
+    "Host: x",
+    "\0",
+    "%",
+    "//",
+    " ",
+    "é",
+  ];
+  const seed = crypto.getRandomValues(new Uint32Array(1))[0]!;
+  let state = seed;
+  const random = (below: number) => (state = (Math.imul(state, 1664525) + 1013904223) >>> 0) % below;
+  for (let n = 0; n < 1000; n++) {
+    const request = Array.from({ length: random(12) }, () => words[random(words.length)]).join("") + "\n\n";
+    if (random(10) === 0) {
+      const connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
+      await connection.write(new TextEncoder().encode(request));
+      connection.close(); // with the answer unread: the server may get a reset
+      continue;
+    }
+    const answer = await ask(server.port, request);
+    const expected = [moved(`http://c.example${CHALLENGE}`), NOT_FOUND];
+    assert.ok(expected.includes(answer), `seed ${seed}, ${JSON.stringify(request)}: ${answer}`);
+  }
+});
+
+Deno.test("silent and slow connections hold nobody up, are bounded in number and closed after five seconds", async () => {
+  await using server = await start(["--baseurl", "http://c.example"]);
+  const since = performance.now();
+  const ended: Promise<number>[] = [];
+  const connections = [];
+  for (let n = 0; n < 1000; n++) {
+    const connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
+    connections.push(connection);
+    if (n % 2) await connection.write(new TextEncoder().encode(`GET ${CHALLENGE} HTTP/1.1\r\n`));
+    ended.push(connection.read(new Uint8Array(1)).catch(() => null).then(() => performance.now() - since));
+  }
+  const opened = performance.now() - since;
+  const asked = performance.now();
+  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
+  assert.ok(performance.now() - asked < 1000, "the next request had to wait");
+  const ages = await Promise.all(ended);
+  assert.ok(ages[99]! < opened + 1000, "the oldest hundred make room at once");
+  assert.ok(ages[101]! > 4000, "the others have their time");
+  assert.ok(Math.max(...ages) < opened + 7000, "and no more");
+  for (const connection of connections) connection.close();
+});
+
+Deno.test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIGINAL_COMMAND", async () => {
+  const plain = "not an http(s) URL without user, query and fragment";
+  for (
+    const [args, command, message] of [
+      [[], undefined, "neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL"],
+      [[], "", "neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL"],
+      [["--baseurl"], undefined, "Cannot use --baseurl: it needs a value"],
+      [["--baseurl="], "http://c.example", "Cannot use --baseurl: it needs a value"],
+      [["http://c.example"], undefined, 'Cannot use "http://c.example": not an option'],
+      [["--url", "http://c.example"], undefined, 'Cannot use "--url": not an option'],
+      [
+        ["--baseurl", "http://c.example", "--port", "80x"],
+        undefined,
+        'Cannot use --port "80x": not a number',
+      ],
+      [["--baseurl", "http://c.example", "--port", "65536"], undefined, "Cannot use --port"],
+      [["--baseurl", "http://c.example", "--lifetime", "0"], undefined, "Cannot use --lifetime"],
+      [["--allow", "c.example"], "http://c.example", `Cannot redirect to "c.example": ${plain}`],
+      [["--allow", "http://c.example"], "http://d.example", "--allow does not name it"],
+      [["--allow", "http://c.example"], "http://c.example/x", "--allow does not name it"],
+      [["--allow", "http://c.example"], "http://c.example.evil.example", "--allow does not name it"],
+      ...[
+        "http://user@c.example",
+        "http://user:secret@c.example",
+        "http://c.example?x",
+        "http://c.example/#",
+        "http://c.example/\r\nSet-Cookie: x",
+        "http://c.example/\x1b[31m",
+        " http://c.example",
+        "http://c.example\n",
+        "http:c.example",
+        "http:\\\\c.example",
+        "ftp://c.example",
+        "file:///etc/passwd",
+        "http://",
+        "http:///x",
+        "http://[::1",
+        "http://c.example:99999",
+        "c.example",
+        "http://c.example http://d.example",
+        "--port 8080",
+        "--help",
+        "http://c.example;id",
+        "http://c.example/$(id)",
+        "http://c.example/`id`",
+        "http://c.example/|id",
+        "sh",
+      ].map((command) => [[], command, plain] as const),
+    ] as const
+  ) {
+    const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
+    const { code, stdout, stderr } = await refused([...args], env);
+    assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
+    assert.ok(stderr.includes(message), stderr);
+    assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
+  }
+});
+
+Deno.test("leforward redirects to the allowed URL in any spelling, and prefers --baseurl to the session's word", async () => {
+  for (
+    const [args, command, location] of [
+      [["--allow", "http://c.example/"], "HTTP://C.example:80", "http://c.example"],
+      [
+        ["--allow", "http://x.example", "--allow=http://c.example/a"],
+        "http://c.example/a/",
+        "http://c.example/a",
+      ],
+      [["--baseurl", "https://c.example:8443"], "http://d.example", "https://c.example:8443"],
+      [[], "http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080"],
+    ] as const
+  ) {
+    await using server = await start([...args], {
+      by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...COMMAND],
+    });
+    assert.equal(
+      await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`),
+      moved(location + CHALLENGE),
+      command,
+    );
+  }
+});
+
+Deno.test("a port that is taken is one clear line", async () => {
+  await using first = await start(["--baseurl", "http://c.example"]);
+  const { code, stderr } = await refused(["--baseurl", "http://c.example", "--port", `${first.port}`]);
+  assert.equal(code, 1);
+  assert.match(stderr, /^leforward: Cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
+});
+
+Deno.test("a port that needs a privilege is one line that names the ways out", async () => {
+  const root =
+    new TextDecoder().decode((await new Deno.Command("id", { args: ["-u"] }).output()).stdout) === "0\n";
+  const by = root ? ["setpriv", "--bounding-set=-net_bind_service", ...COMMAND] : COMMAND;
+  const args = ["--baseurl", "http://c.example", "--port", "1", "--lifetime", "0.01"];
+  const { code, stdout, stderr } = await refused(args, {}, by);
+  if (stdout) return; // this machine lets everyone have every port
+  assert.equal(code, 1);
+  assert.match(
+    stderr,
+    /^leforward: Cannot listen on port 1 .*ip_unprivileged_port_start=1".*setcap.*sudo\n$/,
+  );
+});
+
+Deno.test("--help fits a screen", async () => {
+  const { code, stdout, stderr } = await refused(["--help"]);
+  assert.deepEqual([code, stderr], [0, ""]);
+  const lines = stdout.split("\n");
+  assert.ok(lines.length <= 24 && lines.every((line) => line.length <= 100));
+});
+
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  Deno.test(`leforward ends on ${signal}`, async () => {
+    await using server = await start(["--baseurl", "http://c.example"]);
+    server.child.kill(signal);
+    assert.ok(await untilFree(server.port) < 2000);
+    assert.equal((await server.child.status).code, 0);
+    assert.equal(await server.stderr, `leforward: ended: ${signal}\n`);
+  });
+}
+
+Deno.test("leforward ends when its lifetime is over", async () => {
+  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0.02"]);
+  assert.equal((await server.child.status).code, 0);
+  assert.equal(await server.stderr, "leforward: ended: its lifetime is over\n");
+});
+
+Deno.test("leforward ends when its standard input closes, whatever was written to it before", async () => {
+  await using server = await start(["--baseurl", "http://c.example"]);
+  const writer = server.child.stdin.getWriter();
+  await writer.write(new Uint8Array(100_000));
+  await new Promise((resolve) => setTimeout(resolve, 1100)); // an input that closes in the first second was never open
+  await writer.close();
+  assert.ok(await untilFree(server.port) < 2000);
+  assert.equal(await server.stderr, "leforward: ended: its standard input is closed\n");
+});
+
+Deno.test("leforward ends when its parent goes away, and not because its input was never open", async () => {
+  // A shell gives a command in the background /dev/null as its input.
+  const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...COMMAND];
+  await using server = await start(["--baseurl", "http://c.example"], { by });
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
+  server.child.kill("SIGKILL");
+  assert.ok(await untilFree(server.port) < 2000);
+  assert.equal(await server.stderr, "leforward: ended: its parent is gone\n");
+});
+
+Deno.test("leforward works from a copy that stands alone, started by its first line", async () => {
+  const directory = await Deno.makeTempDir();
+  try {
+    await Deno.copyFile(PROGRAM, `${directory}/leforward.ts`);
+    await Deno.chmod(`${directory}/leforward.ts`, 0o755);
+    await using server = await start(["--baseurl", "http://c.example"], {
+      by: [`${directory}/leforward.ts`],
+    });
+    assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});

@@ -1,0 +1,100 @@
+/** Goal: every rule of renewal, as a table of certificates, settings and days. */
+
+import assert from "node:assert/strict";
+import type { Config, Line } from "../lib/config.ts";
+import { plan, renewal } from "../lib/plan.ts";
+import type { Entry, Finding } from "../lib/store.ts";
+
+const DAY = 86_400_000;
+const START = Date.UTC(2026, 0, 1);
+const day = (days: number) => new Date(START + days * DAY);
+const settings = (reauthorizeDays: number, generateNewCertsAfterDays = 0) =>
+  ({ reauthorizeDays, generateNewCertsAfterDays }) as Config;
+
+const line = (number: number, ...names: string[]): Line => ({ line: number, names, sections: [] });
+const present = (
+  notBefore: Date,
+  notAfter: Date,
+  names = ["example.com"],
+): Finding & { kind: "present" } => ({
+  kind: "present",
+  certificate: {
+    names,
+    notBefore,
+    notAfter,
+    fingerprint: "",
+    issuer: "",
+    publicKey: new Uint8Array(),
+    der: new Uint8Array(),
+  },
+});
+const entry = (finding: Finding, on = line(1, "example.com"), keyType: "rsa" | "ec" = "rsa"): Entry => ({
+  line: on,
+  keyType,
+  stem: on.names.join("_"),
+  finding,
+});
+
+Deno.test("renewal() follows the settings within what a certificate's life allows", () => {
+  const table: [string, Config, number, number, string][] = [
+    // what                                                settings          life  renewed at day, by
+    ["90 days, 15 before the end", settings(15), 90, 75, "expiry"],
+    ["45 days, 15 before the end", settings(15), 45, 30, "expiry"],
+    ["a fraction of a day", settings(1.5), 45, 43.5, "expiry"],
+    ["60 before the end of 90: exactly the cap", settings(60), 90, 30, "expiry"],
+    ["60 before the end of 45 would mean every night", settings(60), 45, 15, "expiry, capped"],
+    ["15 before the end of six days", settings(15), 6, 2, "expiry, capped"],
+    ["by age", settings(15, 7), 90, 7, "age"],
+    ["by age instead of an earlier reauthorizeDays", settings(60, 50), 90, 50, "age"],
+    ["by age instead of a later reauthorizeDays", settings(5, 80), 90, 80, "age"],
+    ["by age, twice a week", settings(15, 3.5), 90, 3.5, "age"],
+    ["an age beyond its life", settings(15, 60), 45, 30, "age beyond life"],
+    ["an age that leaves no night to try again", settings(15, 44), 45, 30, "age beyond life"],
+  ];
+  for (const [what, config, life, renewedAt, rule] of table) {
+    const result = renewal(config, day(0), day(life));
+    assert.deepEqual([(result.renewAt.getTime() - START) / DAY, result.rule], [renewedAt, rule], what);
+  }
+});
+
+Deno.test("plan() keeps a certificate until its renewal is due, and not a moment longer", () => {
+  const inventory = [entry(present(day(0), day(90)))];
+  const at = (now: Date) => plan(settings(15), inventory, now);
+  assert.equal(at(new Date(day(75).getTime() - 1)).tasks.length, 0);
+  assert.deepEqual(at(day(74)).kept.map(({ renewAt }) => renewAt), [day(75)]);
+  assert.deepEqual(at(day(75)).tasks[0]!.due[0]!.reason, { kind: "renewal", since: day(75), rule: "expiry" });
+  assert.deepEqual(at(day(90)).tasks[0]!.due[0]!.reason, { kind: "expired", at: day(90) });
+});
+
+Deno.test("plan() renews a certificate whose names changed, whose key is another, or that cannot be read", () => {
+  const { certificate } = present(day(0), day(90));
+  const findings: Finding[] = [
+    { kind: "missing", what: "certificate" },
+    { kind: "missing", what: "key" },
+    { kind: "unreadable", what: "certificate", detail: "" },
+    { kind: "other names", certificate },
+    { kind: "other key", certificate },
+  ];
+  for (const finding of findings) {
+    const { tasks } = plan(settings(15), [entry(finding)], day(1));
+    assert.deepEqual(tasks.map(({ due }) => due.map(({ reason }) => reason)), [[{ kind: "found", finding }]]);
+  }
+});
+
+Deno.test("plan() puts both certificates of a line in one task, the soonest expiry first, new lines last", () => {
+  const [a, b, c] = [line(1, "a.example"), line(2, "b.example"), line(3, "c.example")];
+  const missing: Finding = { kind: "missing", what: "certificate" };
+  const { tasks, kept } = plan(settings(15), [
+    entry(missing, a, "rsa"),
+    entry(missing, a, "ec"),
+    entry(present(day(0), day(90)), b, "rsa"),
+    entry(present(day(0), day(80)), b, "ec"),
+    entry(present(day(0), day(70)), c, "rsa"),
+    entry(present(day(60), day(150)), c, "ec"),
+  ], day(76));
+  assert.deepEqual(
+    tasks.map(({ line, due }) => [line.names[0], ...due.map(({ entry }) => entry.keyType)]),
+    [["c.example", "rsa"], ["b.example", "rsa", "ec"], ["a.example", "rsa", "ec"]],
+  );
+  assert.deepEqual(kept.map(({ entry }) => [entry.line.names[0], entry.keyType]), [["c.example", "ec"]]);
+});

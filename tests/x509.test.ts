@@ -1,0 +1,147 @@
+/** Goal: keys and CSRs that openssl agrees with, and a chain that is refused for whatever is wrong with it. */
+
+import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
+import { createPrivateKey, createPublicKey } from "node:crypto";
+import {
+  checkChain,
+  coversExactly,
+  createCsr,
+  generateKey,
+  isKeyOf,
+  type KeySpec,
+  readCertificate,
+} from "../lib/x509.ts";
+import { startCa } from "./ca.ts";
+
+const KEYS: KeySpec[] = [
+  { type: "rsa", bits: 2048 },
+  { type: "rsa", bits: 3072 },
+  { type: "ec", curve: "P-256" },
+  { type: "ec", curve: "P-384" },
+  { type: "ec", curve: "P-521" },
+];
+const NOW = new Date();
+const DAY = 86_400_000;
+
+const openssl = (args: string, input = "") =>
+  execFileSync("openssl", args.split(" "), { input, encoding: "utf8", stdio: "pipe" });
+const publicKeyOf = (keyPem: string) => createPublicKey(createPrivateKey(keyPem));
+const read = (keyPem: string, names: string[]) => ({
+  publicKey: publicKeyOf(keyPem),
+  identifiers: names.map((value) => ({ type: "dns" as const, value })),
+});
+
+Deno.test("createCsr() makes what openssl verifies: every kind of key, names and addresses, the primary as common name", async () => {
+  for (const spec of KEYS) {
+    const { pem } = await createCsr(await generateKey(spec), [
+      "example.com",
+      "*.example.com",
+      "192.0.2.1",
+      "2001:db8::7",
+    ]);
+    const text = openssl("req -noout -verify -text", pem);
+    assert.match(text, /Subject: CN = example\.com/);
+    assert.match(
+      text,
+      /DNS:example\.com, DNS:\*\.example\.com, IP Address:192\.0\.2\.1, IP Address:2001:DB8:0:0:0:0:0:7\n/,
+      JSON.stringify(spec),
+    );
+    assert.match(
+      text,
+      new RegExp(`Public-Key: \\(${spec.type === "rsa" ? spec.bits : spec.curve.slice(2)} bit\\)`),
+    );
+  }
+});
+
+Deno.test("createCsr() takes a hundred names, and has no common name where the primary cannot be one", async () => {
+  const key = await generateKey({ type: "ec", curve: "P-256" });
+  const hundred = Array.from({ length: 100 }, (_, i) => `n${i}.example.com`);
+  assert.equal(openssl("req -noout -text", (await createCsr(key, hundred)).pem).match(/DNS:/g)!.length, 100);
+  for (const name of [`${"a".repeat(60)}.example.com`, "192.0.2.1"]) {
+    assert.match(openssl("req -noout -subject", (await createCsr(key, [name])).pem), /subject=\s*$/);
+  }
+});
+
+Deno.test("isKeyOf() knows a key in PKCS#8, PKCS#1 and SEC1, with its parameters before it or its public half left out", async () => {
+  await using ca = await startCa();
+  const others = await Promise.all(KEYS.map(generateKey));
+  for (const [index, keyPem] of (await Promise.all(KEYS.map(generateKey))).entries()) {
+    const certificate = readCertificate(ca.forge({
+      ...read(keyPem, ["example.com"]),
+      notBefore: NOW,
+      notAfter: new Date(NOW.getTime() + DAY),
+    }));
+    const forms = [keyPem, openssl("pkey -traditional", keyPem)];
+    if (KEYS[index]!.type === "ec") {
+      forms.push(`-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n${forms[1]}`);
+      forms.push(openssl("ec -no_public", keyPem));
+    }
+    for (const form of forms) assert.ok(isKeyOf(form, certificate), form.split("\n")[0]);
+    assert.ok(!isKeyOf(others[index]!, certificate));
+    for (const broken of ["", "no key", keyPem.slice(0, 200), keyPem.replace(/\n(.{64})\n/, "\n")]) {
+      assert.throws(() => isKeyOf(broken, certificate));
+    }
+  }
+});
+
+Deno.test("readCertificate() states names, dates and fingerprint as openssl does", async () => {
+  await using ca = await startCa();
+  const pem = ca.forge({
+    publicKey: publicKeyOf(await generateKey({ type: "ec", curve: "P-256" })),
+    identifiers: [{ type: "dns", value: "example.com" }, { type: "ip", value: "2001:db8::7" }],
+    notBefore: new Date("2026-01-02T03:04:05Z"),
+    notAfter: new Date("2056-01-02T03:04:05Z"),
+  });
+  const certificate = readCertificate(pem);
+  assert.deepEqual(certificate.names, ["example.com", "2001:db8::7"]);
+  assert.equal(certificate.notBefore.toISOString(), "2026-01-02T03:04:05.000Z");
+  assert.equal(certificate.notAfter.toISOString(), "2056-01-02T03:04:05.000Z");
+  const fingerprint = openssl("x509 -noout -fingerprint -sha256", pem).trim().split("=")[1]!;
+  assert.equal(certificate.fingerprint, fingerprint.replaceAll(":", "").toLowerCase());
+  assert.ok(coversExactly(certificate, ["2001:db8::7", "example.com"]));
+  assert.ok(!coversExactly(certificate, ["example.com"]));
+  assert.ok(!coversExactly(certificate, ["example.com", "2001:db8::7", "www.example.com"]));
+});
+
+Deno.test("checkChain() refuses a chain for whatever is wrong with it", async () => {
+  await using ca = await startCa({ chainLength: 2 });
+  await using stranger = await startCa();
+  const key = await generateKey({ type: "ec", curve: "P-256" });
+  const other = await generateKey({ type: "ec", curve: "P-256" });
+  const life = { notBefore: new Date(NOW.getTime() - DAY), notAfter: new Date(NOW.getTime() + DAY) };
+  const good = ca.forge({ ...read(key, ["example.com", "www.example.com"]), ...life });
+  const leaf = good.slice(0, good.indexOf("-----END") + 26);
+  const names = ["example.com", "www.example.com"];
+  const table: [string, string, string[], string, RegExp][] = [
+    ["no certificate at all", "<html>", names, key, /no certificate in the answer/],
+    ["garbage in the armour", good.replace(/MII/, "AAA"), names, key, /cannot be parsed/],
+    ["another key", good, names, other, /for another key/],
+    ["a name more", good, ["example.com"], key, /for other names: example.com www.example.com/],
+    ["a name less", good, [...names, "x.example.com"], key, /for other names/],
+    ["another CA's intermediate", leaf + stranger.intermediatePem, names, key, /broken chain: certificate 1/],
+    ["the leaf twice", leaf + good, names, key, /broken chain: certificate 1/],
+    [
+      "expired",
+      ca.forge({ ...read(key, names), notBefore: life.notBefore, notAfter: NOW }),
+      names,
+      key,
+      /expired at/,
+    ],
+    [
+      "not valid yet",
+      ca.forge({
+        ...read(key, names),
+        notBefore: life.notAfter,
+        notAfter: new Date(NOW.getTime() + 2 * DAY),
+      }),
+      names,
+      key,
+      /not valid before/,
+    ],
+  ];
+  assert.deepEqual(checkChain(good, names.toReversed(), key, NOW).names, names);
+  for (const [what, chain, expected, keyPem, message] of table) {
+    assert.throws(() => checkChain(chain, expected, keyPem, NOW), { name: "ChainError", message }, what);
+  }
+});

@@ -4,7 +4,7 @@
  * Knows no files and no network. What came from outside has been cleaned where it came in (acme.ts, actions.ts).
  */
 
-import type { Mode, Notice } from "./config.ts";
+import type { KeyType, Mode, Notice } from "./config.ts";
 import type { Delivery } from "./deliver.ts";
 import type { Due, Kept, Plan, Reason, Rule, Task } from "./plan.ts";
 import type { Debt } from "./store.ts";
@@ -63,26 +63,26 @@ function nameText(names: readonly string[]): string {
   return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
 }
 
-/** Why a certificate is issued, to stand behind "because". */
+/** Why a certificate is issued. */
 export function reasonText(reason: Reason): string {
   switch (reason.kind) {
     case "found": {
       const { finding } = reason;
       switch (finding.kind) {
         case "missing":
-          return finding.what === "certificate" ? "there is no certificate yet" : "its key is missing";
+          return finding.what === "certificate" ? "no certificate yet" : "its key is missing";
         case "unreadable":
           return `its ${finding.what} cannot be read: ${finding.detail}`;
         case "other names":
-          return `it is for ${finding.certificate.names.join(" ")}`;
+          return `the names changed, it was for ${finding.certificate.names.join(" ")}`;
         case "other key":
-          return "it does not match its key";
+          return "it did not match its key";
         default:
           return finding satisfies never;
       }
     }
     case "expired":
-      return `it expired ${dateText(reason.at)}`;
+      return `expired ${dateText(reason.at)}`;
     case "renewal":
       return `due since ${dateText(reason.since)} by ${ruleText(reason.rule)}`;
     default:
@@ -144,6 +144,8 @@ export class Report {
   #quiet: boolean;
   #progress = { tasks: 0, begun: 0, done: 0, failed: 0 };
   #progressShown = false;
+  /** Of lines that are not done yet. */
+  #issued: Extract<Event, { kind: "issued" }>[] = [];
   readonly #events: Event[] = [];
   readonly #told = new Set<unknown>();
 
@@ -180,16 +182,9 @@ export class Report {
           event.error,
         );
         break;
-      case "issued": {
-        const { line, keyType } = event.due.entry;
-        const until = dateText(event.certificate.notAfter);
-        this.#sayAloud(
-          `issued  ${this.#subject(line.names, keyType)}  until ${until}, because ${
-            reasonText(event.due.reason)
-          }`,
-        );
+      case "issued":
+        this.#issued.push(event);
         break;
-      }
       case "failed":
         this.#progress.failed++;
         this.#fail(
@@ -201,6 +196,7 @@ export class Report {
         break;
       case "end":
         this.#progress.done++;
+        this.#sayIssued(event.task);
         break;
       case "delivery":
         this.#sayDelivery(event.delivery);
@@ -209,6 +205,19 @@ export class Report {
         event satisfies never;
     }
     this.#showProgress();
+  }
+
+  /** One line for the certificates of a line of domains, where the same can be said of them. */
+  #sayIssued(task: Task): void {
+    const texts = new Map<string, string[]>();
+    for (const { due, certificate } of this.#issued.filter(({ due }) => due.entry.line === task.line)) {
+      const text = `until ${dateText(certificate.notAfter)} (${reasonText(due.reason)})`;
+      texts.set(text, [...texts.get(text) ?? [], due.entry.keyType]);
+    }
+    this.#issued = this.#issued.filter(({ due }) => due.entry.line !== task.line);
+    for (const [text, keyTypes] of texts) {
+      this.#sayAloud(`issued  ${this.#subject(task.line.names, keyTypes.toSorted().toReversed())}  ${text}`);
+    }
   }
 
   #sayDelivery({ section, commands, error }: Delivery): void {
@@ -225,13 +234,13 @@ export class Report {
   #sayPlan(plan: Plan, owed: Readonly<Record<string, Debt>>): void {
     for (const { line, due } of plan.tasks) {
       for (const { entry, reason } of due) {
-        this.#say(`issue   ${this.#subject(line.names, entry.keyType)}  ${reasonText(reason)}`);
+        this.#say(`issue   ${this.#subject(line.names, [entry.keyType])}  ${reasonText(reason)}`);
       }
     }
     for (const { entry, renewAt, rule, notAfter } of plan.kept) {
       const when = `${dateText(renewAt)}, in ${daysText(this.manner.now(), renewAt)}`;
       this.#say(
-        `keep    ${this.#subject(entry.line.names, entry.keyType)}  ` +
+        `keep    ${this.#subject(entry.line.names, [entry.keyType])}  ` +
           `until ${when} (${ruleText(rule)}); expires ${dateText(notAfter)}`,
       );
     }
@@ -247,8 +256,8 @@ export class Report {
       (lastError === undefined ? "" : `; ${lastError}`);
   }
 
-  #subject(names: readonly string[], keyType: string): string {
-    return `${nameText(names).padEnd(28)} ${keyType.padEnd(3)}`;
+  #subject(names: readonly string[], keyTypes: readonly KeyType[]): string {
+    return `${nameText(names).padEnd(28)} ${keyTypes.join(" ").padEnd(6)}`;
   }
 
   /** Sums up and returns the exit status: 1 where something failed or is owed. */

@@ -101,14 +101,7 @@ export async function resolveAddresses(host: string): Promise<string[]> {
  * @throws CommandError where there is no openssl; the signal's reason when that aborts
  */
 export async function probe(targets: readonly Target[], world: World): Promise<Served[]> {
-  const looks = (await Promise.all(targets.map((target) => looksAt(target, world)))).flat();
-  const found: Served[] = [];
-  const queue = looks.entries(); // shared: each worker takes the next
-  const worker = async () => {
-    for (const [n, look] of queue) found[n] = await look();
-  };
-  await Promise.all(Array.from({ length: CONNECTIONS }, worker));
-  return found;
+  return await lookAll(await looksAt(targets, world), world);
 }
 
 /**
@@ -123,14 +116,95 @@ export async function verifyUntil(
   deadlineSeconds = DEADLINE_SECONDS,
 ): Promise<Served[]> {
   const deadline = performance.now() + deadlineSeconds * 1000;
-  const found = new Map<Target, Served[]>();
-  let behind = targets;
+  const looks = await looksAt(targets, world);
+  const found = new Map<Look, Served>(); // keeps the order in which its keys were first set
+  let behind = looks;
   for (let pause = FIRST_PAUSE_SECONDS;; pause = Math.min(pause * 2, LONGEST_PAUSE_SECONDS)) {
-    await Promise.all(behind.map(async (target) => found.set(target, await probe([target], world))));
-    behind = targets.filter((target) => found.get(target)!.some(({ state }) => state !== "current"));
-    if (behind.length === 0 || performance.now() + pause * 1000 > deadline) {
-      return targets.flatMap((target) => found.get(target)!);
-    }
+    for (const [n, served] of (await lookAll(behind, world)).entries()) found.set(behind[n]!, served);
+    behind = looks.filter((look) => look.address !== "" && found.get(look)!.state !== "current");
+    if (behind.length === 0 || performance.now() + pause * 1000 > deadline) return [...found.values()];
     await delay(pause * 1000, undefined, { signal: world.signal });
   }
+}
+
+/** One connection to make: to one address, for one type of key. */
+interface Look {
+  readonly endpoint: Target["endpoint"];
+  /** Empty where the name has none; `fault` says why. */
+  readonly address: string;
+  readonly fault?: string;
+  readonly expected: Expected;
+}
+
+async function looksAt(targets: readonly Target[], world: World): Promise<Look[]> {
+  const looks = targets.map(async ({ endpoint, expected }) => {
+    const places = await world.resolve(endpoint.host).then(
+      (addresses) => addresses.map((address) => ({ address, fault: undefined })),
+      (error: Error) => [{ address: "", fault: error.message }],
+    );
+    if (places.length === 0) places.push({ address: "", fault: "no address" });
+    return places.flatMap((place) => expected.map((expected) => ({ endpoint, ...place, expected })));
+  });
+  return (await Promise.all(looks)).flat();
+}
+
+async function lookAll(looks: readonly Look[], world: World): Promise<Served[]> {
+  const found: Served[] = [];
+  const queue = looks.entries(); // shared by the workers: each takes the next
+  const work = async () => {
+    for (const [n, look] of queue) found[n] = await lookOnce(look, world);
+  };
+  await Promise.all(Array.from({ length: CONNECTIONS }, work));
+  return found;
+}
+
+async function lookOnce({ endpoint, address, fault, expected }: Look, world: World): Promise<Served> {
+  const place = { endpoint: endpoint.text, address, keyType: expected.keyType };
+  if (fault !== undefined) return { ...place, state: "unreachable", detail: fault };
+
+  const sni = endpoint.sni ?? (isIP(endpoint.host) ? undefined : endpoint.host);
+  const command = expand("openssl s_client -connect PLACE SNI STARTTLS ASK_FOR", {
+    PLACE: `${isIP(address) === 6 ? `[${address}]` : address}:${endpoint.port}`,
+    SNI: sni === undefined ? ["-noservername"] : ["-servername", sni],
+    STARTTLS: endpoint.starttls === undefined ? [] : ["-starttls", endpoint.starttls],
+    ASK_FOR: ASK_FOR[expected.keyType],
+  });
+  const ending = await runCommand({ command, values: {} }, world).catch((error) => {
+    if (error instanceof CommandError && error.exitCode !== 127) return error;
+    throw error;
+  });
+
+  // A certificate counts even where openssl fails after it, as with a server that wants one of ours
+  if (ending.output.includes("-----BEGIN CERTIFICATE-----")) {
+    try {
+      const certificate = readCertificate(ending.output);
+      return { ...place, state: compare(certificate, expected.certificate), certificate };
+    } catch {
+      return { ...place, state: "other", detail: "a certificate that cannot be read" };
+    }
+  }
+  if (ending instanceof CommandError && ending.timedOut) {
+    return { ...place, state: "unreachable", detail: `no answer within ${world.timeoutSeconds} s` };
+  }
+  return { ...place, ...refusal(ending.output) };
+}
+
+function compare(served: Certificate, expected: Certificate): Served["state"] {
+  if (served.fingerprint === expected.fingerprint) return "current";
+  const names = new Set(served.names);
+  const isOlder = served.notBefore <= expected.notBefore && expected.names.every((name) => names.has(name));
+  return isOlder ? "old" : "other";
+}
+
+/** Why openssl got no certificate, from what it printed. */
+function refusal(output: string): Pick<Served, "state" | "detail"> {
+  if (/^Didn't find STARTTLS/m.test(output)) {
+    return { state: "unreachable", detail: "STARTTLS is not offered" };
+  }
+  // "<thread>:error:<code>:<library>:<function>:<reason>:<file>:<line>:…", the first being the cause
+  const reason = /:error:[^:]*:[^:]*:[^:]*:([^:\n]+)/.exec(output)?.[1] ?? "no certificate";
+  if (/alert handshake failure/.test(reason)) {
+    return { state: "other", detail: "no certificate of this type" };
+  }
+  return { state: / alert /.test(reason) ? "other" : "unreachable", detail: reason };
 }

@@ -112,18 +112,14 @@ function responseOf({ status, headers, body }: Answer): Response {
   return new Response(body, { status, headers });
 }
 
-/** An answer whose body breaks off: with HTTP/1.1 the connection ends early, with HTTP/2 the stream is reset. */
+/**
+ * An answer that ends before the length it announced: with HTTP/1.1 the connection is closed in the middle, with
+ * HTTP/2 the stream is broken. (A stream that errors does the same, but Deno.serve prints that.)
+ */
 function halfOf({ status, headers, body = "" }: Answer): Response {
   const bytes = new TextEncoder().encode(body);
-  const half = [bytes.subarray(0, bytes.length / 2)];
-  const broken = new ReadableStream<Uint8Array>({
-    pull(controller) {
-      const part = half.pop();
-      if (part === undefined) controller.error(new Error("reset mid-body"));
-      else controller.enqueue(part);
-    },
-  });
-  return new Response(broken, {
+  const half = ReadableStream.from([bytes.subarray(0, bytes.length / 2)]);
+  return new Response(half, {
     status,
     headers: new Headers([...headers, ["content-length", `${bytes.length}`]]),
   });

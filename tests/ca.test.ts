@@ -12,7 +12,7 @@ import {
   type JWK,
   type JWTHeaderParameters,
 } from "jose";
-import { type Ca, startCa, startWebroot, type Switches } from "./ca.ts";
+import { type Ca, type Exchange, type Fault, startCa, startWebroot, type Switches } from "./ca.ts";
 
 const DAY = 24 * 3600_000;
 
@@ -59,7 +59,7 @@ class Client implements Disposable {
       status: response.status,
       headers: response.headers,
       text,
-      body: isJson ? JSON.parse(text) : undefined,
+      body: isJson && text ? JSON.parse(text) : undefined,
     };
   }
 
@@ -975,7 +975,7 @@ Deno.test("profiles decide lifetime, common name and IP addresses; without profi
     assert.deepEqual([lifetime / DAY, leaf.subject], [days, subject]);
     assert(Date.parse(leaf.validFrom) < ca.now.getTime());
     if (of === names) {
-      assert.match(leaf.subjectAltName!, /IP Address:192\.0\.2\.7, IP Address:2001:DB8:0:0:0:0:0:7/i);
+      assert.match(leaf.subjectAltName!, /IP Address:192\.0\.2\.7, IP Address:2001:db8::7/);
     }
   }
   await using plain = await startCa({ profiles: {}, renewalInfo: false });
@@ -1083,7 +1083,7 @@ Deno.test("`replaces` names an unreplaced certificate of the account that shares
   await other.register();
 
   assertProblem(stage, await replace(client, "example.com", 7), 400, "malformed");
-  assertProblem(stage, await replace(client, "example.com", `${certId}A`), 400, "malformed");
+  assertProblem(stage, await replace(client, "example.com", `${certId}=`), 400, "malformed");
   assertProblem(stage, await replace(client, "example.org", certId), 400, "malformed");
   assertProblem(stage, await replace(other, "example.com", certId), 403, "unauthorized");
   for (
@@ -1140,4 +1140,139 @@ Deno.test("revokeCert takes the account's key or the certificate's, a subscriber
   assertProblem(stage, await sign(one.keys), 403, "unauthorized");
   assert.equal((await sign(two.keys)).status, 200);
   assert.equal(ca.issued[1]!.revoked?.reason, 1);
+});
+
+// ------------------------------------------------------------------------------------------------------- faults
+
+/** A CA in which `fault` befalls the next request to newOrder, and nothing else. */
+async function faulty() {
+  let next: Fault | undefined;
+  const seen: Exchange[] = [];
+  const stage = await scene({
+    fault: (exchange) => {
+      seen.push(exchange);
+      if (exchange.resource !== "newOrder") return undefined;
+      const fault = next;
+      next = undefined;
+      return fault;
+    },
+  });
+  return Object.assign(stage, { seen, befall: (fault: Fault) => void (next = fault) });
+}
+
+Deno.test("a fault befalls exactly the exchange it was chosen for, handled or not as it says", async () => {
+  await using stage = await faulty();
+  const { client, ca, befall, seen } = stage;
+  await client.order("example.com");
+  const before = () => ca.orders.length;
+  const table: [Fault, boolean, (reply: Reply) => void][] = [
+    [{ kind: "status", status: 503, headers: { "retry-after": "7" } }, false, ({ status, headers, text }) => {
+      assert.deepEqual([status, headers.get("retry-after"), text], [503, "7", ""]);
+    }],
+    [
+      { kind: "status", status: 500, body: "oops", contentType: "text/plain" },
+      false,
+      ({ status, headers, text }) => {
+        assert.deepEqual([status, headers.get("content-type"), text], [500, "text/plain", "oops"]);
+      },
+    ],
+    [{ kind: "html" }, false, ({ status, headers }) => {
+      assert.deepEqual([status, headers.get("content-type")], [200, "text/html; charset=utf-8"]);
+    }],
+    [{ kind: "badNonce" }, false, ({ status, body, headers }) => {
+      assert.deepEqual([status, body.type], [400, `${URN}badNonce`]);
+      assert(headers.get("replay-nonce"));
+    }],
+    [{ kind: "drop header", name: "Location" }, true, ({ status, headers }) => {
+      assert.deepEqual([status, headers.get("location")], [201, null]);
+    }],
+    [{ kind: "drop header", name: "replay-nonce" }, true, ({ headers }) => {
+      assert.equal(headers.get("replay-nonce"), null);
+    }],
+    [{ kind: "rewrite", rewrite: (order) => ({ ...order, finalize: "http://evil" }) }, true, ({ body }) => {
+      assert.deepEqual([body.status, body.finalize], ["pending", "http://evil"]);
+    }],
+    [{ kind: "repeat" }, false, ({ headers }) => {
+      assert.equal(headers.get("location"), ca.orders.at(-1)!.url);
+    }],
+    [{ kind: "after", fault: { kind: "status", status: 502 } }, true, ({ status }) => {
+      assert.equal(status, 502);
+    }],
+  ];
+  for (const [fault, handled, check] of table) {
+    const count = before();
+    befall(fault);
+    client.nonce = "";
+    check(await client.order("example.com"));
+    assert.equal(before() - count, handled ? 1 : 0, JSON.stringify(fault));
+    assert.equal((await client.order("example.com")).status, 201);
+  }
+  await client.post(client.kid!);
+  befall({ kind: "repeat" });
+  await client.order("example.com"); // brings back the nonce that was used for the account
+  assertProblem(stage, await client.order("example.com"), 400, "badNonce", false);
+  assert.deepEqual(seen.map(({ n }) => n), seen.map((_, i) => i + 1));
+  assert.deepEqual(ca.violations, []);
+});
+
+Deno.test("a torn exchange fails at the client, and the next one finds the CA again", async () => {
+  await using stage = await faulty();
+  const { client, ca, befall } = stage;
+  const table: [Fault, boolean][] = [
+    [{ kind: "reset" }, false],
+    [{ kind: "refuse" }, false],
+    [{ kind: "reset mid-body" }, true],
+    [{ kind: "truncate" }, true],
+    [{ kind: "after", fault: { kind: "reset" } }, true],
+    [{ kind: "after", fault: { kind: "reset mid-body" } }, true],
+  ];
+  for (const [fault, handled] of table) {
+    const count = ca.orders.length;
+    client.nonce = "";
+    await client.freshNonce().then((nonce) => client.nonce = nonce);
+    befall(fault);
+    await assert.rejects(client.order("example.com"), JSON.stringify(fault));
+    assert.equal(ca.orders.length - count, handled ? 1 : 0, JSON.stringify(fault));
+    assert.equal(ca.log.at(-1)!.status, handled ? 201 : 0);
+    client.nonce = "";
+    if (fault.kind === "refuse") await assert.rejects(client.freshNonce(), TypeError);
+    assert.equal((await client.order("example.com")).status, 201);
+  }
+  assert.deepEqual(ca.violations, []);
+});
+
+Deno.test("a silent exchange lasts until the client gives up or the CA closes", async () => {
+  const stage = await faulty();
+  const { client, befall, ca } = stage;
+  befall({ kind: "silence" });
+  const nonce = await client.freshNonce();
+  const impatient = fetch(client.directory.newOrder, {
+    method: "POST",
+    client: client.http,
+    signal: AbortSignal.timeout(50),
+    body: nonce,
+  });
+  await assert.rejects(impatient, { name: "TimeoutError" });
+  befall({ kind: "silence" });
+  const patient = fetch(client.directory.newOrder, { method: "POST", client: client.http }).then(
+    (response) => response.status,
+    () => 0,
+  );
+  const deadline = Date.now() + 5000;
+  while (ca.log.filter(({ resource }) => resource === "newOrder").length < 2) {
+    assert(Date.now() < deadline);
+    await client.fetch(client.directory.newNonce);
+  }
+  await stage[Symbol.asyncDispose]();
+  assert.notEqual(await patient, 201);
+});
+
+Deno.test("many CAs start at once, each in a moment, and leave nothing behind", async () => {
+  const begun = performance.now();
+  const cas = await Promise.all(Array.from({ length: 20 }, () => startCa({ fault: () => undefined })));
+  assert(performance.now() - begun < 20 * 300, `${performance.now() - begun} ms`);
+  assert.equal(new Set(cas.map(({ port }) => port)).size, 20);
+  assert.equal(Deno.readTextFileSync(cas[0]!.caBundleFile), cas[0]!.caBundle);
+  for (const ca of cas) await ca.close();
+  assert.throws(() => Deno.statSync(cas[0]!.caBundleFile), Deno.errors.NotFound);
 });

@@ -8,8 +8,7 @@ import { startCa, startWebroot } from "./ca.ts";
 
 const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
 const say = (text = "") => console.log(text);
-const headline = (text: string) =>
-  say(`\n\x1b[1m${text}\x1b[0m`.replaceAll(Deno.noColor ? /\x1b\[\dm/g : /$^/g, ""));
+const headline = (text: string) => say(Deno.noColor ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
 
 const home = await Deno.makeTempDir({ prefix: "lematt-demo-" });
 const conf = join(home, "conf");

@@ -4,7 +4,7 @@
  * Knows no files and no network. What came from outside has been cleaned where it came in (acme.ts, actions.ts).
  */
 
-import type { KeyType, Mode, Notice } from "./config.ts";
+import type { Mode, Notice } from "./config.ts";
 import type { Delivery } from "./deliver.ts";
 import type { Due, Kept, Plan, Reason, Rule, Task } from "./plan.ts";
 import type { Debt } from "./store.ts";
@@ -256,7 +256,7 @@ export class Report {
       (lastError === undefined ? "" : `; ${lastError}`);
   }
 
-  #subject(names: readonly string[], keyTypes: readonly KeyType[]): string {
+  #subject(names: readonly string[], keyTypes: readonly string[]): string {
     return `${nameText(names).padEnd(28)} ${keyTypes.join(" ").padEnd(6)}`;
   }
 

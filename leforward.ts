@@ -32,7 +32,7 @@ Exit status: 0 ended as asked, 1 the port cannot be had, 2 usage.`;
 const MAX_HEAD = 8192; // bytes of a request; a CA's has about 300
 const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, which Deno does not survive
 const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
-const WATCH_MS = 500; // how often parent and connections are looked at
+const WATCH_MS = 200; // how often parent and connections are looked at
 
 // Fit to stand in a header: no user, query, fragment, blank, control character or anything that a shell knows.
 const BASE_URL = /^https?:\/\/(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(\/[\w.~%/-]*)?$/i;
@@ -49,6 +49,8 @@ function exit(status: number, text: string): never {
 function quoted(text: string): string {
   return JSON.stringify(text.slice(0, 200)).replace(/[^ -~]/g, "?");
 }
+
+const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 /** The base URL without its last slash. */
 function toBaseUrl(text: string): string {
@@ -93,25 +95,27 @@ function readOptions(args: readonly string[], sshCommand: string | undefined) {
 }
 
 /** Listens, or ends with a line that says what to do about the port. */
-function listen(hostname: string, port: number): Deno.TcpListener {
-  try {
-    return Deno.listen({ hostname, port });
-  } catch (error) {
-    if (hostname === "::" && (error as { code?: string }).code === "EAFNOSUPPORT") {
-      return listen("0.0.0.0", port);
+async function listen(hostname: string, port: number): Promise<Deno.TcpListener> {
+  const deadline = Date.now() + 2000; // a predecessor whose session is over has noticed by then
+  while (true) {
+    try {
+      return Deno.listen({ hostname, port });
+    } catch (error) {
+      const { code, message } = error as Error & { code?: string };
+      const where = `Cannot listen on port ${port} of ${quoted(hostname)}`;
+      if (hostname === "::" && code === "EAFNOSUPPORT") {
+        hostname = "0.0.0.0";
+      } else if (code === "EADDRINUSE") {
+        if (Date.now() < deadline) await pause(WATCH_MS);
+        else exit(1, `${where}: it is taken, by a web server (let it redirect) or by another leforward`);
+      } else if (code === "EACCES") {
+        const sysctl = `"sysctl net.ipv4.ip_unprivileged_port_start=${port}"`;
+        const setcap = `"setcap cap_net_bind_service=+ep" on the compiled leforward`;
+        exit(1, `${where}: it needs a privilege; allow it with ${sysctl}, with ${setcap}, or use sudo`);
+      } else {
+        exit(1, `${where}: ${message}`);
+      }
     }
-    const where = `Cannot listen on port ${port} of ${quoted(hostname)}`;
-    if (error instanceof Deno.errors.AddrInUse) {
-      exit(1, `${where}: it is taken, by a web server (let that one redirect) or by another leforward`);
-    }
-    if (error instanceof Deno.errors.PermissionDenied) {
-      exit(
-        1,
-        `${where}: not permitted; allow it with "sysctl net.ipv4.ip_unprivileged_port_start=${port}", ` +
-          `with "setcap cap_net_bind_service=+ep" on the compiled leforward, or run it with sudo`,
-      );
-    }
-    exit(1, `${where}: ${(error as Error).message}`);
   }
 }
 
@@ -171,15 +175,16 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
 }
 
 /**
- * Ends the process when standard input closes after having been open. One that is closed within the first
- * second was never open (cron, systemd, `ssh -n`) and tells nothing. A terminal is left alone: it tells by HUP,
- * and who reads it in the background is stopped.
+ * Ends the process when standard input closes after having been open. One that is closed from the start (cron,
+ * systemd, `ssh -n`, which takes some milliseconds to tell) was never open. A terminal is left alone: it tells by
+ * HUP, and who reads it in the background is stopped.
  */
 async function watchInput(): Promise<void> {
   if (Deno.stdin.isTerminal()) return;
+  const since = Date.now();
   const ignored = new Uint8Array(512);
   while (await Deno.stdin.read(ignored).catch(() => null) !== null);
-  if (performance.now() > 1000) end("its standard input is closed");
+  if (Date.now() - since > 250) end("its standard input is closed");
 }
 
 if (Deno.args.includes("--help")) {
@@ -188,15 +193,15 @@ if (Deno.args.includes("--help")) {
 }
 const sshCommand = Deno.env.get("SSH_ORIGINAL_COMMAND");
 const { baseUrl, port, hostname, lifetimeMs } = readOptions(Deno.args, sshCommand);
-const listener = listen(hostname, port);
 watch(lifetimeMs, sshCommand !== undefined);
 watchInput();
+const listener = await listen(hostname, port);
 console.log(`leforward: port ${listener.addr.port} redirects to ${baseUrl}`);
 while (true) {
   try {
     answer(await listener.accept(), baseUrl);
     if (connections.size > MAX_OPEN) close(connections.keys().next().value);
   } catch {
-    await new Promise((resolve) => setTimeout(resolve, WATCH_MS)); // out of files, most likely
+    await pause(WATCH_MS); // out of files, most likely
   }
 }

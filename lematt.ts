@@ -6,88 +6,113 @@
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
-import { systemRoute } from "./lib/preflight.ts";
-import { noticeText, Report } from "./lib/report.ts";
-import { preview, run, type World } from "./lib/run.ts";
+import { systemRoute } from "./lib/reach.ts";
+import { errorText, noticeText, Report, revocationText } from "./lib/report.ts";
+import { preview, revocable, revoke, run, status, type Tell, type World } from "./lib/run.ts";
+import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
 
 const VERSION = "0.1.0";
 
 const HELP = `lematt ${VERSION}: Let's Encrypt certificates from one place, for all hosts
 
-  lematt.ts --test                    rehearse with the CA's staging service
-  lematt.ts --prod                    issue and renew what is due, deliver what is owed
-  lematt.ts --check                   look for faults in the configuration, nothing else
+  lematt.ts --test             rehearse everything with the CA's staging service
+  lematt.ts --prod             issue and renew what is due, deliver what is owed
+  lematt.ts --check            look for faults in the configuration, no more
 
-  --config PATH    lematt.conf or its directory (default: ./conf, then the conf beside the program)
-  --plan           say what a run would do and why; touch neither the CA nor the disk
-  --cron           not a word unless something changed or failed
-  --json           one JSON document instead of lines
-  --parallel N     lines of domains at once (default: parallel in lematt.conf, 10)
-  --help, --version
+with --test or --prod:
+  --plan                       say what a run would do and why; touch nothing
+  --status [--offline]         how all stands, also at the endpoints of verify;
+                               --json or --metrics (Prometheus) for machines
+  --revoke NAME                revoke the certificates of NAME's line [--yes];
+                               --reason keyCompromise, superseded, …
+  --retry                      try again now what should wait
+  --cron                       not a word unless something changed or failed
+  --json                       one JSON document instead of lines
+  --parallel N                 lines of domains at once (default 10)
+  --config PATH                lematt.conf or its directory; default: ./conf,
+                               then the conf beside the program
 
-For the line "example.com www" of the file domains, a run with --prod makes, below the configuration:
+Of the line "example.com www" --prod makes, below the configuration directory,
+  prod/key/example.com_www.example.com-key.rsa2048.pem             private key
+  prod/cert/example.com_www.example.com-cert-combined.rsa2048.pem  with chain
+  prod/csr/example.com_www.example.com-csr.rsa2048.csr             request
+the same with prime256v1 (EC) for rsa2048, and links to them by single names
+(prod/key/www.example.com-key.rsa2048.pem); --test: test/…-key.rsa2048.test.pem
 
-  prod/key/example.com_www.example.com-key.rsa2048.pem              private key (-key.prime256v1.pem: EC)
-  prod/cert/example.com_www.example.com-cert-combined.rsa2048.pem   certificate and chain
-  prod/csr/example.com_www.example.com-csr.rsa2048.csr              signing request
-  prod/cert/www.example.com-cert-combined.rsa2048.pem               link to the above; one for each name
-
-and with --test the same below test/, each name with .test before its ending.
-
-Exit status: 0 all is well; 1 a certificate or a delivery failed or is owed; 2 usage or configuration;
-3 another run holds the lock.
+Exit status: 0 all is well; 1 something failed, waits or is owed; 2 usage or
+configuration; 3 another run holds the lock
 `;
 
 /** Usage errors, in one line. */
 class UsageError extends Error {}
 
-interface Arguments {
-  readonly mode?: Mode;
-  readonly config?: string;
-  readonly check: boolean;
-  readonly plan: boolean;
-  readonly cron: boolean;
-  readonly json: boolean;
-  readonly parallel?: number;
-  readonly print?: string;
-}
+const OPTIONS = {
+  test: { type: "boolean" },
+  prod: { type: "boolean" },
+  check: { type: "boolean" },
+  plan: { type: "boolean" },
+  status: { type: "boolean" },
+  offline: { type: "boolean" },
+  metrics: { type: "boolean" },
+  revoke: { type: "string" },
+  reason: { type: "string" },
+  yes: { type: "boolean" },
+  retry: { type: "boolean" },
+  cron: { type: "boolean" },
+  json: { type: "boolean" },
+  parallel: { type: "string" },
+  config: { type: "string" },
+  help: { type: "boolean", short: "h" },
+  version: { type: "boolean" },
+} as const;
 
-function parse(args: readonly string[]): Arguments {
-  const { values, positionals } = parseArgs({
-    args: [...args],
-    allowPositionals: true,
-    options: {
-      test: { type: "boolean" },
-      prod: { type: "boolean" },
-      check: { type: "boolean" },
-      plan: { type: "boolean" },
-      cron: { type: "boolean" },
-      json: { type: "boolean" },
-      config: { type: "string" },
-      parallel: { type: "string" },
-      help: { type: "boolean", short: "h" },
-      version: { type: "boolean" },
-    },
-  });
-  const { test, prod, check = false, plan = false, cron = false, json = false, parallel } = values;
-  const print = values.help ? HELP : values.version ? `lematt ${VERSION}\n` : undefined;
+/** What each option goes with; one that stands alone is not here. */
+const NEEDS: Readonly<Record<string, string>> = {
+  offline: "status",
+  metrics: "status",
+  reason: "revoke",
+  yes: "revoke",
+};
+
+/** RFC 5280 §5.3.1, as far as subscribers may say it (Baseline Requirements §4.9.1.1). */
+const REASONS: Readonly<Record<string, number>> = {
+  unspecified: 0,
+  keyCompromise: 1,
+  affiliationChanged: 3,
+  superseded: 4,
+  cessationOfOperation: 5,
+};
+
+type Arguments = ReturnType<typeof parse>;
+
+function parse(args: readonly string[]) {
+  const { values, positionals } = parseArgs({ args: [...args], allowPositionals: true, options: OPTIONS });
+  const { test, prod, check, parallel, reason, plan, status, revoke } = values;
   const paths = [...positionals, ...values.config === undefined ? [] : [values.config]];
   if (paths.length > 1) throw new UsageError(`one configuration at a time, not ${paths.join(" and ")}`);
   if (parallel !== undefined && !/^([1-9]\d?|100)$/.test(parallel)) {
     throw new UsageError(`--parallel takes a number from 1 to 100, not ${JSON.stringify(parallel)}`);
   }
-  if (print === undefined && Number(test ?? 0) + Number(prod ?? 0) !== 1 && !(check && !test && !prod)) {
+  if (reason !== undefined && !Object.hasOwn(REASONS, reason)) {
+    throw new UsageError(`--reason takes one of ${Object.keys(REASONS).join(", ")}`);
+  }
+  for (const [option, needed] of Object.entries(NEEDS)) {
+    if (option in values && !(needed in values)) throw new UsageError(`--${option} goes with --${needed}`);
+  }
+  if ([check, plan, status, revoke].filter((one) => one !== undefined).length > 1) {
+    throw new UsageError("one of --check, --plan, --status and --revoke at a time");
+  }
+  const modes = [test, prod].filter((mode) => mode).length;
+  if (!values.help && !values.version && modes !== 1 && !(check && modes === 0)) {
     throw new UsageError("say either --test or --prod");
   }
+  const mode: Mode | undefined = test ? "test" : prod ? "prod" : undefined;
   return {
-    mode: test ? "test" : prod ? "prod" : undefined,
+    ...values,
+    mode,
     config: paths[0],
-    check,
-    plan,
-    cron,
-    json,
     parallel: parallel === undefined ? undefined : Number(parallel),
-    print,
+    reason: REASONS[reason ?? "unspecified"]!,
   };
 }
 
@@ -102,8 +127,8 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
     err(`lematt: ${(error as Error).message.split("\n")[0]}\ntry --help\n`);
     return 2;
   }
-  if (options.print !== undefined) {
-    out(options.print);
+  if (options.help || options.version) {
+    out(options.help ? HELP : `lematt ${VERSION}\n`);
     return 0;
   }
 
@@ -115,44 +140,85 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
     for (const fault of error.faults) err(`${noticeText(fault)}\n`);
     return 2;
   }
-  const { mode, json, cron, check, plan } = options;
-  if (mode === undefined || check) {
+  if (options.mode === undefined || options.check) {
     for (const warning of config.warnings) out(`${noticeText(warning)}\n`);
     out(`${config.file}: ${config.lines.length} lines of domains, no faults\n`);
     return 0;
   }
-
-  const terminal = Deno.stdout.isTerminal();
-  const color = terminal && !Deno.noColor;
-  const now = world.now ?? (() => new Date());
-  const report = new Report({ mode, cron, json, terminal: terminal && !json, color, now, out, err });
-  for (const warning of config.warnings) report.tell({ kind: "notice", text: noticeText(warning) });
-  const tell = report.tell.bind(report);
-  if (plan) return report.finish(preview(config, mode, { now }, tell)) && 0;
 
   const stop = new AbortController();
   const interrupt = () => stop.abort(new DOMException("interrupted", "AbortError"));
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
   try {
-    const summary = await run(config, mode, options.parallel ?? config.parallel, {
+    return await act(options.mode, options, config, {
       fetch: httpClient(config),
-      now,
+      now: () => new Date(),
       random: Math.random,
       route: systemRoute,
       userAgent: `lematt/${VERSION}`,
       signal: stop.signal,
       ...world,
-    }, tell);
-    return report.finish(summary);
+    }, { out, err });
   } catch (error) {
-    const { name, message, code } = error as Error & { code?: string };
-    if (name !== "LockedError" && code === undefined) throw error;
-    err(`lematt: ${message}\n`);
-    return name === "LockedError" ? 3 : 1;
+    const { name, code } = error as Error & { code?: string };
+    const known: Record<string, number> = { LockedError: 3, SelectionError: 2, AcmeError: 1, AbortError: 1 };
+    // what the system refused (it has a code) is said in a line, too; anything else is a bug and shows its stack
+    if (!(name in known) && code === undefined) throw error;
+    err(`lematt: ${errorText(error as Error)}\n`);
+    return known[name] ?? 1;
   } finally {
     for (const signal of signals) Deno.removeSignalListener(signal, interrupt);
   }
+}
+
+/** Does what the arguments ask for in one mode, and returns the exit status. */
+async function act(
+  mode: Mode,
+  options: Arguments,
+  config: Config,
+  world: World,
+  { out, err }: { out: (text: string) => void; err: (text: string) => void },
+): Promise<number> {
+  const { json = false, cron = false, retry = false } = options;
+  const terminal = Deno.stdout.isTerminal();
+  const { now } = world;
+  const report = new Report({
+    mode,
+    cron,
+    json,
+    terminal: terminal && !json,
+    color: terminal && !Deno.noColor,
+    now,
+    out,
+    err,
+  });
+  const tell: Tell = (event) => report.tell(event);
+
+  if (options.status) {
+    const found = await status(config, mode, options.offline ?? false, world, tell);
+    out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found));
+    return exitStatus(found);
+  }
+  for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
+  if (options.plan) {
+    report.finish(preview(config, mode, retry, world, tell));
+    return 0;
+  }
+  if (options.revoke !== undefined) {
+    const entries = revocable(config, mode, options.revoke);
+    out(revocationText(mode, entries));
+    if (!options.yes && !(Deno.stdin.isTerminal() && confirm("Revoke?"))) {
+      err("lematt: nothing was revoked; --yes revokes without asking\n");
+      return 2;
+    }
+    await revoke(config, mode, entries, options.reason, world, tell);
+    out(`revoked; the next run with --${mode} replaces them under new keys\n`);
+    return 0;
+  }
+  return report.finish(
+    await run(config, mode, { parallel: options.parallel ?? config.parallel, retry }, world, tell),
+  );
 }
 
 /** fetch() that also trusts the roots of `caBundle`. */

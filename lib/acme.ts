@@ -9,6 +9,7 @@
 
 import { createPrivateKey } from "node:crypto";
 import { isIP } from "node:net";
+import { setTimeout as delay } from "node:timers/promises";
 import type { CryptoKey, JWK } from "jose";
 
 /** RFC 8555 §9.7.7, RFC 8738. */
@@ -63,15 +64,21 @@ export interface Directory {
   readonly renewalInfo?: string;
 }
 
-/** The world as this file needs it; tests hand in their own. */
-export interface Transport {
-  fetch(url: string, init: RequestInit): Promise<Response>;
+/** Time as it passes here; tests have one that passes faster. */
+export interface Clock {
   now(): Date;
+  /** Resolves after `ms`, or rejects with the signal's reason. Without it the system's timer is used. */
+  sleep?(ms: number, signal?: AbortSignal): Promise<void>;
+  /** Ends every wait. */
+  readonly signal?: AbortSignal;
+}
+
+/** The world as this file needs it; tests hand in their own. The signal ends every request, too. */
+export interface Transport extends Clock {
+  fetch(url: string, init: RequestInit): Promise<Response>;
   /** Uniform in [0, 1), for jitter. */
   random(): number;
   readonly userAgent: string;
-  /** Ends every request and every wait. */
-  readonly signal?: AbortSignal;
 }
 
 /**
@@ -256,8 +263,10 @@ export class AcmeClient {
   async finalizeOrder(order: Order, csr: Uint8Array): Promise<Order> {
     const step = "finalize the order";
     let finalized: Order;
+    let retryAfter: Date | undefined;
     try {
       const response = await this.#post(step, order.finalize, { csr: base64url(csr) });
+      retryAfter = parseRetryAfter(response.headers, this.transport.now());
       finalized = this.#order(step, order.url, response);
     } catch (error) {
       // an answer lost on its way makes the second try meet an order that is no longer ready, which is no failure
@@ -265,7 +274,8 @@ export class AcmeClient {
       finalized = await this.#getOrder(step, order.url);
       if (finalized.status === "ready") throw error;
     }
-    return finalized.status === "processing" ? await this.#poll("issue", finalized, "processing") : finalized;
+    if (finalized.status !== "processing") return finalized;
+    return await this.#poll("issue", finalized, "processing", retryAfter);
   }
 
   /** RFC 8555 §7.4.2: the chain of a `valid` order, PEM, leaf first. */
@@ -281,23 +291,36 @@ export class AcmeClient {
     return response.text;
   }
 
+  /** RFC 8555 §7.6, signed by the account. `reason` is a CRLReason (RFC 5280 §5.3.1). Revoked before counts as done. */
+  async revokeCertificate(der: Uint8Array, reason: number): Promise<void> {
+    const step = "revoke the certificate";
+    const url = this.directory.revokeCert;
+    if (url === undefined) throw new AcmeError(step, "the CA does not offer revocation", "");
+    try {
+      await this.#post(step, url, { certificate: base64url(der), reason });
+    } catch (error) {
+      if (!(error instanceof AcmeError) || error.problem?.type !== "alreadyRevoked") throw error;
+    }
+  }
+
   async #getOrder(step: string, url: string): Promise<Order> {
     return this.#order(step, url, await this.#postAsGet(step, url));
   }
 
-  async #poll(what: string, order: Order, status: Order["status"]): Promise<Order> {
+  /** Asks for an order until it has left `status`, first at `retryAfter` where the CA has said so. */
+  async #poll(what: string, order: Order, status: Order["status"], retryAfter?: Date): Promise<Order> {
     const { transport } = this;
     const deadline = transport.now().getTime() + ORDER_DEADLINE_MS;
     const step = `${what} the order`;
     let current = order;
-    let retryAfter: Date | undefined;
-    for (let pause = FIRST_POLL_MS; current.status === status; pause = Math.min(pause * 3, LONGEST_POLL_MS)) {
+    for (let next = FIRST_POLL_MS; current.status === status; next = Math.min(next * 3, LONGEST_POLL_MS)) {
       const now = transport.now().getTime();
-      const wait = retryAfter === undefined ? jittered(pause, transport) : retryAfter.getTime() - now;
+      const wait = retryAfter === undefined ? jittered(next, transport) : retryAfter.getTime() - now;
       if (now + wait > deadline) {
-        throw new AcmeError(step, `still ${status} after ${ORDER_DEADLINE_MS / 1000} s`, order.url);
+        const text = `still ${status}, and lematt waits no longer than ${ORDER_DEADLINE_MS / 1000} s`;
+        throw new AcmeError(step, text, order.url, { retryAfter });
       }
-      await sleep(wait, transport.signal);
+      await pause(wait, transport);
       const response = await this.#postAsGet(step, order.url);
       retryAfter = parseRetryAfter(response.headers, transport.now());
       current = this.#order(step, order.url, response);
@@ -524,7 +547,7 @@ async function withRetries<T>(transport: Transport, attempt: () => Promise<T>): 
         ? jittered(500 * 3 ** (tries - 1), transport)
         : error.retryAfter.getTime() - transport.now().getTime();
       if (wait > LONGEST_WAIT_MS) throw error;
-      await sleep(wait, transport.signal);
+      await pause(wait, transport);
     }
   }
 }
@@ -548,6 +571,22 @@ export function describe(problem: Problem): string {
   const about = problem.identifier === undefined ? "" : `${problem.identifier}: `;
   const own = `${about}${problem.detail || "no detail"} (${problem.type})`;
   return [own, ...problem.subproblems.map(describe)].join("; ");
+}
+
+/**
+ * Whether a rate limit is about these names rather than about all that the account asks for. The type of the problem
+ * does not tell, so its identifiers do, or the names in its detail, or the chapter of Let's Encrypt's documentation
+ * that it refers to (https://letsencrypt.org/docs/rate-limits/).
+ */
+export function limitsNames(problem: Problem, names: readonly string[]): boolean {
+  const about = [problem, ...problem.subproblems];
+  if (about.some(({ identifier }) => identifier !== undefined)) return true;
+  return about.some(({ detail }) =>
+    /#(new-certificates-per|authorization-failures-per|consecutive-authorization-failures-per)-/.test(
+      detail,
+    ) ||
+    names.some((name) => detail.includes(name))
+  );
 }
 
 function problemOf(value: unknown): Problem | undefined {
@@ -578,8 +617,8 @@ export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
 
 /** Text from outside on one line of bounded length, without control, format or direction characters. */
 export function printable(text: string): string {
-  const clean = text.slice(0, 2000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
-  return clean.length > 500 ? `${clean.slice(0, 500)}…` : clean;
+  const clean = text.slice(0, 4000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
+  return clean.length > 2000 ? `${clean.slice(0, 2000)}…` : clean; // room for Let's Encrypt's links to unpause
 }
 
 function jsonObject(step: string, url: string, response: Answer): Record<string, unknown> {
@@ -631,17 +670,11 @@ function jittered(ms: number, transport: Transport): number {
   return ms * (0.75 + transport.random() / 2);
 }
 
-function sleep(ms: number, signal?: AbortSignal): Promise<void> {
-  return new Promise((resolve, reject) => {
-    if (signal?.aborted) return reject(signal.reason);
-    const stop = () => {
-      clearTimeout(timer);
-      reject(signal!.reason);
-    };
-    const timer = setTimeout(() => {
-      signal?.removeEventListener("abort", stop);
-      resolve();
-    }, ms);
-    signal?.addEventListener("abort", stop, { once: true });
-  });
+/** Waits for `ms`. Throws the signal's reason where that aborts. */
+export function pause(ms: number, { sleep = systemSleep, signal }: Clock): Promise<void> {
+  return sleep(ms, signal);
+}
+
+async function systemSleep(ms: number, signal?: AbortSignal): Promise<void> {
+  await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }

@@ -1,10 +1,10 @@
 /**
- * Runs the commands of actions.conf and holds its `prepare` commands. Alone imports zx, at the first command: a
- * run with nothing to do does not pay for it.
+ * Runs the commands of actions.conf and holds its `prepare` commands. Alone imports zx, and only when there
+ * is a command to run: a run with nothing to do does not pay for it.
  *
- * It knows /bin/sh (POSIX XCU §2), processes and their groups. It does not know what a command is for, when it is
- * due or what its failure means, and it never prints. What it puts into a command line is quoted for the place
- * where it stands; what a command printed is cleaned of everything that could steer a terminal.
+ * It knows /bin/sh (POSIX XCU §2), processes and their groups. It does not know what a command is for, when
+ * it is due or what its failure means, and it never prints. What it puts into a command line is quoted for
+ * the place where it stands; what a command printed is cleaned of everything that could steer a terminal.
  */
 
 import { Buffer } from "node:buffer";
@@ -57,7 +57,7 @@ export class CommandError extends Error {
   }
 }
 
-/** Linux takes at most 128 KiB in one argument or environment string (MAX_ARG_STRLEN), other systems less in all. */
+/** For one argument, and for all LEMATT_… together; Linux takes 128 KiB in one string (MAX_ARG_STRLEN). */
 const LINE_BYTES = 96 * 1024;
 /** How much is kept of what a command prints: the end, where errors stand. */
 const OUTPUT_BYTES = 64 * 1024;
@@ -65,19 +65,19 @@ const OUTPUT_BYTES = 64 * 1024;
 const TERM_SECONDS = 5;
 /** From KILL to looking no longer: what is then still there is another user's, or not ours to reap. */
 const KILL_SECONDS = 0.5;
-/** How long the output of a shell that has ended is read on; what still holds it then is a daemon, left in peace. */
+/** How long the output of a shell that has ended is read on; what holds it then is a daemon. */
 const LINGER_MS = 500;
 /** Longest delay of setTimeout; beyond it fires at once. */
 const LONGEST_DELAY_MS = 2 ** 31 - 1;
 
-// ---- command lines ---------------------------------------------------------------------------------------------
+// ---- command lines -------------------------------------------------------------------------------
 
-/** A word that means itself in every place of a command line, and in the shells that the line may start. */
+/** A word that means itself in every place of a command line, and to the shells that the line may start. */
 const ORDINARY = /^[\w./:@%+,-]+$/;
 
 /**
- * The pieces of a command line. Runs of [A-Za-z0-9_] are taken whole, so that DOMAIN is not found in DOMAINS_CN or
- * LEMATT_DOMAIN; `$CERTS`, `${CERTS}` and `\CERTS` are the shell's and left alone.
+ * The pieces of a command line. Runs of [A-Za-z0-9_] are taken whole, so that DOMAIN is not found in
+ * DOMAINS_CN or LEMATT_DOMAIN; `$CERTS`, `${CERTS}` and `\CERTS` are the shell's and left alone.
  */
 const PIECE = {
   outside: /\\[^]|\$\{\w+\}|\$\{\w*|\$[(']|\$[$\w]\w*|\w+|<<|(?<![^\s;&|()])#|[^]/y,
@@ -86,13 +86,15 @@ const PIECE = {
 };
 
 /**
- * The command with each placeholder of `values` replaced, in one pass: what a value contains is not looked at again.
+ * The command with each placeholder of `values` replaced, in one pass: values are not searched for
+ * placeholders.
  *
- * A value is quoted for the place where its placeholder stands: outside quotes each word stays one word; within
- * quotes it is the plain text. Where a reader of the line cannot be sure how the shell will read it (backquotes,
- * `${x:-…}`, `$'…'`, comments, a `case` within `$(…)`), only values of ordinary characters can stand.
+ * A value is quoted for the place where its placeholder stands: outside quotes each word stays one word,
+ * within quotes it is the plain text (and a shell that the quoted text is meant for reads it as that). From
+ * where it takes a whole shell to tell what is quoted and what is not (backquotes, `${x:-…}`, `$'…'`,
+ * comments, here-documents, a `case` within `$(…)`), only values of ordinary characters can stand.
  *
- * @throws CommandError where another value stands in such a place
+ * @throws CommandError where another value stands there
  */
 export function expand(command: string, values: Values): string {
   /** What is open at this point, innermost last: a quote, or "(" for a subshell or substitution. */
@@ -122,7 +124,7 @@ export function expand(command: string, values: Values): string {
       if (piece === "'" || piece === "(") open.push(piece);
       else if (piece === ")") open.pop();
       else if (piece === "$'" || piece === "<<" || piece === "#") unsure = true;
-      else if (piece === "case" && place === "(") unsure = true; // its patterns end in a ")" that closes nothing
+      else if (piece === "case" && place === "(") unsure = true; // its patterns end in an unpaired ")"
     }
   }
   return line;
@@ -143,8 +145,8 @@ function ordinary(command: string, name: string, value: string | readonly string
 }
 
 /**
- * The command expanded, as several lines where one would be too long for the system: the longest list in it is
- * halved until each line fits, and each line has its own part of the list in its environment.
+ * The command expanded, as several lines where one would be too long for the system: the longest list in it
+ * is halved until each line fits, and each line has its own part of the list in its environment.
  *
  * @throws CommandError as expand()
  */
@@ -163,7 +165,7 @@ export function commandLines(command: string, values: Values): CommandLine[] {
     .flatMap((part) => commandLines(command, { ...values, [name]: part }));
 }
 
-/** Our environment and the values; those are left out that would make it too large for the system. */
+/** Our environment and the values as LEMATT_…, those left out that would make it too large for the system. */
 function environment(values: Values): Record<string, string> {
   const variables = Deno.env.toObject();
   let room = LINE_BYTES;
@@ -177,7 +179,7 @@ function environment(values: Values): Record<string, string> {
   return variables;
 }
 
-// ---- processes -------------------------------------------------------------------------------------------------
+// ---- processes -----------------------------------------------------------------------------------
 
 /** How a command ended; neither exit code nor signal where its end was not seen. */
 interface Ending {
@@ -190,7 +192,7 @@ interface Ending {
 
 /** A shell that runs, as the leader of a process group (and session) of its own. */
 interface Running {
-  /** Settles once the shell is gone and its output has ended, or LINGER_MS after the shell, or after end(). */
+  /** Settles when the shell is gone and its output has ended, at most LINGER_MS after the shell or end(). */
   readonly ended: Promise<Ending>;
   /** Ends the whole group. False: another user's process is left of it. */
   end(): Promise<boolean>;
@@ -315,7 +317,7 @@ class Tail extends Array<string | Buffer> {
   }
 }
 
-/** Text that cannot steer a terminal: no escape sequences (ECMA-48), control characters or changes of direction. */
+/** Text that cannot steer a terminal: no escapes (ECMA-48), controls or changes of direction. */
 function printable(text: string): string {
   return text
     // deno-lint-ignore no-control-regex
@@ -329,11 +331,13 @@ function abbreviated(command: string): string {
   return command.length > 200 ? `${command.slice(0, 200)}…` : command;
 }
 
-// ---- running and holding ---------------------------------------------------------------------------------------
+// ---- running and holding -------------------------------------------------------------------------
 
 /**
- * Runs a command line by `/bin/sh -c` in the directory where lematt was started, and waits for its end. A time-out
- * or an abort ends its whole process group; a daemon that it leaves behind on purpose is left alone.
+ * Runs a command line by `/bin/sh -c` in the directory where lematt was started, and waits for its end. A
+ * time-out or an abort ends its whole process group; a daemon that it leaves behind is left alone. The values
+ * are in its environment as LEMATT_<NAME>, lists with blanks between their words, as far as the system has
+ * room.
  *
  * @throws CommandError unless it exits with 0 in time; the signal's reason when that aborts
  */
@@ -388,10 +392,10 @@ interface Shared {
 }
 
 /**
- * The `prepare` commands in use. Identical command lines are one process group, started for the first user and
- * ended with the last; LEMATT_… is the first user's. Their standard input is a pipe that is never written: it
- * closes when we are gone, however that came about. One that exits with 0 has done its work (opened a port of a
- * firewall, say); any other early end is a failure, and the next user starts it anew.
+ * The `prepare` commands in use. Identical command lines are one process group, started for the first user
+ * and ended with the last; LEMATT_… is the first user's. Their standard input is a pipe that is never
+ * written: it closes when we are gone, however that came about. One that exits with 0 has done its work
+ * (opened a port of a firewall, say); any other early end is a failure, and the next user starts it anew.
  */
 export class PrepareCommands implements AsyncDisposable {
   readonly #shared = new Map<string, Shared>();

@@ -10,7 +10,8 @@ import { basename, dirname, join } from "node:path";
 import { type AccountKey, type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import type { PrepareCommands } from "./actions.ts";
 import { challengeOf, type Config, sectionsOf } from "./config.ts";
-import { fetchAsCa, type Route } from "./preflight.ts";
+import { fetchAsCa } from "./preflight.ts";
+import type { Route } from "./reach.ts";
 
 /** A challenge that the CA can check until this is disposed of. */
 export interface Answer extends AsyncDisposable {

@@ -89,6 +89,7 @@ export interface Config {
   readonly preferredChain?: string;
   readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
   readonly dnsWaitSeconds: number;
+  readonly verifyWaitSeconds: number;
   readonly sections: readonly Section[];
   readonly lines: readonly Line[];
   readonly warnings: readonly Notice[];
@@ -191,6 +192,7 @@ const DEFAULTS = {
   commandTimeout: "600",
   ari: "yes",
   dnsWait: "120",
+  verifyWait: "60",
 };
 const CONFIG_KEYS = Object.keys(DEFAULTS).concat(
   "challengeDropDir accountKey rsaTag curveTag caBundle contact profile preferredChain eabKeyId eabHmacKey"
@@ -298,8 +300,11 @@ function readSettings(keys: Keys, directory: string): Settings {
     preferredChain: keys.text("preferredChain"),
     eab: readEab(keys, directory),
     dnsWaitSeconds: keys.number("dnsWait", { max: MAX_SECONDS }),
+    verifyWaitSeconds: keys.number("verifyWait", { max: MAX_SECONDS }),
   };
-  keys.refuseOthers(CONFIG_KEYS, SECTION_KEYS, "a section of actions.conf");
+  for (const each of [keys, new Keys(keys.page, keys.ini, keys.ini.defaults)]) {
+    each.refuseOthers(CONFIG_KEYS, SECTION_KEYS, "a section of actions.conf");
+  }
   warnOfRenewal(keys, settings);
   if (isLetsEncrypt(settings)) warnOfKeys(keys, settings, accountKey);
   return defined(settings);
@@ -495,10 +500,11 @@ function readActions(page: Page): { sections: readonly Section[]; named: readonl
   const text = page.read(`an empty file will do to begin with: touch ${shellWord(page.path)}`);
   if (text === undefined) return { sections: [], named: [] };
   const ini = page.parse(text);
-  const all = ini.sections.map((section) => new Keys(page, ini, section));
   const named: Word[] = [];
-  const sections = all.map((keys) => readSection(keys, named));
-  for (const keys of all) keys.refuseOthers(SECTION_KEYS, CONFIG_KEYS, "[config] of lematt.conf");
+  const sections = ini.sections.map((section) => readSection(new Keys(page, ini, section), named));
+  for (const section of [ini.defaults, ...ini.sections]) {
+    new Keys(page, ini, section).refuseOthers(SECTION_KEYS, CONFIG_KEYS, "[config] of lematt.conf");
+  }
   const fallback = COMMAND_KEYS.some((key) => ini.defaults.entries.has(key.toLowerCase()));
   if (fallback && !sections.some(({ name }) => name === "default")) {
     page.warn(
@@ -611,6 +617,7 @@ function toEndpoint(text: string): Endpoint | Mistake {
 /** Where a service is reached: a placeholder, an IPv4 address or a name, which may be one without a dot. */
 function toHost(text: string): string | Mistake {
   if (text === "DOMAIN" || text === "DOMAINS_ALL") return text;
+  if (text === "") return { why: "there is no name" };
   if (LABEL_ALONE.test(text)) return text.toLowerCase();
   return text.startsWith("*") ? { why: "a wildcard is no host" } : toIdentifier(text);
 }
@@ -844,7 +851,8 @@ function isAddress(name: string): boolean {
  * A-labels, RFC 5952 text; or why it is none. A trailing dot is refused rather than dropped: one name, one spelling.
  */
 function toIdentifier(written: string): string | Mistake {
-  const name = /[^!-~]/.test(written) ? toAscii(written) : written.toLowerCase();
+  // Before the conversion too, which takes quadratic time.
+  const name = written.length > 253 || !/[^!-~]/.test(written) ? written.toLowerCase() : toAscii(written);
   if (isMistake(name)) return name;
   if (name.length > 253) return { why: "it has more than 253 characters" };
   const host = name.startsWith("*.") ? name.slice(2) : name;
@@ -865,10 +873,11 @@ function toAscii(written: string): string | Mistake {
   if (/[\p{C}\p{Z}]/u.test(written)) return { why: "it has a character that cannot be seen" };
   const labels = written.normalize("NFC").split(".");
   for (const [index, label] of labels.entries()) {
-    const ascii = /[^!-~]/.test(label) ? domainToASCII(label) : label.toLowerCase();
-    const back = domainToUnicode(ascii);
+    const foreign = /[^!-~]/.test(label);
+    const ascii = foreign ? domainToASCII(label) : label.toLowerCase();
     if (!ascii) return { why: `${quote(label)} has no form in the DNS` };
-    if (ascii !== label.toLowerCase() && back !== label.toLowerCase()) {
+    const back = domainToUnicode(ascii);
+    if (foreign && (back === ascii || back !== label.toLowerCase())) {
       return { why: `${quote(label)} would become ${quote(back)}`, hint: "write that if you mean it" };
     }
     labels[index] = ascii;
@@ -979,9 +988,8 @@ class Keys {
   }
 
   fault(key: string, why: string, hint?: string, line = this.line(key)): undefined {
-    const value = this.#value(key);
-    const comment = /\s[#;]/.test(value?.text ?? "") ? "a comment needs a line of its own" : undefined;
-    this.page.fault(cannotRead(key, why), line, comment ?? hint);
+    const comment = /\s[#;]/.test(this.#value(key)?.text.slice(0, 1000) ?? "");
+    this.page.fault(cannotRead(key, why), line, comment ? "a comment needs a line of its own" : hint);
   }
 
   missing(key: string, hint: string) {
@@ -1096,15 +1104,13 @@ class Keys {
     });
   }
 
-  /** Refuses every key but these and those that another one's %(…)s asks for. To be called after all were read. */
+  /**
+   * Refuses every key of the section but these, and those that a %(…)s asks for; so it is to be called when the values
+   * of all sections were read.
+   */
   refuseOthers(keys: readonly string[], elsewhere: readonly string[], place: string) {
     const known = new Set(keys.map((key) => key.toLowerCase()));
-    for (
-      const { key, spelling, line } of [
-        ...this.ini.defaults.entries.values(),
-        ...this.section.entries.values(),
-      ]
-    ) {
+    for (const { key, spelling, line } of this.section.entries.values()) {
       if (known.has(key) || this.ini.used.has(key)) continue;
       const meant = closest(key, keys);
       const there = elsewhere.find((other) => other.toLowerCase() === key);
@@ -1140,7 +1146,7 @@ function parseList(text: string): { text: string; at: number }[] | Mistake & { a
   if (next() !== "[") {
     return wrong(
       `it does not begin with "["`,
-      `write ${text.trim() ? `[${JSON.stringify(text.trim())}]` : "[]"}`,
+      `write ${text.trim() ? printable(JSON.stringify([text.trim()])) : "[]"}`,
     );
   }
   at++;
@@ -1274,9 +1280,17 @@ function whyNot(error: unknown): string {
   return printable(error instanceof Error ? error.message : String(error), 200);
 }
 
+/** The blocks of a PEM file, from one marker to the next: no pattern over the whole, which a large file would defeat. */
 function pemBlocks(text: string): { label: string; pem: string }[] {
-  const blocks = text.matchAll(/-----BEGIN ([A-Z0-9 ]{1,40})-----[^]*?-----END \1-----/g);
-  return Array.from(blocks, ([pem, label]) => ({ pem, label: label! }));
+  const blocks: { label: string; pem: string }[] = [];
+  let begin: RegExpExecArray | undefined;
+  for (const marker of text.matchAll(/-----(BEGIN|END) ([A-Z0-9 ]{1,40})-----/g)) {
+    if (marker[1] === "END" && begin?.[2] === marker[2]) {
+      blocks.push({ label: marker[2]!, pem: text.slice(begin!.index, marker.index + marker[0].length) });
+    }
+    begin = marker[1] === "BEGIN" ? marker : undefined;
+  }
+  return blocks;
 }
 
 /** A path for a command line that is shown, to be copied. */

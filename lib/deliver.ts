@@ -2,7 +2,7 @@
  * The ledger of deliveries owed: which sections still have to carry which certificates, and the carrying.
  *
  * A section is the unit: what it owes is in the ledger before its first command runs, and leaves it only when all its
- * commands have succeeded. A crash therefore repeats a delivery but never loses one.
+ * commands have succeeded and its endpoints serve the new certificates. A crash therefore repeats a delivery but never loses one.
  */
 
 import { basename } from "node:path";
@@ -14,7 +14,8 @@ import {
   runCommand,
   type Values,
 } from "./actions.ts";
-import type { Config, Line, Mode, Section } from "./config.ts";
+import type { Config, Endpoint, Line, Mode, Section } from "./config.ts";
+import { type Expected, type Served, type Target, verifyUntil } from "./verify.ts";
 import { type Debt, type Entry, filesOf, type State, type Store } from "./store.ts";
 
 /** A command that succeeded, with the text that it has in actions.conf. */
@@ -23,12 +24,22 @@ export interface Ran {
   readonly outcome: Outcome;
 }
 
+/** Endpoints that do not serve, or not yet, what was carried to them. */
+export class VerificationError extends Error {
+  override readonly name = "VerificationError";
+  constructor(readonly wrong: readonly Served[]) {
+    super(`${wrong[0]!.endpoint} does not serve the newest certificate`);
+  }
+}
+
 /** One section's attempt to pay what it owes. */
 export interface Delivery {
   readonly section: string;
   /** Names of the lines whose certificates were carried. */
   readonly entries: readonly Entry[];
   readonly commands: readonly Ran[];
+  /** What its endpoints serve. */
+  readonly served: readonly Served[];
   /** Absent where the debt is paid. */
   readonly error?: Error;
   /** Since when the section owes something. */
@@ -43,9 +54,13 @@ export interface Delivering {
   /** The certificates as they are on disk now. */
   inventory(): readonly Entry[];
   now(): Date;
+  /** Addresses of a name. */
+  readonly resolve: (host: string) => Promise<readonly string[]>;
   readonly signal?: AbortSignal;
 }
 
+/** How long one look at an endpoint may take. */
+export const LOOK_TIMEOUT_SECONDS = 10;
 /** Commands that run side by side; most of them wait for a network. */
 const MOST_COMMANDS = 32;
 const HOUR_MS = 3_600_000;
@@ -105,6 +120,7 @@ interface Carrying {
   readonly entries: readonly Entry[];
   readonly values: Values;
   readonly ran: Ran[];
+  readonly served: Served[];
   uploaded: Promise<void>;
   updated: Promise<void>;
 }
@@ -142,7 +158,8 @@ export class Deliveries {
         .then(() => this.#upload(each));
       each.updated = Promise.allSettled([each.uploaded, ...before.map(({ updated }) => updated)])
         .then(() => each.uploaded)
-        .then(() => this.#update(each, shared));
+        .then(() => this.#update(each, shared))
+        .then(() => this.#verify(each));
     }
     const deliveries = carried.map((each) => this.#settle(each));
     carried.forEach(({ section }, index) => this.#last.set(section.name, deliveries[index]!));
@@ -166,7 +183,7 @@ export class Deliveries {
       DOMAINS_ALL: [...new Set(entries.flatMap(({ line }) => line.names))],
     };
     const none = Promise.resolve();
-    return { section, debt, entries, values, ran: [], uploaded: none, updated: none };
+    return { section, debt, entries, values, ran: [], served: [], uploaded: none, updated: none };
   }
 
   async #upload({ section, values, ran }: Carrying): Promise<void> {
@@ -185,13 +202,24 @@ export class Deliveries {
     }
   }
 
+  /** Waits until the section's endpoints serve what was carried, and throws VerificationError if they do not. */
+  async #verify({ section, entries, served }: Carrying): Promise<void> {
+    const { config, resolve, signal } = this.delivering;
+    const targets = targetsOf(section, entries.map(({ line }) => line), this.delivering.inventory());
+    if (targets.length === 0) return;
+    const world = { resolve, timeoutSeconds: LOOK_TIMEOUT_SECONDS, signal };
+    served.push(...await verifyUntil(targets, world, config.verifyWaitSeconds));
+    const wrong = served.filter(({ state }) => state !== "current");
+    if (wrong.length > 0) throw new VerificationError(wrong);
+  }
+
   #run(line: CommandLine): Promise<Outcome> {
     const { config, signal } = this.delivering;
     return this.#slots.use(() => runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds, signal }));
   }
 
   /** Waits for a section and enters in the ledger what came of it. */
-  async #settle({ section, debt, entries, ran, updated }: Carrying): Promise<Delivery> {
+  async #settle({ section, debt, entries, ran, served, updated }: Carrying): Promise<Delivery> {
     const { store } = this.delivering;
     const carried = entries.map((entry) => [this.#certFile(entry), fingerprintOf(entry)] as const);
     const since = new Date(debt.since);
@@ -204,15 +232,67 @@ export class Deliveries {
       }
       if (Object.keys(debt.certificates).length === 0) delete store.state.owed[section.name];
     } catch (reason) {
-      if (!(reason instanceof CommandError)) throw reason;
+      if (!(reason instanceof CommandError || reason instanceof VerificationError)) throw reason;
       error = reason;
       debt.attempts++;
       debt.lastError = reason.message;
       debt.retryAt = retryAfterAttempt(debt.attempts, this.delivering.now())?.toISOString();
     }
     await store.saveState();
-    return { section: section.name, entries, commands: ran, error, since };
+    return { section: section.name, entries, commands: ran, served, error, since };
   }
+}
+
+/**
+ * The endpoints of a section that have to do with `lines`, each with what it should serve: the newest certificates, of
+ * all key types, of the line that has the endpoint's name. One that bears no line's name is expected to serve the
+ * section's only line.
+ */
+export function targetsOf(section: Section, lines: readonly Line[], inventory: readonly Entry[]): Target[] {
+  return section.verify.flatMap((endpoint) => {
+    const placed = [...new Set(lines)].flatMap((line) =>
+      placesOf(endpoint, line).map((place) => ({ line, place }))
+    );
+    const own = placed.filter(({ line, place: { host, sni } }) => bears(line, sni ?? host));
+    const only = new Set(placed.map(({ line }) => line)).size === 1 ? placed : [];
+    return (own.length > 0 ? own : only)
+      .map(({ line, place }) => ({ endpoint: place, expected: expectedOf(line, inventory) }));
+  });
+}
+
+/** An endpoint with the names of a line for the words DOMAIN and DOMAINS_ALL; a wildcard is no place. */
+function placesOf(endpoint: Endpoint, { names }: Line): Endpoint[] {
+  const namesFor = (word: string) =>
+    (word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word])
+      .filter((name) => !name.startsWith("*."));
+  return namesFor(endpoint.host).flatMap((host) => {
+    // the same word on both sides means the same name
+    const snis = endpoint.sni === undefined
+      ? [undefined]
+      : endpoint.sni === endpoint.host
+      ? [host]
+      : namesFor(endpoint.sni);
+    return snis.map((sni) => {
+      const text = endpoint.text.replace(endpoint.host, host).replace(
+        /#.*/s,
+        sni === undefined ? "" : `#${sni}`,
+      );
+      return { ...endpoint, text, host, sni };
+    });
+  });
+}
+
+/** Whether a line's certificates are valid for `name`. */
+function bears({ names }: Line, name: string): boolean {
+  return names.includes(name) || names.includes(name.replace(/^[^.]+/, "*"));
+}
+
+function expectedOf(line: Line, inventory: readonly Entry[]): Expected[] {
+  return inventory.flatMap((entry) =>
+    entry.line === line && entry.finding.kind === "present"
+      ? [{ keyType: entry.keyType, certificate: entry.finding.certificate }]
+      : []
+  );
 }
 
 function fingerprintOf({ finding }: Entry): string | undefined {

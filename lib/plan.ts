@@ -1,16 +1,17 @@
 /**
  * What to issue and why, what to keep and until when.
  *
- * Pure: the configuration, what was found on disk and the clock go in, a plan comes out. It reads nothing, asks nobody
+ * Pure: the configuration, what was found on disk, what earlier runs left and the clock go in, a plan comes out. It reads nothing, asks nobody
  * and makes no sentences.
  */
 
-import type { Config, KeyType, Line } from "./config.ts";
-import type { Entry, Finding } from "./store.ts";
+import type { Config, Line } from "./config.ts";
+import type { Entry, Failure, Finding } from "./store.ts";
 
 /** Why a certificate is due now. */
 export type Reason =
   | { readonly kind: "found"; readonly finding: Exclude<Finding, { kind: "present" }> }
+  | { readonly kind: "revoked"; readonly at: Date }
   | { readonly kind: "expired"; readonly at: Date }
   | { readonly kind: "renewal"; readonly since: Date; readonly rule: Rule };
 
@@ -45,10 +46,28 @@ export interface Task {
   readonly due: readonly Due[];
 }
 
-/** Everything of the inventory is either in a task or kept. Tasks are sorted: soonest to expire first, new lines last. */
+/** A task that has to wait: its line failed before, or the CA wants no orders now. */
+export interface Waiting extends Task {
+  readonly until: Date;
+  readonly failure?: Failure;
+}
+
+/**
+ * Everything of the inventory is in a task, waits or is kept. Tasks are sorted: soonest to expire first, new lines
+ * last.
+ */
 export interface Plan {
   readonly tasks: readonly Task[];
+  readonly waiting: readonly Waiting[];
   readonly kept: readonly Kept[];
+}
+
+/** What earlier runs left for this one to heed. */
+export interface Memory {
+  readonly failures: Readonly<Record<string, Failure>>;
+  readonly revoked: Readonly<Record<string, string>>;
+  /** Until when the CA wants no orders; epoch or earlier where it takes them. */
+  readonly hold: Date;
 }
 
 const DAY_MS = 86_400_000;
@@ -58,32 +77,50 @@ const MOST_LIFE_LEFT = 2 / 3;
 const FEWEST_DAYS_LEFT = 3;
 
 /** Decides for every certificate of the inventory. */
-export function plan(config: Config, inventory: readonly Entry[], now: Date): Plan {
-  const tasks = new Map<Line, Due[]>();
+export function plan(config: Config, inventory: readonly Entry[], now: Date, memory: Memory): Plan {
+  const dues = new Map<Line, Due[]>();
   const kept: Kept[] = [];
   for (const entry of inventory) {
-    const verdict = judge(config, entry, now);
+    const verdict = judge(config, entry, now, memory);
     if ("renewAt" in verdict) {
       kept.push(verdict);
       continue;
     }
-    const due = tasks.get(entry.line);
-    if (due === undefined) tasks.set(entry.line, [verdict]);
+    const due = dues.get(entry.line);
+    if (due === undefined) dues.set(entry.line, [verdict]);
     else due.push(verdict);
   }
-  const sorted = [...tasks].map(([line, due]) => ({ line, due, expiry: soonestExpiry(due) }))
+  const sorted = [...dues].map(([line, due]) => ({ line, due, expiry: soonestExpiry(due) }))
     .sort((a, b) => a.expiry - b.expiry || a.line.line - b.line.line);
-  return { tasks: sorted.map(({ line, due }) => ({ line, due })), kept };
+  const tasks: Task[] = [];
+  const waiting: Waiting[] = [];
+  for (const { line, due } of sorted) {
+    const failure = memory.failures[due[0]!.entry.stem];
+    const until = new Date(Math.max(memory.hold.getTime(), Date.parse(failure?.retryAt ?? "1970-01-01")));
+    if (until > now) waiting.push({ line, due, until, failure });
+    else tasks.push({ line, due });
+  }
+  return { tasks, waiting, kept };
 }
 
-function judge(config: Config, entry: Entry, now: Date): Due | Kept {
+function judge(config: Config, entry: Entry, now: Date, { revoked }: Memory): Due | Kept {
   const { finding } = entry;
   if (finding.kind !== "present") return { entry, reason: { kind: "found", finding } };
-  const { notBefore, notAfter } = finding.certificate;
+  const { notBefore, notAfter, fingerprint } = finding.certificate;
+  const revokedAt = revoked[fingerprint];
+  if (revokedAt !== undefined) return { entry, reason: { kind: "revoked", at: new Date(revokedAt) } };
   if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter } };
   const { renewAt, rule } = renewal(config, notBefore, notAfter);
   if (renewAt <= now) return { entry, reason: { kind: "renewal", since: renewAt, rule } };
   return { entry, renewAt, rule, notAfter };
+}
+
+/**
+ * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10 and 100 minutes, then
+ * daily. https://letsencrypt.org/docs/integration-guide/#retrying-failures
+ */
+export function retryAfterFailure(count: number, now: Date): Date {
+  return new Date(now.getTime() + Math.min(60_000 * 10 ** (count - 1), DAY_MS));
 }
 
 /** When a certificate of this life is renewed, and by which setting. */
@@ -115,9 +152,4 @@ function soonestExpiry(due: readonly Due[]): number {
     "certificate" in finding ? finding.certificate.notAfter.getTime() : Infinity
   );
   return Math.min(...expiries);
-}
-
-/** Key types of a task, in the order of `keyTypes`. */
-export function keyTypesOf(task: Task): KeyType[] {
-  return task.due.map(({ entry }) => entry.keyType);
 }

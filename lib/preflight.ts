@@ -6,26 +6,11 @@
  * believes nothing but the expected content.
  */
 
-import { lookup } from "node:dns/promises";
 import http from "node:http";
 import https from "node:https";
 import { isIP } from "node:net";
 import { printable } from "./acme.ts";
-
-/** One address of a host with the port to dial there. */
-export interface Destination {
-  readonly address: string;
-  readonly port: number;
-}
-
-/** Where `port` of a host is reached. Throws where the host has no address. */
-export type Route = (host: string, port: number) => Promise<Destination[]>;
-
-/** The addresses that the system knows, IPv4 and IPv6, under the port itself. */
-export const systemRoute: Route = async (host, port) => {
-  const addresses = isIP(host) ? [{ address: host }] : await lookup(host, { all: true });
-  return [...new Set(addresses.map(({ address }) => address))].map((address) => ({ address, port }));
-};
+import type { Destination, Route } from "./reach.ts";
 
 /** https://letsencrypt.org/docs/challenge-types/#http-01-challenge */
 const MOST_REDIRECTS = 10;
@@ -43,7 +28,7 @@ interface Hop {
 /** Undefined where `url` shows `expected` under every family of its host's addresses, else which hop answered what. */
 export async function fetchAsCa(url: string, expected: string, route: Route): Promise<string | undefined> {
   const { hostname } = new URL(url);
-  let destinations: Destination[];
+  let destinations: readonly Destination[];
   try {
     destinations = await route(bare(hostname), 80);
   } catch {
@@ -64,7 +49,7 @@ async function follow(
   route: Route,
 ): Promise<string | undefined> {
   let url = start;
-  let destinations = first;
+  let destinations: readonly Destination[] = first;
   for (let redirects = 0;; redirects++) {
     const at = `${url.href} at ${destinations.map(({ address }) => address).join(", ")}`;
     let hop: Hop;

@@ -6,8 +6,10 @@
 
 import type { Mode, Notice } from "./config.ts";
 import type { Delivery } from "./deliver.ts";
-import type { Due, Kept, Plan, Reason, Rule, Task } from "./plan.ts";
-import type { Debt } from "./store.ts";
+import type { Alert } from "./alert.ts";
+import type { Due, Kept, Plan, Reason, Rule, Task, Waiting } from "./plan.ts";
+import type { Debt, Entry } from "./store.ts";
+import type { Served } from "./verify.ts";
 import type { Certificate } from "./x509.ts";
 
 /** What happens in a run, as it happens. */
@@ -26,13 +28,20 @@ export type Event =
   }
   | { readonly kind: "failed"; readonly due: readonly Due[]; readonly error: Error }
   | { readonly kind: "end"; readonly task: Task }
-  | { readonly kind: "delivery"; readonly delivery: Delivery };
+  | { readonly kind: "delivery"; readonly delivery: Delivery }
+  | {
+    readonly kind: "alert";
+    readonly section: string;
+    readonly causes: Alert["causes"];
+    readonly error?: Error;
+  };
 
 /** How a run ended. */
 export interface Summary {
   readonly issued: number;
   readonly failed: number;
   readonly kept: readonly Kept[];
+  readonly waiting: readonly Waiting[];
   readonly owed: Readonly<Record<string, Debt>>;
 }
 
@@ -59,7 +68,7 @@ export function noticeText({ file, line, text, hint }: Notice): string {
 }
 
 /** A certificate's names, short: the primary and how many more there are. */
-function nameText(names: readonly string[]): string {
+export function nameText(names: readonly string[]): string {
   return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
 }
 
@@ -81,6 +90,8 @@ export function reasonText(reason: Reason): string {
           return finding satisfies never;
       }
     }
+    case "revoked":
+      return `revoked ${dateText(reason.at)}`;
     case "expired":
       return `expired ${dateText(reason.at)}`;
     case "renewal":
@@ -91,7 +102,7 @@ export function reasonText(reason: Reason): string {
 }
 
 /** Which setting decides, in the configuration's words. */
-function ruleText(rule: Rule): string {
+export function ruleText(rule: Rule): string {
   switch (rule) {
     case "age":
       return "generateNewCertsAfterDays";
@@ -107,8 +118,13 @@ function ruleText(rule: Rule): string {
 }
 
 /** The day, in UTC. */
-function dateText(date: Date): string {
+export function dateText(date: Date): string {
   return date.toISOString().slice(0, 10);
+}
+
+/** The minute, in UTC. */
+export function timeText(date: Date): string {
+  return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
 function daysText(from: Date, to: Date): string {
@@ -121,12 +137,69 @@ function count(number: number, thing: string): string {
   return `${number} ${thing}${number === 1 ? "" : "s"}`;
 }
 
+/** Errors whose message says all. */
+const KNOWN_ERRORS = [
+  "AbortError",
+  "ChallengeError",
+  "CommandError",
+  "LockedError",
+  "SelectionError",
+  "VerificationError",
+];
+
 /** An error as a person should see it: the CA's words with their step; a bug with its stack. */
-function errorText(error: Error): string {
+export function errorText(error: Error): string {
   const { name, code } = error as Error & { code?: string };
   if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${error.message}`;
-  const expected = ["ChallengeError", "CommandError", "AbortError"].includes(name) || code !== undefined;
+  const expected = KNOWN_ERRORS.includes(name) ||
+    code !== undefined;
   return expected || error instanceof Deno.errors.NotFound ? error.message : error.stack ?? String(error);
+}
+
+/** What an alert says: a line for each cause, or that there is none any more. */
+export function alertText(causes: Alert["causes"]): string {
+  if (causes.length === 0) return "all is well again\n";
+  const lines = causes.map((cause) => {
+    switch (cause.kind) {
+      case "failing":
+        return `${nameText(cause.line.names)} failed ${cause.times} times in a row: ${cause.error}`;
+      case "expiring": {
+        const { line, keyType } = cause.entry;
+        return `${nameText(line.names)} (${keyType}) expires ${
+          timeText(cause.notAfter)
+        } and is not renewed yet`;
+      }
+      case "owed": {
+        const error = cause.error === undefined ? "" : `: ${cause.error}`;
+        return `[${cause.section}] owes a delivery since ${timeText(cause.since)}${error}`;
+      }
+      default:
+        return cause satisfies never;
+    }
+  });
+  return `${lines.join("\n")}\n`;
+}
+
+/** What a revocation is going to revoke. */
+export function revocationText(mode: Mode, entries: readonly Entry[]): string {
+  const lines = entries.map(({ line, keyType, finding }) => {
+    if (!("certificate" in finding)) return "";
+    const { fingerprint, notAfter } = finding.certificate;
+    return `  ${keyType.padEnd(3)} ${fingerprint.slice(0, 16)}, until ${dateText(notAfter)}, for ${
+      line.names.join(" ")
+    }\n`;
+  });
+  return `These certificates of --${mode} are to be revoked for good:\n${lines.join("")}`;
+}
+
+/** What an endpoint serves, in words. */
+export function servedText({ state, address, certificate, detail }: Served): string {
+  const at = address === "" ? "" : ` at ${address}`;
+  if (certificate === undefined) return `${state}${at}: ${detail ?? "no certificate"}`;
+  const whose = state === "other" ? ` for ${nameText(certificate.names)}` : "";
+  return `${state}${at}: ${certificate.fingerprint.slice(0, 16)}${whose}, until ${
+    dateText(certificate.notAfter)
+  }`;
 }
 
 /** What a failed command printed, set off from our own words. */
@@ -201,6 +274,12 @@ export class Report {
       case "delivery":
         this.#sayDelivery(event.delivery);
         break;
+      case "alert":
+        if (event.error !== undefined) this.#fail(`[${event.section}] alert`, event.error);
+        else {this.#sayAloud(
+            `alert   [${event.section}] ${alertText(event.causes).trimEnd().replaceAll("\n", "; ")}`,
+          );}
+        break;
       default:
         event satisfies never;
     }
@@ -220,11 +299,16 @@ export class Report {
     }
   }
 
-  #sayDelivery({ section, commands, error }: Delivery): void {
+  #sayDelivery({ section, commands, served, error }: Delivery): void {
     for (const { template, outcome } of commands) {
       if (this.#told.has(outcome)) continue; // shared with another section
       this.#told.add(outcome);
       this.#sayAloud(`ran     [${section}] ${template} (${outcome.seconds.toFixed(1)} s)`);
+    }
+    for (const each of served) {
+      const text = `[${section}] ${each.endpoint} ${each.keyType}  ${servedText(each)}`;
+      if (each.state === "current") this.#sayAloud(`serves  ${text}`);
+      else this.#sayError(`WRONG   ${text}; expected ${each.expected.fingerprint.slice(0, 16)}`);
     }
     if (error === undefined || this.#told.has(error)) return;
     this.#told.add(error);
@@ -235,6 +319,18 @@ export class Report {
     for (const { line, due } of plan.tasks) {
       for (const { entry, reason } of due) {
         this.#say(`issue   ${this.#subject(line.names, [entry.keyType])}  ${reasonText(reason)}`);
+      }
+    }
+    for (const { line, due, until, failure } of plan.waiting) {
+      const why = failure === undefined
+        ? "the CA wants no orders before"
+        : `it failed (${failure.error}), not before`;
+      for (const { entry, reason } of due) {
+        this.#say(
+          `wait    ${this.#subject(line.names, [entry.keyType])}  ${reasonText(reason)}; ${why} ${
+            timeText(until)
+          }`,
+        );
       }
     }
     for (const { entry, renewAt, rule, notAfter } of plan.kept) {
@@ -263,7 +359,7 @@ export class Report {
   /** Sums up and returns the exit status: 1 where something failed or is owed. */
   finish(summary: Summary): 0 | 1 {
     this.#clearProgress();
-    const { issued, failed, kept, owed } = summary;
+    const { issued, failed, kept, waiting, owed } = summary;
     const debts = Object.entries(owed);
     if (this.manner.json) {
       this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
@@ -275,7 +371,8 @@ export class Report {
             `with more than two thirds of its life left`,
         );
       }
-      for (const [section, debt] of debts) this.manner.err(`owed    ${this.#owedText(section, debt)}\n`);
+      this.#sayWaiting(waiting);
+      for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
       const next = kept.reduce<Kept | undefined>(
         (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
         undefined,
@@ -283,6 +380,7 @@ export class Report {
       const parts = [
         issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
         failed > 0 ? `${failed} failed` : "",
+        waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
         `${kept.length} kept`,
         debts.length > 0 ? `${count(debts.length, "delivery").replace("deliverys", "deliveries")} owed` : "",
         next === undefined
@@ -293,7 +391,31 @@ export class Report {
       ];
       this.#say(parts.filter((part) => part !== "").join(", "));
     }
-    return failed > 0 || debts.length > 0 ? 1 : 0;
+    return failed > 0 || waiting.length > 0 || debts.length > 0 ? 1 : 0;
+  }
+
+  /** Lines that wait, one by one where each has its own reason, together where the CA wants no orders. */
+  #sayWaiting(waiting: readonly Waiting[]): void {
+    const held = waiting.filter(({ failure }) => failure === undefined);
+    if (held.length > 0) {
+      const until = timeText(held[0]!.until);
+      this.#sayError(
+        `waiting ${count(held.length, "line")}: the CA wants no orders before ${until} (--retry asks now)`,
+      );
+    }
+    for (const { line, until, failure } of waiting) {
+      if (failure === undefined) continue;
+      const again = `tried again from ${timeText(until)} (--retry tries now)`;
+      this.#sayError(
+        `waiting ${nameText(line.names)}: failed ${
+          failure.count === 1 ? "once" : `${failure.count} times`
+        }, ${again}`,
+      );
+    }
+  }
+
+  #sayError(text: string): void {
+    this.manner.err(`${text}\n`);
   }
 
   /** Standard output; held back under --cron until something has changed. */
@@ -330,7 +452,7 @@ export class Report {
 }
 
 /** The `--json` document. Dates are ISO 8601, fingerprints SHA-256 in hexadecimal. */
-function document(mode: Mode, events: readonly Event[], { kept, owed }: Summary): object {
+function document(mode: Mode, events: readonly Event[], { kept, waiting, owed }: Summary): object {
   const of = <K extends Event["kind"]>(kind: K) =>
     events.filter((event) => event.kind === kind) as Extract<Event, { kind: K }>[];
   const failure = (error: Error) => ({
@@ -374,10 +496,29 @@ function document(mode: Mode, events: readonly Event[], { kept, owed }: Summary)
       rule,
       notAfter,
     })),
-    deliveries: of("delivery").map(({ delivery: { section, entries, commands, error } }) => ({
+    waiting: waiting.map(({ line, due, until, failure }) => ({
+      names: line.names,
+      keyTypes: due.map(({ entry }) => entry.keyType),
+      until,
+      failure,
+    })),
+    deliveries: of("delivery").map(({ delivery: { section, entries, commands, served, error } }) => ({
       section,
       certificates: entries.map(({ line, keyType }) => ({ names: line.names, keyType })),
       commands: commands.map(({ outcome: { command, seconds } }) => ({ command, seconds })),
+      endpoints: served.map(({ endpoint, address, keyType, state, certificate, detail }) => ({
+        endpoint,
+        address,
+        keyType,
+        state,
+        fingerprint: certificate?.fingerprint,
+        detail,
+      })),
+      ...(error !== undefined && failure(error)),
+    })),
+    alerts: of("alert").map(({ section, causes, error }) => ({
+      section,
+      text: alertText(causes),
       ...(error !== undefined && failure(error)),
     })),
     owed,

@@ -55,13 +55,31 @@ export interface Debt {
   lastError?: string;
 }
 
-/** `state.json`: what one run tells the next. */
+/** Why a line could not be issued, the last time. Dates are ISO 8601. */
+export interface Failure {
+  /** How often in a row. */
+  count: number;
+  at: string;
+  error: string;
+  /** Not to be tried before; absent where the next run may. */
+  retryAt?: string;
+}
+
+/** `state.json`: what one run tells the next. Dates are ISO 8601. */
 export interface State {
   version: 1;
   /** "<directory URL> <thumbprint of the account key>" -> account URL */
   accounts: Record<string, string>;
   /** name of a section -> what it owes */
   owed: Record<string, Debt>;
+  /** stem of a line -> its last failure, until it succeeds */
+  failures: Record<string, Failure>;
+  /** directory URL -> until when the CA wants no new order from this account */
+  holds: Record<string, string>;
+  /** fingerprint of a certificate that was revoked and is to be replaced under a new key -> when */
+  revoked: Record<string, string>;
+  /** name of a section -> cause of an alert -> when it was last told of it */
+  alerts: Record<string, Record<string, string>>;
 }
 
 /** Another run holds the lock. */
@@ -123,6 +141,46 @@ function linkOwners(config: Config): Map<string, Line> {
     for (const name of line.names) if (!owners.has(name)) owners.set(name, line);
   }
   return owners;
+}
+
+/** The files of a certificate, and the links by which its names find them. */
+function bundleAndLinks(
+  config: Config,
+  mode: Mode,
+  entry: Entry,
+  owners: ReadonlyMap<string, Line>,
+): Files[] {
+  const { line, keyType } = entry;
+  const linked = line.names.length === 1 ? [] : line.names.filter((name) => owners.get(name) === line);
+  const stems = [entry.stem, ...linked.map((name) => stemOf(config, mode, [name]))];
+  return stems.map((stem) => filesOf(config, mode, { stem, keyType }));
+}
+
+/** Files in the directories of keys, requests and certificates that belong to no line any more, relative to the mode's. */
+export function strayFiles(config: Config, mode: Mode, inventory: readonly Entry[]): string[] {
+  const owners = linkOwners(config);
+  const known = new Set<string>();
+  for (const entry of inventory) {
+    for (const { key, csr, cert } of bundleAndLinks(config, mode, entry, owners)) {
+      known.add(key).add(csr).add(cert);
+    }
+  }
+  const base = modeDirectory(config, mode);
+  return ["cert", "csr", "key"].flatMap((directory) =>
+    listing(join(base, directory)).filter((name) =>
+      !name.startsWith(".") && !known.has(join(base, directory, name))
+    )
+      .map((name) => `${directory}/${name}`)
+  );
+}
+
+function listing(directory: string): string[] {
+  try {
+    return readdirSync(directory).sort();
+  } catch (error) {
+    if ((error as { code?: string }).code === "ENOENT") return [];
+    throw error;
+  }
 }
 
 /** Reads what is on disk for every certificate of the configuration, in the order of `domains`. Changes nothing. */
@@ -236,20 +294,33 @@ export function readState(config: Config, mode: Mode): State | { readonly unusab
   }
 }
 
-function emptyState(): State {
-  return { version: 1, accounts: {}, owed: {} };
+/** The state of a mode that never ran. */
+export function emptyState(): State {
+  return { version: 1, accounts: {}, owed: {}, failures: {}, holds: {}, revoked: {}, alerts: {} };
+}
+
+/** Whether each value of a record is of one kind. */
+function recordOf(value: unknown, check: (entry: unknown) => boolean): boolean {
+  return isRecord(value) && Object.values(value).every(check);
 }
 
 function checkedState(state: State): State | undefined {
-  const strings = (value: unknown) =>
-    isRecord(value) && Object.values(value).every((entry) => typeof entry === "string");
-  const isDebt = (debt: Debt) =>
-    isRecord(debt) && isDate(debt.since) && strings(debt.certificates) && Number.isInteger(debt.attempts) &&
-    (debt.retryAt === undefined || isDate(debt.retryAt)) &&
-    ["string", "undefined"].includes(typeof debt.lastError);
+  const isText = (value: unknown) => typeof value === "string";
+  const isOptional = (value: unknown, check: (value: unknown) => boolean) =>
+    value === undefined || check(value);
+  const isDebt = (debt: unknown) =>
+    isRecord(debt) && isDate(debt.since) && recordOf(debt.certificates, isText) &&
+    Number.isInteger(debt.attempts) &&
+    isOptional(debt.retryAt, isDate) && isOptional(debt.lastError, isText);
+  const isFailure = (failure: unknown) =>
+    isRecord(failure) && Number.isInteger(failure.count) && isDate(failure.at) && isText(failure.error) &&
+    isOptional(failure.retryAt, isDate);
   const complete = { ...emptyState(), ...state };
-  if (!strings(complete.accounts)) return undefined;
-  return isRecord(complete.owed) && Object.values(complete.owed).every(isDebt) ? complete : undefined;
+  const sound = recordOf(complete.accounts, isText) && recordOf(complete.owed, isDebt) &&
+    recordOf(complete.failures, isFailure) && recordOf(complete.holds, isDate) &&
+    recordOf(complete.revoked, isDate) &&
+    recordOf(complete.alerts, (causes) => recordOf(causes, isDate));
+  return sound ? complete : undefined;
 }
 
 function isRecord(value: unknown): value is Record<string, unknown> {
@@ -345,12 +416,9 @@ export class Store implements Disposable {
     }
   }
 
-  /** Every path under which a certificate, and its key, are found: the bundle and the links to it. */
+  /** Every path under which a certificate and its key are found: the bundle first, then the links to it. */
   pathsOf(entry: Entry): { certs: string[]; keys: string[] } {
-    const linked = entry.line.names.length === 1 ? [] : entry.line.names
-      .filter((name) => this.#owners.get(name) === entry.line)
-      .map((name) => ({ stem: stemOf(this.config, this.mode, [name]), keyType: entry.keyType }));
-    const files = [entry, ...linked].map((each) => filesOf(this.config, this.mode, each));
+    const files = bundleAndLinks(this.config, this.mode, entry, this.#owners);
     return { certs: files.map(({ cert }) => cert), keys: files.map(({ key }) => key) };
   }
 
@@ -395,7 +463,7 @@ export class Store implements Disposable {
   #completeCommits(): void {
     const base = modeDirectory(this.config, this.mode);
     const left = ["key", "csr", "cert", "."].flatMap((directory) =>
-      readdirSync(join(base, directory)).filter((name) => name.endsWith(TEMPORARY))
+      listing(join(base, directory)).filter((name) => name.endsWith(TEMPORARY))
         .map((name) => join(base, directory, name))
     );
     if (left.length === 0) return;

@@ -1,15 +1,16 @@
 /**
- * Tells which certificate an endpoint serves: at each of its addresses, for each type of key, by TLS or STARTTLS.
+ * Tells which certificate an endpoint serves: at each of its addresses, for each type of key, by TLS or
+ * STARTTLS.
  *
- * `openssl s_client` does the talking: no other tool at hand can ask a server for its RSA or its ECDSA certificate,
- * and it knows the STARTTLS of many protocols. Chains are not judged here, only whether the certificate is the one
- * that was delivered. This file knows neither when to look nor what follows from what was seen.
+ * `openssl s_client` does the talking: nothing else at hand can ask a server for its RSA or its ECDSA
+ * certificate, and it knows the STARTTLS of many protocols. Chains are not judged here, only whether the
+ * certificate is the one that was delivered. This file knows neither when to look nor what follows from what
+ * was seen.
  *
  * RFC 8446 §4.2.3 (signature algorithms choose the certificate), RFC 5246 §7.4.2 (so does the cipher suite),
  * RFC 6066 §3 (SNI), RFC 3207 (STARTTLS of SMTP).
  */
 
-import { lookup } from "node:dns/promises";
 import { isIP } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import { CommandError, expand, runCommand } from "./actions.ts";
@@ -24,7 +25,8 @@ export interface Expected {
 
 /** An endpoint, and what is expected of it: one certificate for each type of key. */
 export interface Target {
-  readonly endpoint: Pick<Endpoint, "text" | "host" | "port" | "starttls" | "sni">;
+  /** Its words DOMAIN and DOMAINS_ALL replaced. */
+  readonly endpoint: Endpoint;
   readonly expected: readonly Expected[];
 }
 
@@ -42,13 +44,15 @@ export interface Served {
    */
   readonly state: "current" | "old" | "other" | "unreachable";
   readonly certificate?: Certificate;
+  /** What should be served. */
+  readonly expected: Certificate;
   /** Why there is no certificate. */
   readonly detail?: string;
 }
 
 /** What probes need of the world. */
 export interface World {
-  /** Addresses of a name; in production resolveAddresses(). Rejects, or is empty, where there are none. */
+  /** Addresses of a name; in production reach.ts's resolveAddresses(). Rejects, or is empty, where there are none. */
   readonly resolve: (host: string) => Promise<readonly string[]>;
   /** How long one connection may take. */
   readonly timeoutSeconds: number;
@@ -57,16 +61,16 @@ export interface World {
 
 /** How many connections are open at once, each a process of some 10 MB. */
 const CONNECTIONS = 8;
-/** How long a service gets to serve what it was given: most reload within a second, some restart within a minute. */
+/** How long a service gets to serve what it was given: most reload in a second, some restart in a minute. */
 const DEADLINE_SECONDS = 60;
 /** Pauses between looks. */
 const FIRST_PAUSE_SECONDS = 0.5;
 const LONGEST_PAUSE_SECONDS = 8;
 
 /**
- * What makes a server choose its certificate of one type: the signature algorithms in TLS 1.3, the cipher suites in
- * TLS 1.2. PKCS#1 signatures stand with ECDSA for the sake of servers that also look at how the certificate itself
- * was signed, which may be with the RSA key of a CA; TLS 1.3 uses them for nothing else.
+ * What makes a server choose its certificate of one type: the signature algorithms in TLS 1.3, the cipher
+ * suites in TLS 1.2. PKCS#1 signatures stand with ECDSA for the sake of servers that also look at how the
+ * certificate itself was signed, which may be with the RSA key of a CA; TLS 1.3 uses them for nothing else.
  */
 const ASK_FOR: Record<KeyType, readonly string[]> = {
   rsa: [
@@ -84,17 +88,6 @@ const ASK_FOR: Record<KeyType, readonly string[]> = {
 };
 
 /**
- * The IPv4 and IPv6 addresses of a name as this system sees them (/etc/hosts included); an address is its own.
- *
- * @throws where there are none, or the resolver fails
- */
-export async function resolveAddresses(host: string): Promise<string[]> {
-  if (isIP(host)) return [host];
-  const found = await lookup(host, { all: true });
-  return [...new Set(found.map(({ address }) => address))];
-}
-
-/**
  * Connects once to every address of every target for each certificate expected there, some at once.
  *
  * @returns findings in the order of the targets
@@ -105,7 +98,8 @@ export async function probe(targets: readonly Target[], world: World): Promise<S
 }
 
 /**
- * Probes the targets until all serve what is expected, again and again with growing pauses, or until the deadline.
+ * Probes the targets until all serve what is expected, again and again with growing pauses, or until the
+ * deadline.
  *
  * @returns what was found last, in the order of the targets
  * @throws as probe()
@@ -129,7 +123,7 @@ export async function verifyUntil(
 
 /** One connection to make: to one address, for one type of key. */
 interface Look {
-  readonly endpoint: Target["endpoint"];
+  readonly endpoint: Endpoint;
   /** Empty where the name has none; `fault` says why. */
   readonly address: string;
   readonly fault?: string;
@@ -138,14 +132,21 @@ interface Look {
 
 async function looksAt(targets: readonly Target[], world: World): Promise<Look[]> {
   const looks = targets.map(async ({ endpoint, expected }) => {
-    const places = await world.resolve(endpoint.host).then(
-      (addresses) => addresses.map((address) => ({ address, fault: undefined })),
-      (error: Error) => [{ address: "", fault: error.message }],
-    );
-    if (places.length === 0) places.push({ address: "", fault: "no address" });
+    const places = await placesOf(endpoint.host, world);
     return places.flatMap((place) => expected.map((expected) => ({ endpoint, ...place, expected })));
   });
   return (await Promise.all(looks)).flat();
+}
+
+async function placesOf(host: string, world: World): Promise<Pick<Look, "address" | "fault">[]> {
+  try {
+    const addresses = await world.resolve(host);
+    return addresses.length > 0
+      ? addresses.map((address) => ({ address }))
+      : [{ address: "", fault: "no address" }];
+  } catch (error) {
+    return [{ address: "", fault: `no address: ${(error as Error).message}` }];
+  }
 }
 
 async function lookAll(looks: readonly Look[], world: World): Promise<Served[]> {
@@ -154,20 +155,22 @@ async function lookAll(looks: readonly Look[], world: World): Promise<Served[]> 
   const work = async () => {
     for (const [n, look] of queue) found[n] = await lookOnce(look, world);
   };
-  await Promise.all(Array.from({ length: CONNECTIONS }, work));
+  const workers = await Promise.allSettled(Array.from({ length: CONNECTIONS }, work)); // none outlives this
+  for (const worker of workers) if (worker.status === "rejected") throw worker.reason;
   return found;
 }
 
 async function lookOnce({ endpoint, address, fault, expected }: Look, world: World): Promise<Served> {
-  const place = { endpoint: endpoint.text, address, keyType: expected.keyType };
+  const { keyType, certificate: wanted } = expected;
+  const place = { endpoint: endpoint.text, address, keyType, expected: wanted };
   if (fault !== undefined) return { ...place, state: "unreachable", detail: fault };
 
   const sni = endpoint.sni ?? (isIP(endpoint.host) ? undefined : endpoint.host);
-  const command = expand("openssl s_client -connect PLACE SNI STARTTLS ASK_FOR", {
+  const command = expand("exec openssl s_client -connect PLACE SNI STARTTLS ASK_FOR", {
     PLACE: `${isIP(address) === 6 ? `[${address}]` : address}:${endpoint.port}`,
     SNI: sni === undefined ? ["-noservername"] : ["-servername", sni],
     STARTTLS: endpoint.starttls === undefined ? [] : ["-starttls", endpoint.starttls],
-    ASK_FOR: ASK_FOR[expected.keyType],
+    ASK_FOR: ASK_FOR[keyType],
   });
   const ending = await runCommand({ command, values: {} }, world).catch((error) => {
     if (error instanceof CommandError && error.exitCode !== 127) return error;
@@ -178,7 +181,7 @@ async function lookOnce({ endpoint, address, fault, expected }: Look, world: Wor
   if (ending.output.includes("-----BEGIN CERTIFICATE-----")) {
     try {
       const certificate = readCertificate(ending.output);
-      return { ...place, state: compare(certificate, expected.certificate), certificate };
+      return { ...place, state: compare(certificate, wanted), certificate };
     } catch {
       return { ...place, state: "other", detail: "a certificate that cannot be read" };
     }

@@ -61,7 +61,7 @@ async function temporaryDirectory() {
   return { path, [Symbol.asyncDispose]: () => Deno.remove(path, { recursive: true }) };
 }
 
-// ---- expand() ----------------------------------------------------------------------------------------------------
+// ---- expand() ------------------------------------------------------------------------------------
 
 const VALUES = {
   DOMAIN: "example.com",
@@ -239,7 +239,7 @@ Deno.test("expand() keeps injection attempts one word", async () => {
   }
 });
 
-// ---- commandLines() ----------------------------------------------------------------------------------------------
+// ---- commandLines() ------------------------------------------------------------------------------
 
 Deno.test("commandLines() leaves a line alone that the system takes", () => {
   assert.deepEqual(commandLines("rsync CERTS h:/", { CERTS: ["a", "b"] }), [
@@ -247,7 +247,7 @@ Deno.test("commandLines() leaves a line alone that the system takes", () => {
   ]);
 });
 
-Deno.test("commandLines() divides the longest list of the command, and nothing is lost or said twice", async () => {
+Deno.test("commandLines() divides the longest list, and nothing is lost or said twice", async () => {
   const CERTS = Array.from({ length: 5000 }, (_, n) => `/etc/ssl/certificate ${n} ${"x".repeat(50)}.pem`);
   const values = { CERTS, DOMAIN: "example.com", UNUSED: CERTS.map((path) => path + path) };
   const lines = commandLines("printf '%s\\n' DOMAIN CERTS", values);
@@ -271,7 +271,7 @@ Deno.test("a line that cannot be divided fails with the system's reason", async 
   assert.equal(error.exitCode, null);
 });
 
-// ---- runCommand() ------------------------------------------------------------------------------------------------
+// ---- runCommand() --------------------------------------------------------------------------------
 
 Deno.test("runCommand() gives what was printed on both streams, cleaned for a terminal", async () => {
   const { output, seconds } = await run(
@@ -438,7 +438,7 @@ Deno.test("runCommand() does not wait for a daemon that holds its output, and le
   process.kill(Number(output));
 });
 
-// ---- PrepareCommands ---------------------------------------------------------------------------------------------
+// ---- PrepareCommands -----------------------------------------------------------------------------
 
 Deno.test("identical prepare commands are one process, stopped with its last user", async () => {
   await using directory = await temporaryDirectory();
@@ -461,7 +461,7 @@ Deno.test("identical prepare commands are one process, stopped with its last use
   assert.equal(isRunning(ofB), false);
 });
 
-Deno.test("a prepare command that is wanted while it stops is started again once it has stopped", async () => {
+Deno.test("a prepare command that is wanted while it stops is started again after that", async () => {
   await using directory = await temporaryDirectory();
   const log = `${directory.path}/log`;
   // It has the "port" until it has ended, and fails where the port is taken
@@ -525,7 +525,7 @@ Deno.test("a prepare command that dies tells all who hold it, and the next user 
   assert.equal(text(log), "run\nrun\n");
 });
 
-Deno.test("a prepare command that is done, like opening a port, stays so until its last user is done", async () => {
+Deno.test("a prepare command that is done, like opening a port, is kept until its last user is done", async () => {
   await using directory = await temporaryDirectory();
   const log = `${directory.path}/log`;
   await using prepare = new PrepareCommands();

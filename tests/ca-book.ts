@@ -1,6 +1,7 @@
 /**
- * The books of the test CA: accounts, orders, authorizations, certificates, and the rules by which one leads to the
- * other (RFC 8555 §7.1.6 and §7.4, RFC 9773 §5). It knows no HTTP and no signatures of requests; it throws problems.
+ * The books of the test CA: accounts, orders, authorizations, certificates, and the rules by which one leads
+ * to the other (RFC 8555 §7.1.6 and §7.4, RFC 9773 §5). It knows no HTTP and no signatures of requests; it
+ * throws problems.
  */
 import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";
@@ -13,7 +14,7 @@ import { type Authority, canonicalIp, certify, readRequest, type Request } from 
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
 
-// --------------------------------------------------------------------------------------------------- the entries
+// ----------------------------------------------------------------------------------------------- the entries
 
 /** RFC 8555 §7.1.2. A test may set `status`. */
 export interface Account {
@@ -39,8 +40,9 @@ export interface Order {
   readonly replaces?: string;
   status: "pending" | "ready" | "processing" | "valid" | "invalid";
   error?: ProblemDocument;
-  /** The CSR (base64url) that finalize accepted. */
+  /** The CSR that finalize accepted: as it came, and read. */
   csr?: string;
+  request?: Request;
   /** When `processing` ends, by performance.now(). */
   doneAt?: number;
   certificate?: Issued;
@@ -113,7 +115,7 @@ export interface Wish {
   readonly replaces?: unknown;
 }
 
-// --------------------------------------------------------------------------------------------------------- names
+// ----------------------------------------------------------------------------------------------------- names
 
 const DNS_NAME =
   /^(\*\.)?(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/;
@@ -147,7 +149,7 @@ function readIdentifiers(list: unknown): Identifier[] {
 const byValue = (identifiers: readonly Identifier[]) =>
   identifiers.map(({ type, value }) => `${type}:${value}`).sort().join();
 
-// --------------------------------------------------------------------------------------------------------- books
+// ----------------------------------------------------------------------------------------------------- books
 
 /** All that the CA has written down, and the pen. */
 export class Book {
@@ -165,8 +167,8 @@ export class Book {
   readonly #validating = new Set<Promise<void>>();
 
   /**
-   * `origin` begins every URL; `chains` are the certificates that follow a leaf, one text for each root; `closing`
-   * ends validations.
+   * `origin` begins every URL; `chains` are the certificates that follow a leaf, one text for each root;
+   * `closing` ends validations.
    */
   constructor(
     readonly switches: Switches,
@@ -177,7 +179,7 @@ export class Book {
     readonly closing: AbortSignal,
   ) {}
 
-  // ------------------------------------------------------------------------------------------------------ limits
+  // -------------------------------------------------------------------------------------------------- limits
 
   /** Throws `rateLimited` if `subject` has used up `limit`. */
   check(limit: Limit | undefined, subject: string, what: string): void {
@@ -202,7 +204,7 @@ export class Book {
     uses.push(this.clock().getTime());
   }
 
-  // ---------------------------------------------------------------------------------------------------- accounts
+  // ------------------------------------------------------------------------------------------------ accounts
 
   /** The account of a key that is in use. */
   accountOf(key: SigningKey): Account | undefined {
@@ -230,7 +232,7 @@ export class Book {
     return this.#byPath.get(path) as Kind | undefined;
   }
 
-  // ------------------------------------------------------------------------------------------------------ orders
+  // -------------------------------------------------------------------------------------------------- orders
 
   profiles(): Readonly<Record<string, Profile>> {
     return this.switches.profiles ?? LETS_ENCRYPT_PROFILES;
@@ -251,9 +253,11 @@ export class Book {
       ? undefined
       : this.#checkReplaces(account, identifiers, wish.replaces);
     const { newOrder, sameNames } = this.switches.limits ?? {};
-    this.check(sameNames, `names ${byValue(identifiers)}`, "certificates for exactly these names");
-    this.check(newOrder, `orders ${account.url}`, "new orders from this account");
-    this.use(newOrder, `orders ${account.url}`);
+    if (replaces === undefined) { // renewals that keep to renewalInfo are exempt, as at Let's Encrypt
+      this.check(sameNames, `names ${byValue(identifiers)}`, "certificates for exactly these names");
+      this.check(newOrder, `orders ${account.url}`, "new orders from this account");
+      this.use(newOrder, `orders ${account.url}`);
+    }
 
     const order: Order = {
       url: `${this.origin()}/order/${this.orders.length + 1}`,
@@ -344,7 +348,7 @@ export class Book {
     return replaces as string;
   }
 
-  /** The authorization that a new order gets for a name: an old one, as far as `reuse` allows, or a new one. */
+  /** The authorization that a new order gets for a name: an old one, if `reuse` allows, or a new one. */
   #authorize(account: Account, { type, value }: Identifier): Authorization {
     const last = account.authorizations.get(value);
     if (last !== undefined) this.#expire(last);
@@ -385,8 +389,8 @@ export class Book {
   }
 
   /**
-   * Brings an order's status up to date with its authorizations and the clock (RFC 8555 §7.1.6). It turns invalid
-   * only when no validation is under way any more, so that its error names every failure.
+   * Brings an order's status up to date with its authorizations and the clock (RFC 8555 §7.1.6). It turns
+   * invalid only when no validation is under way any more, so that its error names every failure.
    */
   settle(order: Order): void {
     if (order.status === "processing" && performance.now() >= order.doneAt!) this.#issue(order);
@@ -407,9 +411,9 @@ export class Book {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------- validation
+  // ---------------------------------------------------------------------------------------------- validation
 
-  /** Begins a validation that the client asked for; asked again while it is under way or done, nothing happens. */
+  /** Begins the validation that the client asked for; asked again, nothing happens. */
   respond(authorization: Authorization, challenge: Challenge): void {
     this.#expire(authorization);
     if (challenge.status !== "pending") return;
@@ -472,7 +476,7 @@ export class Book {
     return this.switches.caaIdentities ?? ["ca.example"];
   }
 
-  // ---------------------------------------------------------------------------------------------------- issuance
+  // ------------------------------------------------------------------------------------------------ issuance
 
   /** RFC 8555 §7.4: takes the CSR (base64url) of an order that is ready. */
   finalize(order: Order, csr: string): void {
@@ -482,7 +486,7 @@ export class Book {
       const refuse = order.csr === csr ? refusal : mistake;
       throw refuse(403, "orderNotReady", `the order is ${order.status}`);
     }
-    this.#readCsr(order, csr);
+    order.request = this.#readCsr(order, csr);
     order.csr = csr;
     order.status = "processing";
     order.doneAt = performance.now() + (this.switches.processingMs ?? 0);
@@ -522,11 +526,12 @@ export class Book {
   }
 
   #issue(order: Order): void {
-    const { identifiers, commonNames, publicKey } = readRequest(Buffer.from(order.csr!, "base64url"));
+    const { identifiers, commonNames, publicKey } = order.request!;
     const { terms } = this.#profile(order.profile);
-    const notBefore = new Date(Math.floor(this.clock().getTime() / 1000) * 1000 - HOUR); // backdated as everywhere
-    const notAfter = new Date(notBefore.getTime() + terms.lifetimeMs - 1000); // both ends belong to the lifetime
-    // Every other serial begins with a set bit, so that its DER form needs the zero octet that a certID must keep.
+    // Backdated by an hour, as everywhere; both ends belong to the lifetime.
+    const notBefore = new Date(Math.floor(this.clock().getTime() / 1000) * 1000 - HOUR);
+    const notAfter = new Date(notBefore.getTime() + terms.lifetimeMs - 1000);
+    // Every other serial begins with a set bit: its DER form needs the zero octet that a certID must keep.
     const serial = randomBytes(16);
     serial[0] = this.issued.length % 2 === 0 ? serial[0]! | 0x80 : serial[0]! & 0x3f | 0x40;
     const commonName = terms.commonName ? commonNames[0] : undefined;
@@ -557,7 +562,7 @@ export class Book {
     order.status = "valid";
   }
 
-  // --------------------------------------------------------------------------------------------- renewal, the end
+  // ---------------------------------------------------------------------------------------- renewal, the end
 
   /** The certificate that a certID names (RFC 9773 §4.1). */
   findByCertId(certId: unknown): Issued {
@@ -581,7 +586,7 @@ export class Book {
       const at = issued.revoked.at.getTime();
       return { start: new Date(at - HOUR), end: new Date(at) };
     }
-    // A third of the lifetime is left in the middle of the window, or a half of a short one (Let's Encrypt's advice).
+    // In its middle a third of the lifetime is left, or a half of a short one (Let's Encrypt's advice).
     const lifetime = issued.notAfter.getTime() - issued.notBefore.getTime();
     const middle = issued.notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
     return { start: new Date(middle - lifetime / 50), end: new Date(middle + lifetime / 50) };
@@ -604,7 +609,8 @@ export class Book {
   }
 }
 
-function isUnderWay({ challenges }: Authorization): boolean {
+/** Whether a validation of it is being made. */
+export function isUnderWay({ challenges }: Authorization): boolean {
   return challenges.some(({ status }) => status === "processing");
 }
 

@@ -1,9 +1,10 @@
 /**
- * The signatures of ACME for the test CA: flattened JWS (RFC 7515 §7.2.2) under the restrictions of RFC 8555 §6.2.
+ * The signatures of ACME for the test CA: flattened JWS (RFC 7515 §7.2.2) under the restrictions of RFC 8555
+ * §6.2.
  *
- * It says whether a message is well-formed and whose key signed it, and throws the RFC's problem when it is not.
- * Nonces, accounts and URLs are the CA's business. Written on node:crypto alone, because `lib/` signs with jose and
- * a judge should not share the party's library.
+ * It says whether a message is well-formed and whose key signed it, and throws the RFC's problem when it is
+ * not. Nonces, accounts and URLs are the CA's business. Written on node:crypto alone, because `lib/` signs
+ * with jose and a judge should not share the party's library.
  */
 import { Buffer } from "node:buffer";
 import {
@@ -104,7 +105,9 @@ export function parseJws(message: string | Record<string, unknown>, what = "the 
   };
 }
 
-/** Imports the public key of a `jwk` header; throws badPublicKey or malformed for what no client should send. */
+/**
+ * Imports the public key of a `jwk` header; throws badPublicKey or malformed for what no client should send.
+ */
 export function importKey(jwk: unknown): SigningKey {
   if (typeof jwk !== "object" || jwk === null || "d" in jwk) {
     throw mistake(400, "malformed", "the header jwk is not a public key");

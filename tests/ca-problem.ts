@@ -1,9 +1,9 @@
 /**
  * How the test CA says no: problem documents (RFC 7807, RFC 8555 §6.7).
  *
- * Two kinds of refusal are kept apart. A `mistake` is something a correct client never does; the CA notes it in
- * `ca.violations`, which tests expect to be empty. A `refusal` is the CA's own decision (limits, policy, a lost
- * nonce, a name that does not validate) and befalls correct clients too.
+ * Two kinds of refusal are kept apart. A `mistake` is something a correct client never does; the CA notes it
+ * in `ca.violations`, which tests expect to be empty. A `refusal` is the CA's own decision (limits, policy, a
+ * lost nonce, a name that does not validate) and befalls correct clients too.
  */
 
 /** An identifier as it stands in orders and authorizations (RFC 8555 §9.7.7, RFC 8738). */

@@ -1,6 +1,6 @@
 /**
- * Everything about the test CA that a test can set. Only words and their defaults live here; what they do is done
- * where it belongs.
+ * Everything about the test CA that a test can set. Only words and their defaults live here; what they do is
+ * done where it belongs.
  */
 import type { Fault } from "./ca-wire.ts";
 
@@ -44,7 +44,10 @@ export const LETS_ENCRYPT_PROFILES: Readonly<Record<string, Profile>> = {
   },
 };
 
-/** At most `count` in any `windowMs` of the CA's clock. Retry-After is when the oldest leaves, unless set here. */
+/**
+ * At most `count` in any `windowMs` of the CA's clock. Retry-After is when the oldest leaves, unless set
+ * here.
+ */
 export interface Limit {
   readonly count: number;
   readonly windowMs: number;
@@ -77,18 +80,26 @@ export interface Exchange {
   readonly resource: Resource;
 }
 
-/** How the CA behaves. It keeps the very object: a test may change it while the CA runs, unless it says so here. */
+/**
+ * How the CA behaves. It keeps the very object: a test may change it while the CA runs, unless it says so
+ * here.
+ */
 export interface Switches {
   /** Port to listen on; fixed at start. Default: a free one. */
   port?: number;
   /** Certificates of authorities between root and leaf, 1 or more; fixed at start. Default 1. */
   chainLength?: number;
-  /** Further roots that sign the same intermediate, offered as alternate chains; fixed at start. Default 0. */
+  /**
+   * Further roots that sign the same intermediate, offered as alternate chains; fixed at start. Default 0.
+   */
   alternateRoots?: number;
 
   /** Port on which http-01 is fetched instead of 80. */
   httpPort?: number;
-  /** Where a name is found on loopback; throws if the name does not resolve. Default: 127.0.0.1 and `httpPort`. */
+  /**
+   * Where a name is found on loopback; throws if the name does not resolve. Default: 127.0.0.1 and
+   * `httpPort`.
+   */
   resolve?: (hostname: string) => { hostname: string; port: number };
   /** The TXT records at a name, for dns-01 and dns-persist-01. Default: none. */
   txt?: (name: string) => Promise<readonly string[]>;
@@ -98,12 +109,17 @@ export interface Switches {
   validationDelayMs?: number;
   /** How long a validation may wait for an answer. Default 10 s. */
   validationTimeoutMs?: number;
-  /** Which authorizations of the account a new order takes over: none, valid ones (default), or pending ones too. */
+  /**
+   * Which authorizations of the account a new order takes over: none, valid ones (default), or pending ones
+   * too.
+   */
   reuse?: "none" | "valid" | "pending";
   /** How long a valid authorization can be taken over. Default 30 days. */
   authorizationLifetimeMs?: number;
 
-  /** How long an order is `processing` after finalize; Infinity for ever. Default 0: finalize answers `valid`. */
+  /**
+   * How long an order is `processing` after finalize; Infinity for ever. Default 0: finalize answers `valid`.
+   */
   processingMs?: number;
   /** Retry-After of resources that are being worked on; polling sooner is a violation. Default: not sent. */
   retryAfterSeconds?: number;

@@ -1,8 +1,8 @@
 /**
  * The validation authority of the test CA: proves control of a name by really asking (RFC 8555 §8).
  *
- * It gets a challenge and where to find things; it returns if the proof holds and throws the problem to be put into
- * the challenge if it does not. It never leaves the loopback interface.
+ * It gets a challenge and where to find things; it returns if the proof holds and throws the problem to be
+ * put into the challenge if it does not. It never leaves the loopback interface.
  */
 import { createHash } from "node:crypto";
 import { type IncomingMessage, request as startRequest } from "node:http";
@@ -52,7 +52,7 @@ export async function validate(proof: Proof, resolver: Resolver): Promise<void> 
   }
 }
 
-// ------------------------------------------------------------------------------------------------------- http-01
+// --------------------------------------------------------------------------------------------------- http-01
 
 const MAX_REDIRECTS = 10; // as Boulder has it
 const MAX_BODY_BYTES = 4096;
@@ -100,7 +100,10 @@ interface HttpAnswer {
   readonly from: string;
 }
 
-/** node:http rather than fetch(), for it connects where it is told and still sends the Host that the URL names. */
+/**
+ * node:http rather than fetch(), for it connects where it is told and still sends the Host that the URL
+ * names.
+ */
 async function get(url: URL, resolver: Resolver): Promise<HttpAnswer> {
   const name = url.hostname.replace(/^\[|\]$/g, "");
   const isLoopback = (address: string) => address === "::1" || /^127\.\d+\.\d+\.\d+$/.test(address);
@@ -116,8 +119,8 @@ async function get(url: URL, resolver: Resolver): Promise<HttpAnswer> {
     path: url.pathname + url.search,
     headers: { host: url.host, "user-agent": "lematt-test-ca", connection: "close" },
     signal: resolver.closing,
-    // The content proves, not the certificate: the host cannot have a good one before this (RFC 8555 §8.3). And no
-    // node:https, whose agent would read the system's certificates, for which the tests have no permission.
+    // The content proves, not the certificate: the host cannot have a good one before this (RFC 8555 §8.3).
+    // No node:https: its agent would read the system's certificates, for which tests have no permission.
     ...(secure && {
       createConnection: () =>
         connectTls({
@@ -158,7 +161,7 @@ function whereIs(name: string, resolver: Resolver): { hostname: string; port: nu
   }
 }
 
-// --------------------------------------------------------------------------------------------------------- dns
+// ------------------------------------------------------------------------------------------------------- dns
 
 /** The TXT values at `name`, at the end of its CNAMEs. */
 async function lookUp(name: string, resolver: Resolver): Promise<readonly string[]> {
@@ -186,8 +189,8 @@ async function validateDns(proof: Proof, resolver: Resolver): Promise<void> {
 }
 
 /**
- * draft-ietf-acme-dns-persist, as far as Pebble 2.10 implements it: a TXT record of the form of a CAA issue value
- * (RFC 8659 §4.2), `ca.example; accounturi=https://…; policy=wildcard; persistUntil=1767225600`.
+ * draft-ietf-acme-dns-persist, as far as Pebble 2.10.1 implements it: a TXT record of the form of a CAA issue
+ * value (RFC 8659 §4.2), `ca.example; accounturi=https://…; policy=wildcard; persistUntil=1767225600`.
  */
 async function validatePersistentDns(proof: Proof, resolver: Resolver): Promise<void> {
   const name = `_validation-persist.${proof.identifier.value}`;

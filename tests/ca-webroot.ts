@@ -20,7 +20,8 @@ export interface Webroot extends AsyncDisposable {
 /** Serves `dir` on a loopback address; port 0 takes a free one. */
 export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } = {}): Webroot {
   const log: Hit[] = [];
-  const server = Deno.serve({ hostname, port, onListen: () => {} }, async (request) => {
+  const stop = new AbortController();
+  const server = Deno.serve({ hostname, port, signal: stop.signal, onListen: () => {} }, async (request) => {
     const { pathname: path } = new URL(request.url);
     const [, token] = /^\/\.well-known\/acme-challenge\/([A-Za-z0-9_-]+)$/.exec(path) ?? [];
     const content = token === undefined
@@ -30,10 +31,9 @@ export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } =
     log.push({ method: request.method, host: request.headers.get("host") ?? "", path, status });
     return new Response(content ?? "not found\n", { status, headers: { "content-type": "text/plain" } });
   });
-  return {
-    port: server.addr.port,
-    log,
-    close: () => server.shutdown(),
-    [Symbol.asyncDispose]: () => server.shutdown(),
+  const close = async () => {
+    stop.abort(); // not shutdown(), which waits for clients that never say anything
+    await server.finished;
   };
+  return { port: server.addr.port, log, close, [Symbol.asyncDispose]: close };
 }

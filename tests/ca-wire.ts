@@ -1,8 +1,9 @@
 /**
  * The wire of the test CA: its HTTPS listener, and the faults that befall an exchange on its way.
  *
- * It knows sockets and answers, nothing of ACME. Deno.serve cannot drop a connection, so where faults are wanted a
- * byte-copying relay stands before it, and tearing is done there; without faults nothing stands between.
+ * It knows sockets and answers, nothing of ACME. Deno.serve cannot drop a connection, so where faults are
+ * wanted a byte-copying relay stands before it, and tearing is done there; without faults nothing stands
+ * between.
  */
 
 /** An answer before it is put on the wire. `body` is JSON text, PEM, or absent. */
@@ -15,19 +16,19 @@ export interface Answer {
 /**
  * What befalls one exchange.
  *
- * Never handled by the CA: `reset` (torn before an answer), `refuse` (the same, and the next connection is torn as
- * well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the last answer
- * given to the same URL; handled if there was none).
- * Handled first: `reset mid-body`, `truncate` (JSON or PEM cut in half, well framed), `drop header`, `rewrite` (gets
- * the parsed JSON, or the text of other bodies, and returns what is sent instead), and `after`: the CA's state
- * changes, then its answer is lost to the fault within.
+ * Never handled by the CA: `reset` (torn before an answer), `refuse` (the same, and the next connection is
+ * torn as well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the
+ * last answer given to the same URL; handled if there was none).
+ * Handled first: `reset mid-body`, `truncate` (JSON or PEM cut in half, well framed), `drop header`,
+ * `rewrite` and `rewrite text` (get the parsed JSON or the text, and return what is sent instead), and `after`:
+ * the CA's state changes, then its answer is lost to the fault within.
  */
 export type Fault =
   | { kind: "reset" | "refuse" | "silence" | "reset mid-body" | "badNonce" | "truncate" | "html" | "repeat" }
   | { kind: "status"; status: number; headers?: Record<string, string>; body?: string; contentType?: string }
   | { kind: "drop header"; name: string }
-  // deno-lint-ignore no-explicit-any -- tests reach into any field of any resource
-  | { kind: "rewrite"; rewrite: (body: any) => unknown }
+  | { kind: "rewrite"; rewrite: (body: Record<string, unknown>) => unknown }
+  | { kind: "rewrite text"; rewrite: (body: string) => string }
   | { kind: "after"; fault: Fault };
 
 /** What a fault may need of the CA and of the connection that carries the exchange. */
@@ -36,14 +37,16 @@ export interface Scene {
   handle(): Promise<Answer>;
   /** Tears the connection; `andNext`: the next one too. */
   tear(andNext: boolean): void;
-  /** Resolves when the CA closes. */
-  readonly closing: Promise<void>;
+  /** Aborted when the CA closes. */
+  readonly closing: AbortSignal;
   badNonce(): Answer;
   /** The last answer given to this URL. */
   readonly previous: Answer | undefined;
 }
 
-/** Lets `fault` befall an exchange; gives the answer that was made (or pretended) and what goes onto the wire. */
+/**
+ * Lets `fault` befall an exchange; gives the answer that was made (or pretended) and what goes onto the wire.
+ */
 export async function befall(
   fault: Fault | undefined,
   scene: Scene,
@@ -57,7 +60,7 @@ export async function befall(
       scene.tear(fault.kind === "refuse");
       return { response: new Response(null, { status: 500 }) }; // goes nowhere
     case "silence":
-      await scene.closing;
+      await new Promise((resolve) => scene.closing.addEventListener("abort", resolve, { once: true }));
       return { response: new Response(null, { status: 503 }) };
     case "status": {
       const { status, body, contentType = "application/problem+json" } = fault;
@@ -90,11 +93,11 @@ export async function befall(
     }
     case "rewrite": {
       const answer = await scene.handle();
-      const isJson = /json/.test(answer.headers.get("content-type") ?? "");
-      const body = isJson
-        ? JSON.stringify(fault.rewrite(JSON.parse(answer.body!)))
-        : `${fault.rewrite(answer.body)}`;
-      return answered({ ...answer, body });
+      return answered({ ...answer, body: JSON.stringify(fault.rewrite(JSON.parse(answer.body ?? "{}"))) });
+    }
+    case "rewrite text": {
+      const answer = await scene.handle();
+      return answered({ ...answer, body: fault.rewrite(answer.body ?? "") });
     }
     case "reset mid-body": {
       const answer = await scene.handle();
@@ -113,8 +116,8 @@ function responseOf({ status, headers, body }: Answer): Response {
 }
 
 /**
- * An answer that ends before the length it announced: with HTTP/1.1 the connection is closed in the middle, with
- * HTTP/2 the stream is broken. (A stream that errors does the same, but Deno.serve prints that.)
+ * An answer that ends before the length it announced: with HTTP/1.1 the connection is closed in the middle,
+ * with HTTP/2 the stream is broken. (A stream that errors does the same, but Deno.serve prints that.)
  */
 function halfOf({ status, headers, body = "" }: Answer): Response {
   const bytes = new TextEncoder().encode(body);
@@ -134,8 +137,8 @@ export interface Listener {
 }
 
 /**
- * Listens with HTTP/2 and HTTP/1.1 on 127.0.0.1; port 0 takes a free one. `handler` gets a number that is the same
- * for all requests of one connection.
+ * Listens with HTTP/2 and HTTP/1.1 on 127.0.0.1; port 0 takes a free one. `handler` gets a number that is the
+ * same for all requests of one connection.
  */
 export function listen(
   options: { port: number; cert: string; key: string; tearable: boolean },
@@ -143,17 +146,22 @@ export function listen(
 ): Listener {
   const { cert, key } = options;
   const port = options.tearable ? 0 : options.port;
+  const stop = new AbortController();
   const server = Deno.serve(
-    { hostname: "127.0.0.1", port, cert, key, onListen: () => {} },
+    { hostname: "127.0.0.1", port, cert, key, signal: stop.signal, onListen: () => {} },
     (request, info) => handler(request, info.remoteAddr.port),
   );
+  const close = async () => {
+    stop.abort(); // not shutdown(), which waits for clients that never say anything
+    await server.finished;
+  };
   if (!options.tearable) {
     return {
       port: server.addr.port,
       tear() {
         throw new Error("a CA that was started without `fault` cannot tear connections");
       },
-      close: () => server.shutdown(),
+      close,
     };
   }
   const relay = startRelay(options.port, server.addr.port);
@@ -161,12 +169,15 @@ export function listen(
     ...relay,
     async close() {
       await relay.close();
-      await server.shutdown();
+      await close();
     },
   };
 }
 
-/** Copies bytes between clients and the server behind; the numbers of connections are the server's view of them. */
+/**
+ * Copies bytes between clients and the server behind; the numbers of connections are the server's view of
+ * them.
+ */
 function startRelay(port: number, behind: number): Listener {
   const listener = Deno.listen({ hostname: "127.0.0.1", port });
   const open = new Map<number, () => void>();
@@ -177,7 +188,8 @@ function startRelay(port: number, behind: number): Listener {
       refusals--;
       return client.close();
     }
-    const server = await Deno.connect({ hostname: "127.0.0.1", port: behind });
+    const server = await Deno.connect({ hostname: "127.0.0.1", port: behind }).catch(() => undefined);
+    if (server === undefined) return client.close(); // it is closing
     const stop = new AbortController();
     open.set(server.localAddr.port, () => stop.abort());
     // Either direction may end first or break; what is wrong with a torn connection is nobody's concern here.

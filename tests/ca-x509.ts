@@ -1,9 +1,9 @@
 /**
  * X.509 for the test CA: reads certificate requests (RFC 2986), writes certificates (RFC 5280).
  *
- * The DER is written by hand, on purpose: the CA judges what `lib/` makes with @peculiar/x509, so it must not share
- * that library's opinions; and issuing a leaf costs one EC signature instead of a few milliseconds of ASN.1 schemas.
- * It knows nothing of ACME but its identifiers.
+ * The DER is written by hand, on purpose: the CA judges what `lib/` makes with @peculiar/x509, so it must not
+ * share that library's opinions; and issuing a leaf costs one EC signature instead of a few milliseconds of
+ * ASN.1 schemas. It knows nothing of ACME but its identifiers.
  */
 import { Buffer } from "node:buffer";
 import {
@@ -20,7 +20,7 @@ import type { Identifier } from "./ca-problem.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-// ---------------------------------------------------------------------------------------------------------- DER
+// ------------------------------------------------------------------------------------------------------- DER
 
 const SEQUENCE = 0x30, SET = 0x31, BOOLEAN = 0x01, INTEGER = 0x02, BIT_STRING = 0x03, OCTET_STRING = 0x04;
 const OID = 0x06, UTF8_STRING = 0x0c, UTC_TIME = 0x17, GENERALIZED_TIME = 0x18;
@@ -94,15 +94,18 @@ function inside(element: Element | undefined, tag: number): Element[] {
   return elements(element.content);
 }
 
-// -------------------------------------------------------------------------------------------------- identifiers
+// ----------------------------------------------------------------------------------------------- identifiers
 
-/** An IP address in the one form that identifiers use: dotted decimal, or RFC 5952; undefined if it is none. */
+/**
+ * An IP address in the one form that identifiers use: dotted decimal, or RFC 5952; undefined if it is none.
+ */
 export function canonicalIp(value: string): string | undefined {
   if (isIP(value) === 4) return value; // isIP() refuses leading zeros
   return isIP(value) === 6 ? new URL(`http://[${value}]/`).hostname.slice(1, -1) : undefined;
 }
 
-function ipOctets(address: string): Uint8Array {
+/** The octets of an IP address. */
+export function ipOctets(address: string): Uint8Array {
   if (isIP(address) === 4) return Uint8Array.from(address.split("."), Number);
   const [head = "", tail] = address.split("::");
   const groups = (part: string) => part === "" ? [] : part.split(":").map((group) => parseInt(group, 16));
@@ -117,7 +120,7 @@ function ipText(octets: Uint8Array): string {
   return canonicalIp(toHex(octets).match(/.{4}/g)!.join(":"))!;
 }
 
-// ------------------------------------------------------------------------------------------------------ requests
+// -------------------------------------------------------------------------------------------------- requests
 
 /** What a certificate request asks for. */
 export interface Request {
@@ -127,7 +130,9 @@ export interface Request {
   readonly publicKey: KeyObject;
 }
 
-/** Reads a DER certificate request and verifies its own signature; throws an Error that says what is wrong. */
+/**
+ * Reads a DER certificate request and verifies its own signature; throws an Error that says what is wrong.
+ */
 export function readRequest(bytes: Uint8Array): Request {
   const top = elements(bytes);
   if (top.length !== 1) throw new Error("not one DER value");
@@ -166,9 +171,12 @@ function readAlternativeNames(extension: Element): Identifier[] {
   });
 }
 
-// -------------------------------------------------------------------------------------------------- certificates
+// ---------------------------------------------------------------------------------------------- certificates
 
-/** Somebody who signs: a name and a P-256 key. The same authority can have several certificates (cross-signing). */
+/**
+ * Somebody who signs: a name and a P-256 key. The same authority can have several certificates
+ * (cross-signing).
+ */
 export interface Authority {
   readonly commonName: string;
   readonly privateKey: KeyObject;

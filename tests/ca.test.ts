@@ -1,4 +1,6 @@
-/** The judge judged: tests/ca.ts accepts a correct conversation, and names each mistake by its problem type. */
+/**
+ * The judge judged: tests/ca.ts accepts a correct conversation, and names each mistake by its problem type.
+ */
 import "reflect-metadata";
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
@@ -7,22 +9,70 @@ import { Pkcs10CertificateRequestGenerator, SubjectAlternativeNameExtension } fr
 import {
   calculateJwkThumbprint,
   exportJWK,
+  type FlattenedJWS,
   FlattenedSign,
   generateKeyPair,
   type JWK,
   type JWTHeaderParameters,
 } from "jose";
-import { type Ca, type Exchange, type Fault, startCa, startWebroot, type Switches } from "./ca.ts";
+import {
+  type Ca,
+  type Exchange,
+  type Fault,
+  type Identifier,
+  startCa,
+  startDns,
+  startWebroot,
+  type Switches,
+} from "./ca.ts";
 
 const DAY = 24 * 3600_000;
 
-// deno-lint-ignore no-explicit-any -- what a CA answers is looked at field by field
-type Json = any;
+interface Failure {
+  type: string;
+  detail: string;
+  identifier: Identifier;
+  subproblems: Failure[];
+}
+
+interface Challenge {
+  url: string;
+  type: string;
+  status: string;
+  token: string;
+  accounturi?: string;
+  "issuer-domain-names"?: string[];
+  error?: Failure;
+}
+
+/** The members of an order, an authorization, a challenge, an account or a problem, whichever came. */
+interface Body extends Challenge, Failure {
+  finalize: string;
+  authorizations: [string, ...string[]];
+  certificate: string;
+  profile?: string;
+  replaces?: string;
+  wildcard?: boolean;
+  challenges: [Challenge, ...Challenge[]];
+  contact: string[];
+  orders: string;
+  suggestedWindow: { start: string; end: string };
+}
+
+interface Directory {
+  newNonce: string;
+  newAccount: string;
+  newOrder: string;
+  revokeCert: string;
+  keyChange: string;
+  renewalInfo: string;
+  meta: { profiles?: Record<string, string>; externalAccountRequired: boolean };
+}
 
 interface Reply {
   status: number;
   headers: Headers;
-  body: Json;
+  body: Body;
   text: string;
 }
 
@@ -36,7 +86,7 @@ class Client implements Disposable {
     readonly alg: string,
     public keys: CryptoKeyPair,
     public jwk: JWK,
-    readonly directory: Json,
+    readonly directory: Directory,
   ) {}
 
   static async of(ca: Ca, alg = "ES256"): Promise<Client> {
@@ -70,7 +120,11 @@ class Client implements Disposable {
     return nonce;
   }
 
-  async sign(payload: unknown, header: Record<string, unknown>, key = this.keys.privateKey): Promise<Json> {
+  async sign(
+    payload: unknown,
+    header: Record<string, unknown>,
+    key = this.keys.privateKey,
+  ): Promise<FlattenedJWS> {
     const text = payload === undefined ? "" : JSON.stringify(payload);
     return await new FlattenedSign(new TextEncoder().encode(text)).setProtectedHeader(
       header as JWTHeaderParameters,
@@ -79,8 +133,9 @@ class Client implements Disposable {
 
   async post(url: string, payload?: unknown, tamper: Tamper = {}): Promise<Reply> {
     const who = this.kid === undefined ? { jwk: this.jwk } : { kid: this.kid };
-    const header = { alg: this.alg, nonce: await this.freshNonce(), url, ...who, ...tamper.header };
-    for (const name of tamper.without ?? []) delete (header as Json)[name];
+    const nonce = await this.freshNonce();
+    const header: Record<string, unknown> = { alg: this.alg, nonce, url, ...who, ...tamper.header };
+    for (const name of tamper.without ?? []) delete header[name];
     const jws = await this.sign(payload, header);
     const headers = { "content-type": "application/jose+json", ...tamper.http };
     return await this.fetch(url, { method: "POST", headers, body: JSON.stringify(tamper.jws?.(jws) ?? jws) });
@@ -112,6 +167,8 @@ class Client implements Disposable {
   }
 }
 
+const isHttp = ({ type }: Challenge) => type === "http-01";
+
 function identifierOf(value: string): { type: "ip" | "dns"; value: string } {
   return { type: /^[\d.]+$|:/.test(value) ? "ip" : "dns", value };
 }
@@ -120,7 +177,7 @@ interface Tamper {
   header?: Record<string, unknown>;
   without?: string[];
   http?: Record<string, string>;
-  jws?: (jws: Json) => unknown;
+  jws?: (jws: FlattenedJWS) => unknown;
 }
 
 async function csrFor(
@@ -164,7 +221,7 @@ async function scene(switches: Switches = {}) {
     for (const url of order.body.authorizations) {
       const { body } = await client.post(url);
       if (body.status === "valid") continue;
-      const challenge = body.challenges.find(({ type }: Json) => type === "http-01");
+      const challenge = body.challenges.find(isHttp)!;
       await Deno.writeTextFile(
         `${dir}/${challenge.token}`,
         await client.keyAuthorization(challenge.token) + "\n",
@@ -229,11 +286,14 @@ Deno.test("a correct client walks from the directory to a certificate that opens
   assert.equal(ca.log.at(-1)!.kid, client.kid);
 });
 
-// ------------------------------------------------------------------------------------------------------ mistakes
+// -------------------------------------------------------------------------------------------------- mistakes
 
 const URN = "urn:ietf:params:acme:error:";
 
-/** Asserts that `reply` is this problem, that it carries a fresh nonce, and whether the client was blamed for it. */
+/**
+ * Asserts that `reply` is this problem, that it carries a fresh nonce, and whether the client was blamed for
+ * it.
+ */
 function assertProblem({ ca }: { ca: Ca }, reply: Reply, status: number, type: string, blamed = true) {
   assert.deepEqual([reply.status, reply.body?.type], [status, URN + type], reply.text);
   assert.equal(reply.headers.get("content-type"), "application/problem+json");
@@ -242,7 +302,7 @@ function assertProblem({ ca }: { ca: Ca }, reply: Reply, status: number, type: s
 
 const flip = (text: string) => (text[0] === "A" ? "B" : "A") + text.slice(1);
 
-Deno.test("a request that breaks RFC 8555 §6 gets its problem, a fresh nonce, and stands in ca.violations", async () => {
+Deno.test("a request that breaks RFC 8555 §6 gets its problem, and stands in ca.violations", async () => {
   await using stage = await scene();
   const { ca, client } = stage;
   const { newOrder, newAccount } = client.directory;
@@ -276,19 +336,19 @@ Deno.test("a request that breaks RFC 8555 §6 gets its problem, a fresh nonce, a
     ["no JSON object", { jws: (jws) => [jws] }, 400, "malformed"],
     [
       "no signature",
-      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected, { alg: "none" }), signature: "" }) },
+      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected!, { alg: "none" }), signature: "" }) },
       400,
       "badSignatureAlgorithm",
     ],
     [
       "another key's algorithm",
-      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected, { alg: "RS256" }) }) },
+      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected!, { alg: "RS256" }) }) },
       400,
       "badSignatureAlgorithm",
     ],
     [
       "a critical header",
-      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected, { crit: ["exp"] }) }) },
+      { jws: (jws) => ({ ...jws, protected: reheader(jws.protected!, { crit: ["exp"] }) }) },
       400,
       "malformed",
     ],
@@ -318,7 +378,7 @@ Deno.test("a resource refuses methods and payloads that are not for it", async (
   const url = order.headers.get("location")!;
   const [authz] = order.body.authorizations;
   const { body: { challenges } } = await client.post(authz);
-  const { url: challenge } = challenges.find(({ type }: Json) => type === "http-01");
+  const { url: challenge } = challenges.find(isHttp)!;
   using other = await Client.of(ca);
   await other.register();
 
@@ -367,7 +427,7 @@ Deno.test("newNonce answers HEAD with 200 and GET with 204, uncached and with a 
   assert.deepEqual(ca.violations, []);
 });
 
-// ------------------------------------------------------------------------------------------------------ accounts
+// -------------------------------------------------------------------------------------------------- accounts
 
 for (const alg of ["RS256", "ES256", "ES384", "ES512"]) {
   Deno.test(`an account with a key for ${alg} is made, found again and updated`, async () => {
@@ -415,7 +475,7 @@ Deno.test("newAccount refuses what RFC 8555 §7.3 refuses", async () => {
     true,
     ["sign", "verify"],
   );
-  const keys: [Json, string][] = [
+  const keys: [JWK, string][] = [
     [await exportJWK(weak.publicKey), "badPublicKey"],
     [{ ...client.jwk, y: client.jwk.x }, "badPublicKey"],
     [{ ...client.jwk, d: client.jwk.x }, "malformed"],
@@ -448,7 +508,7 @@ Deno.test("an external account binding is demanded, verified and kept", async ()
 
   assert.equal(client.directory.meta.externalAccountRequired, true);
   assertProblem({ ca }, await client.register(), 403, "externalAccountRequired", false);
-  const table: [Json, number, string, boolean][] = [
+  const table: [FlattenedJWS, number, string, boolean][] = [
     [await bind(client.jwk, {}, new Uint8Array(32)), 403, "unauthorized", true],
     [await bind(client.jwk, { kid: "kid2" }), 403, "unauthorized", false],
     [await bind(client.jwk, { url: ca.directoryUrl }), 400, "malformed", true],
@@ -479,7 +539,7 @@ Deno.test("keyChange needs both signatures, and moves the account to the new key
   using other = await Client.of(ca);
   await other.register();
 
-  const table: [Json, number, string, boolean][] = [
+  const table: [FlattenedJWS, number, string, boolean][] = [
     [await inner({ account: other.kid }), 400, "malformed", true],
     [await inner({ oldKey: other.jwk }), 400, "malformed", true],
     [await inner({}, { nonce: "AAAA" }), 400, "malformed", true],
@@ -499,7 +559,7 @@ Deno.test("keyChange needs both signatures, and moves the account to the new key
   assertProblem(stage, found, 400, "accountDoesNotExist", false);
 });
 
-// -------------------------------------------------------------------------------------------------------- orders
+// ---------------------------------------------------------------------------------------------------- orders
 
 Deno.test("newOrder refuses identifiers, profiles and dates that are not in order", async () => {
   await using stage = await scene({
@@ -541,13 +601,13 @@ Deno.test("newOrder refuses identifiers, profiles and dates that are not in orde
     assert.equal((await client.order(...names)).status, 201);
   }
   const two = await client.order("a.example", "b.example", "example.com");
-  assert.deepEqual(two.body.subproblems.map(({ identifier }: Json) => identifier.value), [
+  assert.deepEqual(two.body.subproblems.map(({ identifier }) => identifier.value), [
     "a.example",
     "b.example",
   ]);
 });
 
-Deno.test("finalize takes only a CSR for exactly the order's names, and only when the order is ready", async () => {
+Deno.test("finalize takes a CSR for exactly the order's names, when the order is ready", async () => {
   await using stage = await scene({ refuseP521: true });
   const { client, proven } = stage;
   const pending = await client.order("pending.example.com");
@@ -582,19 +642,19 @@ Deno.test("finalize takes only a CSR for exactly the order's names, and only whe
   assertProblem(stage, await client.post(order.body.finalize, { csr: good }), 403, "orderNotReady");
 });
 
-// ---------------------------------------------------------------------------------------------------- validation
+// ------------------------------------------------------------------------------------------------ validation
 
 /** Asks for the validation of a name by one challenge type; returns the authorization as it ends. */
 async function prove(
   client: Client,
   name: string,
   type: string,
-  prepare?: (challenge: Json) => Promise<void>,
-): Promise<Json> {
+  prepare?: (challenge: Challenge) => Promise<void>,
+): Promise<Body> {
   const order = await client.order(name);
   const [url] = order.body.authorizations;
   const { body } = await client.post(url);
-  const challenge = body.challenges.find((candidate: Json) => candidate.type === type);
+  const challenge = body.challenges.find((candidate) => candidate.type === type);
   assert(challenge, `no ${type} for ${name}`);
   await prepare?.(challenge);
   assert.equal((await client.post(challenge.url, {})).status, 200);
@@ -685,7 +745,7 @@ Deno.test("http-01 follows ten redirects, to any port and to https, but not away
   }
 });
 
-Deno.test("http-01 gives up on a silent server after its time-out, and at once when the CA closes", async () => {
+Deno.test("http-01 gives up on a silent server after its time-out, or when the CA closes", async () => {
   await using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const accepted: Deno.Conn[] = [];
   const accepting = (async () => {
@@ -694,18 +754,18 @@ Deno.test("http-01 gives up on a silent server after its time-out, and at once w
   {
     await using stage = await scene({ httpPort: silent.addr.port, validationTimeoutMs: 50 });
     const { challenges } = await prove(stage.client, "silent.example.com", "http-01");
-    assert.match(challenges[0].error.detail, /silent\.example\.com.*no answer in time/);
+    assert.match(challenges[0].error!.detail, /silent\.example\.com.*no answer in time/);
     stage.ca.switches.validationTimeoutMs = 60_000;
     const order = await stage.client.order("silent.example.com");
     const { body } = await stage.client.post(order.body.authorizations[0]);
-    await stage.client.post(body.challenges.find(({ type }: Json) => type === "http-01").url, {});
+    await stage.client.post(body.challenges.find(isHttp)!.url, {});
   }
   silent.close();
   await accepting;
   for (const connection of accepted) connection.close();
 });
 
-Deno.test("dns-01 finds its value among several, behind CNAMEs, and for wildcards at the name below", async () => {
+Deno.test("dns-01 finds its value among several, behind CNAMEs, and for wildcards too", async () => {
   const records = new Map<string, string[]>();
   const aliases = new Map([
     ["_acme-challenge.aliased.example.com", "a.delegated.example.org."],
@@ -751,8 +811,39 @@ Deno.test("dns-01 finds its value among several, behind CNAMEs, and for wildcard
   }
   const wildcard = await client.order("*.example.net");
   const { body } = await client.post(wildcard.body.authorizations[0]);
-  assert.deepEqual(body.challenges.map(({ type }: Json) => type).toSorted(), ["dns-01", "dns-persist-01"]);
+  assert.deepEqual(body.challenges.map(({ type }) => type).toSorted(), ["dns-01", "dns-persist-01"]);
   assert.deepEqual(ca.violations, []);
+});
+
+Deno.test("the DNS server answers over UDP and TCP, follows CNAMEs, and serves the CA", async () => {
+  await using dns = await startDns();
+  const nameServer = { ipAddr: "127.0.0.1", port: dns.port };
+  const ask = (name: string, type: "A" | "AAAA" | "NS") => Deno.resolveDns(name, type, { nameServer });
+  const askText = async (name: string) =>
+    (await Deno.resolveDns(name, "TXT", { nameServer })).map((parts) => parts.join(""));
+  dns.set("example.com", "A", "127.0.0.1", "127.0.0.2");
+  dns.set("example.com", "AAAA", "::1");
+  dns.set("example.com", "NS", "ns1.example.com", "ns2.example.com");
+  dns.set("_acme-challenge.example.com", "CNAME", "a.example.org");
+  dns.set("a.example.org", "TXT", "one", "x".repeat(300));
+  dns.set("long.example.com", "TXT", ...Array.from({ length: 20 }, (_, i) => `${i}`.padEnd(200)));
+  assert.deepEqual(await ask("example.com", "A"), ["127.0.0.1", "127.0.0.2"]);
+  assert.deepEqual(await ask("example.com", "AAAA"), ["::1"]);
+  assert.deepEqual((await ask("example.com", "NS")).toSorted(), ["ns1.example.com.", "ns2.example.com."]);
+  assert.deepEqual(await askText("_acme-challenge.example.com"), ["one", "x".repeat(300)]);
+  assert.equal((await askText("long.example.com")).length, 20);
+  assert.equal(dns.log.filter((line) => line === "TXT long.example.com").length, 2); // once more over TCP
+  await assert.rejects(ask("nothing.example.com", "A"), Deno.errors.NotFound);
+
+  await using stage = await scene({ txt: dns.txt, cname: dns.cname });
+  const { client } = stage;
+  const { status } = await prove(client, "*.example.com", "dns-01", async ({ token }) => {
+    const digest = createHash("sha256").update(await client.keyAuthorization(token)).digest("base64url");
+    dns.set("a.example.org", "TXT", digest);
+  });
+  assert.equal(status, "valid");
+  dns.set("a.example.org", "TXT");
+  assert.deepEqual(dns.get("a.example.org", "TXT"), []);
 });
 
 Deno.test("dns-persist-01 judges records as Pebble does", async () => {
@@ -812,11 +903,11 @@ Deno.test("an order whose names fail is invalid, and names every failure", async
   for (const url of order.body.authorizations) {
     const { body } = await client.post(url);
     if (body.status === "valid") continue;
-    await client.post(body.challenges.find(({ type }: Json) => type === "http-01").url, {});
+    await client.post(body.challenges.find(isHttp)!.url, {});
   }
   const { body } = await client.settled(order.headers.get("location")!, "pending");
-  assert.deepEqual([body.status, body.error.type], ["invalid", `${URN}compound`]);
-  assert.deepEqual(body.error.subproblems.map(({ identifier, type }: Json) => [identifier.value, type]), [
+  assert.deepEqual([body.status, body.error!.type], ["invalid", `${URN}compound`]);
+  assert.deepEqual(body.error!.subproblems.map(({ identifier, type }) => [identifier.value, type]), [
     ["one.example.com", `${URN}unauthorized`],
     ["two.example.com", `${URN}unauthorized`],
   ]);
@@ -825,11 +916,11 @@ Deno.test("an order whose names fail is invalid, and names every failure", async
   );
   assert.equal(single.status, "ready");
   const lonely = await prove(client, "four.example.com", "http-01");
-  assert.match(lonely.challenges[0].error.detail, /four\.example\.com\/\.well-known.* answered 404/);
+  assert.match(lonely.challenges[0].error!.detail, /four\.example\.com\/\.well-known.* answered 404/);
   assert.deepEqual(ca.violations, []);
 });
 
-// ------------------------------------------------------------------------------------------- orders as they go on
+// -------------------------------------------------------------------------------------- orders as they go on
 
 Deno.test("authorizations are taken over as `reuse` says, until they expire", async () => {
   await using stage = await scene();
@@ -863,7 +954,7 @@ Deno.test("work that takes time is announced by Retry-After, and polling sooner 
   assert.equal((await client.post(url)).headers.get("retry-after"), null); // nothing is being worked on yet
   const [authz] = order.body.authorizations;
   const { body } = await client.post(authz);
-  const challenge = body.challenges.find(({ type }: Json) => type === "http-01").url;
+  const challenge = body.challenges.find(isHttp)!.url;
   assert.equal((await client.post(challenge, {})).body.status, "processing");
   for (const polled of [challenge, authz, url]) {
     assert.equal((await client.post(polled)).headers.get("retry-after"), "30");
@@ -950,12 +1041,12 @@ Deno.test("a paused name is refused with the page where it is resumed", async ()
   assert.equal((await client.order("example.com", "www.example.com")).status, 201);
 });
 
-// -------------------------------------------------------------------------------------------------- certificates
+// ---------------------------------------------------------------------------------------------- certificates
 
-Deno.test("profiles decide lifetime, common name and IP addresses; without profiles none is offered", async () => {
+Deno.test("profiles decide lifetime, common name and IP addresses, and need not exist", async () => {
   await using stage = await scene();
   const { client, ca, proven } = stage;
-  assert.deepEqual(Object.keys(client.directory.meta.profiles), ["classic", "tlsserver", "shortlived"]);
+  assert.deepEqual(Object.keys(client.directory.meta.profiles!), ["classic", "tlsserver", "shortlived"]);
   const names = ["192.0.2.7", "2001:db8::7", "example.com"];
   const { newOrder } = client.directory;
   for (
@@ -1010,7 +1101,7 @@ Deno.test("alternate chains are linked, and each verifies under its own root", a
   assertProblem(stage, await client.post(`${order.certificate}/3`), 404, "malformed");
 });
 
-Deno.test("renewalInfo is found by a strict certID, follows lifetime, revocation and tests, and says when to ask again", async () => {
+Deno.test("renewalInfo wants a strict certID, and follows lifetime, revocation and what a test sets", async () => {
   await using stage = await scene({ renewalInfoRetryAfterSeconds: 60 });
   const { client, ca, issue } = stage;
   await issue("a.example.com"); // its serial needs a zero octet in DER
@@ -1047,7 +1138,8 @@ Deno.test("renewalInfo is found by a strict certID, follows lifetime, revocation
     [keyId, 400, true],
     [`${issued!.certId}.x`, 400, true],
     [`${keyId}=.${serial}`, 400, true],
-    [`${keyId}.${Buffer.from(serial, "base64url").subarray(1).toString("base64url")}`, 404, true], // zero octet lost
+    // The zero octet that DER needs before the serial is lost.
+    [`${keyId}.${Buffer.from(serial, "base64url").subarray(1).toString("base64url")}`, 404, true],
     [`${keyId.replace(/^./, keyId[0] === "A" ? "B" : "A")}.${serial}`, 404, false],
   ];
   for (const [certId, status, blamed] of table) {
@@ -1102,7 +1194,7 @@ Deno.test("`replaces` names an unreplaced certificate of the account that shares
   assert.deepEqual([order.status, order.body.replaces], [201, certId]);
 });
 
-Deno.test("revokeCert takes the account's key or the certificate's, a subscriber's reason, and takes it once", async () => {
+Deno.test("revokeCert takes the account's or the certificate's key, and a subscriber's reason, once", async () => {
   await using stage = await scene();
   const { client, ca, issue } = stage;
   const url = client.directory.revokeCert;
@@ -1142,7 +1234,7 @@ Deno.test("revokeCert takes the account's key or the certificate's, a subscriber
   assert.equal(ca.issued[1]!.revoked?.reason, 1);
 });
 
-// ------------------------------------------------------------------------------------------------------- faults
+// ---------------------------------------------------------------------------------------------------- faults
 
 /** A CA in which `fault` befalls the next request to newOrder, and nothing else. */
 async function faulty() {
@@ -1215,6 +1307,27 @@ Deno.test("a fault befalls exactly the exchange it was chosen for, handled or no
   assert.deepEqual(ca.violations, []);
 });
 
+Deno.test("a downloaded certificate can be a forged one, for the same key and under the same root", async () => {
+  await using stage = await scene({
+    fault: ({ resource }) =>
+      resource === "certificate" ? { kind: "rewrite text", rewrite: () => forge() } : undefined,
+  });
+  const { ca, issue } = stage;
+  const expired = { notBefore: new Date(0), notAfter: new Date(1000) };
+  const forge = () =>
+    ca.forge({
+      publicKey: ca.orders[0]!.request!.publicKey,
+      identifiers: [{ type: "dns", value: "evil.example.com" }],
+      ...expired,
+    });
+  const { chain, keys } = await issue("example.com");
+  const leaf = new X509Certificate(chain);
+  assert.equal(leaf.subjectAltName, "DNS:evil.example.com");
+  assert.equal(leaf.validToDate.getTime(), 1000);
+  assert(leaf.verify(new X509Certificate(ca.intermediatePem).publicKey));
+  assert.deepEqual(leaf.publicKey.export({ format: "jwk" }).x, (await exportJWK(keys.publicKey)).x);
+});
+
 Deno.test("a torn exchange fails at the client, and the next one finds the CA again", async () => {
   await using stage = await faulty();
   const { client, ca, befall } = stage;
@@ -1265,6 +1378,24 @@ Deno.test("a silent exchange lasts until the client gives up or the CA closes", 
   }
   await stage[Symbol.asyncDispose]();
   assert.notEqual(await patient, 201);
+});
+
+Deno.test("a client that says nothing, or half of what it meant, keeps no CA from closing", async () => {
+  for (const fault of [undefined, () => undefined]) {
+    const ca = await startCa({ fault });
+    using silent = await Deno.connect({ hostname: "127.0.0.1", port: ca.port });
+    using halting = await Deno.connectTls({ hostname: "localhost", port: ca.port, caCerts: [ca.caBundle] });
+    const head = "POST /new-order HTTP/1.1\r\nHost: localhost\r\nUser-Agent: test\r\nContent-Length: 100\r\n";
+    await halting.write(new TextEncoder().encode(`${head}Content-Type: application/jose+json\r\n\r\n{`));
+    const deadline = Date.now() + 5000;
+    while (ca.log.length === 0) {
+      assert(Date.now() < deadline);
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
+    await ca.close();
+    assert.deepEqual(ca.violations, []);
+    assert.equal(await silent.read(new Uint8Array(1)).catch(() => null), null);
+  }
 });
 
 Deno.test("many CAs start at once, each in a moment, and leave nothing behind", async () => {

@@ -1,24 +1,26 @@
 /**
- * An ACME CA in this process: strict to RFC 8555 (and 8738, 9773, profiles, dns-persist-01), so that a client's
- * mistake fails here and not at Let's Encrypt. It serves the tests, `deno task demo` and the benchmarks.
+ * An ACME CA in this process: strict to RFC 8555 (and 8738, 9773, profiles, dns-persist-01), so that a
+ * client's mistake fails here and not at Let's Encrypt. It serves the tests, `deno task demo` and the
+ * benchmarks.
  *
- * It is the independent judge: it imports nothing of lib/. This file is its front: it authenticates each request,
- * leads it to its resource (RFC 8555 §7.1) and renders the answer. Behind it stand the books (ca-book.ts), the
- * validator (ca-validate.ts), and the wire on which any exchange can go wrong on request (ca-wire.ts); ca-switches.ts
- * lists what can be set. Every exchange stands in `ca.log`; what a correct client never does stands in
- * `ca.violations`, which a test expects to be empty. State lives in memory.
+ * It is the independent judge: it imports nothing of lib/. This file is its front: it authenticates each
+ * request, leads it to its resource (RFC 8555 §7.1) and renders the answer. Behind it stand the books
+ * (ca-book.ts), the validator (ca-validate.ts), and the wire on which any exchange can go wrong on request
+ * (ca-wire.ts); ca-switches.ts lists what can be set. Every exchange stands in `ca.log`; what a correct
+ * client never does stands in `ca.violations`, which a test expects to be empty. State lives in memory.
  */
 import { Buffer } from "node:buffer";
 import { generateKeyPairSync, randomBytes, X509Certificate } from "node:crypto";
-import {
-  type Account,
-  type Authorization,
-  Book,
-  type Challenge,
-  type Issued,
-  type Order,
+import type {
+  Account,
+  Authorization,
+  Challenge,
+  Issued,
+  Order,
+  RenewalWindow,
+  Validation,
 } from "./ca-book.ts";
-import type { RenewalWindow, Validation } from "./ca-book.ts";
+import { Book, isUnderWay } from "./ca-book.ts";
 import * as jws from "./ca-jws.ts";
 import { type Identifier, mistake, Problem, refusal } from "./ca-problem.ts";
 import type { Exchange, Resource, Switches } from "./ca-switches.ts";
@@ -42,6 +44,7 @@ export {
   type Profile,
   type Switches,
 } from "./ca-switches.ts";
+export { type Dns, type RecordType, startDns } from "./ca-dns.ts";
 export { type Hit, startWebroot, type Webroot } from "./ca-webroot.ts";
 export type { Fault } from "./ca-wire.ts";
 
@@ -56,7 +59,9 @@ export interface LogEntry extends Exchange {
   readonly connection: number;
   /** The account that signed, once that is verified. */
   kid?: string;
-  /** The status that was answered; 0 as long as there is no answer, and for ever if the request was torn unhandled. */
+  /**
+   * The status that was answered; 0 while there is no answer, and for ever if the request was torn unhandled.
+   */
   status: number;
 }
 
@@ -113,7 +118,10 @@ export class Ca implements AsyncDisposable {
   readonly intermediatePem: string;
   /** PEM of the roots of the alternate chains, in their order. */
   readonly alternateRootPems: readonly string[];
-  /** How every URL begins, `https://localhost:PORT`. Set it before the first request if a relay stands between. */
+  /**
+   * How every URL begins, `https://localhost:PORT`. Set it before the first request if a relay stands
+   * between.
+   */
   origin: string;
   /** The port on which it listens itself. */
   readonly port: number;
@@ -139,7 +147,6 @@ export class Ca implements AsyncDisposable {
   /** Until when a URL must not be polled again, by the CA's clock. */
   readonly #retryAfter = new Map<string, number>();
   readonly #closing = new AbortController();
-  readonly #closed = Promise.withResolvers<void>();
   #offsetMs = 0;
 
   constructor(readonly switches: Switches, directory: string) {
@@ -226,14 +233,15 @@ export class Ca implements AsyncDisposable {
     issued.renewalWindow = window;
   }
 
-  /** A certificate that nobody ordered, signed by this CA, and the default chain (PEM): for answers that lie. */
+  /**
+   * A certificate that nobody ordered, signed by this CA, and the default chain (PEM): for answers that lie.
+   */
   forge(contents: Contents): string {
     return certify(contents, this.#issuer) + this.intermediatePem;
   }
 
   async close(): Promise<void> {
     this.#closing.abort();
-    this.#closed.resolve();
     await this.#listener.close();
     await this.#book.idle();
     await Deno.remove(this.#directory, { recursive: true });
@@ -243,7 +251,7 @@ export class Ca implements AsyncDisposable {
     await this.close();
   }
 
-  // ------------------------------------------------------------------------------------------------- an exchange
+  // --------------------------------------------------------------------------------------------- an exchange
 
   async #serve(request: Request, connection: number): Promise<Response> {
     const { pathname: path, search } = new URL(request.url);
@@ -268,9 +276,8 @@ export class Ca implements AsyncDisposable {
     const { answer, response } = await befall(fault, {
       handle: () => this.#handle(request, entry, pattern.exec(path)!.slice(1)),
       tear: (andNext) => this.#listener.tear(connection, andNext),
-      closing: this.#closed.promise,
-      badNonce: () =>
-        this.#finish(problem(refusal(400, "badNonce", "this nonce is refused on purpose")), request),
+      closing: this.#closing.signal,
+      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "refused on purpose")), request),
       previous,
     });
     entry.status = answer?.status ?? 0;
@@ -377,13 +384,16 @@ export class Ca implements AsyncDisposable {
     }
   }
 
-  // ---------------------------------------------------------------------------------- who asks (RFC 8555 §6.2–6.5)
+  // ---------------------------------------------------------------------------- who asks (RFC 8555 §6.2–6.5)
 
   async #authenticate(request: Request, entry: LogEntry, by: "jwk" | "kid" | "either"): Promise<Signed> {
     if (request.headers.get("content-type") !== "application/jose+json") {
       throw mistake(415, "malformed", "the content type is not application/jose+json");
     }
-    const message = jws.parseJws(await request.text());
+    const text = await request.text().catch(() => {
+      throw refusal(400, "malformed", "the client went away in the middle of its request");
+    });
+    const message = jws.parseJws(text);
     const { header, payload } = message;
     jws.checkAlgorithm(message);
     this.#takeNonce(header.nonce);
@@ -434,13 +444,12 @@ export class Ca implements AsyncDisposable {
     return found;
   }
 
-  // ------------------------------------------------------------------------------- directory (RFC 8555 §7.1.1)
+  // ----------------------------------------------------------------------------- directory (RFC 8555 §7.1.1)
 
   #describe(): Answer {
     const at = (path: string) => this.origin + path;
-    const profiles = Object.entries(this.#book.profiles()).map((
-      [name, { description }],
-    ) => [name, description]);
+    const offered = Object.entries(this.#book.profiles());
+    const profiles = Object.fromEntries(offered.map(([name, { description }]) => [name, description]));
     return json(200, {
       newNonce: at("/new-nonce"),
       newAccount: at("/new-account"),
@@ -455,12 +464,12 @@ export class Ca implements AsyncDisposable {
         website: at("/"),
         caaIdentities: this.#book.caaIdentities(),
         externalAccountRequired: this.switches.externalAccounts !== undefined,
-        ...(profiles.length > 0 && { profiles: Object.fromEntries(profiles) }),
+        ...(offered.length > 0 && { profiles }),
       },
     });
   }
 
-  // -------------------------------------------------------------------------------------- accounts (§7.3)
+  // ----------------------------------------------------------------------------------------- accounts (§7.3)
 
   #newAccount(signed: Signed): Answer {
     const wish = jws.parseObject(signed.payload, "the payload");
@@ -540,7 +549,7 @@ export class Ca implements AsyncDisposable {
     return showAccount(account, 200);
   }
 
-  // ----------------------------------------------------------------------------------------- orders (§7.4, §7.5)
+  // ------------------------------------------------------------------------------------- orders (§7.4, §7.5)
 
   #newOrder({ account, payload }: FromAccount): Answer {
     const wish = jws.parseObject(payload, "the payload");
@@ -559,7 +568,7 @@ export class Ca implements AsyncDisposable {
     // Finalize answers for the order, and says where it is (Boulder does, and clients may rely on it).
     if (entry.resource === "finalize") answer.headers.set("location", order.url);
     const working = order.status === "processing" ||
-      order.status === "pending" && order.authorizations.some(isWorkedOn);
+      order.status === "pending" && order.authorizations.some(isUnderWay);
     this.#askLater(answer, entry, order.url, working);
     return answer;
   }
@@ -574,7 +583,7 @@ export class Ca implements AsyncDisposable {
       authorization.status = status;
     }
     const answer = json(200, showAuthorization(authorization, this.#book.caaIdentities()));
-    this.#askLater(answer, entry, authorization.url, isWorkedOn(authorization));
+    this.#askLater(answer, entry, authorization.url, isUnderWay(authorization));
     return answer;
   }
 
@@ -617,7 +626,7 @@ export class Ca implements AsyncDisposable {
     this.#retryAfter.set(url, now + seconds * 1000);
   }
 
-  // ---------------------------------------------------------------- certificates (§7.4.2, §7.6, RFC 9773)
+  // ------------------------------------------------------------------- certificates (§7.4.2, §7.6, RFC 9773)
 
   #certificate(from: FromAccount, path: string, alternate: string | undefined): Answer {
     expectEmpty(from);
@@ -670,7 +679,7 @@ export class Ca implements AsyncDisposable {
   }
 }
 
-// ----------------------------------------------------------------------------------------------------- rendering
+// ------------------------------------------------------------------------------------------------- rendering
 
 function json(status: number, body: unknown): Answer {
   return { status, headers: new Headers({ "content-type": "application/json" }), body: JSON.stringify(body) };
@@ -732,11 +741,7 @@ function showChallenge(
   return { type, url, status, ...proof, validated: instant(validated), error };
 }
 
-function isWorkedOn({ challenges }: Authorization): boolean {
-  return challenges.some(({ status }) => status === "processing");
-}
-
-// ------------------------------------------------------------------------------------------------------- reading
+// --------------------------------------------------------------------------------------------------- reading
 
 /** POST-as-GET (RFC 8555 §6.3). */
 function expectEmpty({ payload }: Signed): "" {

@@ -1,5 +1,5 @@
-// lib/ini.ts: what each form of line means, which line each fault names, and that Python's own configparser, where
-// it is installed, agrees about thousands of generated files.
+/** Goal: what each form of line means, and that Python's own configparser agrees about thousands of generated files. */
+
 import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { lineFinder, parseIni, printable, valueOf } from "../lib/ini.ts";
 

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import type { Config, Line } from "../lib/config.ts";
-import { plan, renewal } from "../lib/plan.ts";
+import { type Memory, plan, renewal, retryAfterFailure } from "../lib/plan.ts";
 import type { Entry, Finding } from "../lib/store.ts";
 
 const DAY = 86_400_000;
@@ -11,6 +11,7 @@ const day = (days: number) => new Date(START + days * DAY);
 const settings = (reauthorizeDays: number, generateNewCertsAfterDays = 0) =>
   ({ reauthorizeDays, generateNewCertsAfterDays }) as Config;
 
+const NOTHING: Memory = { failures: {}, revoked: {}, hold: new Date(0) };
 const line = (number: number, ...names: string[]): Line => ({ line: number, names, sections: [] });
 const present = (
   notBefore: Date,
@@ -59,7 +60,7 @@ Deno.test("renewal() follows the settings within what a certificate's life allow
 
 Deno.test("plan() keeps a certificate until its renewal is due, and not a moment longer", () => {
   const inventory = [entry(present(day(0), day(90)))];
-  const at = (now: Date) => plan(settings(15), inventory, now);
+  const at = (now: Date) => plan(settings(15), inventory, now, NOTHING);
   assert.equal(at(new Date(day(75).getTime() - 1)).tasks.length, 0);
   assert.deepEqual(at(day(74)).kept.map(({ renewAt }) => renewAt), [day(75)]);
   assert.deepEqual(at(day(75)).tasks[0]!.due[0]!.reason, { kind: "renewal", since: day(75), rule: "expiry" });
@@ -76,7 +77,7 @@ Deno.test("plan() renews a certificate whose names changed, whose key is another
     { kind: "other key", certificate },
   ];
   for (const finding of findings) {
-    const { tasks } = plan(settings(15), [entry(finding)], day(1));
+    const { tasks } = plan(settings(15), [entry(finding)], day(1), NOTHING);
     assert.deepEqual(tasks.map(({ due }) => due.map(({ reason }) => reason)), [[{ kind: "found", finding }]]);
   }
 });
@@ -84,17 +85,53 @@ Deno.test("plan() renews a certificate whose names changed, whose key is another
 Deno.test("plan() puts both certificates of a line in one task, the soonest expiry first, new lines last", () => {
   const [a, b, c] = [line(1, "a.example"), line(2, "b.example"), line(3, "c.example")];
   const missing: Finding = { kind: "missing", what: "certificate" };
-  const { tasks, kept } = plan(settings(15), [
-    entry(missing, a, "rsa"),
-    entry(missing, a, "ec"),
-    entry(present(day(0), day(90)), b, "rsa"),
-    entry(present(day(0), day(80)), b, "ec"),
-    entry(present(day(0), day(70)), c, "rsa"),
-    entry(present(day(60), day(150)), c, "ec"),
-  ], day(76));
+  const { tasks, kept } = plan(
+    settings(15),
+    [
+      entry(missing, a, "rsa"),
+      entry(missing, a, "ec"),
+      entry(present(day(0), day(90)), b, "rsa"),
+      entry(present(day(0), day(80)), b, "ec"),
+      entry(present(day(0), day(70)), c, "rsa"),
+      entry(present(day(60), day(150)), c, "ec"),
+    ],
+    day(76),
+    NOTHING,
+  );
   assert.deepEqual(
     tasks.map(({ line, due }) => [line.names[0], ...due.map(({ entry }) => entry.keyType)]),
     [["c.example", "rsa"], ["b.example", "rsa", "ec"], ["a.example", "rsa", "ec"]],
   );
   assert.deepEqual(kept.map(({ entry }) => [entry.line.names[0], entry.keyType]), [["c.example", "ec"]]);
+});
+
+Deno.test("plan() lets a line wait after a failure, and all lines while the CA wants no orders", () => {
+  const [a, b] = [line(1, "a.example"), line(2, "b.example")];
+  const missing: Finding = { kind: "missing", what: "certificate" };
+  const inventory = [entry(missing, a, "rsa"), entry(missing, a, "ec"), entry(missing, b, "rsa")];
+  const failure = { count: 2, at: day(1).toISOString(), error: "refused", retryAt: day(2).toISOString() };
+  const names = (memory: Memory, now: Date) => {
+    const { tasks, waiting } = plan(settings(15), inventory, now, memory);
+    const of = (tasks: readonly { line: Line }[]) => tasks.map(({ line }) => line.names[0]);
+    return [of(tasks), of(waiting)];
+  };
+  const failed = { ...NOTHING, failures: { "a.example": failure } };
+  assert.deepEqual(names(failed, day(1)), [["b.example"], ["a.example"]]);
+  assert.deepEqual(names(failed, day(2)), [["a.example", "b.example"], []]);
+  const held = { ...NOTHING, hold: day(3) };
+  assert.deepEqual(names(held, day(2)), [[], ["a.example", "b.example"]]);
+  assert.deepEqual(names(held, day(3)), [["a.example", "b.example"], []]);
+});
+
+Deno.test("plan() replaces a certificate that was revoked", () => {
+  const revoked = { ...NOTHING, revoked: { "": day(1).toISOString() } };
+  const { tasks } = plan(settings(15), [entry(present(day(0), day(90)))], day(2), revoked);
+  assert.deepEqual(tasks[0]!.due[0]!.reason, { kind: "revoked", at: day(1) });
+});
+
+Deno.test("retryAfterFailure() waits 1, 10 and 100 minutes, then a day", () => {
+  const minutes = [1, 2, 3, 4, 5, 100].map((count) =>
+    (retryAfterFailure(count, day(0)).getTime() - START) / 60_000
+  );
+  assert.deepEqual(minutes, [1, 10, 100, 1000, 1440, 1440]);
 });

@@ -6,7 +6,16 @@ import { createPrivateKey, createPublicKey } from "node:crypto";
 import { basename, join } from "node:path";
 import type { Config, KeyType, Line } from "../lib/config.ts";
 import { plan } from "../lib/plan.ts";
-import { createSecret, type Entry, filesOf, readInventory, readState, stemOf, Store } from "../lib/store.ts";
+import {
+  createSecret,
+  emptyState,
+  type Entry,
+  filesOf,
+  readInventory,
+  readState,
+  stemOf,
+  Store,
+} from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
 import { type Ca, startCa } from "./ca.ts";
 
@@ -173,7 +182,7 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
     using store = Store.open(config, "prod", NOW);
     const inventory = readInventory(config, "prod");
     for (const entry of inventory) store.link(entry);
-    const { tasks, kept } = plan(config, inventory, NOW);
+    const { tasks, kept } = plan(config, inventory, NOW, { failures: {}, revoked: {}, hold: new Date(0) });
     assert.equal(tasks.length, 0);
     assert.equal(kept.length, 6);
   }
@@ -278,7 +287,7 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
     await store.saveState();
   }
   const accounts = { "https://ca key": "https://ca/account/1", "https://ca other": "https://ca/account/2" };
-  assert.deepEqual(readState(config, "test"), { version: 1, accounts, owed: {} });
+  assert.deepEqual(readState(config, "test"), { ...emptyState(), accounts });
   const path = join(config.directory, "test/state.json");
   assert.equal(modeOf(path), 0o600);
   const unusable: [string, RegExp][] = [
@@ -293,7 +302,7 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
     Deno.writeTextFileSync(path, text);
     using store = Store.open(config, "test", new Date(NOW.getTime() + index));
     assert.match(store.notices.join(), why);
-    assert.deepEqual(store.state, { version: 1, accounts: {}, owed: {} });
+    assert.deepEqual(store.state, emptyState());
     const aside = /set aside as (\S+),/.exec(store.notices.join())![1]!;
     assert.equal(Deno.readTextFileSync(join(config.directory, "test", aside)), text);
   }

@@ -1,0 +1,217 @@
+/**
+ * A test bed: lematt over a temporary directory, with a CA and a web server of its own on loopback.
+ *
+ *     await using bed = await testBed({ domains: "example.com www", settings: "keyTypes: ec" });
+ *     const { code, stderr } = await bed.run();
+ *
+ * `bed.run()` is a run in this process, with a world that the test can change; `bed.lematt("--test")` is the program
+ * itself. Nothing is mocked: configuration files, requests, commands and certificates are real. Only waiting is not:
+ * in this process the client and the CA share a clock, which leaps ahead whenever the client waits.
+ *
+ * A bed that is disposed of insists that the CA has found no fault with any request; a test that means to be blamed
+ * takes its violations out before (`ca.violations.splice(0)`).
+ */
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import type { Transport } from "../lib/acme.ts";
+import { type Config, loadConfig, type Mode } from "../lib/config.ts";
+import { type Event, Report } from "../lib/report.ts";
+import { run, type World } from "../lib/run.ts";
+import { type Ca, type LogEntry, startCa, startWebroot, type Switches, type Webroot } from "./ca.ts";
+
+const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
+/** Waits of the client are cut to this part of what they are. */
+const HASTE = 1 / 100;
+
+/** Texts of the configuration. */
+export interface Texts {
+  /** The file `domains`. */
+  domains?: string;
+  /** The file `actions.conf`. */
+  actions?: string;
+  /** Lines for `[config]`; what is not here is as in `DEFAULT_SETTINGS`, then as lematt has it. */
+  settings?: string;
+}
+
+/** The world of a run in this process. */
+export type TestWorld = World & Pick<Transport, "sleep">;
+
+/** What came of the program. */
+export interface Ended {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** What came of a run in this process. */
+export interface Ran extends Ended {
+  readonly events: readonly Event[];
+  /** What it asked of the CA. */
+  readonly requests: readonly LogEntry[];
+}
+
+/** Writes the configuration and starts the servers; `ca` are switches of the CA. */
+export async function testBed({ ca = {}, ...texts }: Texts & { ca?: Switches }): Promise<Bed> {
+  const home = await Deno.makeTempDir({ prefix: "lematt-bed-" });
+  for (const name of ["conf", "drop"]) await Deno.mkdir(join(home, name));
+  const web = startWebroot(join(home, "drop"));
+  const bed = new Bed(home, web, await startCa({ httpPort: web.port, ...ca }));
+  bed.configure({ domains: "", actions: "", settings: "", ...texts });
+  return bed;
+}
+
+export class Bed implements AsyncDisposable {
+  /** The configuration directory. */
+  readonly conf: string;
+  /** The drop directory, which `web` serves. */
+  readonly drop: string;
+  /** How long the client meant to wait each time, in milliseconds. */
+  readonly waits: number[] = [];
+  readonly #http: Deno.HttpClient;
+  readonly #children: Deno.ChildProcess[] = [];
+
+  constructor(
+    /** A directory that is removed with the bed. */
+    readonly home: string,
+    readonly web: Webroot,
+    readonly ca: Ca,
+  ) {
+    this.conf = join(home, "conf");
+    this.drop = join(home, "drop");
+    this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });
+  }
+
+  /** Writes anew the files of which there is a text. */
+  configure({ domains, actions, settings }: Texts): void {
+    const write = (name: string, text: string) => Deno.writeTextFileSync(join(this.conf, name), text);
+    if (domains !== undefined) write("domains", domains);
+    if (actions !== undefined) write("actions.conf", actions);
+    if (settings === undefined) return;
+    const defaults = {
+      testDirectory: this.ca.directoryUrl,
+      directory: this.ca.directoryUrl,
+      caBundle: this.ca.caBundleFile,
+      accountKey: "account.key",
+      challengeDropDir: this.drop,
+    };
+    const lines = Object.entries(defaults).map(([key, value]) => `${key}: ${value}`);
+    write("lematt.conf", ["[DEFAULT]", ...lines, "[config]", settings, ""].join("\n"));
+  }
+
+  /** The configuration as it now stands. */
+  config(): Config {
+    return loadConfig(this.conf);
+  }
+
+  /** A path below the configuration directory, or the text of the file there. */
+  path(...names: string[]): string {
+    return join(this.conf, ...names);
+  }
+
+  text(...names: string[]): string {
+    return Deno.readTextFileSync(this.path(...names));
+  }
+
+  /** The base names of the challenge files that stand in the drop directory. */
+  dropped(): string[] {
+    return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
+  }
+
+  /** The world as runs in this process have it; every name is found at `web`. */
+  world(changes: Partial<TestWorld> = {}): TestWorld {
+    const { ca, web, waits } = this;
+    return {
+      fetch: (url, init) => fetch(url, { ...init, client: this.#http }),
+      now: () => ca.now,
+      async sleep(ms, signal) {
+        waits.push(ms);
+        await delay(ms * HASTE, undefined, { signal }).catch(() => signal!.throwIfAborted());
+        ca.advance(ms);
+      },
+      random: Math.random,
+      route: () => Promise.resolve([{ address: "127.0.0.1", port: web.port }]),
+      userAgent: "lematt/test",
+      signal: new AbortController().signal,
+      ...changes,
+    };
+  }
+
+  /** A run in this process, told as to a pipe. */
+  async run(
+    { mode = "test", parallel, cron = false, json = false, ...world }:
+      & { mode?: Mode; parallel?: number; cron?: boolean; json?: boolean }
+      & Partial<TestWorld> = {},
+  ): Promise<Ran> {
+    const { ca } = this;
+    const [begun, events, out, err] = [ca.log.length, [] as Event[], [] as string[], [] as string[]];
+    const report = new Report({
+      mode,
+      cron,
+      json,
+      terminal: false,
+      color: false,
+      now: () => ca.now,
+      out: (text) => out.push(text),
+      err: (text) => err.push(text),
+    });
+    const config = this.config();
+    const summary = await run(
+      config,
+      mode,
+      { parallel: parallel ?? config.parallel, retry: false },
+      this.world(world),
+      (event) => {
+        events.push(event);
+        report.tell(event);
+      },
+    );
+    const code = report.finish(summary);
+    const requests = ca.log.slice(begun);
+    return { code, stdout: out.join(""), stderr: err.join(""), events, requests };
+  }
+
+  /** Runs the program to its end, in the home directory and with this configuration. */
+  async lematt(...args: string[]): Promise<Ended> {
+    const { code, stdout, stderr } = await this.start(...args).output();
+    const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+    return { code, stdout: text(stdout), stderr: text(stderr) };
+  }
+
+  /** Starts the program; it does not outlive the bed. Its output is piped. */
+  start(...args: string[]): Deno.ChildProcess {
+    const child = new Deno.Command(Deno.execPath(), {
+      args: ["run", "-q", "--no-prompt", "-P=lematt", PROGRAM, ...args, "--config", this.conf],
+      cwd: this.home,
+      stdin: "null",
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+    this.#children.push(child);
+    return child;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    for (const child of this.#children) {
+      try {
+        child.kill("SIGKILL");
+      } catch {
+        // it has ended
+      }
+      await child.status;
+    }
+    this.#http.close();
+    await Promise.all([this.ca.close(), this.web.close()]);
+    await Deno.remove(this.home, { recursive: true });
+    assert.deepEqual(this.ca.violations, []);
+  }
+}
+
+/** Waits until `condition` holds. */
+export async function until(what: string, condition: () => boolean, seconds = 10): Promise<void> {
+  for (const deadline = Date.now() + seconds * 1000; !condition();) {
+    assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
+    await delay(5);
+  }
+}

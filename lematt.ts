@@ -6,9 +6,10 @@
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
+import { systemQuery } from "./lib/dns.ts";
 import { systemRoute } from "./lib/reach.ts";
 import { errorText, noticeText, Report, revocationText } from "./lib/report.ts";
-import { preview, revocable, revoke, run, status, type Tell, type World } from "./lib/run.ts";
+import { preview, revocable, revoke, rollover, run, status, type Tell, type World } from "./lib/run.ts";
 import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
 
 const VERSION = "0.1.0";
@@ -25,6 +26,7 @@ with --test or --prod:
                                --json or --metrics (Prometheus) for machines
   --revoke NAME                revoke the certificates of NAME's line [--yes];
                                --reason keyCompromise, superseded, …
+  --rollover                   give the account a new key
   --retry                      try again now what should wait
   --cron                       not a word unless something changed or failed
   --json                       one JSON document instead of lines
@@ -55,6 +57,7 @@ const OPTIONS = {
   offline: { type: "boolean" },
   metrics: { type: "boolean" },
   revoke: { type: "string" },
+  rollover: { type: "boolean" },
   reason: { type: "string" },
   yes: { type: "boolean" },
   retry: { type: "boolean" },
@@ -87,7 +90,7 @@ type Arguments = ReturnType<typeof parse>;
 
 function parse(args: readonly string[]) {
   const { values, positionals } = parseArgs({ args: [...args], allowPositionals: true, options: OPTIONS });
-  const { test, prod, check, parallel, reason, plan, status, revoke } = values;
+  const { test, prod, check, parallel, reason, plan, status, revoke, rollover } = values;
   const paths = [...positionals, ...values.config === undefined ? [] : [values.config]];
   if (paths.length > 1) throw new UsageError(`one configuration at a time, not ${paths.join(" and ")}`);
   if (parallel !== undefined && !/^([1-9]\d?|100)$/.test(parallel)) {
@@ -99,8 +102,8 @@ function parse(args: readonly string[]) {
   for (const [option, needed] of Object.entries(NEEDS)) {
     if (option in values && !(needed in values)) throw new UsageError(`--${option} goes with --${needed}`);
   }
-  if ([check, plan, status, revoke].filter((one) => one !== undefined).length > 1) {
-    throw new UsageError("one of --check, --plan, --status and --revoke at a time");
+  if ([check, plan, status, revoke, rollover].filter((one) => one !== undefined).length > 1) {
+    throw new UsageError("one of --check, --plan, --status, --revoke and --rollover at a time");
   }
   const modes = [test, prod].filter((mode) => mode).length;
   if (!values.help && !values.version && modes !== 1 && !(check && modes === 0)) {
@@ -156,6 +159,7 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
       now: () => new Date(),
       random: Math.random,
       route: systemRoute,
+      query: systemQuery,
       userAgent: `lematt/${VERSION}`,
       signal: stop.signal,
       ...world,
@@ -214,6 +218,10 @@ async function act(
     }
     await revoke(config, mode, entries, options.reason, world, tell);
     out(`revoked; the next run with --${mode} replaces them under new keys\n`);
+    return 0;
+  }
+  if (options.rollover) {
+    await rollover(config, mode, world, tell);
     return 0;
   }
   return report.finish(

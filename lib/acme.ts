@@ -11,6 +11,7 @@ import { createPrivateKey } from "node:crypto";
 import { isIP } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import type { CryptoKey, JWK } from "jose";
+import { oneLine } from "./text.ts";
 
 /** RFC 8555 §9.7.7, RFC 8738. */
 export interface Identifier {
@@ -45,12 +46,13 @@ export interface Authorization {
   readonly challenges: readonly Challenge[];
 }
 
-/** RFC 8555 §7.1.5, §8. Types that need no token have the empty one. */
+/** RFC 8555 §7.1.5, §8. Types without a token, or not known here, have the empty one; only dns-persist-01 names issuers. */
 export interface Challenge {
   readonly type: string;
   readonly url: string;
   readonly status: "pending" | "processing" | "valid" | "invalid";
   readonly token: string;
+  readonly issuerDomainNames: readonly string[];
   readonly error?: Problem;
 }
 
@@ -62,6 +64,20 @@ export interface Directory {
   readonly revokeCert?: string;
   readonly keyChange?: string;
   readonly renewalInfo?: string;
+  /** Names of the profiles on offer. */
+  readonly profiles: readonly string[];
+  readonly externalAccountRequired: boolean;
+  /** Names by which CAA records and dns-persist-01 refer to the CA. */
+  readonly caaIdentities: readonly string[];
+}
+
+/** RFC 9773 §4.2: when the CA would like a certificate to be renewed. */
+export interface RenewalInfo {
+  readonly start: Date;
+  readonly end: Date;
+  readonly explanationUrl?: string;
+  /** When to ask again; undefined where the CA does not say. */
+  readonly retryAfter?: Date;
 }
 
 /** Time as it passes here; tests have one that passes faster. */
@@ -119,9 +135,13 @@ export const ORDER_DEADLINE_MS = 180_000;
 /** A chain of ten RSA-4096 certificates with 100 names is well below; so is every other resource. */
 const LARGEST_BODY = 1 << 20;
 
+/** Let's Encrypt has offered two alternate chains at the most. */
+const MOST_ALTERNATES = 5;
+
 const ERROR_PREFIX = "urn:ietf:params:acme:error:";
 /** RFC 8555 §8: at least 128 bits in base64url; the upper bound keeps it a file name. */
 const TOKEN = /^[A-Za-z0-9_-]{22,200}$/;
+const TOKEN_TYPES = ["http-01", "dns-01"];
 
 /** An account key (PEM in PKCS#8, PKCS#1 or SEC1; RSA or EC) made ready for signing. */
 export interface AccountKey {
@@ -175,10 +195,9 @@ export class AcmeClient {
     private readonly registration: Registration,
     private readonly transport: Transport,
   ) {
-    const urls = [directoryUrl, ...Object.values(directory)];
-    this.#hosts = new Set(urls.filter((url) => url !== undefined).map((url) => new URL(url).host));
-    this.#nonces = new Nonces(registration.concurrency, () => this.#newNonce());
-    if (registration.accountUrl !== undefined) this.#account = Promise.resolve(registration.accountUrl);
+    const urls = [directoryUrl, ...Object.values(directory)].filter(isHttps);
+    this.#hosts = new Set(urls.map((url) => new URL(url).host));
+    this.#nonces = new Nonces(() => this.#newNonce());
   }
 
   /** RFC 8555 §7.1.1: one request. */
@@ -207,31 +226,126 @@ export class AcmeClient {
       revokeCert: url("revokeCert", false),
       keyChange: url("keyChange", false),
       renewalInfo: url("renewalInfo", false),
+      ...metadata(body.meta),
     };
     return new AcmeClient(directory, directoryUrl, key, registration, transport);
   }
 
-  /** The account's URL: the remembered one without asking, or that of newAccount (RFC 8555 §7.3), asked for once. */
+  /** How many requests may be under way at once, one to begin with; at most as many nonces are asked for. */
+  set concurrency(most: number) {
+    this.#nonces.most = most;
+  }
+
+  /**
+   * The account's URL: the remembered one, or that of newAccount (RFC 8555 §7.3), asked for once. A remembered account
+   * whose contact is not the configured one any more is updated (§7.3.2).
+   */
   account(): Promise<string> {
-    return this.#account ??= this.#newAccount();
+    return this.#account ??= this.#rememberedAccount() ?? this.#newAccount();
+  }
+
+  #rememberedAccount(): Promise<string> | undefined {
+    const { known, contact } = this.registration;
+    if (known === undefined) return undefined;
+    if (known.contact.join() === contact.join()) return Promise.resolve(known.url);
+    const account = Promise.resolve(known.url);
+    this.#account = account; // signs the update
+    return this.#post("update the account", known.url, { contact }).then(() => account);
   }
 
   async #newAccount(): Promise<string> {
     const step = "register the account";
-    const { newAccount } = this.directory;
+    const { newAccount, externalAccountRequired } = this.directory;
+    const { contact, eab } = this.registration;
+    if (externalAccountRequired && eab === undefined) {
+      throw new AcmeError(step, "the CA wants an external account: set eabKeyId and eabHmacKey", newAccount);
+    }
     const response = await this.#post(step, newAccount, {
       termsOfServiceAgreed: true,
-      ...(this.registration.contact.length > 0 && { contact: this.registration.contact }),
+      ...(contact.length > 0 && { contact }),
+      ...(eab !== undefined &&
+        { externalAccountBinding: await bindExternalAccount(eab, this.key, newAccount) }),
     }, "jwk");
     return this.#location(step, newAccount, response);
   }
 
-  /** RFC 8555 §7.4. The order comes back `pending`, or `ready` where every name is already proven. */
-  async newOrder(names: readonly string[]): Promise<Order> {
+  /** The URL of the account that this key has at the CA, without making one (RFC 8555 §7.3.1). */
+  async findAccount(): Promise<string | undefined> {
+    const step = "look for the account";
+    const { newAccount } = this.directory;
+    try {
+      const response = await this.#post(step, newAccount, { onlyReturnExisting: true }, "jwk");
+      return this.#location(step, newAccount, response);
+    } catch (error) {
+      if (error instanceof AcmeError && error.problem?.type === "accountDoesNotExist") return undefined;
+      throw error;
+    }
+  }
+
+  /** RFC 8555 §7.3.5: gives the account another key. The client goes on to sign with the old one. */
+  async changeKey(newKey: AccountKey): Promise<void> {
+    const step = "change the account key";
+    const url = this.directory.keyChange;
+    if (url === undefined) throw new AcmeError(step, "the CA does not offer it", "");
+    const payload = { account: await this.account(), oldKey: this.key.publicJwk };
+    await this.#post(step, url, await sign(newKey, payload, { alg: newKey.alg, jwk: newKey.publicJwk, url }));
+  }
+
+  /**
+   * RFC 8555 §7.4. The order comes back `pending`, or `ready` where every name is already proven. `profile` must be
+   * one that the directory lists. `replaces` (RFC 9773 §5) is a hint: a CA that does not like it gets the same order
+   * without it.
+   */
+  async newOrder(
+    names: readonly string[],
+    { profile, replaces }: { profile?: string; replaces?: string } = {},
+  ): Promise<Order> {
     const step = "create an order";
-    const { newOrder } = this.directory;
-    const response = await this.#post(step, newOrder, { identifiers: names.map(identifierOf) });
+    const { newOrder, profiles } = this.directory;
+    if (profile !== undefined && !profiles.includes(profile)) {
+      const offered = profiles.length === 0 ? "none" : profiles.join(", ");
+      throw new AcmeError(
+        step,
+        `the CA has no profile ${JSON.stringify(profile)}; it offers: ${offered}`,
+        newOrder,
+      );
+    }
+    const payload = { identifiers: names.map(identifierOf), ...(profile !== undefined && { profile }) };
+    let response: Answer;
+    try {
+      response = await this.#post(step, newOrder, {
+        ...payload,
+        ...(replaces !== undefined && { replaces }),
+      });
+    } catch (error) {
+      const refused = error instanceof AcmeError &&
+        ["alreadyReplaced", "malformed", "unauthorized"].includes(error.problem?.type ?? "");
+      if (replaces === undefined || !refused) throw error;
+      response = await this.#post(step, newOrder, payload);
+    }
     return this.#order(step, this.#location(step, newOrder, response), response);
+  }
+
+  /** RFC 9773 §4.1: what the CA says of the renewal of a certificate (by `certificateId` of x509.ts). Not signed. */
+  async renewalInfo(certificateId: string): Promise<RenewalInfo> {
+    const step = "ask when to renew";
+    const url = `${this.directory.renewalInfo}/${certificateId}`;
+    return await withRetries(this.transport, async () => {
+      const response = await exchange(step, url, { method: "GET" }, this.transport);
+      if (!response.ok) throw refusal(step, url, response, this.transport);
+      const body = jsonObject(step, url, response);
+      const { start, end } = (body.suggestedWindow ?? {}) as Record<string, unknown>;
+      const window = { start: new Date(String(start)), end: new Date(String(end)) };
+      if (!(window.start < window.end)) {
+        throw new AcmeError(step, "the renewal window ends before it starts", url);
+      }
+      const explanationUrl = isHttps(body.explanationURL) ? oneLine(body.explanationURL) : undefined;
+      return {
+        ...window,
+        explanationUrl,
+        retryAfter: parseRetryAfter(response.headers, this.transport.now()),
+      };
+    });
   }
 
   /** RFC 8555 §7.5. */
@@ -278,17 +392,28 @@ export class AcmeClient {
     return await this.#poll("issue", finalized, "processing", retryAfter);
   }
 
-  /** RFC 8555 §7.4.2: the chain of a `valid` order, PEM, leaf first. */
-  async downloadCertificate(order: Order): Promise<string> {
+  /**
+   * RFC 8555 §7.4.2: the chains of a `valid` order, PEM, leaf first: the default one, then the alternates, each fetched
+   * when it is asked for.
+   */
+  async *downloadChains(order: Order): AsyncGenerator<string> {
     const step = "download the certificate";
     if (order.certificate === undefined) {
       throw new AcmeError(step, "the order names no certificate", order.url);
     }
-    const response = await this.#postAsGet(step, order.certificate, "application/pem-certificate-chain");
-    if (mediaType(response) !== "application/pem-certificate-chain") {
-      throw new AcmeError(step, `not a certificate but ${mediaType(response)}`, order.certificate);
+    const urls = [order.certificate];
+    for (const url of urls) {
+      const response = await this.#postAsGet(
+        step,
+        this.#checkUrl(step, url),
+        "application/pem-certificate-chain",
+      );
+      if (mediaType(response) !== "application/pem-certificate-chain") {
+        throw new AcmeError(step, `not a certificate but ${mediaType(response)}`, url);
+      }
+      if (urls.length === 1) urls.push(...alternates(response, url).slice(0, MOST_ALTERNATES));
+      yield response.text;
     }
-    return response.text;
   }
 
   /** RFC 8555 §7.6, signed by the account. `reason` is a CRLReason (RFC 5280 §5.3.1). Revoked before counts as done. */
@@ -362,7 +487,7 @@ export class AcmeClient {
         if (error.problem?.type === "badNonce" && ++badNonces < BAD_NONCE_ATTEMPTS) continue;
         // a remembered account that the CA no longer knows: register, once, and go on
         const forgotten = error.problem?.type === "accountDoesNotExist" &&
-          account === this.registration.accountUrl;
+          account === this.registration.known?.url;
         if (forgotten && !registeredAnew) {
           registeredAnew = true;
           if (await this.#account === account) this.#account = this.#newAccount();
@@ -386,10 +511,11 @@ export class AcmeClient {
 
   #checkUrl(step: string, url: unknown): string {
     if (isHttps(url) && this.#hosts.has(new URL(url).host)) return url;
-    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(printable(String(url)))}`, "");
+    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(oneLine(String(url)))}`, "");
   }
 
   #location(step: string, url: string, response: Answer): string {
+    jsonObject(step, url, response); // or it is no answer of the CA at all
     const location = response.headers.get("location");
     if (location === null) throw new AcmeError(step, "the answer has no Location", url);
     return this.#checkUrl(step, location);
@@ -407,7 +533,7 @@ export class AcmeClient {
       status,
       identifiers: (Array.isArray(body.identifiers) ? body.identifiers : []).map((entry) => ({
         type: entry?.type === "ip" ? "ip" : "dns",
-        value: printable(String(entry?.value)),
+        value: oneLine(String(entry?.value)),
       })),
       authorizations: authorizations.map((entry) => this.#checkUrl(step, entry)),
       finalize: this.#checkUrl(step, body.finalize),
@@ -429,25 +555,26 @@ export class AcmeClient {
     return {
       url,
       status,
-      name: (body.wildcard === true ? "*." : "") + printable(identifier.value).toLowerCase(),
+      name: (body.wildcard === true ? "*." : "") + oneLine(identifier.value).toLowerCase(),
       challenges: body.challenges.map((entry) => ({
-        type: printable(String(entry?.type)),
+        type: oneLine(String(entry?.type)),
         url: this.#checkUrl(step, entry?.url),
         status: oneOf(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
-        token: typeof entry?.token === "string" ? checkToken(step, url, entry.token) : "",
+        token: TOKEN_TYPES.includes(entry?.type) ? checkToken(step, url, entry.token) : "",
+        issuerDomainNames: texts(entry?.["issuer-domain-names"]),
         error: problemOf(entry?.error),
       })),
     };
   }
 }
 
-/** How the account is registered, and its URL where that was done before. */
+/** How the account is registered, and what is remembered where that was done before. */
 export interface Registration {
-  readonly accountUrl?: string;
+  readonly known?: { readonly url: string; readonly contact: readonly string[] };
+  /** External account binding (RFC 8555 §7.3.4). */
+  readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
   /** mailto: URLs. */
   readonly contact: readonly string[];
-  /** How many requests may be under way at once; at most as many nonces are asked for. */
-  readonly concurrency: number;
 }
 
 /**
@@ -459,7 +586,10 @@ class Nonces {
   readonly #waiting: ((nonce: string | undefined) => void)[] = [];
   #circulating = 0;
 
-  constructor(private readonly most: number, private readonly newNonce: () => Promise<string>) {}
+  /** How many there may be. */
+  most = 1;
+
+  constructor(private readonly newNonce: () => Promise<string>) {}
 
   /** Makes a request with a nonce, and keeps the one that its answer brings. */
   async use(request: (nonce: string) => Promise<Answer>): Promise<Answer> {
@@ -479,7 +609,7 @@ class Nonces {
   async #take(): Promise<string> {
     const free = this.#free.pop();
     if (free !== undefined) return free;
-    if (this.#circulating === this.most) {
+    if (this.#circulating >= this.most) {
       const passedOn = await new Promise<string | undefined>((resolve) => this.#waiting.push(resolve));
       return passedOn ?? await this.newNonce(); // the other's was lost: ask for one in its stead
     }
@@ -514,23 +644,32 @@ async function exchange(step: string, url: string, init: RequestInit, transport:
       ok: response.ok,
       status: response.status,
       headers: response.headers,
-      text: await boundedText(response),
+      text: await boundedText(step, url, response),
     };
   } catch (cause) {
+    if (cause instanceof AcmeError) throw cause;
     transport.signal?.throwIfAborted();
     const reason = cause instanceof DOMException && cause.name === "TimeoutError"
       ? `no answer within ${REQUEST_TIMEOUT_MS / 1000} s`
-      : printable(cause instanceof Error ? cause.message : String(cause));
+      : oneLine(innermost(cause).message);
     throw new AcmeError(step, reason, url, { passing: true });
   }
 }
 
-async function boundedText(response: Response): Promise<string> {
+/** fetch() says "fetch failed", and why in the cause. */
+function innermost(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error(String(error));
+  return error.cause === undefined ? error : innermost(error.cause);
+}
+
+async function boundedText(step: string, url: string, response: Response): Promise<string> {
   const chunks: Uint8Array[] = [];
   let size = 0;
   for await (const chunk of response.body ?? []) {
     size += chunk.length;
-    if (size > LARGEST_BODY) throw new Error(`an answer of more than ${LARGEST_BODY} bytes`);
+    if (size > LARGEST_BODY) {
+      throw new AcmeError(step, `an answer of more than ${LARGEST_BODY} bytes`, url);
+    }
     chunks.push(chunk);
   }
   return Buffer.concat(chunks).toString("utf8");
@@ -589,17 +728,17 @@ export function limitsNames(problem: Problem, names: readonly string[]): boolean
   );
 }
 
-function problemOf(value: unknown): Problem | undefined {
+function problemOf(value: unknown, isSubproblem = false): Problem | undefined {
   if (typeof value !== "object" || value === null) return undefined;
   const { type, detail, identifier, subproblems } = value as Record<string, unknown>;
-  const named = (identifier as { value?: unknown } | undefined)?.value;
+  const named = (identifier as { value?: unknown } | null | undefined)?.value;
+  // one level, and at most one for each name (RFC 8555 §6.7.1)
+  const listed = isSubproblem || !Array.isArray(subproblems) ? [] : subproblems.slice(0, 100);
   return {
-    type: printable(String(type ?? "about:blank")).replace(ERROR_PREFIX, ""),
-    detail: printable(String(detail ?? "")),
-    identifier: named === undefined ? undefined : printable(String(named)),
-    subproblems: (Array.isArray(subproblems) ? subproblems : []).slice(0, 100).map(problemOf).filter((p) =>
-      p !== undefined
-    ),
+    type: oneLine(String(type ?? "about:blank").replace(ERROR_PREFIX, "")),
+    detail: oneLine(String(detail ?? "")),
+    identifier: named === undefined ? undefined : oneLine(String(named)),
+    subproblems: listed.map((each) => problemOf(each, true)).filter((each) => each !== undefined),
   };
 }
 
@@ -610,21 +749,52 @@ function problemOf(value: unknown): Problem | undefined {
 export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
   const value = headers.get("retry-after")?.trim();
   if (!value) return undefined;
-  const at = /^\d+$/.test(value) ? now.getTime() + Number(value) * 1000 : Date.parse(value);
+  // a date begins with its weekday; Date.parse alone would find one in "-5"
+  const date = /^[a-z]{3}/i.test(value) ? Date.parse(value) : NaN;
+  const at = /^\d+$/.test(value) ? now.getTime() + Number(value) * 1000 : date;
   if (Number.isNaN(at)) return undefined;
   return new Date(Math.min(Math.max(at, now.getTime() + 1000), now.getTime() + 86_400_000));
 }
 
-/** Text from outside on one line of bounded length, without control, format or direction characters. */
-export function printable(text: string): string {
-  const clean = text.slice(0, 4000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
-  return clean.length > 2000 ? `${clean.slice(0, 2000)}…` : clean; // room for Let's Encrypt's links to unpause
+/** The `meta` of a directory (RFC 8555 §7.1.1), as far as it is used here. */
+function metadata(meta: unknown): Pick<Directory, "profiles" | "externalAccountRequired" | "caaIdentities"> {
+  const { profiles, externalAccountRequired, caaIdentities } = (meta ?? {}) as Record<string, unknown>;
+  return {
+    profiles: typeof profiles === "object" && profiles !== null ? Object.keys(profiles).map(oneLine) : [],
+    externalAccountRequired: externalAccountRequired === true,
+    caaIdentities: texts(caaIdentities),
+  };
+}
+
+/** The texts of a list, made harmless. */
+function texts(value: unknown): string[] {
+  return Array.isArray(value) ? value.filter((entry) => typeof entry === "string").map(oneLine) : [];
+}
+
+/** URLs of Link headers with rel="alternate" (RFC 8288). */
+function alternates(response: Answer, base: string): string[] {
+  return [...(response.headers.get("link") ?? "").matchAll(/<([^>]*)>([^,<]*)/g)]
+    .filter(([, , parameters]) => /;\s*rel="?alternate"?/.test(parameters!))
+    .map(([, url]) => URL.canParse(url!, base) ? new URL(url!, base).href : url!);
+}
+
+/** RFC 8555 §7.3.4: the account's public key, signed with the key that the CA gave out. */
+async function bindExternalAccount(
+  eab: NonNullable<Registration["eab"]>,
+  key: AccountKey,
+  url: string,
+): Promise<object> {
+  const { FlattenedSign } = await import("jose");
+  return await new FlattenedSign(new TextEncoder().encode(JSON.stringify(key.publicJwk)))
+    .setProtectedHeader({ alg: "HS256", kid: eab.keyId, url }).sign(eab.hmacKey);
 }
 
 function jsonObject(step: string, url: string, response: Answer): Record<string, unknown> {
-  const value = mediaType(response) === "application/json" ? parseJson(response.text) : undefined;
+  const type = mediaType(response);
+  if (type !== "application/json") throw new AcmeError(step, `not JSON but ${type}`, url);
+  const value = parseJson(response.text);
   if (typeof value === "object" && value !== null) return value as Record<string, unknown>;
-  throw new AcmeError(step, `not JSON but ${mediaType(response)}`, url);
+  throw new AcmeError(step, value === undefined ? "broken JSON" : "not a JSON object", url);
 }
 
 function parseJson(text: string): unknown {
@@ -636,19 +806,20 @@ function parseJson(text: string): unknown {
 }
 
 function mediaType(response: Answer): string {
-  return printable(
+  return oneLine(
     response.headers.get("content-type")?.split(";")[0]?.trim().toLowerCase() || "no content type",
   );
 }
 
-function checkToken(step: string, url: string, token: string): string {
-  if (TOKEN.test(token)) return token;
+function checkToken(step: string, url: string, token: unknown): string {
+  if (typeof token === "string" && TOKEN.test(token)) return token;
   throw new AcmeError(step, "the CA sent a token that is not base64url", url);
 }
 
+/** An https URL as it can stand in a request and in a message: printable ASCII, bounded, no credentials. */
 function isHttps(value: unknown): value is string {
   return typeof value === "string" && value.length < 2000 && URL.canParse(value) &&
-    new URL(value).protocol === "https:";
+    /^https:\/\/[\w.:[\]-]+(?:[/?#][\x21-\x7e]*)?$/.test(value);
 }
 
 function oneOf<const T>(allowed: readonly T[], value: unknown): T | undefined {

@@ -10,6 +10,7 @@
 import { Buffer } from "node:buffer";
 import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
+import { ownLines } from "./text.ts";
 
 /** Placeholder name -> what it stands for. A list becomes words with blanks between them. */
 export type Values = Readonly<Record<string, string | readonly string[]>>;
@@ -48,7 +49,7 @@ export class CommandError extends Error {
   readonly output: string;
 
   constructor(command: string, reason: string, ending: Partial<Ending & { timedOut: boolean }> = {}) {
-    super(`Cannot run ${JSON.stringify(abbreviated(printable(command)))}: ${reason}`);
+    super(`Cannot run ${JSON.stringify(abbreviated(ownLines(command)))}: ${reason}`);
     this.command = command;
     this.exitCode = ending.exitCode ?? null;
     this.signal = ending.signal;
@@ -312,19 +313,9 @@ class Tail extends Array<string | Buffer> {
   text(): string {
     const bytes = Buffer.concat(Array.from(this, (chunk) => Buffer.from(chunk as string)));
     const cut = this.#dropped || bytes.length > this.#limit;
-    const text = printable(bytes.subarray(-this.#limit).toString());
+    const text = ownLines(bytes.subarray(-this.#limit).toString());
     return cut ? `[…]\n${text.slice(text.indexOf("\n") + 1)}` : text;
   }
-}
-
-/** Text that cannot steer a terminal: no escapes (ECMA-48), controls or changes of direction. */
-function printable(text: string): string {
-  return text
-    // deno-lint-ignore no-control-regex
-    .replace(/\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?/g, "")
-    .replace(/\r\n?/g, "\n")
-    // deno-lint-ignore no-control-regex
-    .replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g, "");
 }
 
 function abbreviated(command: string): string {
@@ -371,7 +362,7 @@ export async function runCommand(line: CommandLine, options: RunOptions): Promis
 
 /** Why an ending is a failure, or undefined for success. */
 function failure({ exitCode, signal, fault }: Ending): string | undefined {
-  if (fault !== undefined) return printable(fault);
+  if (fault !== undefined) return ownLines(fault);
   if (exitCode === null) return `ended by ${signal}`;
   if (exitCode === 0) return undefined;
   const meaning = exitCode === 127 ? " (command not found)" : exitCode === 126 ? " (not executable)" : "";

@@ -1,15 +1,25 @@
 /**
- * Makes challenges answerable and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory.
+ * Makes challenges answerable and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01
+ * (§8.4) by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist) by a record that stays.
  *
- * Tokens reach this file checked for base64url (acme.ts), so they can be file names. Every file is noted before it is
- * made; the next run removes what a run that was cut off could not.
+ * Tokens reach this file checked for base64url (acme.ts), so they can be file names. Whatever is made is noted first;
+ * the next run undoes what a run that was cut off could not.
  */
 
+import { createHash } from "node:crypto";
 import { isIP } from "node:net";
 import { basename, dirname, join } from "node:path";
-import { type AccountKey, type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
-import type { PrepareCommands } from "./actions.ts";
-import { challengeOf, type Config, sectionsOf } from "./config.ts";
+import {
+  type AccountKey,
+  type Authorization,
+  type Challenge,
+  type Clock,
+  keyAuthorization,
+  pause,
+} from "./acme.ts";
+import { commandLines, type PrepareCommands, runCommand } from "./actions.ts";
+import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
+import { type Query, txtFault } from "./dns.ts";
 import { fetchAsCa } from "./preflight.ts";
 import type { Route } from "./reach.ts";
 
@@ -23,80 +33,221 @@ export class ChallengeError extends Error {
   override readonly name = "ChallengeError";
 }
 
-/** Where notes for the next run are kept; see `Store`. */
-export interface Notes {
+/** What answering challenges needs of the run. */
+export interface Answering extends Clock {
+  readonly config: Config;
+  readonly prepare: PrepareCommands;
+  readonly route: Route;
+  readonly query: Query;
+  /** Remembers what has to be undone even if this run is cut off; see `Store.note`. */
   note(text: string): void;
+  /** Told of what is odd but stops nothing. */
+  warn(text: string): void;
+}
+
+/** A TXT record of dns-01, to be placed for one name. */
+interface Placed {
+  readonly name: string;
+  readonly record: string;
+  readonly value: string;
 }
 
 /** What the CA gets to see is looked at for this long before it is asked to look. */
-const PREFLIGHT_DEADLINE_MS = 30_000;
-const PREFLIGHT_PAUSE_MS = 250;
+const PREFLIGHT_SECONDS = 30;
+/** Pauses between looks: of a web server, and of name servers, which answer from caches for a while. */
+const HTTP_PAUSE_MS = 250;
+const DNS_PAUSE_MS = 2_000;
 
 /** Answers challenges as the configuration says. */
 export class Challenges {
-  constructor(
-    private readonly config: Config,
-    private readonly prepare: PrepareCommands,
-    private readonly notes: Notes,
-    private readonly route: Route,
-    /** Told of what is odd but stops nothing. */
-    private readonly warn: (text: string) => void,
-  ) {}
+  /** Record -> the last command at it: several values at one name are placed one after the other. */
+  readonly #busy = new Map<string, Promise<unknown>>();
 
-  /** Makes the configured challenge of an authorization answerable: prepare commands, the file, a look at it. */
-  async present(authorization: Authorization, key: AccountKey): Promise<Answer> {
+  constructor(private readonly answering: Answering) {}
+
+  /** Makes the configured challenge of an authorization answerable, and makes sure of it. */
+  async present(authorization: Authorization, key: AccountKey, accountUrl: string): Promise<Answer> {
     const { name } = authorization;
-    const type = challengeOf(this.config, name);
-    const challenge = authorization.challenges.find((offered) => offered.type === type);
-    if (challenge === undefined || challenge.token === "") {
-      const offered = authorization.challenges.map((offered) => offered.type).join(", ");
-      throw new ChallengeError(`the CA does not offer ${type} for ${name}, only ${offered || "nothing"}`);
+    const wanted = challengeOf(this.answering.config, name);
+    const challenge = authorization.challenges.find(({ type }) => type === wanted);
+    if (challenge === undefined || (challenge.token === "" && wanted !== "dns-persist-01")) {
+      const offered = authorization.challenges.map(({ type }) => type).join(", ");
+      throw new ChallengeError(`the CA does not offer ${wanted} for ${name}, only ${offered || "nothing"}`);
     }
     await using stack = new AsyncDisposableStack();
-    const commands = sectionsOf(this.config, name).flatMap((section) => section.prepare);
-    const dead = new AbortController();
-    for (const command of commands) {
-      const held = stack.use(await this.prepare.hold(command, { DOMAIN: name }));
-      held.failed.catch((error) => dead.abort(error));
+    switch (wanted) {
+      case "http-01":
+        await this.#presentFile(name, challenge, keyAuthorization(challenge.token, key), stack);
+        break;
+      case "dns-01":
+        await this.#presentRecord(name, keyAuthorization(challenge.token, key), stack);
+        break;
+      case "dns-persist-01":
+        await this.#checkStandingRecord(name, challenge, accountUrl);
+        break;
+      default:
+        wanted satisfies never;
     }
-    const content = keyAuthorization(challenge.token, key);
-    stack.use(dropFile(join(this.config.challengeDropDir!, challenge.token), content, this.notes));
-    if (commands.length > 0) await this.#preflight(name, challenge.token, content, dead.signal);
     const ready = stack.move();
     return { challenge, [Symbol.asyncDispose]: () => ready.disposeAsync() };
   }
 
-  /** Fetches the challenge through the name, as the CA will, until it is right or a prepare command has died. */
-  async #preflight(name: string, token: string, expected: string, dead: AbortSignal): Promise<void> {
-    if (this.config.preflight === "no") return;
-    const deadline = Date.now() + PREFLIGHT_DEADLINE_MS;
+  async #presentFile(
+    name: string,
+    challenge: Challenge,
+    content: string,
+    stack: AsyncDisposableStack,
+  ): Promise<void> {
+    const { config, prepare } = this.answering;
+    const commands = sectionsOf(config, name).flatMap((section) => section.prepare);
+    const dead = new AbortController();
+    for (const command of commands) {
+      const held = stack.use(await prepare.hold(command, { DOMAIN: name }));
+      held.failed.catch((error) => dead.abort(error));
+    }
+    const path = join(config.challengeDropDir!, challenge.token);
+    this.answering.note(JSON.stringify({ file: path }));
+    stack.use(dropFile(path, content));
+    if (commands.length === 0) return;
+    const url = `http://${
+      isIP(name) === 6 ? `[${name}]` : name
+    }/.well-known/acme-challenge/${challenge.token}`;
+    await this.#preflight(name, PREFLIGHT_SECONDS, HTTP_PAUSE_MS, async () => {
+      const fault = await fetchAsCa(url, content, this.answering.route);
+      if (fault !== undefined) dead.signal.throwIfAborted();
+      return fault;
+    });
+  }
+
+  async #presentRecord(name: string, content: string, stack: AsyncDisposableStack): Promise<void> {
+    const { config } = this.answering;
+    const record = `_acme-challenge.${name.replace(/^\*\./, "")}`;
+    const value = createHash("sha256").update(content).digest("base64url");
+    const placed = { name, record, value };
+    const sections = dnsSections(config, name);
+    this.answering.note(JSON.stringify({ dns: placed }));
+    stack.defer(() =>
+      this.#alone(record, () => remove(sections, placed, config)).catch((error) =>
+        this.answering.warn(`cannot clean up ${record}: ${(error as Error).message}`)
+      )
+    );
+    await this.#alone(record, () => runAll(sections.flatMap(({ dnsPresent }) => dnsPresent), placed, config));
+    await this.#preflight(
+      name,
+      config.dnsWaitSeconds,
+      DNS_PAUSE_MS,
+      () => txtFault(record, (text) => text === value, this.answering.query),
+    );
+  }
+
+  async #checkStandingRecord(name: string, challenge: Challenge, accountUrl: string): Promise<void> {
+    const issuer = challenge.issuerDomainNames[0] ?? "";
+    const { record, value } = standingRecord(name, issuer, accountUrl);
+    const wanted = (text: string) => text.startsWith(issuer) && text.includes(`accounturi=${accountUrl}`);
+    await this.#preflight(name, 0, DNS_PAUSE_MS, async () => {
+      const fault = await txtFault(record, wanted, this.answering.query);
+      return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
+    });
+  }
+
+  /** Looks again and again until nothing is wrong or time is up; then `preflight` says whether that stops the line. */
+  async #preflight(
+    name: string,
+    seconds: number,
+    pauseMs: number,
+    look: () => Promise<string | undefined>,
+  ): Promise<void> {
+    const { config, warn } = this.answering;
+    if (config.preflight === "no") return;
+    const deadline = this.answering.now().getTime() + seconds * 1000;
     for (;;) {
-      const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
-      const fault = await fetchAsCa(url, expected, this.route);
+      const fault = await look();
       if (fault === undefined) return;
-      dead.throwIfAborted();
-      if (Date.now() > deadline) {
-        const text = `cannot see the challenge of ${name}: ${fault}`;
-        if (this.config.preflight !== "warn") throw new ChallengeError(text);
-        return this.warn(text);
+      if (this.answering.now().getTime() >= deadline) {
+        const text = `the CA would not see the challenge of ${name}: ${fault}`;
+        if (config.preflight !== "warn") throw new ChallengeError(text);
+        return warn(text);
       }
-      await new Promise((resolve) => setTimeout(resolve, PREFLIGHT_PAUSE_MS));
+      await pause(pauseMs, this.answering);
+    }
+  }
+
+  /** Runs one thing at a time for each record. */
+  #alone<T>(record: string, task: () => Promise<T>): Promise<T> {
+    const turn = (this.#busy.get(record) ?? Promise.resolve()).then(task, task);
+    this.#busy.set(record, turn.catch(() => {}));
+    return turn;
+  }
+}
+
+/**
+ * The record by which dns-persist-01 proves a name for as long as it stands, in the form of the draft that Pebble
+ * implements (draft-ietf-acme-dns-persist-00 §3): an issue-value of RFC 8659 that names CA and account.
+ */
+export function standingRecord(
+  name: string,
+  issuerDomainName: string,
+  accountUrl: string,
+): { readonly record: string; readonly value: string } {
+  const wildcard = name.startsWith("*.");
+  return {
+    record: `_validation-persist.${wildcard ? name.slice(2) : name}`,
+    value: `${issuerDomainName}; accounturi=${accountUrl}${wildcard ? "; policy=wildcard" : ""}`,
+  };
+}
+
+/** Undoes what a run that was cut off left behind; `notes` are its own. */
+export async function cleanUp(
+  config: Config,
+  notes: readonly string[],
+  warn: Answering["warn"],
+): Promise<void> {
+  for (const note of notes) {
+    const { file, dns } = parseNote(note);
+    if (file !== undefined) {
+      // believed only as far as this program could have written it
+      if (dirname(file) === config.challengeDropDir && /^[A-Za-z0-9_-]+$/.test(basename(file))) {
+        removeIfThere(file);
+      }
+    } else if (dns !== undefined) {
+      await remove(dnsSections(config, dns.name), dns, config)
+        .catch((error) => warn(`cannot clean up ${dns.record}: ${(error as Error).message}`));
     }
   }
 }
 
-/** Removes the challenge files that a run which was cut off left behind; `notes` are its own. */
-export function cleanUp(config: Config, notes: readonly string[]): void {
-  for (const path of notes) {
-    // a note is believed only as far as this program could have written it
-    if (dirname(path) !== config.challengeDropDir || !/^[A-Za-z0-9_-]+$/.test(basename(path))) continue;
-    removeIfThere(path);
+/** A note as it was written; one that was cut off in the middle says nothing. */
+function parseNote(note: string): { file?: string; dns?: Placed } {
+  try {
+    return JSON.parse(note);
+  } catch {
+    return {};
+  }
+}
+
+/** The sections whose commands prove a name by dns-01. */
+function dnsSections(config: Config, name: string): readonly Section[] {
+  return sectionsOf(config, name).filter(({ challenge }) => challenge === "dns-01");
+}
+
+function remove(sections: readonly Section[], placed: Placed, config: Config): Promise<void> {
+  return runAll(sections.flatMap(({ dnsCleanup }) => dnsCleanup), placed, config);
+}
+
+async function runAll(
+  commands: readonly string[],
+  { name, record, value }: Placed,
+  config: Config,
+): Promise<void> {
+  for (const command of commands) {
+    for (const line of commandLines(command, { DOMAIN: name, RECORD: record, VALUE: value })) {
+      await runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds });
+    }
   }
 }
 
 /** The file by which http-01 is answered: new, and readable for the web server whatever the umask. */
-function dropFile(path: string, content: string, notes: Notes): Disposable {
-  notes.note(path);
+function dropFile(path: string, content: string): Disposable {
   removeIfThere(path); // left by a run that was cut off: a CA offers a pending authorization's token again
   using file = Deno.openSync(path, { write: true, createNew: true, mode: 0o644 });
   file.writeSync(new TextEncoder().encode(content));

@@ -88,17 +88,23 @@ export function owing(state: State, now: Date): string[] {
     .map(([name]) => name);
 }
 
-/** Drops debts that the configuration has no use for any more; returns what was dropped, in words of the configuration. */
-export function dropForgotten(state: State, config: Config, known: ReadonlySet<string>): string[] {
-  const sections = new Set(config.sections.map(({ name }) => name));
+/**
+ * Drops debts that the configuration has no use for any more: of sections that are gone, of certificates that are gone,
+ * and of certificates that have moved to other sections. `lines` are those of the certificates, by the base names of
+ * their files. Returns what was dropped, in words of the configuration.
+ */
+export function dropForgotten(state: State, config: Config, lines: ReadonlyMap<string, Line>): string[] {
+  const sections = new Map(config.sections.map((section) => [section.name, section]));
   const dropped: string[] = [];
   for (const [name, debt] of Object.entries(state.owed)) {
-    if (!sections.has(name)) {
+    const section = sections.get(name);
+    if (section === undefined) {
       delete state.owed[name];
       dropped.push(`section [${name}]`);
       continue;
     }
-    for (const certFile of Object.keys(debt.certificates).filter((file) => !known.has(file))) {
+    for (const certFile of Object.keys(debt.certificates)) {
+      if (lines.get(certFile)?.sections.includes(section)) continue;
       delete debt.certificates[certFile];
       dropped.push(`${certFile} in section [${name}]`);
     }
@@ -118,6 +124,8 @@ interface Carrying {
   readonly section: Section;
   readonly debt: Debt;
   readonly entries: readonly Entry[];
+  /** What was owed when the carrying began. */
+  readonly owed: Readonly<Record<string, string>>;
   readonly values: Values;
   readonly ran: Ran[];
   readonly served: Served[];
@@ -163,7 +171,11 @@ export class Deliveries {
     }
     const deliveries = carried.map((each) => this.#settle(each));
     carried.forEach(({ section }, index) => this.#last.set(section.name, deliveries[index]!));
-    return await Promise.all(deliveries);
+    const settled = await Promise.allSettled(deliveries); // no command outlives this
+    return settled.map((result) => {
+      if (result.status === "rejected") throw result.reason;
+      return result.value;
+    });
   }
 
   #certFile(entry: Entry): string {
@@ -183,7 +195,8 @@ export class Deliveries {
       DOMAINS_ALL: [...new Set(entries.flatMap(({ line }) => line.names))],
     };
     const none = Promise.resolve();
-    return { section, debt, entries, values, ran: [], served: [], uploaded: none, updated: none };
+    const owed = { ...debt.certificates };
+    return { section, debt, entries, owed, values, ran: [], served: [], uploaded: none, updated: none };
   }
 
   async #upload({ section, values, ran }: Carrying): Promise<void> {
@@ -219,16 +232,15 @@ export class Deliveries {
   }
 
   /** Waits for a section and enters in the ledger what came of it. */
-  async #settle({ section, debt, entries, ran, served, updated }: Carrying): Promise<Delivery> {
+  async #settle({ section, debt, entries, owed, ran, served, updated }: Carrying): Promise<Delivery> {
     const { store } = this.delivering;
-    const carried = entries.map((entry) => [this.#certFile(entry), fingerprintOf(entry)] as const);
     const since = new Date(debt.since);
     let error: Error | undefined;
     try {
       await updated;
-      for (const [certFile, fingerprint] of carried) {
+      for (const certFile of entries.map((entry) => this.#certFile(entry))) {
         // one that has been renewed in the meantime is owed anew
-        if (debt.certificates[certFile] === fingerprint) delete debt.certificates[certFile];
+        if (debt.certificates[certFile] === owed[certFile]) delete debt.certificates[certFile];
       }
       if (Object.keys(debt.certificates).length === 0) delete store.state.owed[section.name];
     } catch (reason) {
@@ -245,17 +257,18 @@ export class Deliveries {
 
 /**
  * The endpoints of a section that have to do with `lines`, each with what it should serve: the newest certificates, of
- * all key types, of the line that has the endpoint's name. One that bears no line's name is expected to serve the
- * section's only line.
+ * all key types, of the section's line that has the endpoint's name. One that bears no line's name is expected to serve
+ * the section's only line.
  */
 export function targetsOf(section: Section, lines: readonly Line[], inventory: readonly Entry[]): Target[] {
+  const all = [...new Set(inventory.map(({ line }) => line))].filter(({ sections }) =>
+    sections.includes(section)
+  );
   return section.verify.flatMap((endpoint) => {
-    const placed = [...new Set(lines)].flatMap((line) =>
-      placesOf(endpoint, line).map((place) => ({ line, place }))
-    );
+    const placed = all.flatMap((line) => placesOf(endpoint, line).map((place) => ({ line, place })));
     const own = placed.filter(({ line, place: { host, sni } }) => bears(line, sni ?? host));
-    const only = new Set(placed.map(({ line }) => line)).size === 1 ? placed : [];
-    return (own.length > 0 ? own : only)
+    return (own.length > 0 ? own : all.length === 1 ? placed : [])
+      .filter(({ line }) => lines.includes(line))
       .map(({ line, place }) => ({ endpoint: place, expected: expectedOf(line, inventory) }));
   });
 }
@@ -295,10 +308,6 @@ function expectedOf(line: Line, inventory: readonly Entry[]): Expected[] {
   );
 }
 
-function fingerprintOf({ finding }: Entry): string | undefined {
-  return "certificate" in finding ? finding.certificate.fingerprint : undefined;
-}
-
 /** Runs each command line once, however many sections have it, when all of these have uploaded. */
 class SharedCommands {
   readonly #runs = new Map<string, Promise<Outcome>>();
@@ -306,9 +315,19 @@ class SharedCommands {
 
   constructor(carried: readonly Carrying[], private readonly start: (line: CommandLine) => Promise<Outcome>) {
     for (const each of carried) {
-      for (const { command } of each.section.update.flatMap((update) => commandLines(update, each.values))) {
+      for (const command of each.section.update.flatMap((update) => this.#commands(update, each.values))) {
         this.#users.set(command, [...this.#users.get(command) ?? [], each]);
       }
+    }
+  }
+
+  /** None where the command cannot be made: the section itself meets that error in its turn. */
+  #commands(update: string, values: Values): string[] {
+    try {
+      return commandLines(update, values).map(({ command }) => command);
+    } catch (error) {
+      if (error instanceof CommandError) return [];
+      throw error;
     }
   }
 

@@ -6,6 +6,7 @@
  * (docs.python.org/3/library/configparser.html, "Supported INI File Structure"), but for a byte order mark, which
  * is skipped, and for substitutions that would grow without bound.
  */
+import { printable, quote } from "./text.ts";
 
 /** What is wrong with one line. */
 export interface Fault {
@@ -53,18 +54,6 @@ const MAX_GROWTH = 1 << 20;
 // deno-lint-ignore no-control-regex
 const SPACE = /(?!\ufeff)[\s\x1c-\x1f\x85]/;
 const REFERENCE = /%\(([^)]+)\)s/y;
-
-/** Text from a file as messages show it: `printable`, in double quotes. */
-export function quote(text: string): string {
-  return `"${printable(text)}"`;
-}
-
-/** Text from a file, shortened, with everything escaped that a terminal might act on or that the eye cannot see. */
-export function printable(text: string, most = 80): string {
-  const shown = text.length > most ? `${text.slice(0, most - 1)}…` : text;
-  return shown.toWellFormed().replaceAll("\n", "\\n").replaceAll("\t", "\\t")
-    .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0)!.toString(16)}}`);
-}
 
 /**
  * Reads the text of a file. `fallbacks` are built-in keys of `[DEFAULT]`, which the text overrides.

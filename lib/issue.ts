@@ -12,7 +12,7 @@ import type { Challenges } from "./challenge.ts";
 import type { Line } from "./config.ts";
 import type { Due, Task } from "./plan.ts";
 import type { Issued } from "./store.ts";
-import { ChainError, checkChain, createCsr } from "./x509.ts";
+import { ChainError, checkChain, createCsr, rootOf } from "./x509.ts";
 
 /** What issuing needs of the run. */
 export interface Issuing {
@@ -21,6 +21,12 @@ export interface Issuing {
   now(): Date;
   /** The PEM private key for a certificate: the present one, or a new one. */
   privateKey(due: Due): Promise<string>;
+  /** Identifier of the certificate that this one replaces (RFC 9773 §5), where the same account ordered it. */
+  replaces(due: Due): string | undefined;
+  /** Common name of the root whose chain is wanted; without it the CA's default. */
+  readonly preferredChain?: string;
+  /** Told of what is odd but stops nothing. */
+  warn(text: string): void;
 }
 
 /** Starts the certificates of one line; one promise for each that is due, in that order. */
@@ -29,21 +35,22 @@ export function issueLine(task: Task, issuing: Issuing): Promise<Issued>[] {
   return task.due.map((due) => {
     const key = issuing.privateKey(due);
     key.catch(() => {}); // looked at when the order is ready, if ever
-    const ready = proven.then(() => readyOrder(task.line, issuing));
+    const ready = proven.then(() => readyOrder(task.line, due, issuing));
     proven = ready;
     return ready.then(async (order) => await certificate(task.line, order, await key, issuing));
   });
 }
 
 /** An order whose names have all been proven. */
-async function readyOrder(line: Line, { client, challenges }: Issuing): Promise<Order> {
-  let order = await client.newOrder(line.names);
+async function readyOrder(line: Line, due: Due, { client, challenges, replaces }: Issuing): Promise<Order> {
+  let order = await client.newOrder(line.names, { profile: line.profile, replaces: replaces(due) });
   if (order.status === "pending") {
     await using answers = new AsyncDisposableStack();
+    const account = await client.account();
     const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
     const pending = authorizations.filter((authorization) => isPending(authorization, line));
     await settled(pending.map(async (authorization) => {
-      const answer = answers.use(await challenges.present(authorization, client.key));
+      const answer = answers.use(await challenges.present(authorization, client.key, account));
       await client.respondToChallenge(authorization, answer.challenge);
     }));
     order = await client.awaitValidation(order);
@@ -89,8 +96,9 @@ async function certificate(
   line: Line,
   ready: Order,
   keyPem: string,
-  { client, now }: Issuing,
+  issuing: Issuing,
 ): Promise<Issued> {
+  const { client, now } = issuing;
   const csr = await createCsr(keyPem, line.names);
   let order = ready;
   if (order.status === "ready") order = await client.finalizeOrder(order, csr.der);
@@ -108,7 +116,7 @@ async function certificate(
     default:
       order.status satisfies never;
   }
-  const chainPem = await client.downloadCertificate(order);
+  const chainPem = await chainOf(order, line, issuing);
   try {
     return {
       keyPem,
@@ -120,6 +128,17 @@ async function certificate(
     if (!(error instanceof ChainError)) throw error;
     throw new AcmeError("check the certificate", error.message, order.url);
   }
+}
+
+/** The chain that leads to the preferred root, or the default one. */
+async function chainOf(order: Order, line: Line, { client, preferredChain, warn }: Issuing): Promise<string> {
+  let first: string | undefined;
+  for await (const chain of client.downloadChains(order)) {
+    first ??= chain;
+    if (preferredChain === undefined || rootOf(chain) === preferredChain) return chain;
+  }
+  warn(`no chain of ${line.names[0]} leads to ${JSON.stringify(preferredChain)}: the default one is taken`);
+  return first!;
 }
 
 /** All of the values, or the first error once every promise has come to its end, so that nothing goes on behind it. */

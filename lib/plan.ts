@@ -13,7 +13,7 @@ export type Reason =
   | { readonly kind: "found"; readonly finding: Exclude<Finding, { kind: "present" }> }
   | { readonly kind: "revoked"; readonly at: Date }
   | { readonly kind: "expired"; readonly at: Date }
-  | { readonly kind: "renewal"; readonly since: Date; readonly rule: Rule };
+  | { readonly kind: "renewal"; readonly since: Date; readonly rule: Rule; readonly explanationUrl?: string };
 
 /** What set the date of a renewal. */
 export type Rule =
@@ -23,6 +23,8 @@ export type Rule =
   | "expiry"
   /** reauthorizeDays would renew with more than two thirds of the life left, and was held back to that */
   | "expiry, capped"
+  /** the CA suggested it (RFC 9773) */
+  | "ari"
   /** generateNewCertsAfterDays is longer than the certificate lives, so reauthorizeDays is heeded */
   | "age beyond life";
 
@@ -68,11 +70,24 @@ export interface Memory {
   readonly revoked: Readonly<Record<string, string>>;
   /** Until when the CA wants no orders; epoch or earlier where it takes them. */
   readonly hold: Date;
+  /** fingerprint -> the moment drawn from the renewal window that the CA suggests */
+  readonly suggested: ReadonlyMap<string, Suggestion>;
+  /** When the next run is to be expected; a suggestion before that is due now (RFC 9773 §4.2). */
+  readonly nextRun: Date;
+}
+
+/** A moment in the CA's renewal window. */
+export interface Suggestion {
+  readonly at: Date;
+  readonly explanationUrl?: string;
 }
 
 const DAY_MS = 86_400_000;
-/** Of its life, a certificate keeps at least this before reauthorizeDays may renew it. */
+/** While more of its life than this is left, reauthorizeDays does not renew a certificate. */
 const MOST_LIFE_LEFT = 2 / 3;
+/** The same of one that lives for less than ten days, which Let's Encrypt wants to be renewed at half its life. */
+const MOST_SHORT_LIFE_LEFT = 1 / 2;
+const SHORT_LIFE_DAYS = 10;
 /** An age at which fewer days are left is too late to be tried more than once by a nightly run. */
 const FEWEST_DAYS_LEFT = 3;
 
@@ -103,7 +118,7 @@ export function plan(config: Config, inventory: readonly Entry[], now: Date, mem
   return { tasks, waiting, kept };
 }
 
-function judge(config: Config, entry: Entry, now: Date, { revoked }: Memory): Due | Kept {
+function judge(config: Config, entry: Entry, now: Date, { revoked, suggested, nextRun }: Memory): Due | Kept {
   const { finding } = entry;
   if (finding.kind !== "present") return { entry, reason: { kind: "found", finding } };
   const { notBefore, notAfter, fingerprint } = finding.certificate;
@@ -111,6 +126,12 @@ function judge(config: Config, entry: Entry, now: Date, { revoked }: Memory): Du
   if (revokedAt !== undefined) return { entry, reason: { kind: "revoked", at: new Date(revokedAt) } };
   if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter } };
   const { renewAt, rule } = renewal(config, notBefore, notAfter);
+  const suggestion = suggested.get(fingerprint);
+  if (suggestion !== undefined && suggestion.at < renewAt && renewAt > now) {
+    const { at, explanationUrl } = suggestion;
+    if (at > nextRun) return { entry, renewAt: at, rule: "ari", notAfter };
+    return { entry, reason: { kind: "renewal", since: at, rule: "ari", explanationUrl } };
+  }
   if (renewAt <= now) return { entry, reason: { kind: "renewal", since: renewAt, rule } };
   return { entry, renewAt, rule, notAfter };
 }
@@ -136,7 +157,8 @@ export function renewal(
     return { renewAt: new Date(byAge), rule: "age" };
   }
   const byExpiry = end - config.reauthorizeDays * DAY_MS;
-  const earliest = end - (end - start) * MOST_LIFE_LEFT;
+  const mostLeft = end - start < SHORT_LIFE_DAYS * DAY_MS ? MOST_SHORT_LIFE_LEFT : MOST_LIFE_LEFT;
+  const earliest = end - (end - start) * mostLeft;
   const capped = byExpiry < earliest;
   const rule = config.generateNewCertsAfterDays > 0
     ? "age beyond life"

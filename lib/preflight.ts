@@ -7,10 +7,10 @@
  */
 
 import http from "node:http";
-import https from "node:https";
-import { isIP } from "node:net";
-import { printable } from "./acme.ts";
+import { connect, isIP } from "node:net";
+import { connect as connectTls } from "node:tls";
 import type { Destination, Route } from "./reach.ts";
+import { oneLine } from "./text.ts";
 
 /** https://letsencrypt.org/docs/challenge-types/#http-01-challenge */
 const MOST_REDIRECTS = 10;
@@ -25,8 +25,16 @@ interface Hop {
   readonly body: string;
 }
 
-/** Undefined where `url` shows `expected` under every family of its host's addresses, else which hop answered what. */
-export async function fetchAsCa(url: string, expected: string, route: Route): Promise<string | undefined> {
+/**
+ * Undefined where `url` shows `expected` under every family of its host's addresses, else which hop answered what.
+ * `signal` ends the look, which is then a fault like another.
+ */
+export async function fetchAsCa(
+  url: string,
+  expected: string,
+  route: Route,
+  signal?: AbortSignal,
+): Promise<string | undefined> {
   const { hostname } = new URL(url);
   let destinations: readonly Destination[];
   try {
@@ -36,7 +44,7 @@ export async function fetchAsCa(url: string, expected: string, route: Route): Pr
   }
   const families = [4, 6].map((family) => destinations.filter(({ address }) => isIP(address) === family));
   for (const family of families.filter(({ length }) => length > 0)) {
-    const fault = await follow(new URL(url), expected, family, route);
+    const fault = await follow(new URL(url), expected, family, route, signal);
     // a host without IPv6 cannot look that way; the CA can, but this is no fault of the name's
     if (fault !== undefined && !(family !== families[0] && fault.includes("ENETUNREACH"))) return fault;
   }
@@ -47,6 +55,7 @@ async function follow(
   expected: string,
   first: Destination[],
   route: Route,
+  signal?: AbortSignal,
 ): Promise<string | undefined> {
   let url = start;
   let destinations: readonly Destination[] = first;
@@ -54,9 +63,9 @@ async function follow(
     const at = `${url.href} at ${destinations.map(({ address }) => address).join(", ")}`;
     let hop: Hop;
     try {
-      hop = await get(url, destinations);
+      hop = await get(url, destinations, signal);
     } catch (error) {
-      return `${at}: ${printable((error as Error).message)}`;
+      return `${at}: ${oneLine((error as Error).message)}`;
     }
     if (hop.location === undefined) {
       if (hop.status === 200 && hop.body.trimEnd() === expected) return undefined;
@@ -68,7 +77,7 @@ async function follow(
     if (
       target === undefined || port === undefined || (target.port !== "" && ![80, 443].includes(+target.port))
     ) {
-      return `${at} redirects to ${printable(hop.location)}, where the CA does not follow`;
+      return `${at} redirects to ${oneLine(hop.location)}, where the CA does not follow`;
     }
     try {
       destinations = await route(bare(target.hostname), Number(target.port || port));
@@ -80,10 +89,10 @@ async function follow(
 }
 
 /** One GET, of the first destination that can be connected to. */
-async function get(url: URL, destinations: readonly Destination[]): Promise<Hop> {
+async function get(url: URL, destinations: readonly Destination[], signal?: AbortSignal): Promise<Hop> {
   for (const [index, { address, port }] of destinations.entries()) {
     try {
-      return await request(url, address, port);
+      return await request(url, address, port, signal);
     } catch (error) {
       if (index === destinations.length - 1) throw error;
     }
@@ -91,26 +100,32 @@ async function get(url: URL, destinations: readonly Destination[]): Promise<Hop>
   throw new Error("no address");
 }
 
-function request(url: URL, address: string, port: number): Promise<Hop> {
+function request(url: URL, address: string, port: number, signal?: AbortSignal): Promise<Hop> {
   const name = bare(url.hostname);
+  const dial = () =>
+    url.protocol === "http:" ? connect(port, address) : connectTls({
+      host: address,
+      port,
+      servername: isIP(name) ? "" : name,
+      ALPNProtocols: ["http/1.1"],
+      rejectUnauthorized: false,
+      ca: [], // the system's would be read, for which there is neither need nor permission
+    });
   const options = {
-    host: address,
-    port,
+    createConnection: dial,
     path: url.pathname + url.search,
     headers: { host: url.host, "user-agent": "lematt preflight", connection: "close" },
-    agent: false as const,
-    signal: AbortSignal.timeout(HOP_TIMEOUT_MS),
-    ...(url.protocol === "https:" && { servername: isIP(name) ? "" : name, rejectUnauthorized: false }),
+    signal: AbortSignal.any([AbortSignal.timeout(HOP_TIMEOUT_MS), ...(signal ? [signal] : [])]),
   };
   return new Promise((resolve, reject) => {
-    const sent = (url.protocol === "https:" ? https : http).get(options, (response) => {
+    const sent = http.get(options, (response) => {
       const status = response.statusCode ?? 0;
       const location = status >= 300 && status < 400 ? response.headers.location : undefined;
       let body = "";
       response.setEncoding("utf8");
       response.on("data", (chunk: string) => {
         body += chunk;
-        if (body.length > LONGEST_BODY) response.destroy();
+        if (body.length > LONGEST_BODY) response.destroy(new Error(`more than ${LONGEST_BODY} bytes`));
       });
       response.on("close", () => resolve({ status, location, body }));
       response.on("error", reject);

@@ -15,7 +15,7 @@ import type { Certificate } from "./x509.ts";
 /** What happens in a run, as it happens. */
 export type Event =
   | { readonly kind: "notice"; readonly text: string }
-  | { readonly kind: "account key"; readonly path: string }
+  | { readonly kind: "account key"; readonly path: string; readonly how: "made" | "changed" }
   | { readonly kind: "plan"; readonly plan: Plan; readonly owed: Readonly<Record<string, Debt>> }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "task"; readonly task: Task }
@@ -36,8 +36,10 @@ export type Event =
     readonly error?: Error;
   };
 
-/** How a run ended. */
+/** How a run ended, or in what state it would find everything. */
 export interface Summary {
+  /** Certificates that a run would issue now; 0 after one. */
+  readonly due: number;
   readonly issued: number;
   readonly failed: number;
   readonly kept: readonly Kept[];
@@ -95,6 +97,10 @@ export function reasonText(reason: Reason): string {
     case "expired":
       return `expired ${dateText(reason.at)}`;
     case "renewal":
+      if (reason.rule === "ari") {
+        const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
+        return `the CA suggests ${dateText(reason.since)}${why}`;
+      }
       return `due since ${dateText(reason.since)} by ${ruleText(reason.rule)}`;
     default:
       return reason satisfies never;
@@ -109,7 +115,9 @@ export function ruleText(rule: Rule): string {
     case "expiry":
       return "reauthorizeDays";
     case "expiry, capped":
-      return "reauthorizeDays, capped: two thirds of its life are never cut short";
+      return "reauthorizeDays, capped";
+    case "ari":
+      return "the CA's suggestion";
     case "age beyond life":
       return "reauthorizeDays, since it does not live as long as generateNewCertsAfterDays";
     default:
@@ -238,7 +246,7 @@ export class Report {
         this.#say(`note    ${event.text}`);
         break;
       case "account key":
-        this.#sayAloud(`made    ${event.path}, the account key (P-256); keep a copy of it`);
+        this.#sayAloud(`${event.how.padEnd(8)}${event.path}, the account key (P-256); keep a copy of it`);
         break;
       case "plan":
         this.#sayPlan(event.plan, event.owed);
@@ -359,7 +367,7 @@ export class Report {
   /** Sums up and returns the exit status: 1 where something failed or is owed. */
   finish(summary: Summary): 0 | 1 {
     this.#clearProgress();
-    const { issued, failed, kept, waiting, owed } = summary;
+    const { due, issued, failed, kept, waiting, owed } = summary;
     const debts = Object.entries(owed);
     if (this.manner.json) {
       this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
@@ -368,7 +376,7 @@ export class Report {
       if (capped > 0) {
         this.#say(
           `note    reauthorizeDays is capped for ${count(capped, "certificate")}: none is renewed ` +
-            `with more than two thirds of its life left`,
+            `with more than two thirds of its life left (half, if that is under ten days)`,
         );
       }
       this.#sayWaiting(waiting);
@@ -378,7 +386,7 @@ export class Report {
         undefined,
       );
       const parts = [
-        issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
+        due > 0 ? `${due} due` : issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
         failed > 0 ? `${failed} failed` : "",
         waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
         `${kept.length} kept`,

@@ -5,21 +5,21 @@
  * from outside. One line that fails stops no other.
  */
 
-import { readFileSync } from "node:fs";
 import { basename } from "node:path";
-import { type AccountKey, AcmeClient, AcmeError, importAccountKey, limitsNames } from "./acme.ts";
-import { PrepareCommands } from "./actions.ts";
+import { accountName, connect, type Connecting, register, rollOver } from "./account.ts";
+import { type AcmeClient, AcmeError, limitsNames } from "./acme.ts";
+import { CommandError, PrepareCommands } from "./actions.ts";
 import { dueAlerts, expiring, send } from "./alert.ts";
-import { Challenges, cleanUp } from "./challenge.ts";
+import { ChallengeError, Challenges, cleanUp } from "./challenge.ts";
 import type { Config, Mode } from "./config.ts";
 import { Deliveries, dropForgotten, LOOK_TIMEOUT_SECONDS, owe, owing, targetsOf } from "./deliver.ts";
+import type { Query } from "./dns.ts";
 import { issueLine, type Issuing } from "./issue.ts";
 import { type Due, type Memory, plan, retryAfterFailure, type Task, type Waiting } from "./plan.ts";
 import type { Route } from "./reach.ts";
 import { alertText, errorText, type Event, type Summary } from "./report.ts";
 import type { Status } from "./status.ts";
 import {
-  createSecret,
   emptyState,
   type Entry,
   type Failure,
@@ -31,8 +31,9 @@ import {
   Store,
   strayFiles,
 } from "./store.ts";
+import { ask, type Identified, identified, nextRun, suggestions, toAsk } from "./suggest.ts";
 import { probe } from "./verify.ts";
-import { generateKey } from "./x509.ts";
+import { certificateId, generateKey } from "./x509.ts";
 
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = 3_600_000;
@@ -46,6 +47,8 @@ export interface World {
   readonly random: () => number;
   /** Where hosts are reached, for a look at what the CA and the world will see. */
   readonly route: Route;
+  /** Looks up records in the DNS. */
+  readonly query: Query;
   readonly userAgent: string;
   /** Ends the run in good order. */
   readonly signal: AbortSignal;
@@ -63,14 +66,13 @@ export function preview(
   tell: Tell,
 ): Summary {
   const state = stateToRead(config, mode, tell);
-  const decided = plan(
-    config,
-    readInventory(config, mode),
-    world.now(),
-    memoryOf(state, config, mode, retry),
-  );
+  const inventory = readInventory(config, mode);
+  const now = world.now();
+  const memory = memoryOf(state, config, mode, identified(inventory, now), now, retry);
+  const decided = plan(config, inventory, now, memory);
   tell({ kind: "plan", plan: decided, owed: state.owed });
-  return { issued: 0, failed: 0, ...decided, owed: state.owed };
+  const due = decided.tasks.flatMap((task) => task.due).length;
+  return { due, issued: 0, failed: 0, ...decided, owed: state.owed };
 }
 
 /** How everything stands. Looks at the endpoints unless `offline`; changes nothing. */
@@ -97,7 +99,7 @@ export async function status(
   return {
     mode,
     now,
-    plan: plan(config, inventory, now, memoryOf(state, config, mode, false)),
+    plan: plan(config, inventory, now, memoryOf(state, config, mode, identified(inventory, now), now, false)),
     state,
     expiring: (entry) => expiring(entry, config, now),
     served: (await Promise.all(served)).flat(),
@@ -114,10 +116,22 @@ function stateToRead(config: Config, mode: Mode, tell: Tell): State {
 }
 
 /** What the plan heeds of the state; `retry` has it forget that something should wait. */
-function memoryOf(state: State, config: Config, mode: Mode, retry: boolean): Memory {
+function memoryOf(
+  state: State,
+  config: Config,
+  mode: Mode,
+  certificates: readonly Identified[],
+  now: Date,
+  retry: boolean,
+): Memory {
   const { revoked, failures, holds } = state;
-  if (retry) return { revoked, failures: {}, hold: new Date(0) };
-  return { revoked, failures, hold: new Date(holds[config.acmeDirectory[mode]] ?? 0) };
+  return {
+    revoked,
+    failures: retry ? {} : failures,
+    hold: new Date(retry ? 0 : holds[config.acmeDirectory[mode]] ?? 0),
+    suggested: config.ari ? suggestions(certificates, state, now) : new Map(),
+    nextRun: nextRun(state, now),
+  };
 }
 
 function resolver(route: Route): (host: string) => Promise<string[]> {
@@ -143,7 +157,7 @@ export async function run(
   using store = Store.open(config, mode, world.now());
   const { state } = store;
   for (const text of store.notices) tell({ kind: "notice", text });
-  cleanUp(config, store.notes());
+  await cleanUp(config, store.notes(), (text) => tell({ kind: "notice", text }));
   store.clearNotes();
 
   const inventory = readInventory(config, mode);
@@ -152,7 +166,8 @@ export async function run(
   for (const what of dropForgotten(state, config, new Set(inventory.map(certFile)))) {
     tell({ kind: "notice", text: `nothing is owed any more for ${what}: it is not in the configuration` });
   }
-  dropUnknown(state, config, inventory);
+  const certificates = identified(inventory, world.now());
+  dropUnknown(state, config, inventory, certificates);
 
   const renewed = new Map<Entry, Entry>();
   const current = () => inventory.map((entry) => renewed.get(entry) ?? entry);
@@ -170,7 +185,14 @@ export async function run(
   };
   const overdue = carry(retry ? Object.keys(state.owed) : owing(state, world.now()));
 
-  const decided = plan(config, inventory, world.now(), memoryOf(state, config, mode, retry));
+  const connecting = connectingFor(config, mode, store, world, tell);
+  let opened: Promise<AcmeClient> | undefined;
+  const client = () => opened ??= connect(connecting);
+  const running: Running = { config, mode, parallel, store, world, tell, client, connecting };
+  await askSuggestions(certificates, running);
+  const memory = memoryOf(state, config, mode, certificates, world.now(), retry);
+  const decided = plan(config, inventory, world.now(), memory);
+  state.lastRun = world.now().toISOString();
   const fresh = new Set<string>();
   const keep = async ({ entry }: Due, issued: Issued) => {
     owe(state, entry.line, certFile(entry), issued.certificate.fingerprint, world.now());
@@ -179,26 +201,39 @@ export async function run(
     renewed.set(entry, { ...entry, finding: { kind: "present", certificate: issued.certificate } });
     for (const { name } of entry.line.sections) fresh.add(name);
   };
-  const { failed, held } = await issueAll(decided.tasks, {
-    config,
-    mode,
-    parallel,
-    store,
-    world,
-    tell,
-    keep,
-  });
+  const { failed, held } = await issueAll(decided.tasks, running, keep);
   store.clearNotes();
   await overdue;
   await carry([...fresh]);
   const unsent = await alert(config, current(), store, world, tell);
   await store.saveState();
   const waiting = [...decided.waiting, ...held];
-  return { issued: renewed.size, failed: failed + unsent, kept: decided.kept, waiting, owed: state.owed };
+  return {
+    due: 0,
+    issued: renewed.size,
+    failed: failed + unsent,
+    kept: decided.kept,
+    waiting,
+    owed: state.owed,
+  };
+}
+
+/** Gives the account a new key, at the CA of this mode. */
+export async function rollover(config: Config, mode: Mode, world: World, tell: Tell): Promise<void> {
+  using store = Store.open(config, mode, world.now());
+  for (const text of store.notices) tell({ kind: "notice", text });
+  await rollOver(connectingFor(config, mode, store, world, tell));
 }
 
 /** Forgets what is remembered of lines, certificates and sections that are no more. */
-function dropUnknown(state: State, config: Config, inventory: readonly Entry[]): void {
+function dropUnknown(
+  state: State,
+  config: Config,
+  inventory: readonly Entry[],
+  certificates: readonly Identified[],
+): void {
+  const ids = new Set(certificates.map(({ id }) => id));
+  for (const id of Object.keys(state.renewals)) if (!ids.has(id)) delete state.renewals[id];
   const stems = new Set(inventory.map(({ stem }) => stem));
   const fingerprints = new Set(
     inventory.map(({ finding }) => "certificate" in finding && finding.certificate.fingerprint),
@@ -259,7 +294,9 @@ export async function revoke(
 ): Promise<void> {
   using store = Store.open(config, mode, world.now());
   for (const text of store.notices) tell({ kind: "notice", text });
-  const client = await connect(1, { config, mode, store, world, tell });
+  const connecting = connectingFor(config, mode, store, world, tell);
+  const client = await connect(connecting);
+  await register(client, connecting);
   for (const { finding } of entries) {
     if (!("certificate" in finding)) continue;
     const { der, fingerprint } = finding.certificate;
@@ -269,72 +306,115 @@ export async function revoke(
   }
 }
 
-/** What issuing many lines needs. */
-interface Issuance extends Connecting {
-  readonly parallel: number;
-  /** Puts a certificate in its place. */
-  keep(due: Due, issued: Issued): Promise<void>;
-}
-
-/** What a conversation with the CA needs. */
-interface Connecting {
+/** Everything that a run works with. */
+interface Running {
   readonly config: Config;
   readonly mode: Mode;
+  readonly parallel: number;
   readonly store: Store;
   readonly world: World;
   readonly tell: Tell;
+  /** The conversation with the CA, opened by the first who needs it. */
+  readonly client: () => Promise<AcmeClient>;
+  readonly connecting: Connecting;
+}
+
+function connectingFor(config: Config, mode: Mode, store: Store, world: World, tell: Tell): Connecting {
+  return { config, mode, store, world, madeKey: (path, how) => tell({ kind: "account key", path, how }) };
+}
+
+/** Asks the CA when it would like certificates to be renewed, as far as it may be asked again. Never fails a run. */
+async function askSuggestions(certificates: readonly Identified[], running: Running): Promise<void> {
+  const { config, parallel, store, world, tell } = running;
+  const asked = config.ari ? toAsk(certificates, store.state, world.now()) : [];
+  if (asked.length === 0) return;
+  let client: AcmeClient;
+  try {
+    client = await running.client();
+  } catch (error) {
+    return tell({ kind: "notice", text: `cannot ask the CA when to renew: ${errorText(error as Error)}` });
+  }
+  if (client.directory.renewalInfo === undefined) return;
+  await inParallel(asked, parallel, world.signal, async ({ id, entry }) => {
+    try {
+      await ask(id, client, store.state, world.now(), world.random());
+    } catch (error) {
+      const who = `${entry.line.names[0]} (${entry.keyType})`;
+      tell({ kind: "notice", text: `${who}: ${errorText(error as Error)}; its dates decide` });
+    }
+  });
+  await store.saveState();
 }
 
 /** Issues every task; returns how many certificates failed, and which tasks the CA's limits leave for a later run. */
 async function issueAll(
   tasks: readonly Task[],
-  issuance: Issuance,
+  running: Running,
+  keep: (due: Due, issued: Issued) => Promise<void>,
 ): Promise<{ failed: number; held: readonly Waiting[] }> {
   if (tasks.length === 0) return { failed: 0, held: [] };
-  const { config, mode, parallel, store, world, tell } = issuance;
+  const { config, mode, parallel, store, world, tell } = running;
   tell({ kind: "begin", tasks });
   let client: AcmeClient;
   try {
-    client = await connect(Math.min(parallel, tasks.length), issuance);
+    client = await running.client();
+    await register(client, running.connecting);
   } catch (error) {
     tell({ kind: "no CA", error: error as Error, tasks });
     return { failed: tasks.flatMap(({ due }) => due).length, held: [] };
   }
+  client.concurrency = Math.min(parallel, tasks.length);
 
   await using prepare = new PrepareCommands();
   const warn = (text: string) => tell({ kind: "notice", text });
-  const challenges = new Challenges(config, prepare, store, world.route, warn);
-  const issuing = {
+  const note = (text: string) => store.note(text);
+  const account = accountName(config, mode, client.key);
+  const issuing: Issuing = {
     client,
-    challenges,
+    challenges: new Challenges({ ...world, config, prepare, note, warn }),
     now: world.now,
-    privateKey: (due: Due) => privateKey(config, store, due),
+    privateKey: (due) => privateKey(config, store, due),
+    replaces: ({ entry: { finding } }) => {
+      const id = "certificate" in finding ? certificateId(finding.certificate) : undefined;
+      const offered = config.ari && client.directory.renewalInfo !== undefined;
+      return offered && id !== undefined && store.state.renewals[id]?.account === account ? id : undefined;
+    },
+    preferredChain: config.preferredChain,
+    warn,
+  };
+  const remember = async (due: Due, issued: Issued) => {
+    const id = certificateId(issued.certificate);
+    const suggested = due.reason.kind === "renewal" && due.reason.rule === "ari";
+    if (id !== undefined && config.ari) {
+      store.state.renewals[id] = { account, ...(suggested && { suggestedAt: world.now().toISOString() }) };
+    }
+    await keep(due, issued);
   };
   const directoryUrl = config.acmeDirectory[mode];
   const held: Waiting[] = [];
   let failed = 0;
-  const queue = tasks.values();
-  const worker = async () => {
-    for (const task of queue) {
-      if (world.signal.aborted) return;
-      const hold = store.state.holds[directoryUrl];
-      if (hold !== undefined && new Date(hold) > world.now()) held.push({ ...task, until: new Date(hold) });
-      else failed += await issueTask(task, issuing, issuance);
-    }
-  };
   delete store.state.holds[directoryUrl];
-  try {
-    await Promise.all(Array.from({ length: Math.min(parallel, tasks.length) }, worker));
-  } finally {
-    store.state.accounts[accountName(config, mode, client.key)] = await client.account();
-    await store.saveState();
-  }
+  await inParallel(tasks, parallel, world.signal, async (task) => {
+    const hold = store.state.holds[directoryUrl];
+    if (hold !== undefined && new Date(hold) > world.now()) {
+      held.push({ ...task, until: new Date(hold) });
+      return;
+    }
+    const failures = await issueTask(task, issuing, running, remember);
+    failed += failures;
+  });
+  await register(client, running.connecting); // the CA may have forgotten the account, and been told anew
+  await store.saveState();
   return { failed, held };
 }
 
 /** Issues one line, keeps what comes, tells and remembers what failed, and returns for how many certificates it did. */
-async function issueTask(task: Task, issuing: Issuing, issuance: Issuance): Promise<number> {
-  const { config, mode, store, world, tell, keep } = issuance;
+async function issueTask(
+  task: Task,
+  issuing: Issuing,
+  { config, mode, store, world, tell }: Running,
+  keep: (due: Due, issued: Issued) => Promise<void>,
+): Promise<number> {
   tell({ kind: "task", task });
   const begun = world.now().getTime();
   const results = await Promise.allSettled(
@@ -352,32 +432,37 @@ async function issueTask(task: Task, issuing: Issuing, issuance: Issuance): Prom
     if (result.status === "fulfilled") continue;
     failures.set(result.reason, [...failures.get(result.reason) ?? [], task.due[index]!]);
   }
+  for (const [error, due] of failures) tell({ kind: "failed", due, error });
+  const [error] = failures.keys();
   const { stem } = task.due[0]!.entry;
-  if (failures.size === 0) delete store.state.failures[stem];
-  for (const [error, due] of failures) {
-    tell({ kind: "failed", due, error });
-    if (world.signal.aborted) continue; // ended by us, which is nobody's failure
-    const limit = error instanceof AcmeError && error.problem?.type === "rateLimited" ? error : undefined;
-    if (limit !== undefined && !limitsNames(limit.problem!, task.line.names)) {
-      const until = limit.retryAfter ?? new Date(world.now().getTime() + UNSTATED_HOLD_MS);
-      store.state.holds[config.acmeDirectory[mode]] = until.toISOString();
-    } else {
-      store.state.failures[stem] = failureAfter(store.state.failures[stem], error, world.now());
-    }
+  const { holds, failures: remembered } = store.state;
+  if (error === undefined) delete remembered[stem];
+  else if (limitsAccount(error, task.line.names)) {
+    const until = error.retryAfter ?? new Date(world.now().getTime() + UNSTATED_HOLD_MS);
+    holds[config.acmeDirectory[mode]] = until.toISOString();
+  } else if (!world.signal.aborted) { // which would be our doing
+    remembered[stem] = failureAfter(remembered[stem], error, world.now());
   }
   tell({ kind: "end", task });
   return [...failures.values()].flat().length;
 }
 
+/** Whether the CA wants no more orders from this account, whatever their names. */
+function limitsAccount(error: Error, names: readonly string[]): error is AcmeError {
+  return error instanceof AcmeError && error.problem?.type === "rateLimited" &&
+    !limitsNames(error.problem, names);
+}
+
 /**
- * What is remembered of a line that failed. Whatever costs the CA a validation or an order keeps it waiting; a
- * connection that broke or an answer that made no sense does not.
+ * What is remembered of a line that failed. What cost the CA an order or a validation keeps the line waiting; a
+ * connection that broke, an answer that made no sense or a full disk does not.
  */
 function failureAfter(before: Failure | undefined, error: Error, now: Date): Failure {
   const count = (before?.count ?? 0) + 1;
-  const free = error instanceof AcmeError && error.problem === undefined;
+  const refused = error instanceof AcmeError && error.problem !== undefined;
   const asked = error instanceof AcmeError ? error.retryAfter : undefined;
-  const retryAt = asked ?? (free ? undefined : retryAfterFailure(count, now));
+  const costly = refused || error instanceof ChallengeError || error instanceof CommandError;
+  const retryAt = asked ?? (costly ? retryAfterFailure(count, now) : undefined);
   return {
     count,
     at: now.toISOString(),
@@ -386,33 +471,21 @@ function failureAfter(before: Failure | undefined, error: Error, now: Date): Fai
   };
 }
 
-/** Opens the conversation with the CA, under the account that is remembered or a new one. */
-async function connect(concurrency: number, connecting: Connecting): Promise<AcmeClient> {
-  const { config, mode, store, world, tell } = connecting;
-  const key = await importAccountKey(await accountKey(config, tell));
-  const accountUrl = store.state.accounts[accountName(config, mode, key)];
-  const registration = { accountUrl, contact: config.contact, concurrency };
-  const client = await AcmeClient.connect(config.acmeDirectory[mode], key, registration, world);
-  await client.account();
-  return client;
-}
-
-/** An account belongs to one CA and one key. */
-function accountName(config: Config, mode: Mode, key: AccountKey): string {
-  return `${config.acmeDirectory[mode]} ${key.thumbprint}`;
-}
-
-/** The account key, made where there is none yet. */
-async function accountKey(config: Config, tell: Tell): Promise<string> {
-  try {
-    return readFileSync(config.accountKey, "utf8");
-  } catch (error) {
-    if ((error as { code?: string }).code !== "ENOENT") throw error;
-  }
-  const pem = await generateKey({ type: "ec", curve: "P-256" });
-  await createSecret(config.accountKey, pem);
-  tell({ kind: "account key", path: config.accountKey });
-  return pem;
+/** Works on a number of things at a time, in their order, until all are done or the signal aborts. */
+async function inParallel<T>(
+  things: readonly T[],
+  number: number,
+  signal: AbortSignal,
+  work: (thing: T) => Promise<void>,
+): Promise<void> {
+  const queue = things.values();
+  const worker = async () => {
+    for (const thing of queue) {
+      if (signal.aborted) return;
+      await work(thing);
+    }
+  };
+  await Promise.all(Array.from({ length: Math.min(number, things.length) }, worker));
 }
 
 /** The key to certify: the one that is there, unless there is none or each certificate shall have its own. */

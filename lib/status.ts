@@ -6,7 +6,7 @@
  */
 
 import type { Mode } from "./config.ts";
-import type { Plan } from "./plan.ts";
+import type { Plan, Rule } from "./plan.ts";
 import { dateText, nameText, reasonText, ruleText, servedText, timeText } from "./report.ts";
 import type { Entry, State } from "./store.ts";
 import type { Served } from "./verify.ts";
@@ -40,6 +40,15 @@ interface Row {
   readonly failure?: State["failures"][string];
 }
 
+/** What decides on a renewal, in a word or two. */
+const SHORT_RULES: Readonly<Record<Rule, string>> = {
+  "age": "age",
+  "expiry": "expiry",
+  "expiry, capped": "expiry, capped",
+  "ari": "the CA",
+  "age beyond life": "expiry",
+};
+
 const DAY_MS = 86_400_000;
 const WIDTH = 80;
 const BAR = 10;
@@ -69,7 +78,7 @@ function rowsOf({ plan, state, now, expiring }: Status): Row[] {
     ),
     ...plan.kept.map(({ entry, renewAt, rule }) => ({
       ...row(entry, "", ruleText(rule), renewAt),
-      next: `${dateText(renewAt)} by ${rule.startsWith("age ") ? "expiry" : rule}`,
+      next: `${dateText(renewAt)} by ${SHORT_RULES[rule]}`,
     })),
   ];
   const rank = ({ needsPerson, daysLeft }: Row) => (needsPerson ? 0 : 1e6) + Math.floor(daysLeft ?? -1e3);

@@ -65,11 +65,32 @@ export interface Failure {
   retryAt?: string;
 }
 
+/** An account at a CA. */
+export interface Account {
+  url: string;
+  /** mailto: URLs, as the CA knows them */
+  contact: string[];
+  /** names by which CAA records and dns-persist-01 refer to the CA */
+  issuers: string[];
+}
+
+/** What is known of the renewal of one certificate. Dates are ISO 8601. */
+export interface Renewal {
+  /** the account that ordered it, named as in `accounts`; absent where another program did */
+  account?: string;
+  /** the CA's window (RFC 9773), and the moment drawn in it */
+  window?: { start: string; end: string; at: string; explanationUrl?: string };
+  /** not to ask the CA again before */
+  askAt?: string;
+  /** when the CA's suggestion led to this certificate; it heeds no other for a day */
+  suggestedAt?: string;
+}
+
 /** `state.json`: what one run tells the next. Dates are ISO 8601. */
 export interface State {
   version: 1;
-  /** "<directory URL> <thumbprint of the account key>" -> account URL */
-  accounts: Record<string, string>;
+  /** "<directory URL> <thumbprint of the account key>" -> the account there */
+  accounts: Record<string, Account>;
   /** name of a section -> what it owes */
   owed: Record<string, Debt>;
   /** stem of a line -> its last failure, until it succeeds */
@@ -78,6 +99,10 @@ export interface State {
   holds: Record<string, string>;
   /** fingerprint of a certificate that was revoked and is to be replaced under a new key -> when */
   revoked: Record<string, string>;
+  /** identifier of a certificate (RFC 9773 §4.1) -> what is known of its renewal */
+  renewals: Record<string, Renewal>;
+  /** when the last run began */
+  lastRun?: string;
   /** name of a section -> cause of an alert -> when it was last told of it */
   alerts: Record<string, Record<string, string>>;
 }
@@ -274,6 +299,12 @@ export async function createSecret(path: string, text: string): Promise<void> {
   syncDirectory(dirname(path));
 }
 
+/** Puts a secret in a file, whole or not at all. */
+export async function replaceSecret(path: string, text: string): Promise<void> {
+  await Deno.rename(await writeTemporary(path, text, 0o600), path);
+  syncDirectory(dirname(path));
+}
+
 /** What `state.json` holds, or why it cannot be used. Changes nothing. */
 export function readState(config: Config, mode: Mode): State | { readonly unusable: string } {
   let text: string;
@@ -296,7 +327,16 @@ export function readState(config: Config, mode: Mode): State | { readonly unusab
 
 /** The state of a mode that never ran. */
 export function emptyState(): State {
-  return { version: 1, accounts: {}, owed: {}, failures: {}, holds: {}, revoked: {}, alerts: {} };
+  return {
+    version: 1,
+    accounts: {},
+    owed: {},
+    failures: {},
+    holds: {},
+    revoked: {},
+    renewals: {},
+    alerts: {},
+  };
 }
 
 /** Whether each value of a record is of one kind. */
@@ -315,11 +355,20 @@ function checkedState(state: State): State | undefined {
   const isFailure = (failure: unknown) =>
     isRecord(failure) && Number.isInteger(failure.count) && isDate(failure.at) && isText(failure.error) &&
     isOptional(failure.retryAt, isDate);
+  const isTexts = (value: unknown) => Array.isArray(value) && value.every(isText);
+  const isAccount = (account: unknown) =>
+    isRecord(account) && isText(account.url) && isTexts(account.contact) && isTexts(account.issuers);
+  const isWindow = (window: unknown) =>
+    isRecord(window) && isDate(window.start) && isDate(window.end) && isDate(window.at) &&
+    isOptional(window.explanationUrl, isText);
+  const isRenewal = (renewal: unknown) =>
+    isRecord(renewal) && isOptional(renewal.account, isText) && isOptional(renewal.window, isWindow) &&
+    isOptional(renewal.askAt, isDate) && isOptional(renewal.suggestedAt, isDate);
   const complete = { ...emptyState(), ...state };
-  const sound = recordOf(complete.accounts, isText) && recordOf(complete.owed, isDebt) &&
+  const sound = recordOf(complete.accounts, isAccount) && recordOf(complete.owed, isDebt) &&
     recordOf(complete.failures, isFailure) && recordOf(complete.holds, isDate) &&
-    recordOf(complete.revoked, isDate) &&
-    recordOf(complete.alerts, (causes) => recordOf(causes, isDate));
+    recordOf(complete.revoked, isDate) && recordOf(complete.renewals, isRenewal) &&
+    isOptional(complete.lastRun, isDate) && recordOf(complete.alerts, (causes) => recordOf(causes, isDate));
   return sound ? complete : undefined;
 }
 
@@ -432,9 +481,7 @@ export class Store implements Disposable {
 
   async #writeState(): Promise<void> {
     const path = join(modeDirectory(this.config, this.mode), "state.json");
-    const text = JSON.stringify(this.state, undefined, 1) + "\n";
-    await Deno.rename(await writeTemporary(path, text, 0o600), path);
-    syncDirectory(dirname(path));
+    await replaceSecret(path, JSON.stringify(this.state, undefined, 1) + "\n");
   }
 
   /** What `note` left that a run which was cut off has not cleaned up. */

@@ -10,6 +10,7 @@
 
 import { createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
 import { isIP } from "node:net";
+import { toIPv6 } from "./names.ts";
 
 /** What key to make. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
@@ -66,13 +67,8 @@ function alternativeNames(text: string): string[] {
   return text.split(", ").filter((entry) => entry !== "").map((entry) => {
     const [, kind, value] = /^(DNS|IP Address):(.*)$/.exec(entry) ?? [];
     if (kind === "DNS") return value!.toLowerCase();
-    return kind === undefined ? entry : canonicalAddress(value!);
+    return kind === undefined ? entry : toIPv6(value!) ?? value!;
   });
-}
-
-/** An IP address in the text form of RFC 5952, as WHATWG URLs write it. */
-function canonicalAddress(text: string): string {
-  return isIP(text) === 6 ? new URL(`http://[${text}]`).hostname.slice(1, -1) : text;
 }
 
 /** Whether `certificate` is for exactly `names`, whatever their order. */
@@ -104,6 +100,28 @@ export function isPrivateKey(pem: string): boolean {
   }
 }
 
+/**
+ * The identifier under which a CA is asked for renewal information (RFC 9773 §4.1): key identifier of the authority and
+ * serial number, as they stand in the certificate, leading zero included. Undefined without an authority key identifier.
+ */
+export function certificateId({ der }: Certificate): string | undefined {
+  const base64url = (start: number, end: number) =>
+    Buffer.from(der.subarray(start, end)).toString("base64url");
+  const tbs = element(der, element(der, 0).start);
+  const fields = children(der, tbs);
+  const serial = fields.find(({ tag }) => tag === 0x02);
+  const extensions = fields.find(({ tag }) => tag === 0xa3);
+  if (serial === undefined || extensions === undefined) return undefined;
+  for (const extension of children(der, children(der, extensions)[0]!)) {
+    const [oid, ...rest] = children(der, extension);
+    // id-ce-authorityKeyIdentifier, 2.5.29.35; its value is an OCTET STRING that holds a SEQUENCE
+    if (base64url(oid!.start, oid!.end) !== "VR0j") continue;
+    const identifier = children(der, element(der, rest.at(-1)!.start)).find(({ tag }) => tag === 0x80);
+    if (identifier === undefined) return undefined;
+    return `${base64url(identifier.start, identifier.end)}.${base64url(serial.start, serial.end)}`;
+  }
+}
+
 /** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
 function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array): boolean } {
   const encoded = PEM_PRIVATE_KEY.exec(pem)?.[2];
@@ -121,14 +139,28 @@ function publicBits(spki: Uint8Array): Uint8Array {
   return spki.subarray(spki[bits] === 0x30 ? element(spki, bits).start : bits, bitString.end);
 }
 
-/** Where the content of the DER element at `offset` starts and ends (X.690 §8.1.3; lengths below 16 MiB). */
-function element(der: Uint8Array, offset: number): { start: number; end: number } {
+/** A DER element: its tag, and where its content starts and ends. */
+interface Element {
+  readonly tag: number;
+  readonly start: number;
+  readonly end: number;
+}
+
+/** The elements within one. */
+function children(der: Uint8Array, parent: Element): Element[] {
+  const found: Element[] = [];
+  for (let at = parent.start; at < parent.end; at = found.at(-1)!.end) found.push(element(der, at));
+  return found;
+}
+
+/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). */
+function element(der: Uint8Array, offset: number): Element {
   const first = der[offset + 1] ?? 0;
   const octets = first < 0x80 ? 0 : first & 0x7f;
   let length = octets === 0 ? first : 0;
   for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
   const start = offset + 2 + octets;
-  return { start, end: start + length };
+  return { tag: der[offset] ?? 0, start, end: start + length };
 }
 
 /** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
@@ -234,6 +266,17 @@ export function checkChain(
     }
   }
   return leaf;
+}
+
+/** Common name of the issuer of the last certificate of a chain, the root by which it is known. */
+export function rootOf(chainPem: string): string | undefined {
+  const last = chainPem.match(PEM_CERTIFICATE)?.at(-1);
+  if (last === undefined) return undefined;
+  try {
+    return /^CN=(.*)$/m.exec(new X509Certificate(last).issuer)?.[1];
+  } catch {
+    return undefined; // checkChain says what is wrong with it
+  }
 }
 
 function pem(label: string, der: ArrayBuffer): string {

@@ -13,15 +13,29 @@
  */
 
 import assert from "node:assert/strict";
+import { createPrivateKey, createPublicKey } from "node:crypto";
+import { isIP } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Transport } from "../lib/acme.ts";
 import { type Config, loadConfig, type Mode } from "../lib/config.ts";
 import { type Event, Report } from "../lib/report.ts";
 import { run, type World } from "../lib/run.ts";
-import { type Ca, type LogEntry, startCa, startWebroot, type Switches, type Webroot } from "./ca.ts";
+import { readInventory, Store } from "../lib/store.ts";
+import { generateKey, readCertificate } from "../lib/x509.ts";
+import {
+  type Ca,
+  type Exchange,
+  type Fault,
+  type LogEntry,
+  startCa,
+  startWebroot,
+  type Switches,
+  type Webroot,
+} from "./ca.ts";
 
 const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
+const DAY = 86_400_000;
 /** Waits of the client are cut to this part of what they are. */
 const HASTE = 1 / 100;
 
@@ -105,6 +119,28 @@ export class Bed implements AsyncDisposable {
     return loadConfig(this.conf);
   }
 
+  /** Puts certificates of all lines in place, as a run `age` days ago would have, for `life` days from then. */
+  async plant({ mode = "test", age = 0, life = 90 }: { mode?: Mode; age?: number; life?: number } = {}) {
+    const config = this.config();
+    const notBefore = new Date(this.ca.now.getTime() - age * DAY);
+    using store = Store.open(config, mode, this.ca.now);
+    for (const entry of readInventory(config, mode)) {
+      const keyPem = await generateKey(
+        entry.keyType === "rsa"
+          ? { type: "rsa", bits: config.keyBitsRSA }
+          : { type: "ec", curve: config.curve },
+      );
+      const chainPem = this.ca.forge({
+        publicKey: createPublicKey(createPrivateKey(keyPem)),
+        identifiers: entry.line.names.map((value) => ({ type: isIP(value) ? "ip" : "dns", value })),
+        notBefore,
+        notAfter: new Date(notBefore.getTime() + life * DAY),
+      });
+      const certificate = readCertificate(chainPem);
+      await store.commit(entry, { keyPem, csrPem: "", chainPem, certificate });
+    }
+  }
+
   /** A path below the configuration directory, or the text of the file there. */
   path(...names: string[]): string {
     return join(this.conf, ...names);
@@ -132,6 +168,7 @@ export class Bed implements AsyncDisposable {
       },
       random: Math.random,
       route: () => Promise.resolve([{ address: "127.0.0.1", port: web.port }]),
+      query: () => Promise.reject(new Error("no name server in this bed")),
       userAgent: "lematt/test",
       signal: new AbortController().signal,
       ...changes,
@@ -140,8 +177,8 @@ export class Bed implements AsyncDisposable {
 
   /** A run in this process, told as to a pipe. */
   async run(
-    { mode = "test", parallel, cron = false, json = false, ...world }:
-      & { mode?: Mode; parallel?: number; cron?: boolean; json?: boolean }
+    { mode = "test", parallel, retry = false, cron = false, json = false, ...world }:
+      & { mode?: Mode; parallel?: number; retry?: boolean; cron?: boolean; json?: boolean }
       & Partial<TestWorld> = {},
   ): Promise<Ran> {
     const { ca } = this;
@@ -160,7 +197,7 @@ export class Bed implements AsyncDisposable {
     const summary = await run(
       config,
       mode,
-      { parallel: parallel ?? config.parallel, retry: false },
+      { parallel: parallel ?? config.parallel, retry },
       this.world(world),
       (event) => {
         events.push(event);
@@ -214,4 +251,26 @@ export async function until(what: string, condition: () => boolean, seconds = 10
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
     await delay(5);
   }
+}
+
+/** The fault, for the first `times` exchanges with that resource. */
+export function befalling(
+  resource: Exchange["resource"],
+  fault: Fault,
+  times = 1,
+): (exchange: Exchange) => Fault | undefined {
+  let left = times;
+  return (exchange) => exchange.resource === resource && left-- > 0 ? fault : undefined;
+}
+
+/** A refusal as a CA words it (RFC 7807), `type` without the URN of ACME. */
+export function refusing(
+  status: number,
+  type: string,
+  detail: string,
+  more: { subproblems?: unknown; headers?: Record<string, string> } = {},
+): Fault {
+  const { headers, ...rest } = more;
+  const problem = { type: `urn:ietf:params:acme:error:${type}`, detail, status, ...rest };
+  return { kind: "status", status, headers, body: JSON.stringify(problem) };
 }

@@ -10,7 +10,7 @@ import { fromBase64url, importKey, type SigningKey } from "./ca-jws.ts";
 import { type Identifier, mistake, Problem, type ProblemDocument, refusal } from "./ca-problem.ts";
 import { LETS_ENCRYPT_PROFILES, type Limit, NO_PROFILE, type Profile, type Switches } from "./ca-switches.ts";
 import { validate } from "./ca-validate.ts";
-import { type Authority, canonicalIp, certify, readRequest, type Request } from "./ca-x509.ts";
+import { type Authority, canonicalIp, certify, newSerial, readRequest, type Request } from "./ca-x509.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
 
@@ -532,8 +532,8 @@ export class Book {
     const notBefore = new Date(Math.floor(this.clock().getTime() / 1000) * 1000 - HOUR);
     const notAfter = new Date(notBefore.getTime() + terms.lifetimeMs - 1000);
     // Every other serial begins with a set bit: its DER form needs the zero octet that a certID must keep.
-    const serial = randomBytes(16);
-    serial[0] = this.issued.length % 2 === 0 ? serial[0]! | 0x80 : serial[0]! & 0x3f | 0x40;
+    const serial = newSerial();
+    if (this.issued.length % 2 === 0) serial[0]! |= 0x80;
     const commonName = terms.commonName ? commonNames[0] : undefined;
     const leaf = certify({ publicKey, commonName, identifiers, notBefore, notAfter, serial }, this.issuer);
 

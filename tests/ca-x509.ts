@@ -214,7 +214,7 @@ export function certify(contents: Contents, issuer: Authority): string {
   const body = der(
     SEQUENCE,
     der(0xa0, der(INTEGER, Uint8Array.of(2))), // v3
-    serialInteger(contents.serial ?? randomBytes(16)),
+    serialInteger(contents.serial ?? newSerial()),
     algorithm,
     nameOf(issuer.commonName),
     der(SEQUENCE, time(contents.notBefore), time(contents.notAfter)),
@@ -224,6 +224,13 @@ export function certify(contents: Contents, issuer: Authority): string {
   );
   const signature = sign("sha256", body, issuer.privateKey);
   return pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der(BIT_STRING, Uint8Array.of(0), signature)));
+}
+
+/** A random serial number, whose first octet is neither zero nor, in DER, in need of a zero before it. */
+export function newSerial(): Buffer {
+  const serial = randomBytes(16);
+  serial[0] = serial[0]! & 0x3f | 0x40;
+  return serial;
 }
 
 /** A serial number as DER INTEGER: a first octet of 0x80 or more gets a zero octet before it. */

@@ -1,7 +1,8 @@
 /** Goal: what each form of line means, and that Python's own configparser agrees about thousands of generated files. */
 
 import { deepStrictEqual as same, ok } from "node:assert/strict";
-import { lineFinder, parseIni, printable, valueOf } from "../lib/ini.ts";
+import { lineFinder, parseIni, valueOf } from "../lib/ini.ts";
+import { printable } from "../lib/text.ts";
 
 /** Sections -> keys -> values, as Python would give them; null for a value that cannot be substituted. */
 function read(text: string): Record<string, Record<string, string | null>> | null {

@@ -11,7 +11,13 @@ const day = (days: number) => new Date(START + days * DAY);
 const settings = (reauthorizeDays: number, generateNewCertsAfterDays = 0) =>
   ({ reauthorizeDays, generateNewCertsAfterDays }) as Config;
 
-const NOTHING: Memory = { failures: {}, revoked: {}, hold: new Date(0) };
+const NOTHING: Memory = {
+  failures: {},
+  revoked: {},
+  hold: new Date(0),
+  suggested: new Map(),
+  nextRun: day(0),
+};
 const line = (number: number, ...names: string[]): Line => ({ line: number, names, sections: [] });
 const present = (
   notBefore: Date,
@@ -44,7 +50,8 @@ Deno.test("renewal() follows the settings within what a certificate's life allow
     ["a fraction of a day", settings(1.5), 45, 43.5, "expiry"],
     ["60 before the end of 90: exactly the cap", settings(60), 90, 30, "expiry"],
     ["60 before the end of 45 would mean every night", settings(60), 45, 15, "expiry, capped"],
-    ["15 before the end of six days", settings(15), 6, 2, "expiry, capped"],
+    ["15 before the end of six days: half its life", settings(15), 6, 3, "expiry, capped"],
+    ["2 before the end of six days", settings(2), 6, 4, "expiry"],
     ["by age", settings(15, 7), 90, 7, "age"],
     ["by age instead of an earlier reauthorizeDays", settings(60, 50), 90, 50, "age"],
     ["by age instead of a later reauthorizeDays", settings(5, 80), 90, 80, "age"],
@@ -134,4 +141,34 @@ Deno.test("retryAfterFailure() waits 1, 10 and 100 minutes, then a day", () => {
     (retryAfterFailure(count, day(0)).getTime() - START) / 60_000
   );
   assert.deepEqual(minutes, [1, 10, 100, 1000, 1440, 1440]);
+});
+
+Deno.test("plan() heeds the CA's suggestion where it comes before the user's own settings", () => {
+  const inventory = [entry(present(day(0), day(90)))];
+  const suggest = (at: number, nextRun: number) => ({
+    ...NOTHING,
+    suggested: new Map([["", { at: day(at), explanationUrl: "https://ca.example/why" }]]),
+    nextRun: day(nextRun),
+  });
+  const renewAt = (memory: Memory, now: number) => {
+    const { kept, tasks } = plan(settings(15), inventory, day(now), memory);
+    return kept[0] === undefined
+      ? tasks[0]!.due[0]!.reason
+      : [(kept[0].renewAt.getTime() - START) / DAY, kept[0].rule];
+  };
+  const suggested = (at: number) => ({
+    kind: "renewal",
+    since: day(at),
+    rule: "ari",
+    explanationUrl: "https://ca.example/why",
+  });
+  assert.deepEqual(renewAt(suggest(60, 11), 10), [60, "ari"]);
+  assert.deepEqual(renewAt(suggest(60, 60), 59), suggested(60), "due when it comes before the next run");
+  assert.deepEqual(renewAt(suggest(-5, 11), 10), suggested(-5), "a window in the past is due");
+  assert.deepEqual(renewAt(suggest(80, 11), 10), [75, "expiry"], "the user's settings come first");
+  assert.deepEqual(renewAt(suggest(60, 77), 76), { kind: "renewal", since: day(75), rule: "expiry" });
+  assert.deepEqual(
+    renewAt({ ...suggest(20, 11), suggested: new Map([["of another", { at: day(1) }]]) }, 10),
+    [75, "expiry"],
+  );
 });

@@ -1,12 +1,15 @@
 /**
- * The remote half over a real sshd: what each key can do and cannot, how leforward ends, and the whole way of a
- * certificate to a host without a web server of its own.
+ * The remote half over a real sshd: what each key can do and cannot, how leforward ends, and the whole way of
+ * certificates to a host that has no web server of its own for the challenge.
  */
 import assert from "node:assert/strict";
-import { accepts, find, kill, missing, type Remote, startRemote, until } from "./sshd.ts";
+import { connect } from "node:tls";
+import { startCa, startWebroot, type Switches } from "./ca.ts";
+import { accepts, find, freePort, kill, missing, type Remote, run, startRemote, until } from "./sshd.ts";
 
 const CENTRAL = "http://central.example.com";
 const CHALLENGE = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
+
 const ignore = missing.length > 0;
 if (ignore) console.warn(`remote.test.ts: nothing is tested, for lack of ${missing.join(", ")}`);
 
@@ -27,17 +30,15 @@ async function forward(remote: Remote, options: string[] = [], stdin: "piped" | 
     args: [...remote.ssh, ...options, "mail-forward", CENTRAL],
     stdin,
     stdout: "null",
-    stderr: "piped",
+    stderr: "null",
   }).spawn();
-  const stderr = new Response(child.stderr).text();
   await until(() => accepts(remote.httpPort), `leforward does not answer: ${remote.log()}`);
   return {
-    pid: child.pid,
     child,
     async [Symbol.asyncDispose]() {
       kill(child.pid, "SIGKILL");
       if (stdin === "piped") await child.stdin.abort().catch(() => {});
-      await Promise.all([child.status, stderr]);
+      await child.status;
     },
   };
 }
@@ -74,88 +75,63 @@ Deno.test({
   ignore,
   async fn() {
     await using remote = await startRemote({ baseUrl: CENTRAL });
-    {
-      await using _session = await forward(remote);
-      const url = `http://127.0.0.1:${remote.httpPort}${CHALLENGE}`;
-      const answer = await fetch(url, { redirect: "manual" });
-      assert.deepEqual([answer.status, answer.headers.get("location")], [301, CENTRAL + CHALLENGE]);
-      const second = await attempt("ssh", ...remote.ssh, "mail-forward", CENTRAL);
-      assert.equal(second.code, 1);
-      assert.match(second.stderr, /Cannot listen on port \d+ .* taken.*another leforward/);
-    }
-    for (
-      const [args, code] of [
-        [["mail-forward"], 2],
-        ...[
-          "id",
-          "--help",
-          `--baseurl ${CENTRAL}`,
-          `${CENTRAL}; id`,
-          `${CENTRAL}\nid`,
-          "$(id)",
-          "http://elsewhere.example.com",
-        ].map((command) => [["--", "mail-forward", command], 2] as const),
-        [["-s", "mail-forward", "sftp"], 2],
-        [["-W", "127.0.0.1:22", "mail-forward"], 255],
-      ] as const
-    ) {
-      const { code: found, stdout, stderr } = await attempt("ssh", ...remote.ssh, ...args);
-      assert.deepEqual([found, stdout], [code, ""], `${args}: ${stderr}`);
-    }
+    const refused: [args: string[], code: number][] = [
+      [["mail-forward"], 2],
+      [["mail-forward", "id"], 2],
+      [["--", "mail-forward", "--help"], 2],
+      [["--", "mail-forward", `--baseurl ${CENTRAL}`], 2],
+      [["mail-forward", `${CENTRAL}; id`], 2],
+      [["mail-forward", `${CENTRAL}\nid`], 2],
+      [["mail-forward", "$(id)"], 2],
+      [["mail-forward", "http://elsewhere.example.com"], 2],
+      [["-s", "mail-forward", "sftp"], 2],
+      [["-W", "127.0.0.1:22", "mail-forward"], 255],
+    ];
+    await Promise.all(refused.map(async ([args, code]) => {
+      const found = await attempt("ssh", ...remote.ssh, ...args);
+      assert.deepEqual([found.code, found.stdout], [code, ""], `${args}: ${found.stderr}`);
+    }));
     assert.equal(await accepts(remote.httpPort), false);
+
+    await using _session = await forward(remote);
+    const answer = await fetch(`http://127.0.0.1:${remote.httpPort}${CHALLENGE}`, { redirect: "manual" });
+    assert.deepEqual([answer.status, answer.headers.get("location")], [301, CENTRAL + CHALLENGE]);
+    const second = await attempt("ssh", ...remote.ssh, "mail-forward", CENTRAL);
+    assert.equal(second.code, 1);
+    assert.match(second.stderr, /Cannot listen on port \d+ .*taken.*another leforward/);
   },
 });
 
 Deno.test({
-  name:
-    "the upload key puts files and the links between them into its directories, whole and with their modes",
+  name: "the upload key puts files, and links between them, into its directories with their modes",
   ignore,
   async fn() {
     await using remote = await startRemote({ baseUrl: CENTRAL });
     const from = `${remote.directory}/from`;
     await Deno.mkdir(from);
-    await Deno.writeTextFile(`${from}/a.pem`, "first\n", { mode: 0o600 });
     await Deno.symlink("a.pem", `${from}/b.pem`);
-    const files = [`${from}/a.pem`, `${from}/b.pem`];
-    const arrived = (directory: string) => ({
-      names: [...Deno.readDirSync(directory)].filter(({ isDirectory }) => !isDirectory).map(({ name }) =>
-        name
-      ),
-      link: Deno.readLinkSync(`${directory}/b.pem`),
-      mode: Deno.statSync(`${directory}/a.pem`).mode! & 0o7777,
-      text: Deno.readTextFileSync(`${directory}/b.pem`),
-    });
-    const names = (found: { names: string[] }) => found.names.sort();
-    for (
-      const [directory, mode] of [[remote.certificates, 0o644], [
-        `${remote.certificates}/private`,
-        0o640,
-      ]] as const
-    ) {
+    const places: [directory: string, mode: number][] = [
+      [remote.certificates, 0o644],
+      [`${remote.certificates}/private`, 0o640],
+    ];
+    for (const [directory, mode] of places) {
       for (const text of ["first\n", "second\n"]) {
         await Deno.writeTextFile(`${from}/a.pem`, text);
-        const options = ["-avz", `--chmod=F${mode.toString(8)}`];
-        const { code, stderr } = await rsync(remote, ...options, ...files, `mail-upload:${directory}/`);
+        const options = ["-avz", `--chmod=F${mode.toString(8)}`, `${from}/a.pem`, `${from}/b.pem`];
+        const { code, stderr } = await rsync(remote, ...options, `mail-upload:${directory}/`);
         assert.equal(code, 0, stderr);
-        const found = arrived(directory);
-        assert.deepEqual([names(found), found.link, found.mode, found.text], [
-          ["a.pem", "b.pem"],
-          "a.pem",
-          mode,
-          text,
-        ]);
+        assert.equal(Deno.readLinkSync(`${directory}/b.pem`), "a.pem");
+        assert.equal(Deno.readTextFileSync(`${directory}/b.pem`), text);
+        assert.equal(Deno.statSync(`${directory}/a.pem`).mode! & 0o7777, mode);
+        const files = [...Deno.readDirSync(directory)].map(({ name }) => name).sort();
+        assert.deepEqual(files.filter((name) => name !== "private"), ["a.pem", "b.pem"]);
       }
     }
     await Deno.writeTextFile(`${from}/a.pem`, "third\n");
-    const { code, stderr } = await attempt(
-      "scp",
-      ...remote.ssh,
-      "-O",
-      `${from}/a.pem`,
-      `mail-upload:${remote.certificates}`,
-    );
+    const args = [...remote.ssh, "-O", `${from}/a.pem`, `mail-upload:${remote.certificates}`];
+    const { code, stderr } = await attempt("scp", ...args);
     assert.equal(code, 0, stderr);
-    assert.equal(arrived(remote.certificates).text, "third\n");
+    assert.equal(Deno.readTextFileSync(`${remote.certificates}/b.pem`), "third\n");
   },
 });
 
@@ -177,44 +153,42 @@ Deno.test({
     await Deno.symlink(".", `${from}/dot`);
     await Deno.mkdir(`${from}/directory`);
     await Deno.writeTextFile(`${from}/directory/g`, "g\n");
-    const bare = "rsync --server -logDtpre.iLsfxCIvu";
 
-    for (
-      const [what, code, program, ...args] of [
-        ["a shell", 1, "ssh", ...remote.ssh, "mail-upload"],
-        ["a terminal", 255, "ssh", ...remote.ssh, "-tt", "mail-upload", "id"],
-        ["sftp", 1, "ssh", ...remote.ssh, "-s", "mail-upload", "sftp"],
-        ["a forwarded port", 255, "ssh", ...remote.ssh, "-W", "127.0.0.1:22", "mail-upload"],
-        ...[
-          "id",
-          `${bare} . ${outside}`,
-          `${bare} . ${certificates}/../outside`,
-          `${bare} . ${certificates} ${outside}`,
-          `${bare} --daemon . ${certificates}`,
-          `${bare} --sender . ${certificates}`,
-          `${bare} --files-from=${certificates}/secret . ${certificates}`,
-          `${bare} --write-devices . ${certificates}`,
-          `rsync --server; touch ${outside}/x; . ${certificates}`,
-          `rsync --server $(touch ${outside}/x) . ${certificates}`,
-          `rsync --server \`touch ${outside}/x\` . ${certificates}`,
-          `rsync --server -e.\ntouch ${outside}/x\n . ${certificates}`,
-          `touch ${outside}/x; scp -t ${certificates}`,
-          `scp -t ${certificates}; touch ${outside}/x`,
-          `scp -f ${certificates}/secret`,
-          `scp -r -t ${certificates}`,
-          `scp -t -S/bin/sh ${certificates}`,
-          `scp -t ${outside}`,
-        ].map((command) => [command, 1, "ssh", ...remote.ssh, "mail-upload", command]),
-      ] as [string, number, string, ...string[]][]
-    ) {
-      const found = await attempt(program, ...args);
-      assert.deepEqual([found.code, found.stdout], [code, ""], `${what}: ${found.stderr}`);
-    }
-
+    const server = "rsync --server -logDtpre.iLsfxCIvu";
+    const commands = [
+      "id",
+      `${server} . ${outside}`,
+      `${server} . ${certificates}/../outside`,
+      `${server} . ${certificates} ${outside}`,
+      `${server} --daemon . ${certificates}`,
+      `${server} --sender . ${certificates}`,
+      `${server} --files-from=${certificates}/secret . ${certificates}`,
+      `${server} --write-devices . ${certificates}`,
+      `rsync --server; touch ${outside}/x; . ${certificates}`,
+      `rsync --server $(touch ${outside}/x) . ${certificates}`,
+      `rsync --server \`touch ${outside}/x\` . ${certificates}`,
+      `rsync --server -e.\ntouch ${outside}/x\n . ${certificates}`,
+      `touch ${outside}/x; scp -t ${certificates}`,
+      `scp -t ${certificates}; touch ${outside}/x`,
+      `scp -f ${certificates}/secret`,
+      `scp -r -t ${certificates}`,
+      `scp -t -S/bin/sh ${certificates}`,
+      `scp -t ${outside}`,
+    ];
     const to = `mail-upload:${certificates}/`;
-    for (
-      const args of [
-        [to + "secret", from], // reading
+    await Promise.all([
+      ...[
+        ...commands.map((command) => ["mail-upload", command]),
+        ["mail-upload"],
+        ["-tt", "mail-upload", "id"],
+        ["-s", "mail-upload", "sftp"],
+        ["-W", "127.0.0.1:22", "mail-upload"],
+      ].map(async (args) => {
+        const { code, stdout } = await attempt("ssh", ...remote.ssh, ...args);
+        assert.deepEqual([code !== 0, stdout], [true, ""], args.join(" "));
+      }),
+      ...[
+        [`${to}secret`, from],
         ["-a", "--rsync-path=sh -c id; rsync", `${from}/f`, to],
         ["-a", `${from}/f`, `mail-upload:${outside}/`],
         ["-a", `${from}/out`, to],
@@ -222,26 +196,32 @@ Deno.test({
         ["-a", `${from}/dot`, to],
         ["-a", `${from}/directory`, to],
         ["-aR", "--no-implied-dirs", `${from}/./directory/g`, to],
-        ["-aL", `${from}/out/`, `mail-upload:${certificates}/private/../../outside/`],
-      ]
-    ) {
-      const { code } = await rsync(remote, ...args);
-      assert.notEqual(code, 0, args.join(" "));
-    }
-    for (const option of ["--backup-dir", "--temp-dir", "--partial-dir", "--log-file", "--link-dest"]) {
-      await rsync(remote, "-a", `-M${option}=${outside}/x`, `${from}/f`, to);
-    }
-    // links that lay there before, made by whoever owns the directory
-    await Deno.symlink(`${outside}/written`, `${certificates}/f`).catch(() => {});
-    assert.equal((await rsync(remote, "-a", "--inplace", `${from}/f`, to)).code, 0);
-    await Deno.remove(`${certificates}/f`);
-    await Deno.symlink(`${outside}/written`, `${certificates}/f`);
-    assert.equal((await attempt("scp", ...remote.ssh, "-O", `${from}/f`, to)).code, 0);
+      ].map(async (args) => {
+        const { code } = await rsync(remote, ...args);
+        assert.notEqual(code, 0, args.join(" "));
+      }),
+      // paths outside mean paths inside, or are refused
+      ...["--backup-dir", "--temp-dir", "--partial-dir", "--log-file", "--link-dest"].map((option) =>
+        rsync(remote, "-a", `-M${option}=${outside}/x`, `${from}/f`, to)
+      ),
+    ]);
 
+    // a link that lies there is replaced, never written through
+    for (
+      const upload of [() => rsync(remote, "-a", "--inplace", `${from}/f`, to), () => {
+        return attempt("scp", ...remote.ssh, "-O", `${from}/f`, to);
+      }]
+    ) {
+      await Deno.remove(`${certificates}/f`).catch(() => {});
+      await Deno.symlink(`${outside}/f`, `${certificates}/f`);
+      const { code, stderr } = await upload();
+      assert.equal(code, 0, stderr);
+      assert.ok(Deno.lstatSync(`${certificates}/f`).isFile);
+    }
     assert.deepEqual([...Deno.readDirSync(outside)], []);
-    const left = [...Deno.readDirSync(certificates)].map(({ name }) => name).sort();
-    assert.deepEqual(left.filter((name) => !["x", "private"].includes(name)), ["f", "secret"]);
-    assert.equal(await Deno.readTextFile(`${certificates}/f`), "f\n");
+    assert.equal(await Deno.readTextFile(`${certificates}/secret`), "secret\n");
+    const links = [...Deno.readDirSync(certificates)].filter(({ isSymlink }) => isSymlink);
+    assert.deepEqual(links, []);
   },
 });
 
@@ -250,10 +230,10 @@ Deno.test({
   ignore,
   async fn() {
     await using remote = await startRemote({ baseUrl: CENTRAL, reload: "echo reloaded" });
-    for (const command of [[], ["id"], ["$(id)"]]) {
+    await Promise.all([[], ["id"], ["$(id)"]].map(async (command) => {
       const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-nginx", ...command);
       assert.deepEqual([code, stdout], [0, "reloaded\n"]);
-    }
+    }));
   },
 });
 
@@ -265,12 +245,12 @@ Deno.test({
       baseUrl: CENTRAL,
       keys: (text) => text.replace("restrict,command", "restrict,pty,command"), // the first, which is forward
     });
-    type Session = Awaited<ReturnType<typeof forward>>;
-    const killClient = ({ pid }: Session) => kill(pid, "SIGKILL");
-    const endClient = ({ pid }: Session) => kill(pid, "SIGTERM");
-    const killServer = async () => (await remote.sessions()).forEach((pid) => kill(pid, "SIGKILL"));
     await using relay = startRelay(remote.port);
+    type Session = Awaited<ReturnType<typeof forward>>;
+    const killClient = ({ child }: Session) => kill(child.pid, "SIGKILL");
+    const endClient = ({ child }: Session) => kill(child.pid, "SIGTERM");
     const dropConnection = () => relay.drop();
+    const killServer = async () => (await remote.sessions()).forEach((pid) => kill(pid, "SIGKILL"));
     const closeInput = async ({ child }: Session) => {
       await new Promise((resolve) => setTimeout(resolve, 400)); // else it was never open
       await child.stdin.close();
@@ -294,12 +274,206 @@ Deno.test({
       await t.step(name, async () => {
         await using session = await forward(remote, [`-oPort=${relay.port}`, ...options], stdin);
         await end(session);
-        const milliseconds = await until(
-          async () => !await accepts(remote.httpPort),
-          `leforward is still there`,
-        );
-        assert.ok(milliseconds < 2000, `${milliseconds} ms`);
+        const taken = await until(async () => !await accepts(remote.httpPort), "leforward is still there");
+        assert.ok(taken < 2000, `${taken} ms`);
       });
     }
+  },
+});
+
+/** nginx as the remote user, with what was uploaded: by RSA and EC, one server a name. */
+async function startNginx(remote: Remote, port: number, names: readonly string[]) {
+  const { directory, certificates } = remote;
+  const home = `${directory}/nginx`;
+  await Deno.mkdir(home);
+  const servers = names.map((name) =>
+    `server { listen 127.0.0.1:${port} ssl; server_name ${name};` +
+    ["rsa2048", "prime256v1"].map((tag) => `
+      ssl_certificate ${certificates}/${name}-cert-combined.${tag}.test.pem;
+      ssl_certificate_key ${certificates}/private/${name}-key.${tag}.test.pem;`).join("") + " }"
+  );
+  const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+  await Deno.writeTextFile(
+    `${home}/nginx.conf`,
+    `pid ${home}/pid; error_log ${home}/error.log; daemon off;
+events {}
+http { access_log off; ${paths.map((path) => `${path}_temp_path ${home}/${path};`).join(" ")}
+  ${servers.join("\n  ")} }
+`,
+  );
+  // something to start with, as a host has that gets its first certificate
+  for (const [tag, key] of [["rsa2048", "rsa:2048"], ["prime256v1", "ec"]] as const) {
+    const options = key === "ec"
+      ? ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+      : ["-newkey", key];
+    for (const name of names) {
+      const out = [
+        `${certificates}/private/${name}-key.${tag}.test.pem`,
+        `${certificates}/${name}-cert-combined.${tag}.test.pem`,
+      ] as const;
+      await run(
+        "openssl",
+        "req",
+        "-x509",
+        "-nodes",
+        ...options,
+        "-subj",
+        "/CN=old",
+        "-keyout",
+        out[0],
+        "-out",
+        out[1],
+      );
+    }
+  }
+  await run("chown", "-R", remote.user, home, certificates);
+  const child = new Deno.Command(find("nginx")!, {
+    args: ["-c", `${home}/nginx.conf`, "-e", `${home}/error.log`],
+    uid: Number(await run("id", "-u", remote.user)),
+    stdin: "null",
+  }).spawn();
+  await until(() => accepts(port), "nginx does not answer");
+  return {
+    async [Symbol.asyncDispose]() {
+      kill(child.pid, "SIGTERM");
+      await child.status;
+    },
+  };
+}
+
+/** The serial number of the certificate that `name` is served with, of one key type. */
+function served(port: number, name: string, keyType: "RSA" | "ECDSA"): Promise<string> {
+  return new Promise((resolve, reject) => {
+    // looked at, not trusted; TLS 1.2 because its cipher names the key type
+    const options = {
+      servername: name,
+      rejectUnauthorized: false,
+      maxVersion: "TLSv1.2",
+      ciphers: `ECDHE-${keyType}-AES128-GCM-SHA256`,
+    } as const;
+    const socket = connect(port, "127.0.0.1", options, () => {
+      resolve(socket.getPeerCertificate().serialNumber);
+      socket.end();
+    });
+    socket.once("error", reject);
+  });
+}
+
+Deno.test({
+  name:
+    "certificates go the whole way to a remote host, and again with new keys; a host that is down is alone in it",
+  ignore,
+  async fn(t) {
+    const tls = freePort();
+    await using remote = await startRemote({
+      baseUrl: CENTRAL,
+      reload: `exec ${find("nginx")} -q -s reload -c $HOME/nginx/nginx.conf -e $HOME/nginx/error.log`,
+    });
+    const { certificates, directory } = remote;
+    const names = ["mail.example.com", "imap.example.com", "smtp.example.com"];
+    await using _nginx = await startNginx(remote, tls, names);
+    await Deno.mkdir(`${directory}/drop`);
+    await Deno.mkdir(`${directory}/conf`);
+    await using webroot = startWebroot(`${directory}/drop`);
+    using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 }); // accepts connections and says nothing
+    const ports: Record<string, number> = {
+      "central.example.com": webroot.port,
+      "down.example.com": freePort(),
+    };
+    const switches: Switches = {
+      resolve: (name) => ({ hostname: "127.0.0.1", port: ports[name] ?? remote.httpPort }),
+      reuse: "none",
+    };
+    await using ca = await startCa(switches);
+    const ssh = `ssh ${remote.ssh.join(" ")}`;
+    const files = {
+      "lematt.conf": `[config]
+challengeDropDir: ${directory}/drop
+accountKey: account.key
+alwaysGenerateNewKeys: yes
+generateNewCertsAfterDays: 4
+testDirectory: ${ca.directoryUrl}
+caBundle: ${ca.caBundleFile}
+`,
+      domains: "mail.example.com\nimap.example.com smtp.example.com\ndown.example.com\n",
+      "actions.conf": `[mail]
+domains: ${names.join(" ")}
+prepare: ["${ssh} mail-forward ${CENTRAL}"]
+uploadCerts: ["rsync -avz -e '${ssh}' --chmod=F644 CERTS mail-upload:${certificates}/"]
+uploadKeys: ["rsync -avz -e '${ssh}' --chmod=F640 KEYS mail-upload:${certificates}/private/"]
+update: ["${ssh} mail-reload-nginx"]
+verify: ["127.0.0.1:${tls}#mail.example.com", "127.0.0.1:${tls}#imap.example.com", "127.0.0.1:${tls}#smtp.example.com"]
+
+[down]
+domains: down.example.com
+prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${CENTRAL}"]
+`,
+    };
+    for (const [name, text] of Object.entries(files)) {
+      await Deno.writeTextFile(`${directory}/conf/${name}`, text);
+    }
+    // the program with the world put on loopback
+    await Deno.writeTextFile(
+      `${directory}/lematt.ts`,
+      `import { main } from ${JSON.stringify(new URL("../lematt.ts", import.meta.url).href)};
+const ports = ${JSON.stringify(ports)};
+const [days, ...args] = Deno.args;
+Deno.exit(await main(args, {
+  route: (host, port) => Promise.resolve([{ address: "127.0.0.1", port: ports[host] ?? (host === "127.0.0.1" ? port : ${remote.httpPort}) }]),
+  now: () => new Date(Date.now() + Number(days) * 86400_000),
+}));
+`,
+    );
+    const lematt = (days: number) => {
+      const config = new URL("../deno.json", import.meta.url).pathname;
+      const args = ["run", "-q", "--no-prompt", "--config", config, "-P=lematt", `${directory}/lematt.ts`];
+      return new Deno.Command(Deno.execPath(), {
+        args: [...args, `${days}`, "--test", "--config", `${directory}/conf`],
+        stdin: "null",
+        stdout: "piped",
+        stderr: "piped",
+      }).spawn();
+    };
+
+    let before: string[] = [];
+    for (const days of [0, 5]) {
+      await t.step(days === 0 ? "first certificates" : "renewal with new keys", async () => {
+        ca.advance(days * 86400_000);
+        const { code, stdout, stderr } = await lematt(days).output();
+        const told = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+        assert.equal(code, 1, told);
+        console.log(told);
+        const after: string[] = [];
+        for (const name of names) {
+          for (const keyType of ["RSA", "ECDSA"] as const) after.push(await served(tls, name, keyType));
+        }
+        const issued = ca.issued.slice(-4).map(({ serial }) => serial);
+        assert.deepEqual(new Set(after), new Set(issued), told);
+        assert.ok(before.every((serial) => !after.includes(serial)));
+        before = after;
+        for (const { name, isFile } of Deno.readDirSync(certificates)) {
+          if (isFile) assert.equal(Deno.statSync(`${certificates}/${name}`).mode! & 0o777, 0o644, name);
+        }
+        for (const { name, isFile } of Deno.readDirSync(`${certificates}/private`)) {
+          if (isFile) {
+            assert.equal(Deno.statSync(`${certificates}/private/${name}`).mode! & 0o777, 0o640, name);
+          }
+        }
+        assert.deepEqual([...Deno.readDirSync(`${directory}/drop`)], []);
+        await until(async () => !await accepts(remote.httpPort), "leforward is still there");
+      });
+    }
+
+    await t.step("lematt is killed while it holds the redirect", async () => {
+      ca.advance(5 * 86400_000);
+      switches.validationDelayMs = 10_000;
+      const child = lematt(10);
+      await until(() => accepts(remote.httpPort), "leforward does not answer");
+      child.kill("SIGKILL");
+      await child.output();
+      const taken = await until(async () => !await accepts(remote.httpPort), "leforward is still there");
+      assert.ok(taken < 2000, `${taken} ms`);
+    });
+    assert.deepEqual(ca.violations, []);
   },
 });

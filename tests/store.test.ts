@@ -21,6 +21,7 @@ import { type Ca, startCa } from "./ca.ts";
 
 const NOW = new Date();
 const DAY = 86_400_000;
+const NOTHING = { failures: {}, revoked: {}, hold: new Date(0), suggested: new Map(), nextRun: NOW };
 
 /** A configuration over a temporary directory that is removed with it. */
 function configure(...lines: string[][]): Config & Disposable {
@@ -182,7 +183,7 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
     using store = Store.open(config, "prod", NOW);
     const inventory = readInventory(config, "prod");
     for (const entry of inventory) store.link(entry);
-    const { tasks, kept } = plan(config, inventory, NOW, { failures: {}, revoked: {}, hold: new Date(0) });
+    const { tasks, kept } = plan(config, inventory, NOW, NOTHING);
     assert.equal(tasks.length, 0);
     assert.equal(kept.length, 6);
   }
@@ -281,12 +282,15 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
   using config = configure(["example.com"]);
   {
     using store = Store.open(config, "test", NOW);
-    store.state.accounts["https://ca key"] = "https://ca/account/1";
+    store.state.accounts["https://ca key"] = { url: "https://ca/account/1", contact: [], issuers: [] };
     await Promise.all([store.saveState(), store.saveState(), store.saveState()]);
-    store.state.accounts["https://ca other"] = "https://ca/account/2";
+    store.state.accounts["https://ca other"] = { url: "https://ca/account/2", contact: [], issuers: [] };
     await store.saveState();
   }
-  const accounts = { "https://ca key": "https://ca/account/1", "https://ca other": "https://ca/account/2" };
+  const accounts = {
+    "https://ca key": { url: "https://ca/account/1", contact: [], issuers: [] },
+    "https://ca other": { url: "https://ca/account/2", contact: [], issuers: [] },
+  };
   assert.deepEqual(readState(config, "test"), { ...emptyState(), accounts });
   const path = join(config.directory, "test/state.json");
   assert.equal(modeOf(path), 0o600);

@@ -1,0 +1,100 @@
+/**
+ * Looks at TXT records where a CA does: at the authoritative servers of their zone, behind any CNAME.
+ *
+ * RFC 8555 §8.4 (dns-01), RFC 1034 §3.6.2 (CNAME). Reads the DNS and changes nothing; an answer is compared and quoted,
+ * never obeyed.
+ */
+
+import type { Destination } from "./reach.ts";
+import { oneLine } from "./text.ts";
+
+/** Records of one type at a name, the parts of a TXT joined; empty where there are none. Throws where nobody answers. */
+export type Query = (
+  name: string,
+  type: "A" | "AAAA" | "CNAME" | "NS" | "TXT",
+  server?: Destination,
+) => Promise<string[]>;
+
+/** Asks the system's resolver, or one server. */
+export const systemQuery: Query = async (name, type, server) => {
+  const options = server && { nameServer: { ipAddr: server.address, port: server.port } };
+  try {
+    const records = await Deno.resolveDns(`${name}.`, type as "TXT", options);
+    return records.map((record) => [record].flat().join(""));
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return [];
+    throw error;
+  }
+};
+
+/** A delegation by CNAME has one step, two at the most; what is longer is a loop. */
+const MOST_ALIASES = 8;
+
+/**
+ * Undefined where every authoritative server of `name` has a TXT record that is `wanted`, else which of them has not.
+ * One address of a server that answers right is enough.
+ */
+export async function txtFault(
+  name: string,
+  wanted: (text: string) => boolean,
+  query: Query,
+): Promise<string | undefined> {
+  try {
+    const target = await aliasOf(name, query);
+    const servers = await authoritativeServers(target, query);
+    const faults = await Promise.all(
+      servers.map(({ server, addresses }) => serverFault(server, addresses, target, wanted, query)),
+    );
+    return faults.find((fault) => fault !== undefined);
+  } catch (error) {
+    return `cannot look up ${name}: ${oneLine((error as Error).message)}`;
+  }
+}
+
+async function serverFault(
+  server: string,
+  addresses: readonly string[],
+  name: string,
+  wanted: (text: string) => boolean,
+  query: Query,
+): Promise<string | undefined> {
+  let fault = `${server} has no address`;
+  for (const address of addresses) {
+    try {
+      const texts = await query(name, "TXT", { address, port: 53 });
+      if (texts.some(wanted)) return undefined;
+      fault = `${server} has ${texts.length === 0 ? "no TXT record" : "other TXT records"} at ${name}`;
+    } catch {
+      fault = `${server} (${address}) does not answer`;
+    }
+  }
+  return fault;
+}
+
+/** Where a name leads to by CNAME, itself where it leads nowhere. */
+async function aliasOf(name: string, query: Query): Promise<string> {
+  let target = name;
+  for (let step = 0; step < MOST_ALIASES; step++) {
+    const [next] = await query(target, "CNAME");
+    if (next === undefined) return target;
+    target = next.replace(/\.$/, "");
+  }
+  throw new Error(`more than ${MOST_ALIASES} CNAMEs in a row`);
+}
+
+/** The servers of the closest zone above a name, each with its addresses. */
+async function authoritativeServers(
+  name: string,
+  query: Query,
+): Promise<{ server: string; addresses: string[] }[]> {
+  for (let zone = name; zone.includes("."); zone = zone.slice(zone.indexOf(".") + 1)) {
+    const servers = await query(zone, "NS");
+    if (servers.length === 0) continue;
+    return await Promise.all(servers.map(async (entry) => {
+      const server = entry.replace(/\.$/, "");
+      const [v4, v6] = await Promise.all([query(server, "A"), query(server, "AAAA").catch(() => [])]);
+      return { server, addresses: [...v4, ...v6] };
+    }));
+  }
+  throw new Error("no name servers");
+}

@@ -176,15 +176,15 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
 
 /**
  * Ends the process when standard input closes after having been open. One that is closed from the start (cron,
- * systemd, `ssh -n`, which takes some milliseconds to tell) was never open. A terminal is left alone: it tells by
- * HUP, and who reads it in the background is stopped.
+ * systemd, `ssh -n`: seen within a millisecond) was never open. A terminal is left alone: it tells by HUP, and
+ * who reads it in the background is stopped.
  */
 async function watchInput(): Promise<void> {
   if (Deno.stdin.isTerminal()) return;
   const since = Date.now();
   const ignored = new Uint8Array(512);
   while (await Deno.stdin.read(ignored).catch(() => null) !== null);
-  if (Date.now() - since > 250) end("its standard input is closed");
+  if (Date.now() - since > 100) end("its standard input is closed");
 }
 
 if (Deno.args.includes("--help")) {

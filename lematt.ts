@@ -9,7 +9,17 @@ import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts
 import { systemQuery } from "./lib/dns.ts";
 import { systemRoute } from "./lib/reach.ts";
 import { errorText, noticeText, Report, revocationText } from "./lib/report.ts";
-import { preview, revocable, revoke, rollover, run, status, type Tell, type World } from "./lib/run.ts";
+import {
+  adviceFor,
+  preview,
+  revocable,
+  revoke,
+  rollover,
+  run,
+  status,
+  type Tell,
+  type World,
+} from "./lib/run.ts";
 import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
 
 const VERSION = "0.1.0";
@@ -145,6 +155,9 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
   }
   if (options.mode === undefined || options.check) {
     for (const warning of config.warnings) out(`${noticeText(warning)}\n`);
+    for (const mode of options.mode === undefined ? ["prod", "test"] as const : [options.mode]) {
+      for (const text of await adviceFor(config, mode)) out(`${text}\n`);
+    }
     out(`${config.file}: ${config.lines.length} lines of domains, no faults\n`);
     return 0;
   }
@@ -206,7 +219,7 @@ async function act(
   }
   for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
   if (options.plan) {
-    report.finish(preview(config, mode, retry, world, tell));
+    report.finish(await preview(config, mode, retry, world, tell));
     return 0;
   }
   if (options.revoke !== undefined) {

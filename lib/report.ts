@@ -16,7 +16,13 @@ import type { Certificate } from "./x509.ts";
 export type Event =
   | { readonly kind: "notice"; readonly text: string }
   | { readonly kind: "account key"; readonly path: string; readonly how: "made" | "changed" }
-  | { readonly kind: "plan"; readonly plan: Plan; readonly owed: Readonly<Record<string, Debt>> }
+  | {
+    readonly kind: "plan";
+    readonly plan: Plan;
+    readonly owed: Readonly<Record<string, Debt>>;
+    /** DNS records that must stand, as lines of a zone file. */
+    readonly records: readonly string[];
+  }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "task"; readonly task: Task }
   | { readonly kind: "no CA"; readonly error: Error; readonly tasks: readonly Task[] }
@@ -72,6 +78,11 @@ export function noticeText({ file, line, text, hint }: Notice): string {
 /** A certificate's names, short: the primary and how many more there are. */
 export function nameText(names: readonly string[]): string {
   return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
+}
+
+/** The certificates of one line, with their key types. */
+function keyTypesText(due: readonly Due[]): string {
+  return `${nameText(due[0]!.entry.line.names)} (${due.map(({ entry }) => entry.keyType).join(", ")})`;
 }
 
 /** Why a certificate is issued. */
@@ -236,10 +247,7 @@ export class Report {
 
   /** Takes in one event and says of it what there is to say. */
   tell(event: Event): void {
-    if (this.manner.json) {
-      this.#events.push(event);
-      return;
-    }
+    if (this.manner.json) this.#events.push(event);
     this.#clearProgress();
     switch (event.kind) {
       case "notice":
@@ -250,6 +258,7 @@ export class Report {
         break;
       case "plan":
         this.#sayPlan(event.plan, event.owed);
+        for (const record of event.records) this.#say(`place   ${record}`);
         break;
       case "begin":
         this.#progress.tasks = event.tasks.length;
@@ -257,23 +266,20 @@ export class Report {
       case "task":
         this.#progress.begun++;
         break;
-      case "no CA":
-        this.#fail(
-          `${count(event.tasks.length, "line")} of domains, from ${nameText(event.tasks[0]!.line.names)} on`,
-          event.error,
-        );
+      case "no CA": {
+        const [first] = event.tasks;
+        const lines = `${count(event.tasks.length, "line")} of domains, from ${
+          nameText(first!.line.names)
+        } on`;
+        this.#fail(lines, event.error);
         break;
+      }
       case "issued":
         this.#issued.push(event);
         break;
       case "failed":
         this.#progress.failed++;
-        this.#fail(
-          `${nameText(event.due[0]!.entry.line.names)} (${
-            event.due.map(({ entry }) => entry.keyType).join(", ")
-          })`,
-          event.error,
-        );
+        this.#fail(keyTypesText(event.due), event.error);
         break;
       case "end":
         this.#progress.done++;
@@ -369,35 +375,32 @@ export class Report {
     this.#clearProgress();
     const { due, issued, failed, kept, waiting, owed } = summary;
     const debts = Object.entries(owed);
+    const capped = kept.filter(({ rule }) => rule === "expiry, capped").length;
+    if (capped > 0) {
+      this.#say(
+        `note    reauthorizeDays is capped for ${count(capped, "certificate")}: none is renewed ` +
+          `with more than two thirds of its life left (half, if that is under ten days)`,
+      );
+    }
+    this.#sayWaiting(waiting);
+    for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
+    const next = kept.reduce<Kept | undefined>(
+      (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
+      undefined,
+    );
+    const parts = [
+      due > 0 ? `${due} due` : issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
+      failed > 0 ? `${failed} failed` : "",
+      waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
+      `${kept.length} kept`,
+      debts.length > 0 ? `${count(debts.length, "delivery").replace("deliverys", "deliveries")} owed` : "",
+      next === undefined
+        ? ""
+        : `next renewal ${dateText(next.renewAt)} (${nameText(next.entry.line.names)} ${next.entry.keyType})`,
+    ];
+    this.#say(parts.filter((part) => part !== "").join(", "));
     if (this.manner.json) {
       this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
-    } else {
-      const capped = kept.filter(({ rule }) => rule === "expiry, capped").length;
-      if (capped > 0) {
-        this.#say(
-          `note    reauthorizeDays is capped for ${count(capped, "certificate")}: none is renewed ` +
-            `with more than two thirds of its life left (half, if that is under ten days)`,
-        );
-      }
-      this.#sayWaiting(waiting);
-      for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
-      const next = kept.reduce<Kept | undefined>(
-        (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
-        undefined,
-      );
-      const parts = [
-        due > 0 ? `${due} due` : issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
-        failed > 0 ? `${failed} failed` : "",
-        waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
-        `${kept.length} kept`,
-        debts.length > 0 ? `${count(debts.length, "delivery").replace("deliverys", "deliveries")} owed` : "",
-        next === undefined
-          ? ""
-          : `next renewal ${dateText(next.renewAt)} (${
-            nameText(next.entry.line.names)
-          } ${next.entry.keyType})`,
-      ];
-      this.#say(parts.filter((part) => part !== "").join(", "));
     }
     return failed > 0 || waiting.length > 0 || debts.length > 0 ? 1 : 0;
   }
@@ -426,8 +429,9 @@ export class Report {
     this.manner.err(`${text}\n`);
   }
 
-  /** Standard output; held back under --cron until something has changed. */
+  /** Standard output for people; held back under --cron until something has changed. */
   #say(text: string): void {
+    if (this.manner.json) return; // told by the document
     if (this.#quiet) this.#held.push(text);
     else this.manner.out(`${text}\n`);
   }

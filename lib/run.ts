@@ -6,9 +6,10 @@
  */
 
 import { basename } from "node:path";
-import { accountName, connect, type Connecting, register, rollOver } from "./account.ts";
+import { accountName, connect, type Connecting, register, rememberedAccount, rollOver } from "./account.ts";
 import { type AcmeClient, AcmeError, limitsNames } from "./acme.ts";
 import { CommandError, PrepareCommands } from "./actions.ts";
+import { caaRecord, comingLives, recordsToPlace } from "./advice.ts";
 import { dueAlerts, expiring, send } from "./alert.ts";
 import { ChallengeError, Challenges, cleanUp } from "./challenge.ts";
 import type { Config, Mode } from "./config.ts";
@@ -58,21 +59,34 @@ export interface World {
 export type Tell = (event: Event) => void;
 
 /** What a run would do. Touches neither the CA nor the disk. */
-export function preview(
+export async function preview(
   config: Config,
   mode: Mode,
   retry: boolean,
   world: Pick<World, "now">,
   tell: Tell,
-): Summary {
+): Promise<Summary> {
   const state = stateToRead(config, mode, tell);
   const inventory = readInventory(config, mode);
   const now = world.now();
   const memory = memoryOf(state, config, mode, identified(inventory, now), now, retry);
   const decided = plan(config, inventory, now, memory);
-  tell({ kind: "plan", plan: decided, owed: state.owed });
+  const standing = config.sections.some(({ challenge }) => challenge === "dns-persist-01");
+  const records = standing ? recordsToPlace(config, await rememberedAccount(config, mode, state)) : [];
+  tell({ kind: "plan", plan: decided, owed: state.owed, records });
   const due = decided.tasks.flatMap((task) => task.due).length;
   return { due, issued: 0, failed: 0, ...decided, owed: state.owed };
+}
+
+/** What to do outside lematt for one mode, and what is coming. */
+export async function adviceFor(config: Config, mode: Mode): Promise<string[]> {
+  const state = readState(config, mode);
+  const account = "unusable" in state ? undefined : await rememberedAccount(config, mode, state);
+  return [
+    ...comingLives(config, mode).map((text) => `coming  ${text}`),
+    ...recordsToPlace(config, account).map((record) => `place   ${record}  (--${mode})`),
+    ...account === undefined ? [] : [`advised ${caaRecord(config, account)}  (--${mode}, at each name)`],
+  ];
 }
 
 /** How everything stands. Looks at the endpoints unless `offline`; changes nothing. */
@@ -163,7 +177,13 @@ export async function run(
   const inventory = readInventory(config, mode);
   for (const entry of inventory) if (entry.finding.kind === "present") store.link(entry);
   const certFile = (entry: Entry) => basename(filesOf(config, mode, entry).cert);
-  for (const what of dropForgotten(state, config, new Set(inventory.map(certFile)))) {
+  for (
+    const what of dropForgotten(
+      state,
+      config,
+      new Map(inventory.map((entry) => [certFile(entry), entry.line])),
+    )
+  ) {
     tell({ kind: "notice", text: `nothing is owed any more for ${what}: it is not in the configuration` });
   }
   const certificates = identified(inventory, world.now());
@@ -184,6 +204,7 @@ export async function run(
     for (const delivery of await deliveries.deliver(sections)) tell({ kind: "delivery", delivery });
   };
   const overdue = carry(retry ? Object.keys(state.owed) : owing(state, world.now()));
+  overdue.catch(() => {}); // heard below, once the issuing has come to its end, too
 
   const connecting = connectingFor(config, mode, store, world, tell);
   let opened: Promise<AcmeClient> | undefined;
@@ -201,10 +222,14 @@ export async function run(
     renewed.set(entry, { ...entry, finding: { kind: "present", certificate: issued.certificate } });
     for (const { name } of entry.line.sections) fresh.add(name);
   };
-  const { failed, held } = await issueAll(decided.tasks, running, keep);
-  store.clearNotes();
+  const issuing = issueAll(decided.tasks, running, keep).then(async (issued) => {
+    store.clearNotes();
+    await carry([...fresh]);
+    return issued;
+  });
+  await Promise.allSettled([overdue, issuing]);
   await overdue;
-  await carry([...fresh]);
+  const { failed, held } = await issuing;
   const unsent = await alert(config, current(), store, world, tell);
   await store.saveState();
   const waiting = [...decided.waiting, ...held];

@@ -187,6 +187,8 @@ export class AcmeClient {
   readonly #nonces: Nonces;
   readonly #hosts: Set<string>;
   #account: Promise<string> | undefined;
+  /** The account that took the place of one that the CA has forgotten. */
+  #successor: Promise<string> | undefined;
 
   private constructor(
     readonly directory: Directory,
@@ -241,16 +243,20 @@ export class AcmeClient {
    * whose contact is not the configured one any more is updated (§7.3.2).
    */
   account(): Promise<string> {
-    return this.#account ??= this.#rememberedAccount() ?? this.#newAccount();
+    return this.#account ??= this.#rememberedAccount();
   }
 
-  #rememberedAccount(): Promise<string> | undefined {
+  async #rememberedAccount(): Promise<string> {
     const { known, contact } = this.registration;
-    if (known === undefined) return undefined;
-    if (known.contact.join() === contact.join()) return Promise.resolve(known.url);
-    const account = Promise.resolve(known.url);
-    this.#account = account; // signs the update
-    return this.#post("update the account", known.url, { contact }).then(() => account);
+    if (known === undefined) return await this.#newAccount();
+    if (known.contact.join() === contact.join()) return known.url;
+    try {
+      await this.#post("update the account", known.url, { contact }, { kid: known.url });
+      return known.url;
+    } catch (error) {
+      if (!(error instanceof AcmeError) || error.problem?.type !== "accountDoesNotExist") throw error;
+      return await this.#newAccount();
+    }
   }
 
   async #newAccount(): Promise<string> {
@@ -458,12 +464,15 @@ export class AcmeClient {
     return this.#post(step, url, undefined, "kid", accept);
   }
 
-  /** RFC 8555 §6.2: one signed request, with a fresh nonce for every try. Throws AcmeError for whatever is not 2xx. */
+  /**
+   * RFC 8555 §6.2: one signed request, with a fresh nonce for every try. `signer` is the account (of this client, or
+   * a certain one) or the bare key. Throws AcmeError for whatever is not 2xx.
+   */
   async #post(
     step: string,
     url: string,
     payload: object | undefined,
-    signer: "kid" | "jwk" = "kid",
+    signer: "kid" | { readonly kid: string } | "jwk" = "kid",
     accept?: string,
   ): Promise<Answer> {
     const { transport, key } = this;
@@ -474,8 +483,8 @@ export class AcmeClient {
       for (;;) {
         const account = signer === "kid" ? await this.account() : undefined;
         const response = await this.#nonces.use(async (nonce) => {
-          const signer = account === undefined ? { jwk: key.publicJwk } : { kid: account };
-          const body = await sign(key, payload, { alg: key.alg, nonce, url, ...signer });
+          const by = signer === "kid" ? { kid: account } : signer === "jwk" ? { jwk: key.publicJwk } : signer;
+          const body = await sign(key, payload, { alg: key.alg, nonce, url, ...by });
           return await exchange(step, url, {
             method: "POST",
             headers: { "content-type": "application/jose+json", ...(accept && { accept }) },
@@ -486,11 +495,11 @@ export class AcmeClient {
         const error = refusal(step, url, response, transport);
         if (error.problem?.type === "badNonce" && ++badNonces < BAD_NONCE_ATTEMPTS) continue;
         // a remembered account that the CA no longer knows: register, once, and go on
-        const forgotten = error.problem?.type === "accountDoesNotExist" &&
+        const forgotten = error.problem?.type === "accountDoesNotExist" && account !== undefined &&
           account === this.registration.known?.url;
         if (forgotten && !registeredAnew) {
           registeredAnew = true;
-          if (await this.#account === account) this.#account = this.#newAccount();
+          this.#account = this.#successor ??= this.#newAccount();
           continue;
         }
         throw error;

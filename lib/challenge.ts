@@ -113,8 +113,8 @@ export class Challenges {
       isIP(name) === 6 ? `[${name}]` : name
     }/.well-known/acme-challenge/${challenge.token}`;
     await this.#preflight(name, PREFLIGHT_SECONDS, HTTP_PAUSE_MS, async () => {
-      const fault = await fetchAsCa(url, content, this.answering.route);
-      if (fault !== undefined) dead.signal.throwIfAborted();
+      const fault = await fetchAsCa(url, content, this.answering.route, this.answering.signal);
+      if (fault !== undefined && config.preflight !== "warn") dead.signal.throwIfAborted();
       return fault;
     });
   }
@@ -250,9 +250,11 @@ async function runAll(
 function dropFile(path: string, content: string): Disposable {
   removeIfThere(path); // left by a run that was cut off: a CA offers a pending authorization's token again
   using file = Deno.openSync(path, { write: true, createNew: true, mode: 0o644 });
+  using made = new DisposableStack();
+  made.defer(() => removeIfThere(path));
   file.writeSync(new TextEncoder().encode(content));
   Deno.chmodSync(path, 0o644);
-  return { [Symbol.dispose]: () => removeIfThere(path) };
+  return made.move();
 }
 
 function removeIfThere(path: string): void {

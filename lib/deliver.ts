@@ -66,11 +66,16 @@ const MOST_COMMANDS = 32;
 const HOUR_MS = 3_600_000;
 const LONGEST_PAUSE_MS = 24 * HOUR_MS;
 
+/** What a certificate is called in the ledger: the base name of its file. */
+export function certFile(config: Config, mode: Mode, entry: Entry): string {
+  return basename(filesOf(config, mode, entry).cert);
+}
+
 /** Notes what the sections of a line owe for a new certificate. To be kept before the certificate takes its place. */
-export function owe(state: State, line: Line, certFile: string, fingerprint: string, now: Date): void {
+export function owe(state: State, line: Line, file: string, fingerprint: string, now: Date): void {
   for (const section of line.sections.filter(carries)) {
     const debt = state.owed[section.name] ??= { since: now.toISOString(), certificates: {}, attempts: 0 };
-    debt.certificates[certFile] = fingerprint;
+    debt.certificates[file] = fingerprint;
     debt.attempts = 0;
     delete debt.retryAt;
   }
@@ -103,10 +108,10 @@ export function dropForgotten(state: State, config: Config, lines: ReadonlyMap<s
       dropped.push(`section [${name}]`);
       continue;
     }
-    for (const certFile of Object.keys(debt.certificates)) {
-      if (lines.get(certFile)?.sections.includes(section)) continue;
-      delete debt.certificates[certFile];
-      dropped.push(`${certFile} in section [${name}]`);
+    for (const file of Object.keys(debt.certificates)) {
+      if (lines.get(file)?.sections.includes(section)) continue;
+      delete debt.certificates[file];
+      dropped.push(`${file} in section [${name}]`);
     }
     if (Object.keys(debt.certificates).length === 0) delete state.owed[name];
   }
@@ -147,8 +152,8 @@ export class Deliveries {
    * have uploaded.
    */
   async deliver(names: readonly string[]): Promise<Delivery[]> {
-    const { config, store } = this.delivering;
-    const known = new Map(this.delivering.inventory().map((entry) => [this.#certFile(entry), entry]));
+    const { config, mode, store } = this.delivering;
+    const known = new Map(this.delivering.inventory().map((entry) => [certFile(config, mode, entry), entry]));
     const carried = config.sections.filter(({ name }) =>
       names.includes(name) && store.state.owed[name] !== undefined
     )
@@ -178,14 +183,10 @@ export class Deliveries {
     });
   }
 
-  #certFile(entry: Entry): string {
-    return basename(filesOf(this.delivering.config, this.delivering.mode, entry).cert);
-  }
-
   #carrying(section: Section, known: ReadonlyMap<string, Entry>): Carrying {
     const { store } = this.delivering;
     const debt = store.state.owed[section.name]!;
-    const entries = Object.keys(debt.certificates).map((certFile) => known.get(certFile))
+    const entries = Object.keys(debt.certificates).map((file) => known.get(file))
       .filter((entry) => entry?.finding.kind === "present") as Entry[];
     const paths = entries.map((entry) => store.pathsOf(entry));
     const values = {
@@ -233,14 +234,14 @@ export class Deliveries {
 
   /** Waits for a section and enters in the ledger what came of it. */
   async #settle({ section, debt, entries, owed, ran, served, updated }: Carrying): Promise<Delivery> {
-    const { store } = this.delivering;
+    const { config, mode, store } = this.delivering;
     const since = new Date(debt.since);
     let error: Error | undefined;
     try {
       await updated;
-      for (const certFile of entries.map((entry) => this.#certFile(entry))) {
+      for (const file of entries.map((entry) => certFile(config, mode, entry))) {
         // one that has been renewed in the meantime is owed anew
-        if (debt.certificates[certFile] === owed[certFile]) delete debt.certificates[certFile];
+        if (debt.certificates[file] === owed[file]) delete debt.certificates[file];
       }
       if (Object.keys(debt.certificates).length === 0) delete store.state.owed[section.name];
     } catch (reason) {

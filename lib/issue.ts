@@ -49,10 +49,15 @@ async function readyOrder(line: Line, due: Due, { client, challenges, replaces }
     const account = await client.account();
     const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
     const pending = authorizations.filter((authorization) => isPending(authorization, line));
-    await settled(pending.map(async (authorization) => {
-      const answer = answers.use(await challenges.present(authorization, client.key, account));
-      await client.respondToChallenge(authorization, answer.challenge);
+    // the CA is told of none before all are there: where one cannot be made so, the others vanish with it, and a CA
+    // that was looking for them by then would count failures
+    const answered = await settled(pending.map(async (authorization) => {
+      const { challenge } = answers.use(await challenges.present(authorization, client.key, account));
+      return { authorization, challenge };
     }));
+    await settled(
+      answered.map(({ authorization, challenge }) => client.respondToChallenge(authorization, challenge)),
+    );
     order = await client.awaitValidation(order);
     if (order.status === "invalid") throw await validationError(order, client);
   }

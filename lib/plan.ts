@@ -70,7 +70,7 @@ export interface Memory {
   readonly revoked: Readonly<Record<string, string>>;
   /** Until when the CA wants no orders; epoch or earlier where it takes them. */
   readonly hold: Date;
-  /** fingerprint -> the moment drawn from the renewal window that the CA suggests */
+  /** identifier of a certificate -> the moment drawn from the renewal window that the CA suggests */
   readonly suggested: ReadonlyMap<string, Suggestion>;
   /** When the next run is to be expected; a suggestion before that is due now (RFC 9773 §4.2). */
   readonly nextRun: Date;
@@ -121,12 +121,12 @@ export function plan(config: Config, inventory: readonly Entry[], now: Date, mem
 function judge(config: Config, entry: Entry, now: Date, { revoked, suggested, nextRun }: Memory): Due | Kept {
   const { finding } = entry;
   if (finding.kind !== "present") return { entry, reason: { kind: "found", finding } };
-  const { notBefore, notAfter, fingerprint } = finding.certificate;
-  const revokedAt = revoked[fingerprint];
+  const { notBefore, notAfter, id } = finding.certificate;
+  const revokedAt = isEmpty(revoked) ? undefined : revoked[finding.certificate.fingerprint];
   if (revokedAt !== undefined) return { entry, reason: { kind: "revoked", at: new Date(revokedAt) } };
   if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter } };
   const { renewAt, rule } = renewal(config, notBefore, notAfter);
-  const suggestion = suggested.get(fingerprint);
+  const suggestion = id === undefined ? undefined : suggested.get(id);
   if (suggestion !== undefined && suggestion.at < renewAt && renewAt > now) {
     const { at, explanationUrl } = suggestion;
     if (at > nextRun) return { entry, renewAt: at, rule: "ari", notAfter };
@@ -134,6 +134,12 @@ function judge(config: Config, entry: Entry, now: Date, { revoked, suggested, ne
   }
   if (renewAt <= now) return { entry, reason: { kind: "renewal", since: renewAt, rule } };
   return { entry, renewAt, rule, notAfter };
+}
+
+/** Whether there is nothing to look up, which saves the fingerprints of all certificates on most days. */
+function isEmpty(record: Readonly<Record<string, unknown>>): boolean {
+  for (const _key in record) return false;
+  return true;
 }
 
 /**

@@ -14,7 +14,8 @@ import type { Certificate } from "./x509.ts";
 
 /** What happens in a run, as it happens. */
 export type Event =
-  | { readonly kind: "notice"; readonly text: string }
+  /** `changed`: something is not as it was, which is worth a word even under --cron. */
+  | { readonly kind: "notice"; readonly text: string; readonly changed?: boolean }
   | { readonly kind: "account key"; readonly path: string; readonly how: "made" | "changed" }
   | {
     readonly kind: "plan";
@@ -251,7 +252,8 @@ export class Report {
     this.#clearProgress();
     switch (event.kind) {
       case "notice":
-        this.#say(`note    ${event.text}`);
+        if (event.changed) this.#sayAloud(`note    ${event.text}`);
+        else this.#say(`note    ${event.text}`);
         break;
       case "account key":
         this.#sayAloud(`${event.how.padEnd(8)}${event.path}, the account key (P-256); keep a copy of it`);

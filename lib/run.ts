@@ -5,7 +5,6 @@
  * from outside. One line that fails stops no other.
  */
 
-import { basename } from "node:path";
 import { accountName, connect, type Connecting, register, rememberedAccount, rollOver } from "./account.ts";
 import { type AcmeClient, AcmeError, limitsNames } from "./acme.ts";
 import { CommandError, PrepareCommands } from "./actions.ts";
@@ -13,9 +12,18 @@ import { caaRecord, comingLives, recordsToPlace } from "./advice.ts";
 import { dueAlerts, expiring, send } from "./alert.ts";
 import { ChallengeError, Challenges, cleanUp } from "./challenge.ts";
 import type { Config, Mode } from "./config.ts";
-import { Deliveries, dropForgotten, LOOK_TIMEOUT_SECONDS, owe, owing, targetsOf } from "./deliver.ts";
+import {
+  certFile,
+  Deliveries,
+  dropForgotten,
+  LOOK_TIMEOUT_SECONDS,
+  owe,
+  owing,
+  targetsOf,
+} from "./deliver.ts";
 import type { Query } from "./dns.ts";
 import { issueLine, type Issuing } from "./issue.ts";
+import { toIdentifier } from "./names.ts";
 import { type Due, type Memory, plan, retryAfterFailure, type Task, type Waiting } from "./plan.ts";
 import type { Route } from "./reach.ts";
 import { alertText, errorText, type Event, type Summary } from "./report.ts";
@@ -24,7 +32,6 @@ import {
   emptyState,
   type Entry,
   type Failure,
-  filesOf,
   type Issued,
   readInventory,
   readState,
@@ -33,8 +40,9 @@ import {
   strayFiles,
 } from "./store.ts";
 import { ask, type Identified, identified, nextRun, suggestions, toAsk } from "./suggest.ts";
+import { isMistake, quote } from "./text.ts";
 import { probe } from "./verify.ts";
-import { certificateId, generateKey } from "./x509.ts";
+import { generateKey } from "./x509.ts";
 
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = 3_600_000;
@@ -168,23 +176,17 @@ export async function run(
   world: World,
   tell: Tell,
 ): Promise<Summary> {
-  using store = Store.open(config, mode, world.now());
+  using store = await openStore(config, mode, world, tell);
   const { state } = store;
-  for (const text of store.notices) tell({ kind: "notice", text });
   await cleanUp(config, store.notes(), (text) => tell({ kind: "notice", text }));
   store.clearNotes();
 
   const inventory = readInventory(config, mode);
   for (const entry of inventory) if (entry.finding.kind === "present") store.link(entry);
-  const certFile = (entry: Entry) => basename(filesOf(config, mode, entry).cert);
-  for (
-    const what of dropForgotten(
-      state,
-      config,
-      new Map(inventory.map((entry) => [certFile(entry), entry.line])),
-    )
-  ) {
-    tell({ kind: "notice", text: `nothing is owed any more for ${what}: it is not in the configuration` });
+  const lines = new Map(inventory.map((entry) => [certFile(config, mode, entry), entry.line]));
+  for (const what of dropForgotten(state, config, lines)) {
+    const text = `nothing is owed any more for ${what}: it is not in the configuration`;
+    tell({ kind: "notice", text, changed: true });
   }
   const certificates = identified(inventory, world.now());
   dropUnknown(state, config, inventory, certificates);
@@ -216,7 +218,7 @@ export async function run(
   state.lastRun = world.now().toISOString();
   const fresh = new Set<string>();
   const keep = async ({ entry }: Due, issued: Issued) => {
-    owe(state, entry.line, certFile(entry), issued.certificate.fingerprint, world.now());
+    owe(state, entry.line, certFile(config, mode, entry), issued.certificate.fingerprint, world.now());
     await store.saveState();
     await store.commit(entry, issued);
     renewed.set(entry, { ...entry, finding: { kind: "present", certificate: issued.certificate } });
@@ -245,9 +247,25 @@ export async function run(
 
 /** Gives the account a new key, at the CA of this mode. */
 export async function rollover(config: Config, mode: Mode, world: World, tell: Tell): Promise<void> {
-  using store = Store.open(config, mode, world.now());
-  for (const text of store.notices) tell({ kind: "notice", text });
+  using store = await openStore(config, mode, world, tell);
   await rollOver(connectingFor(config, mode, store, world, tell));
+}
+
+/**
+ * Takes the lock. Where the state had to be begun anew, says so and owes every delivery: what the ledger held is not
+ * known, and a delivery is repeated rather than forgotten.
+ */
+async function openStore(config: Config, mode: Mode, world: World, tell: Tell): Promise<Store> {
+  const store = Store.open(config, mode, world.now());
+  if (store.notices.length === 0) return store;
+  for (const text of store.notices) tell({ kind: "notice", text, changed: true });
+  for (const entry of readInventory(config, mode)) {
+    if (entry.finding.kind !== "present") continue;
+    const { fingerprint } = entry.finding.certificate;
+    owe(store.state, entry.line, certFile(config, mode, entry), fingerprint, world.now());
+  }
+  await store.saveState();
+  return store;
 }
 
 /** Forgets what is remembered of lines, certificates and sections that are no more. */
@@ -260,12 +278,14 @@ function dropUnknown(
   const ids = new Set(certificates.map(({ id }) => id));
   for (const id of Object.keys(state.renewals)) if (!ids.has(id)) delete state.renewals[id];
   const stems = new Set(inventory.map(({ stem }) => stem));
-  const fingerprints = new Set(
-    inventory.map(({ finding }) => "certificate" in finding && finding.certificate.fingerprint),
-  );
   const alerting = new Set(config.sections.filter(({ alert }) => alert.length > 0).map(({ name }) => name));
   for (const stem of Object.keys(state.failures)) if (!stems.has(stem)) delete state.failures[stem];
-  for (const one of Object.keys(state.revoked)) if (!fingerprints.has(one)) delete state.revoked[one];
+  if (Object.keys(state.revoked).length > 0) {
+    const present = inventory.map(({ finding }) =>
+      "certificate" in finding && finding.certificate.fingerprint
+    );
+    for (const one of Object.keys(state.revoked)) if (!present.includes(one)) delete state.revoked[one];
+  }
   for (const section of Object.keys(state.alerts)) if (!alerting.has(section)) delete state.alerts[section];
 }
 
@@ -287,7 +307,9 @@ async function alert(
 }
 
 /** The certificates of a line that can be revoked. Throws where `name` does not say which line is meant. */
-export function revocable(config: Config, mode: Mode, name: string): Entry[] {
+export function revocable(config: Config, mode: Mode, written: string): Entry[] {
+  const name = toIdentifier(written);
+  if (isMistake(name)) throw new SelectionError(`cannot revoke ${quote(written)}: ${name.why}`);
   const inventory = readInventory(config, mode);
   const lines = config.lines.filter(({ names }) => names.includes(name));
   const chosen = lines.filter(({ names }) => lines.length === 1 || names[0] === name);
@@ -296,7 +318,7 @@ export function revocable(config: Config, mode: Mode, name: string): Entry[] {
     const why = lines.length === 0
       ? "no line of domains has that name"
       : `it is in ${many}; name a first name`;
-    throw new SelectionError(`cannot tell what to revoke for ${JSON.stringify(name)}: ${why}`);
+    throw new SelectionError(`cannot tell what to revoke for ${quote(name)}: ${why}`);
   }
   const entries = inventory.filter(({ line, finding }) => line === chosen[0] && "certificate" in finding);
   if (entries.length === 0) throw new SelectionError(`there is no certificate of ${name} to revoke`);
@@ -317,8 +339,7 @@ export async function revoke(
   world: World,
   tell: Tell,
 ): Promise<void> {
-  using store = Store.open(config, mode, world.now());
-  for (const text of store.notices) tell({ kind: "notice", text });
+  using store = await openStore(config, mode, world, tell);
   const connecting = connectingFor(config, mode, store, world, tell);
   const client = await connect(connecting);
   await register(client, connecting);
@@ -386,6 +407,8 @@ async function issueAll(
     await register(client, running.connecting);
   } catch (error) {
     tell({ kind: "no CA", error: error as Error, tasks });
+    for (const task of tasks) rememberFailure(task, error as Error, running);
+    await store.saveState();
     return { failed: tasks.flatMap(({ due }) => due).length, held: [] };
   }
   client.concurrency = Math.min(parallel, tasks.length);
@@ -400,7 +423,7 @@ async function issueAll(
     now: world.now,
     privateKey: (due) => privateKey(config, store, due),
     replaces: ({ entry: { finding } }) => {
-      const id = "certificate" in finding ? certificateId(finding.certificate) : undefined;
+      const id = "certificate" in finding ? finding.certificate.id : undefined;
       const offered = config.ari && client.directory.renewalInfo !== undefined;
       return offered && id !== undefined && store.state.renewals[id]?.account === account ? id : undefined;
     },
@@ -408,7 +431,7 @@ async function issueAll(
     warn,
   };
   const remember = async (due: Due, issued: Issued) => {
-    const id = certificateId(issued.certificate);
+    const { id } = issued.certificate;
     const suggested = due.reason.kind === "renewal" && due.reason.rule === "ari";
     if (id !== undefined && config.ari) {
       store.state.renewals[id] = { account, ...(suggested && { suggestedAt: world.now().toISOString() }) };
@@ -437,9 +460,10 @@ async function issueAll(
 async function issueTask(
   task: Task,
   issuing: Issuing,
-  { config, mode, store, world, tell }: Running,
+  running: Running,
   keep: (due: Due, issued: Issued) => Promise<void>,
 ): Promise<number> {
+  const { world, tell } = running;
   tell({ kind: "task", task });
   const begun = world.now().getTime();
   const results = await Promise.allSettled(
@@ -459,17 +483,22 @@ async function issueTask(
   }
   for (const [error, due] of failures) tell({ kind: "failed", due, error });
   const [error] = failures.keys();
+  if (error === undefined) delete running.store.state.failures[task.due[0]!.entry.stem];
+  else rememberFailure(task, error, running);
+  tell({ kind: "end", task });
+  return [...failures.values()].flat().length;
+}
+
+/** Remembers why a line could not be issued, or until when the CA wants no orders at all. */
+function rememberFailure(task: Task, error: Error, { config, mode, store, world }: Running): void {
+  const { holds, failures } = store.state;
   const { stem } = task.due[0]!.entry;
-  const { holds, failures: remembered } = store.state;
-  if (error === undefined) delete remembered[stem];
-  else if (limitsAccount(error, task.line.names)) {
+  if (limitsAccount(error, task.line.names)) {
     const until = error.retryAfter ?? new Date(world.now().getTime() + UNSTATED_HOLD_MS);
     holds[config.acmeDirectory[mode]] = until.toISOString();
   } else if (!world.signal.aborted) { // which would be our doing
-    remembered[stem] = failureAfter(remembered[stem], error, world.now());
+    failures[stem] = failureAfter(failures[stem], error, world.now());
   }
-  tell({ kind: "end", task });
-  return [...failures.values()].flat().length;
 }
 
 /** Whether the CA wants no more orders from this account, whatever their names. */

@@ -8,7 +8,6 @@
 import { type AcmeClient, AcmeError } from "./acme.ts";
 import type { Suggestion } from "./plan.ts";
 import type { Entry, Renewal, State } from "./store.ts";
-import { certificateId } from "./x509.ts";
 
 /** RFC 9773 §4.3.2: Retry-After is heeded within these bounds, and is six hours where the CA says nothing. */
 const SOONEST_MS = 60_000;
@@ -24,7 +23,6 @@ const SHORTEST_INTERVAL_MS = 3_600_000;
 export interface Identified {
   readonly entry: Entry;
   readonly id: string;
-  readonly fingerprint: string;
 }
 
 /** The certificates that a CA can be asked about: those that are in use and name their authority's key. */
@@ -32,8 +30,8 @@ export function identified(inventory: readonly Entry[], now: Date): Identified[]
   return inventory.flatMap((entry) => {
     const { finding } = entry;
     if (finding.kind !== "present" || finding.certificate.notAfter <= now) return [];
-    const id = certificateId(finding.certificate);
-    return id === undefined ? [] : [{ entry, id, fingerprint: finding.certificate.fingerprint }];
+    const { id } = finding.certificate;
+    return id === undefined ? [] : [{ entry, id }];
   });
 }
 
@@ -66,18 +64,18 @@ export async function ask(
   renewal.window = { ...window, at: drawn, explanationUrl };
 }
 
-/** The moments that are remembered for these certificates, by fingerprint. */
+/** The moments that are remembered for these certificates, by identifier. */
 export function suggestions(
   certificates: readonly Identified[],
   state: State,
   now: Date,
 ): ReadonlyMap<string, Suggestion> {
   const moments = new Map<string, Suggestion>();
-  for (const { id, fingerprint } of certificates) {
+  for (const { id } of certificates) {
     const { window, suggestedAt } = state.renewals[id] ?? {};
     const rests = suggestedAt !== undefined && now.getTime() - Date.parse(suggestedAt) < REST_MS;
     if (window === undefined || rests) continue;
-    moments.set(fingerprint, { at: new Date(window.at), explanationUrl: window.explanationUrl });
+    moments.set(id, { at: new Date(window.at), explanationUrl: window.explanationUrl });
   }
   return moments;
 }

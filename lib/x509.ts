@@ -8,7 +8,7 @@
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
 
-import { createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
+import { createHash, createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
 import { isIP } from "node:net";
 import { toIPv6 } from "./names.ts";
 
@@ -24,13 +24,13 @@ export interface Certificate {
   readonly names: readonly string[];
   readonly notBefore: Date;
   readonly notAfter: Date;
+  /**
+   * The identifier under which a CA is asked for renewal information (RFC 9773 §4.1): key identifier of the authority
+   * and serial number, as they stand in the certificate, leading zero included. Absent where it names no authority key.
+   */
+  readonly id?: string;
   /** SHA-256 of the DER, lower-case hexadecimal without colons. */
   readonly fingerprint: string;
-  /** Distinguished name of the issuer, one attribute a line, as `node:crypto` writes it. */
-  readonly issuer: string;
-  /** DER of the SubjectPublicKeyInfo. */
-  readonly publicKey: Uint8Array;
-  /** DER of the whole certificate. */
   readonly der: Uint8Array;
 }
 
@@ -39,6 +39,8 @@ export class ChainError extends Error {
   override readonly name = "ChainError";
 }
 
+const PEM_BEGIN = "-----BEGIN CERTIFICATE-----";
+const PEM_END = "-----END CERTIFICATE-----";
 const PEM_CERTIFICATE = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g;
 const PEM_PRIVATE_KEY = /-----BEGIN ((?:RSA |EC )?PRIVATE KEY)-----([^-]+)-----END \1-----/;
 
@@ -47,19 +49,48 @@ const CLOCK_SKEW_MS = 3600_000;
 
 /** The first certificate in `pem`. Throws where there is none that can be read. */
 export function readCertificate(pem: string): Certificate {
-  return certificateFacts(new X509Certificate(pem));
+  return describeCertificate(certificateDer(pem), () => pem);
 }
 
-function certificateFacts(certificate: X509Certificate): Certificate {
-  return {
-    names: alternativeNames(certificate.subjectAltName ?? ""),
-    notBefore: new Date(certificate.validFrom),
-    notAfter: new Date(certificate.validTo),
-    fingerprint: certificate.fingerprint256.replaceAll(":", "").toLowerCase(),
-    issuer: certificate.issuer,
-    publicKey: certificate.publicKey.export({ type: "spki", format: "der" }),
-    der: certificate.raw,
-  };
+/** DER of the first certificate in `pem`. Throws where there is none in base64. */
+export function certificateDer(pem: string): Uint8Array {
+  const start = pem.indexOf(PEM_BEGIN);
+  const end = pem.indexOf(PEM_END, start);
+  if (start < 0 || end < 0) throw new Error("not a PEM certificate");
+  return Uint8Array.fromBase64(pem.slice(start + PEM_BEGIN.length, end));
+}
+
+/**
+ * What a certificate in DER says of itself. A run keeps these facts of every certificate, but needs the bytes of few:
+ * they are read again, by `reload`, when somebody asks for them. Throws where it cannot be parsed.
+ */
+export function describeCertificate(der: Uint8Array, reload: () => string): Certificate {
+  const certificate = new X509Certificate(der as Buffer);
+  return new Facts(
+    alternativeNames(certificate.subjectAltName ?? ""),
+    new Date(certificate.validFrom),
+    new Date(certificate.validTo),
+    certificateId(der),
+    reload,
+  );
+}
+
+class Facts implements Certificate {
+  constructor(
+    readonly names: readonly string[],
+    readonly notBefore: Date,
+    readonly notAfter: Date,
+    readonly id: string | undefined,
+    private readonly reload: () => string,
+  ) {}
+
+  get der(): Uint8Array {
+    return certificateDer(this.reload());
+  }
+
+  get fingerprint(): string {
+    return createHash("sha256").update(this.der).digest("hex");
+  }
 }
 
 /** `DNS:example.com, IP Address:192.0.2.1` as a list; a name that node had to quote stays quoted and so equals none of ours. */
@@ -78,17 +109,18 @@ export function coversExactly(certificate: Certificate, names: readonly string[]
 }
 
 /**
- * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of `certificate`. Throws where it is no readable key.
+ * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the certificate. Throws where it is no readable key.
  *
  * Every one of those formats normally holds the public half as the very bytes that stand in the certificate, so
  * looking for them decides almost always; only where they are absent is the key itself built, which costs a hundred
  * times more.
  */
-export function isKeyOf(keyPem: string, certificate: Certificate): boolean {
-  const key = privateKeyDer(keyPem);
-  if (key.includes(publicBits(certificate.publicKey))) return true;
+export function isKeyOf(keyPem: string, certificateDer: Uint8Array): boolean {
+  const fields = certificateFields(certificateDer);
+  const spki = fields.publicKey;
+  if (privateKeyDer(keyPem).includes(publicBits(certificateDer, spki))) return true;
   const own = createPublicKey(createPrivateKey(keyPem)).export({ type: "spki", format: "der" });
-  return own.equals(certificate.publicKey);
+  return own.equals(certificateDer.subarray(spki.offset, spki.end));
 }
 
 /** Whether `pem` is an unencrypted private key that can be used. */
@@ -100,25 +132,29 @@ export function isPrivateKey(pem: string): boolean {
   }
 }
 
-/**
- * The identifier under which a CA is asked for renewal information (RFC 9773 §4.1): key identifier of the authority and
- * serial number, as they stand in the certificate, leading zero included. Undefined without an authority key identifier.
- */
-export function certificateId({ der }: Certificate): string | undefined {
-  const base64url = (start: number, end: number) =>
-    Buffer.from(der.subarray(start, end)).toString("base64url");
-  const tbs = element(der, element(der, 0).start);
-  const fields = children(der, tbs);
-  const serial = fields.find(({ tag }) => tag === 0x02);
-  const extensions = fields.find(({ tag }) => tag === 0xa3);
-  if (serial === undefined || extensions === undefined) return undefined;
-  for (const extension of children(der, children(der, extensions)[0]!)) {
+/** The parts of a certificate that are needed as they stand (RFC 5280 §4.1). */
+function certificateFields(der: Uint8Array): { serial: Element; publicKey: Element; extensions?: Element } {
+  const certificate = element(der, 0);
+  const fields = children(der, element(der, certificate.start));
+  // the version, tagged [0], may be left out; the fields up to the public key may not
+  const first = fields[0]?.tag === 0xa0 ? 1 : 0;
+  const [serial, publicKey] = [fields[first], fields[first + 5]];
+  if (serial === undefined || publicKey === undefined) throw new Error("not a certificate");
+  return { serial, publicKey, extensions: fields.find(({ tag }) => tag === 0xa3) };
+}
+
+/** See `Certificate.id`. */
+function certificateId(der: Uint8Array): string | undefined {
+  const base64url = ({ start, end }: Element) =>
+    der.subarray(start, end).toBase64({ alphabet: "base64url", omitPadding: true });
+  const { serial, extensions } = certificateFields(der);
+  const [list] = extensions === undefined ? [] : children(der, extensions);
+  for (const extension of list === undefined ? [] : children(der, list)) {
     const [oid, ...rest] = children(der, extension);
     // id-ce-authorityKeyIdentifier, 2.5.29.35; its value is an OCTET STRING that holds a SEQUENCE
-    if (base64url(oid!.start, oid!.end) !== "VR0j") continue;
+    if (oid === undefined || base64url(oid) !== "VR0j") continue;
     const identifier = children(der, element(der, rest.at(-1)!.start)).find(({ tag }) => tag === 0x80);
-    if (identifier === undefined) return undefined;
-    return `${base64url(identifier.start, identifier.end)}.${base64url(serial.start, serial.end)}`;
+    return identifier && `${base64url(identifier)}.${base64url(serial)}`;
   }
 }
 
@@ -132,16 +168,16 @@ function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array):
 }
 
 /** Of a SubjectPublicKeyInfo, what a private key repeats: an EC point, or modulus and exponent of RSA. */
-function publicBits(spki: Uint8Array): Uint8Array {
-  const outer = element(spki, 0);
-  const bitString = element(spki, element(spki, outer.start).end);
+function publicBits(der: Uint8Array, spki: Element): Uint8Array {
+  const bitString = element(der, element(der, spki.start).end);
   const bits = bitString.start + 1; // behind the count of unused bits
-  return spki.subarray(spki[bits] === 0x30 ? element(spki, bits).start : bits, bitString.end);
+  return der.subarray(der[bits] === 0x30 ? element(der, bits).start : bits, bitString.end);
 }
 
-/** A DER element: its tag, and where its content starts and ends. */
+/** A DER element: its tag, where it begins, and where its content starts and ends. */
 interface Element {
   readonly tag: number;
+  readonly offset: number;
   readonly start: number;
   readonly end: number;
 }
@@ -160,7 +196,7 @@ function element(der: Uint8Array, offset: number): Element {
   let length = octets === 0 ? first : 0;
   for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
   const start = offset + 2 + octets;
-  return { tag: der[offset] ?? 0, start, end: start + length };
+  return { tag: der[offset] ?? 0, offset, start, end: start + length };
 }
 
 /** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
@@ -248,8 +284,8 @@ export function checkChain(
   } catch {
     throw new ChainError("a certificate that cannot be parsed");
   }
-  const leaf = certificateFacts(chain[0]!);
-  if (!isKeyOf(keyPem, leaf)) throw new ChainError("the certificate is for another key");
+  const leaf = readCertificate(blocks[0]!);
+  if (!isKeyOf(keyPem, leaf.der)) throw new ChainError("the certificate is for another key");
   if (!coversExactly(leaf, names)) {
     throw new ChainError(`the certificate is for other names: ${leaf.names.join(" ")}`);
   }

@@ -340,18 +340,33 @@ Deno.test("one prepare command serves all names and lines that have the same, an
   assert(log.filter((line) => line === "all").length <= 2, `${log}`); // two where one line was done before the other began
 });
 
-Deno.test("an interrupted run stops looking, and its prepare commands", async () => {
+Deno.test("an interrupted run stops looking, even at a silent server, and its prepare commands", async () => {
   await using bed = await bedFor({}, { prepare: ["echo $$ > HOME/pid; exec cat"] });
-  await using elsewhere = startWebroot(join(bed.home, "conf"));
+  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const stop = new AbortController();
-  const running = bed.run({ route: counted(elsewhere.port), signal: stop.signal, sleep: undefined });
-  await until("the name was looked at", () => elsewhere.log.length > 0);
+  const running = bed.run({ route: counted(silent.addr.port), signal: stop.signal, sleep: undefined });
+  using _connection = await silent.accept();
   const begun = Date.now();
   stop.abort(new DOMException("interrupted", "AbortError"));
   assert.equal((await running).code, 1);
   assert(Date.now() - begun < 3000);
   assert(!asked(bed));
   assert(!isRunning(Number(Deno.readTextFileSync(join(bed.home, "pid")))));
+});
+
+Deno.test("preflight: warn asks the CA though prepare has died", async () => {
+  await using bed = await bedFor({}, { prepare: ["exit 3"], settings: "preflight: warn" });
+  await using elsewhere = startWebroot(join(bed.home, "conf"));
+  const ran = await bed.run({ route: counted(elsewhere.port) });
+  assert.equal(ran.code, 0, ran.stderr);
+});
+
+Deno.test("lines that are given the same pending authorization are both issued", async () => {
+  await using bed = await bedFor({ reuse: "pending", validationDelayMs: 50 });
+  bed.configure({ domains: "a.example.com shared.example.com\nb.example.com shared.example.com" });
+  const ran = await bed.run();
+  assert.equal(ran.code, 0, ran.stderr);
+  assert.deepEqual([bed.ca.validations.length, bed.dropped()], [3, []]);
 });
 
 Deno.test("no name of a line is asked about before all of them can be answered", async () => {

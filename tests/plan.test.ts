@@ -29,9 +29,8 @@ const present = (
     names,
     notBefore,
     notAfter,
-    fingerprint: "",
-    issuer: "",
-    publicKey: new Uint8Array(),
+    id: "an identifier",
+    fingerprint: "a fingerprint",
     der: new Uint8Array(),
   },
 });
@@ -131,7 +130,7 @@ Deno.test("plan() lets a line wait after a failure, and all lines while the CA w
 });
 
 Deno.test("plan() replaces a certificate that was revoked", () => {
-  const revoked = { ...NOTHING, revoked: { "": day(1).toISOString() } };
+  const revoked = { ...NOTHING, revoked: { "a fingerprint": day(1).toISOString() } };
   const { tasks } = plan(settings(15), [entry(present(day(0), day(90)))], day(2), revoked);
   assert.deepEqual(tasks[0]!.due[0]!.reason, { kind: "revoked", at: day(1) });
 });
@@ -147,7 +146,7 @@ Deno.test("plan() heeds the CA's suggestion where it comes before the user's own
   const inventory = [entry(present(day(0), day(90)))];
   const suggest = (at: number, nextRun: number) => ({
     ...NOTHING,
-    suggested: new Map([["", { at: day(at), explanationUrl: "https://ca.example/why" }]]),
+    suggested: new Map([["an identifier", { at: day(at), explanationUrl: "https://ca.example/why" }]]),
     nextRun: day(nextRun),
   });
   const renewAt = (memory: Memory, now: number) => {

@@ -1,0 +1,46 @@
+/**
+ * `deno task bench [PART]…`: the figures of issue 7, each beside what it is compared with. Exit status 1 where a target is
+ * missed.
+ *
+ * Everything runs on loopback and is gone afterwards. A part that needs what is not installed says so and is passed over.
+ */
+
+import { idle } from "./idle.ts";
+import { Lacking, missedTargets, which } from "./measure.ts";
+
+const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
+  idle: { what: "nothing due", run: idle },
+};
+
+/** What the figures are about: the first line that a program says of its version. */
+async function versions(): Promise<string> {
+  const asked = { lego: "--version", nginx: "-v", wrk: "-v", pebble: "-version" };
+  const found = [`deno ${Deno.version.deno}`];
+  for (const [name, flag] of Object.entries(asked)) {
+    const path = which(name);
+    if (path === undefined) continue;
+    const { stdout, stderr } = await new Deno.Command(path, { args: [flag] }).output();
+    const said = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+    found.push(`${name} ${/\d+\.\d+[\w.+-]*/.exec(said)?.[0] ?? "of unknown version"}`);
+  }
+  return found.join(", ");
+}
+
+const wanted = Deno.args.length === 0 ? Object.keys(PARTS) : Deno.args;
+const unknown = wanted.find((name) => !Object.hasOwn(PARTS, name));
+if (unknown !== undefined) {
+  console.error(`bench: no part ${JSON.stringify(unknown)}; there are: ${Object.keys(PARTS).join(", ")}`);
+  Deno.exit(2);
+}
+console.log(`${new Date().toISOString().slice(0, 10)}, ${await versions()}`);
+for (const name of wanted) {
+  const { what, run } = PARTS[name]!;
+  console.log(`\n${name}: ${what}`);
+  try {
+    await run();
+  } catch (error) {
+    if (!(error instanceof Lacking)) throw error;
+    console.log(`  not measured: ${error.message}`);
+  }
+}
+Deno.exit(missedTargets() > 0 ? 1 : 0);

@@ -1,0 +1,120 @@
+/**
+ * Nothing due: what it costs to find that out (issue 7, item 4), for one line, 5,000 and 50,000 of them.
+ *
+ * The trees are as runs would have left them: two certificates a line with their chain and keys, the account, and the
+ * CA's renewal windows remembered from an hour ago, so that nobody is asked. Keys are the same everywhere; the names
+ * differ, and are checked.
+ */
+
+import { generateKeyPairSync, type KeyObject } from "node:crypto";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { loadConfig } from "../lib/config.ts";
+import { emptyState, filesOf, readInventory, type Renewal } from "../lib/store.ts";
+import { certificateId, readCertificate } from "../lib/x509.ts";
+import { type Authority, certify, createAuthority } from "../tests/ca-x509.ts";
+import { type Cost, inTurns, LEMATT, measure, median, megabytes, program, ratio, seconds, tell, times } from "./measure.ts";
+
+const DAY = 86_400_000;
+const TURNS = 5;
+const SIZES = [
+  { lines: 5_000, atMostSeconds: 0.8, atMostMegabytes: 150 },
+  { lines: 50_000, atMostSeconds: 8, atMostMegabytes: 400 },
+];
+const WAYS = [["--test", "--cron"], ["--test", "--plan"], ["--test", "--status", "--offline"]] as const;
+
+export async function idle(): Promise<void> {
+  const home = await Deno.makeTempDir({ prefix: "lematt-bench-idle-" });
+  try {
+    await oneLine(home);
+    const walls: number[] = [];
+    for (const size of SIZES) walls.push(await many(home, size));
+    const [few, lots] = walls as [number, number];
+    tell("10 times as many take", times(lots / few), "the time of --cron", { found: lots / few, atMost: 11 });
+  } finally {
+    await Deno.remove(home, { recursive: true });
+  }
+}
+
+async function oneLine(home: string): Promise<void> {
+  const conf = makeTree(join(home, "1"), 1);
+  const empty = join(home, "empty.ts");
+  await Deno.writeTextFile(empty, "");
+  const [nothing, help, ...costs] = await inTurns(
+    3 * TURNS,
+    () => measure([Deno.execPath(), "run", "-q", "--no-prompt", empty]),
+    () => measure([...LEMATT, "--help"]),
+    ...WAYS.map((way) => () => measure([...LEMATT, ...way, conf])),
+  ) as [Cost[], Cost[], ...Cost[][]];
+  const walls = (cost: readonly Cost[]) => cost.map(({ wallSeconds }) => wallSeconds);
+  tell("deno run of an empty file", seconds(median(walls(nothing))));
+  const against = (what: string, cost: readonly Cost[]) => {
+    const found = ratio(walls(cost), walls(nothing));
+    tell(what, seconds(median(walls(cost))), `${times(found)} the empty file`, { found, atMost: 3 });
+  };
+  against("lematt.ts --help", help);
+  for (const [i, way] of WAYS.entries()) against(`1 line, nothing due, ${way.slice(1).join(" ")}`, costs[i]!);
+}
+
+/** Returns the wall time of --cron. */
+async function many(home: string, { lines, atMostSeconds, atMostMegabytes }: typeof SIZES[number]): Promise<number> {
+  const conf = makeTree(join(home, `${lines}`), lines);
+  const costs = await inTurns(TURNS, ...WAYS.map((way) => () => measure([...LEMATT, ...way, conf])));
+  for (const [i, way] of WAYS.entries()) {
+    const what = `${(2 * lines).toLocaleString("en")} certificates, ${way.slice(1).join(" ")}`;
+    const wall = median(costs[i]!.map(({ wallSeconds }) => wallSeconds));
+    const cpu = median(costs[i]!.map(({ cpuSeconds }) => cpuSeconds));
+    const peak = median(costs[i]!.map(({ peakMegabytes }) => peakMegabytes));
+    tell(what, seconds(wall), `${seconds(cpu)} of processor time`, { found: wall, atMost: atMostSeconds });
+    tell("", megabytes(peak), `${(peak * 1024 / lines).toFixed(1)} KB a line`, { found: peak, atMost: atMostMegabytes });
+  }
+  return median(costs[0]!.map(({ wallSeconds }) => wallSeconds));
+}
+
+/** A configuration directory of `lines` lines with all certificates in place; returns its path. */
+function makeTree(conf: string, lines: number): string {
+  mkdirSync(conf);
+  writeFileSync(
+    join(conf, "lematt.conf"),
+    "[config]\nchallengeDropDir: .\naccountKey: account.key\ntestDirectory: https://localhost:1/dir\n",
+  );
+  writeFileSync(join(conf, "actions.conf"), "");
+  writeFileSync(join(conf, "domains"), Array.from({ length: lines }, (_, i) => `host${i}.example.com\n`).join(""));
+  const config = loadConfig(conf);
+
+  const root = createAuthority("lematt bench root");
+  const issuer = createAuthority("lematt bench intermediate");
+  const now = Date.now();
+  const valid = { notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) };
+  const { commonName, publicKey } = issuer;
+  const intermediate = certify({ commonName, publicKey, authority: true, ...valid }, root);
+  const keys = {
+    rsa: generateKeyPairSync("rsa", { modulusLength: 2048 }),
+    ec: generateKeyPairSync("ec", { namedCurve: "P-256" }),
+  };
+  const keyPems = {
+    rsa: keys.rsa.privateKey.export({ format: "pem", type: "pkcs8" }),
+    ec: keys.ec.privateKey.export({ format: "pem", type: "pkcs8" }),
+  };
+
+  for (const directory of ["test", "test/key", "test/csr", "test/cert"]) mkdirSync(join(conf, directory));
+  const window = { start: at(now + 59 * DAY), end: at(now + 61 * DAY), at: at(now + 60 * DAY) };
+  const renewals: Record<string, Renewal> = {};
+  for (const entry of readInventory(config, "test")) {
+    const leaf = leafFor(entry.line.names[0]!, keys[entry.keyType].publicKey, valid, issuer);
+    const files = filesOf(config, "test", entry);
+    writeFileSync(files.cert, leaf + intermediate);
+    writeFileSync(files.key, keyPems[entry.keyType], { mode: 0o600 });
+    renewals[certificateId(readCertificate(leaf))!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
+  }
+  const state = { ...emptyState(), renewals, lastRun: at(now - DAY / 24) };
+  writeFileSync(join(conf, "test/state.json"), JSON.stringify(state, undefined, 1));
+  return conf;
+}
+
+const ACCOUNT = "https://localhost:1/dir NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs";
+const at = (ms: number) => new Date(ms).toISOString();
+
+function leafFor(name: string, publicKey: KeyObject, valid: { notBefore: Date; notAfter: Date }, issuer: Authority) {
+  return certify({ commonName: name, publicKey, identifiers: [{ type: "dns", value: name }], ...valid }, issuer);
+}

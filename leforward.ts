@@ -175,16 +175,18 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
 }
 
 /**
- * Ends the process when standard input closes after having been open. One that is closed from the start (cron,
- * systemd, `ssh -n`: seen within a millisecond) was never open. A terminal is left alone: it tells by HUP, and
- * who reads it in the background is stopped.
+ * Ends the process when standard input closes after having been open. One that is closed at once (cron, systemd,
+ * `ssh -n`: seen within a millisecond) was never open; which it is, is known when this returns. A terminal is
+ * left alone: it tells by HUP, and who reads it in the background is stopped.
  */
 async function watchInput(): Promise<void> {
   if (Deno.stdin.isTerminal()) return;
-  const since = Date.now();
   const ignored = new Uint8Array(512);
-  while (await Deno.stdin.read(ignored).catch(() => null) !== null);
-  if (Date.now() - since > 100) end("its standard input is closed");
+  const closed = (async () => {
+    while (await Deno.stdin.read(ignored).catch(() => null) !== null);
+  })();
+  const open = await Promise.race([pause(100).then(() => true), closed.then(() => false)]);
+  if (open) closed.then(() => end("its standard input is closed"));
 }
 
 if (Deno.args.includes("--help")) {
@@ -194,7 +196,7 @@ if (Deno.args.includes("--help")) {
 const sshCommand = Deno.env.get("SSH_ORIGINAL_COMMAND");
 const { baseUrl, port, hostname, lifetimeMs } = readOptions(Deno.args, sshCommand);
 watch(lifetimeMs, sshCommand !== undefined);
-watchInput();
+await watchInput();
 const listener = await listen(hostname, port);
 console.log(`leforward: port ${listener.addr.port} redirects to ${baseUrl}`);
 while (true) {

@@ -3,7 +3,7 @@
  * lematt: Let's Encrypt automation from one place. Command line, help and exit status; the story is in lib/run.ts.
  */
 
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
 import { systemQuery } from "./lib/dns.ts";
@@ -147,7 +147,8 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
 
   let config: Config;
   try {
-    config = loadConfig(options.config, join(import.meta.dirname ?? ".", "conf"));
+    const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
+    config = loadConfig(options.config, join(program, "conf"));
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     for (const fault of error.faults) err(`${noticeText(fault)}\n`);
@@ -242,11 +243,13 @@ async function act(
   );
 }
 
-/** fetch() that also trusts the roots of `caBundle`. */
+/** fetch() that also trusts the roots of `caBundle`; made ready when it is first used. */
 function httpClient({ caBundle }: Config): World["fetch"] {
-  if (caBundle === undefined) return fetch;
-  const client = Deno.createHttpClient({ caCerts: [caBundle] });
-  return (url, init) => fetch(url, { ...init, client });
+  let client: Deno.HttpClient | undefined;
+  return (url, init) => {
+    client ??= Deno.createHttpClient({ caCerts: caBundle === undefined ? [] : [caBundle] });
+    return fetch(url, { ...init, client });
+  };
 }
 
 function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string): void {

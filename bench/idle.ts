@@ -11,7 +11,7 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { loadConfig } from "../lib/config.ts";
 import { emptyState, filesOf, readInventory, type Renewal } from "../lib/store.ts";
-import { certificateId, readCertificate } from "../lib/x509.ts";
+import { readCertificate } from "../lib/x509.ts";
 import { type Authority, certify, createAuthority } from "../tests/ca-x509.ts";
 import { type Cost, inTurns, LEMATT, measure, median, megabytes, program, ratio, seconds, tell, times } from "./measure.ts";
 
@@ -105,7 +105,7 @@ function makeTree(conf: string, lines: number): string {
     const files = filesOf(config, "test", entry);
     writeFileSync(files.cert, leaf + intermediate);
     writeFileSync(files.key, keyPems[entry.keyType], { mode: 0o600 });
-    renewals[certificateId(readCertificate(leaf))!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
+    renewals[readCertificate(leaf).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
   }
   const state = { ...emptyState(), renewals, lastRun: at(now - DAY / 24) };
   writeFileSync(join(conf, "test/state.json"), JSON.stringify(state, undefined, 1));

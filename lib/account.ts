@@ -1,12 +1,14 @@
 /**
  * The account at the CA: its key file, its registration, the change of its key.
  *
- * Opens the conversation with the CA and remembers in the state under which account it went on. A new key is on disk
- * before the CA hears of it, so that no moment exists at which a crash loses the account.
+ * Opens the conversation with the CA and remembers in the state under which account it went on. One key file serves
+ * several CAs, staging and production at the least, which learn of a new key one after the other: it is on disk before
+ * the first hears of it, and the old one stays for the others. No moment exists at which a crash loses an account.
  */
 
+import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
-import { type AccountKey, AcmeClient, AcmeError, importAccountKey, type Transport } from "./acme.ts";
+import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
 import type { Config, Mode } from "./config.ts";
 import { createSecret, replaceSecret, type State, type Store } from "./store.ts";
 import { generateKey } from "./x509.ts";
@@ -21,54 +23,60 @@ export interface Connecting {
   madeKey(path: string, how: "made" | "changed"): void;
 }
 
-/** The key before the last change, with which accounts at other CAs are found. */
-function oldKeyPath(config: Config): string {
-  return `${config.accountKey}.old`;
+/** An earlier key, under which accounts at other CAs may still be. */
+function oldKeyPath({ accountKey }: Config, thumbprint: string): string {
+  return `${accountKey}.old-${thumbprint}`;
 }
 
-/** A key that the CA may or may not know yet, beside the one that it replaces. */
-function nextKeyPath(config: Config): string {
-  return `${config.accountKey}.new`;
+/** A key that this CA, and no other, may or may not know yet. */
+function newKeyPath({ accountKey, acmeDirectory }: Config, mode: Mode): string {
+  return `${accountKey}.new-${createHash("sha256").update(acmeDirectory[mode]).digest("hex").slice(0, 8)}`;
 }
 
 /**
  * Opens the conversation: reads the directory, under the key that is there or a new one. Whether the account is
- * registered shows when `register` asks.
+ * registered shows when `register` asks. A change of key that was cut off, or made at another CA, is made good here.
  */
 export async function connect(connecting: Connecting): Promise<AcmeClient> {
-  const { config } = connecting;
-  const next = readIfThere(nextKeyPath(config));
-  if (next !== undefined) {
-    // a change of key was cut off: the account is under the one or the other
-    const client = await clientFor(next, connecting);
-    if (await client.findAccount() === undefined) Deno.removeSync(nextKeyPath(config));
-    else {
-      await putNewKey(connecting);
-      return client;
-    }
+  const newKey = newKeyPath(connecting.config, connecting.mode);
+  const pem = readIfThere(newKey);
+  if (pem !== undefined) {
+    // cut off before the CA was told, or after
+    if (await (await clientFor(pem, connecting)).findAccount() === undefined) Deno.removeSync(newKey);
+    else await putNewKey(connecting);
   }
-  const pem = await accountKey(connecting);
-  await bringAlong(pem, connecting);
+  return await bringAlong(await accountKey(connecting), connecting);
+}
+
+/**
+ * A conversation under the present key, which an account gets that the CA knows under an earlier one; under the earlier
+ * one where the CA changes no keys.
+ */
+async function bringAlong(pem: string, connecting: Connecting): Promise<AcmeClient> {
+  const { config, mode, store: { state } } = connecting;
+  const key = await importAccountKey(pem);
+  const name = accountName(config, mode, key);
+  const earlier = state.accounts[name] === undefined ? earlierAccount(connecting) : undefined;
+  if (earlier !== undefined) {
+    const client = await clientFor(earlier.pem, connecting);
+    if (client.directory.keyChange === undefined) return client;
+    // the CA does not find it where a run that was cut off has given it the present key
+    if (await client.findAccount() !== undefined) await client.changeKey(key);
+    renameAccount(state, earlier.name, name);
+  }
   return await clientFor(pem, connecting);
 }
 
-/** Where the key was changed at another CA, gives the account at this one the new key, too. */
-async function bringAlong(pem: string, connecting: Connecting): Promise<void> {
-  const { config, mode, store: { state } } = connecting;
-  const old = readIfThere(oldKeyPath(config));
-  if (old === undefined) return;
-  const [key, oldKey] = await Promise.all([pem, old].map(importAccountKey)) as [AccountKey, AccountKey];
-  const oldName = accountName(config, mode, oldKey);
-  if (state.accounts[accountName(config, mode, key)] !== undefined || state.accounts[oldName] === undefined) {
-    return;
+/** An account at this CA under a key that was changed by `rollOver`, not by the user, who thereby chose another account. */
+function earlierAccount(
+  { config, mode, store: { state } }: Connecting,
+): { name: string; pem: string } | undefined {
+  for (const name of Object.keys(state.accounts)) {
+    const [directory, thumbprint] = name.split(" ") as [string, string];
+    if (directory !== config.acmeDirectory[mode]) continue;
+    const pem = readIfThere(oldKeyPath(config, thumbprint));
+    if (pem !== undefined) return { name, pem };
   }
-  try {
-    await (await clientFor(old, connecting)).changeKey(key);
-  } catch (error) {
-    // an account that is gone, or has the new key since a run that was cut off: registering tells
-    if (!(error instanceof AcmeError) || error.problem === undefined) throw error;
-  }
-  delete state.accounts[oldName];
 }
 
 /** Makes sure that the account exists, and remembers it. Returns its URL. */
@@ -84,8 +92,8 @@ export async function register(client: AcmeClient, { config, mode, store }: Conn
 }
 
 /** An account belongs to one CA and one key; its name in the state. */
-export function accountName(config: Config, mode: Mode, key: AccountKey): string {
-  return `${config.acmeDirectory[mode]} ${key.thumbprint}`;
+export function accountName({ acmeDirectory }: Config, mode: Mode, key: AccountKey): string {
+  return `${acmeDirectory[mode]} ${key.thumbprint}`;
 }
 
 /** The account that is remembered for the key on disk; undefined before the first run. */
@@ -100,9 +108,16 @@ export async function rememberedAccount(
     : state.accounts[accountName(config, mode, await importAccountKey(pem))];
 }
 
+/** The same account under another key. */
+function renameAccount(state: State, from: string, to: string): void {
+  state.accounts[to] = state.accounts[from]!;
+  delete state.accounts[from];
+  for (const renewal of Object.values(state.renewals)) if (renewal.account === from) renewal.account = to;
+}
+
 /**
  * Gives the account a new key (RFC 8555 §7.3.5) and puts the key in its place. The old one is kept beside it as
- * `<file>.old`: `connect` brings along the accounts that it has at other CAs.
+ * `<file>.old-<thumbprint>`: `connect` brings along the accounts that it has at other CAs.
  */
 export async function rollOver(connecting: Connecting): Promise<void> {
   const { config, mode, store } = connecting;
@@ -110,22 +125,24 @@ export async function rollOver(connecting: Connecting): Promise<void> {
   await register(client, connecting);
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   const key = await importAccountKey(pem);
-  await createSecret(nextKeyPath(config), pem);
+  await createSecret(newKeyPath(config, mode), pem);
   try {
     await client.changeKey(key);
   } catch (error) {
-    // the CA refused, and so knows only the old key; where no answer came, the next run asks
-    if (error instanceof AcmeError && error.problem !== undefined) Deno.removeSync(nextKeyPath(config));
-    throw error;
+    // where the answer was lost, it was asked again, and refused: the account has the new key. Else `connect` tidies up
+    if (await (await clientFor(pem, connecting)).findAccount() === undefined) throw error;
   }
   await putNewKey(connecting);
-  delete store.state.accounts[accountName(config, mode, client.key)];
-  await register(await clientFor(pem, connecting), connecting);
+  renameAccount(store.state, accountName(config, mode, client.key), accountName(config, mode, key));
+  await store.saveState();
 }
 
-async function putNewKey({ config, madeKey }: Connecting): Promise<void> {
-  await replaceSecret(oldKeyPath(config), readFileSync(config.accountKey, "utf8"));
-  Deno.renameSync(nextKeyPath(config), config.accountKey);
+async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
+  const old = readIfThere(config.accountKey);
+  if (old !== undefined) {
+    await replaceSecret(oldKeyPath(config, (await importAccountKey(old)).thumbprint), old);
+  }
+  Deno.renameSync(newKeyPath(config, mode), config.accountKey);
   madeKey(config.accountKey, "changed");
 }
 

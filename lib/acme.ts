@@ -324,8 +324,9 @@ export class AcmeClient {
         ...(replaces !== undefined && { replaces }),
       });
     } catch (error) {
-      const refused = error instanceof AcmeError &&
-        ["alreadyReplaced", "malformed", "unauthorized"].includes(error.problem?.type ?? "");
+      // which of the two it refused cannot be told from the type; a limit is a limit with and without
+      const refused = error instanceof AcmeError && error.problem !== undefined &&
+        error.problem.type !== "rateLimited";
       if (replaces === undefined || !refused) throw error;
       response = await this.#post(step, newOrder, payload);
     }
@@ -341,13 +342,17 @@ export class AcmeClient {
       if (!response.ok) throw refusal(step, url, response, this.transport);
       const body = jsonObject(step, url, response);
       const { start, end } = (body.suggestedWindow ?? {}) as Record<string, unknown>;
-      const window = { start: new Date(String(start)), end: new Date(String(end)) };
-      if (!(window.start < window.end)) {
+      const window = { start: instant(start), end: instant(end) };
+      if (window.start === undefined || window.end === undefined) {
+        throw new AcmeError(step, "no renewal window in the answer", url);
+      }
+      if (window.start >= window.end) {
         throw new AcmeError(step, "the renewal window ends before it starts", url);
       }
       const explanationUrl = isHttps(body.explanationURL) ? oneLine(body.explanationURL) : undefined;
       return {
-        ...window,
+        start: window.start,
+        end: window.end,
         explanationUrl,
         retryAfter: parseRetryAfter(response.headers, this.transport.now()),
       };
@@ -499,7 +504,7 @@ export class AcmeClient {
           account === this.registration.known?.url;
         if (forgotten && !registeredAnew) {
           registeredAnew = true;
-          this.#account = this.#successor ??= this.#newAccount();
+          this.#account = Promise.resolve(await (this.#successor ??= this.#newAccount()));
           continue;
         }
         throw error;
@@ -763,6 +768,12 @@ export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
   const at = /^\d+$/.test(value) ? now.getTime() + Number(value) * 1000 : date;
   if (Number.isNaN(at)) return undefined;
   return new Date(Math.min(Math.max(at, now.getTime() + 1000), now.getTime() + 86_400_000));
+}
+
+/** A moment in JSON (RFC 3339); undefined where it is none, which Date.parse alone is too good-natured to tell. */
+function instant(value: unknown): Date | undefined {
+  const date = new Date(typeof value === "string" && /^\d{4}-\d\d-\d\d[Tt ]/.test(value) ? value : NaN);
+  return Number.isNaN(date.getTime()) ? undefined : date;
 }
 
 /** The `meta` of a directory (RFC 8555 §7.1.1), as far as it is used here. */

@@ -8,7 +8,6 @@
  */
 
 import { Buffer } from "node:buffer";
-import process from "node:process";
 import { setTimeout as delay } from "node:timers/promises";
 import { ownLines } from "./text.ts";
 
@@ -280,9 +279,9 @@ function exists(group: number): boolean {
 }
 
 /** Sends a signal to a process group; the error's code where that fails. */
-function send(group: number, signal: string | 0): string | undefined {
+function send(group: number, signal: Deno.Signal | 0): string | undefined {
   try {
-    process.kill(group, signal);
+    Deno.kill(group, signal);
   } catch (error) {
     return (error as NodeJS.ErrnoException).code;
   }

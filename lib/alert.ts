@@ -14,7 +14,14 @@ import type { Entry, State } from "./store.ts";
 export type Cause =
   | { readonly kind: "failing"; readonly line: Line; readonly times: number; readonly error: string }
   | { readonly kind: "expiring"; readonly entry: Entry; readonly notAfter: Date }
-  | { readonly kind: "owed"; readonly section: string; readonly since: Date; readonly error?: string };
+  | {
+    readonly kind: "owed";
+    readonly section: string;
+    /** Those whose certificates are owed. */
+    readonly lines: readonly Line[];
+    readonly since: Date;
+    readonly error?: string;
+  };
 
 /** What an alert of one section says. */
 export interface Alert {
@@ -49,7 +56,12 @@ export function causesOf(
   }
   const debt = state.owed[section.name];
   if (debt !== undefined && now.getTime() - Date.parse(debt.since) > DAY_MS) {
-    causes.push({ kind: "owed", section: section.name, since: new Date(debt.since), error: debt.lastError });
+    const owed = new Set(Object.values(debt.certificates));
+    const lines = inventory.filter(({ line, finding }) =>
+      line.sections.includes(section) && "certificate" in finding && owed.has(finding.certificate.fingerprint)
+    ).map(({ line }) => line);
+    const { since, lastError: error } = debt;
+    causes.push({ kind: "owed", section: section.name, lines, since: new Date(since), error });
   }
   return causes;
 }
@@ -75,7 +87,10 @@ export function dueAlerts(config: Config, inventory: readonly Entry[], state: St
   });
 }
 
-/** Runs the commands of an alert with `text` on their standard input, and remembers who was told of what. */
+/**
+ * Runs the commands of an alert with `text` on their standard input, and remembers what was told unless all of them
+ * failed: who was reached is not told again today because another could not be. Returns the first failure.
+ */
 export async function send(
   { section, causes }: Alert,
   text: string,
@@ -84,26 +99,43 @@ export async function send(
   now: Date,
   signal: AbortSignal,
 ): Promise<CommandError | undefined> {
-  const lines = causes.flatMap((cause) =>
-    cause.kind === "failing" ? [cause.line] : cause.kind === "expiring" ? [cause.entry.line] : []
-  );
+  const lines = causes.flatMap(linesOf);
   const values = {
     DOMAINS_CN: [...new Set(lines.map(({ names }) => names[0]!))],
     DOMAINS_ALL: [...new Set(lines.flatMap(({ names }) => names))],
   };
   const options = { timeoutSeconds: config.commandTimeoutSeconds, stdin: text, signal };
-  try {
-    for (const line of section.alert.flatMap((command) => commandLines(command, values))) {
-      await runCommand(line, options);
+  const failures: CommandError[] = [];
+  for (const command of section.alert) {
+    try {
+      for (const line of commandLines(command, values)) await runCommand(line, options);
+    } catch (error) {
+      if (!(error instanceof CommandError)) throw error;
+      failures.push(error);
     }
-  } catch (error) {
-    if (error instanceof CommandError) return error;
-    throw error;
   }
-  if (causes.length === 0) delete state.alerts[section.name];
-  else {state.alerts[section.name] = Object.fromEntries(
-      causes.map((cause) => [nameOf(cause), now.toISOString()]),
-    );}
+  if (failures.length < section.alert.length) {
+    if (causes.length === 0) delete state.alerts[section.name];
+    else {
+      const told = causes.map((cause) => [nameOf(cause), now.toISOString()]);
+      state.alerts[section.name] = Object.fromEntries(told);
+    }
+  }
+  return failures[0];
+}
+
+/** The lines that a cause is about. */
+function linesOf(cause: Cause): readonly Line[] {
+  switch (cause.kind) {
+    case "failing":
+      return [cause.line];
+    case "expiring":
+      return [cause.entry.line];
+    case "owed":
+      return cause.lines;
+    default:
+      return cause satisfies never;
+  }
 }
 
 /** What a cause is remembered by. */

@@ -20,7 +20,6 @@ import {
 import { commandLines, type PrepareCommands, runCommand } from "./actions.ts";
 import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Query, txtFault } from "./dns.ts";
-import { fetchAsCa } from "./preflight.ts";
 import type { Route } from "./reach.ts";
 
 /** A challenge that the CA can check until this is disposed of. */
@@ -109,6 +108,7 @@ export class Challenges {
     this.answering.note(JSON.stringify({ file: path }));
     stack.use(dropFile(path, content));
     if (commands.length === 0) return;
+    const { fetchAsCa } = await import("./preflight.ts"); // http and TLS, which most runs do without
     const url = `http://${
       isIP(name) === 6 ? `[${name}]` : name
     }/.well-known/acme-challenge/${challenge.token}`;
@@ -131,7 +131,9 @@ export class Challenges {
         this.answering.warn(`cannot clean up ${record}: ${(error as Error).message}`)
       )
     );
-    await this.#alone(record, () => runAll(sections.flatMap(({ dnsPresent }) => dnsPresent), placed, config));
+    const { signal } = this.answering;
+    const present = sections.flatMap(({ dnsPresent }) => dnsPresent);
+    await this.#alone(record, () => runAll(present, placed, config, signal));
     await this.#preflight(
       name,
       config.dnsWaitSeconds,
@@ -141,11 +143,12 @@ export class Challenges {
   }
 
   async #checkStandingRecord(name: string, challenge: Challenge, accountUrl: string): Promise<void> {
-    const issuer = challenge.issuerDomainNames[0] ?? "";
-    const { record, value } = standingRecord(name, issuer, accountUrl);
-    const wanted = (text: string) => text.startsWith(issuer) && text.includes(`accounturi=${accountUrl}`);
+    const issuers = challenge.issuerDomainNames;
+    const { record, value } = standingRecord(name, issuers[0] ?? "", accountUrl);
+    const proves = (text: string) =>
+      issuers.some((issuer) => isStanding(text, name, issuer, accountUrl, this.answering.now()));
     await this.#preflight(name, 0, DNS_PAUSE_MS, async () => {
-      const fault = await txtFault(record, wanted, this.answering.query);
+      const fault = await txtFault(record, proves, this.answering.query);
       return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
     });
   }
@@ -196,6 +199,19 @@ export function standingRecord(
   };
 }
 
+/** Whether a record that was found is such a one, which may also say until when it holds. */
+function isStanding(text: string, name: string, issuer: string, accountUrl: string, now: Date): boolean {
+  const [found, ...parameters] = text.split(";").map((part) => part.trim());
+  const values = new Map(parameters.map((parameter) => {
+    const [, tag = "", value = ""] = /^(.*?)\s*=\s*(.*)$/.exec(parameter) ?? [];
+    return [tag.toLowerCase(), value];
+  }));
+  const policy = values.get("policy")?.toLowerCase();
+  const until = Number(values.get("persistuntil") ?? Infinity) * 1000;
+  return found === issuer && values.get("accounturi") === accountUrl && until >= now.getTime() &&
+    (policy === "wildcard" || !name.startsWith("*."));
+}
+
 /** Undoes what a run that was cut off left behind; `notes` are its own. */
 export async function cleanUp(
   config: Config,
@@ -216,10 +232,12 @@ export async function cleanUp(
   }
 }
 
-/** A note as it was written; one that was cut off in the middle says nothing. */
+/** A note as it was written; one that was cut off in the middle, or is none of ours, says nothing. */
 function parseNote(note: string): { file?: string; dns?: Placed } {
   try {
-    return JSON.parse(note);
+    const { file, dns } = JSON.parse(note);
+    const texts = dns === undefined ? [file] : [dns.name, dns.record, dns.value];
+    return texts.every((text) => typeof text === "string") ? { file, dns } : {};
   } catch {
     return {};
   }
@@ -238,10 +256,11 @@ async function runAll(
   commands: readonly string[],
   { name, record, value }: Placed,
   config: Config,
+  signal?: AbortSignal,
 ): Promise<void> {
   for (const command of commands) {
     for (const line of commandLines(command, { DOMAIN: name, RECORD: record, VALUE: value })) {
-      await runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds });
+      await runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds, signal });
     }
   }
 }

@@ -265,13 +265,22 @@ export function targetsOf(section: Section, lines: readonly Line[], inventory: r
   const all = [...new Set(inventory.map(({ line }) => line))].filter(({ sections }) =>
     sections.includes(section)
   );
-  return section.verify.flatMap((endpoint) => {
-    const placed = all.flatMap((line) => placesOf(endpoint, line).map((place) => ({ line, place })));
-    const own = placed.filter(({ line, place: { host, sni } }) => bears(line, sni ?? host));
-    return (own.length > 0 ? own : all.length === 1 ? placed : [])
-      .filter(({ line }) => lines.includes(line))
-      .map(({ line, place }) => ({ endpoint: place, expected: expectedOf(line, inventory) }));
-  });
+  const owners = new Map<string, Line>();
+  // as with the links to a bundle: the line that has a name alone, else the first
+  for (const line of all.toSorted((a, b) => Number(b.names.length === 1) - Number(a.names.length === 1))) {
+    for (const name of line.names) if (!owners.has(name)) owners.set(name, line);
+  }
+  const ownerOf = (name: string) => owners.get(name) ?? owners.get(name.replace(/^[^.]+/, "*"));
+
+  const targets = new Map<string, Target>();
+  for (const endpoint of section.verify) {
+    for (const place of lines.flatMap((line) => placesOf(endpoint, line))) {
+      const line = ownerOf(place.sni ?? place.host) ?? (all.length === 1 ? all[0] : undefined);
+      if (line === undefined || !lines.includes(line) || targets.has(place.text)) continue;
+      targets.set(place.text, { endpoint: place, expected: expectedOf(line, inventory) });
+    }
+  }
+  return [...targets.values()];
 }
 
 /** An endpoint with the names of a line for the words DOMAIN and DOMAINS_ALL; a wildcard is no place. */
@@ -294,11 +303,6 @@ function placesOf(endpoint: Endpoint, { names }: Line): Endpoint[] {
       return { ...endpoint, text, host, sni };
     });
   });
-}
-
-/** Whether a line's certificates are valid for `name`. */
-function bears({ names }: Line, name: string): boolean {
-  return names.includes(name) || names.includes(name.replace(/^[^.]+/, "*"));
 }
 
 function expectedOf(line: Line, inventory: readonly Entry[]): Expected[] {

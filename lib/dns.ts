@@ -31,8 +31,8 @@ export const systemQuery: Query = async (name, type, server) => {
 const MOST_ALIASES = 8;
 
 /**
- * Undefined where every authoritative server of `name` has a TXT record that is `wanted`, else which of them has not.
- * One address of a server that answers right is enough.
+ * Undefined where every authoritative server of `name` that answers has a TXT record that is `wanted`, else which of them
+ * has not. One address of a server that answers right is enough; a CA passes over a server that is down, and so do we.
  */
 export async function txtFault(
   name: string,
@@ -42,33 +42,38 @@ export async function txtFault(
   try {
     const target = await aliasOf(name, query);
     const servers = await authoritativeServers(target, query);
-    const faults = await Promise.all(
-      servers.map(({ server, addresses }) => serverFault(server, addresses, target, wanted, query)),
+    const looks = await Promise.all(
+      servers.map(({ server, addresses }) => look(server, addresses, target, wanted, query)),
     );
-    return faults.find((fault) => fault !== undefined);
+    const answers = looks.filter(({ answered }) => answered);
+    const fault = (answers.length > 0 ? answers : looks).find(({ fault }) => fault !== undefined)?.fault;
+    return fault && oneLine(fault);
   } catch (error) {
     return `cannot look up ${name}: ${oneLine((error as Error).message)}`;
   }
 }
 
-async function serverFault(
+/** What one server has at a name, and whether it answered at all. */
+async function look(
   server: string,
   addresses: readonly string[],
   name: string,
   wanted: (text: string) => boolean,
   query: Query,
-): Promise<string | undefined> {
+): Promise<{ answered: boolean; fault?: string }> {
+  let answered = false;
   let fault = `${server} has no address`;
   for (const address of addresses) {
     try {
       const texts = await query(name, "TXT", { address, port: 53 });
-      if (texts.some(wanted)) return undefined;
+      if (texts.some(wanted)) return { answered: true };
+      answered = true;
       fault = `${server} has ${texts.length === 0 ? "no TXT record" : "other TXT records"} at ${name}`;
     } catch {
-      fault = `${server} (${address}) does not answer`;
+      if (!answered) fault = `${server} (${address}) does not answer`;
     }
   }
-  return fault;
+  return { answered, fault };
 }
 
 /** Where a name leads to by CNAME, itself where it leads nowhere. */
@@ -89,11 +94,12 @@ async function authoritativeServers(
 ): Promise<{ server: string; addresses: string[] }[]> {
   for (let zone = name; zone.includes("."); zone = zone.slice(zone.indexOf(".") + 1)) {
     const servers = await query(zone, "NS");
-    if (servers.length === 0) continue;
+    // an alias (www.example.com, say) is no zone, though a resolver that is asked for NS answers with its target's
+    if (servers.length === 0 || (await query(zone, "CNAME")).length > 0) continue;
     return await Promise.all(servers.map(async (entry) => {
       const server = entry.replace(/\.$/, "");
-      const [v4, v6] = await Promise.all([query(server, "A"), query(server, "AAAA").catch(() => [])]);
-      return { server, addresses: [...v4, ...v6] };
+      const families = (["A", "AAAA"] as const).map((type) => query(server, type).catch(() => []));
+      return { server, addresses: (await Promise.all(families)).flat() };
     }));
   }
   throw new Error("no name servers");

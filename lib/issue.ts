@@ -138,11 +138,19 @@ async function certificate(
 /** The chain that leads to the preferred root, or the default one. */
 async function chainOf(order: Order, line: Line, { client, preferredChain, warn }: Issuing): Promise<string> {
   let first: string | undefined;
-  for await (const chain of client.downloadChains(order)) {
-    first ??= chain;
-    if (preferredChain === undefined || rootOf(chain) === preferredChain) return chain;
+  let why = "";
+  try {
+    for await (const chain of client.downloadChains(order)) {
+      first ??= chain;
+      if (preferredChain === undefined || rootOf(chain) === preferredChain) return chain;
+    }
+  } catch (error) {
+    // a certificate in hand is not given up for an alternate that cannot be had
+    if (first === undefined || !(error instanceof AcmeError)) throw error;
+    why = ` (${error.message})`;
   }
-  warn(`no chain of ${line.names[0]} leads to ${JSON.stringify(preferredChain)}: the default one is taken`);
+  const wanted = JSON.stringify(preferredChain);
+  warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
   return first!;
 }
 

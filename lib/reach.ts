@@ -3,7 +3,6 @@
  * (preflight.ts, verify.ts), so that tests can put the world on loopback.
  */
 
-import { lookup } from "node:dns/promises";
 import { isIP } from "node:net";
 
 /** One address of a host with the port to dial there. */
@@ -23,6 +22,7 @@ export type Route = (host: string, port: number) => Promise<readonly Destination
  */
 export async function resolveAddresses(host: string): Promise<string[]> {
   if (isIP(host)) return [host];
+  const { lookup } = await import("node:dns/promises");
   const found = await lookup(host, { all: true });
   return [...new Set(found.map(({ address }) => address))];
 }

@@ -153,8 +153,8 @@ function daysText(from: Date, to: Date): string {
   return `${count} ${count === 1 ? "day" : "days"}`;
 }
 
-function count(number: number, thing: string): string {
-  return `${number} ${thing}${number === 1 ? "" : "s"}`;
+function count(number: number, thing: string, things = `${thing}s`): string {
+  return `${number} ${number === 1 ? thing : things}`;
 }
 
 /** Errors whose message says all. */
@@ -176,9 +176,9 @@ export function errorText(error: Error): string {
   return expected || error instanceof Deno.errors.NotFound ? error.message : error.stack ?? String(error);
 }
 
-/** What an alert says: a line for each cause, or that there is none any more. */
-export function alertText(causes: Alert["causes"]): string {
-  if (causes.length === 0) return "all is well again\n";
+/** What an alert says: a line for each cause, or that there is none any more in this section. */
+export function alertText(section: string, causes: Alert["causes"]): string {
+  if (causes.length === 0) return `[${section}] all is well again\n`;
   const lines = causes.map((cause) => {
     switch (cause.kind) {
       case "failing":
@@ -241,6 +241,8 @@ export class Report {
   #issued: Extract<Event, { kind: "issued" }>[] = [];
   readonly #events: Event[] = [];
   readonly #told = new Set<unknown>();
+  /** What waits and what is owed has been told with the plan. */
+  #planned = false;
 
   constructor(private readonly manner: Manner) {
     this.#quiet = manner.cron;
@@ -259,6 +261,7 @@ export class Report {
         this.#sayAloud(`${event.how.padEnd(8)}${event.path}, the account key (P-256); keep a copy of it`);
         break;
       case "plan":
+        this.#planned = true;
         this.#sayPlan(event.plan, event.owed);
         for (const record of event.records) this.#say(`place   ${record}`);
         break;
@@ -292,9 +295,10 @@ export class Report {
         break;
       case "alert":
         if (event.error !== undefined) this.#fail(`[${event.section}] alert`, event.error);
-        else {this.#sayAloud(
-            `alert   [${event.section}] ${alertText(event.causes).trimEnd().replaceAll("\n", "; ")}`,
-          );}
+        else {
+          const text = alertText(event.section, event.causes);
+          this.#sayAloud(`alert   ${text.trimEnd().replaceAll("\n", "\n        ")}`);
+        }
         break;
       default:
         event satisfies never;
@@ -384,8 +388,10 @@ export class Report {
           `with more than two thirds of its life left (half, if that is under ten days)`,
       );
     }
-    this.#sayWaiting(waiting);
-    for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
+    if (!this.#planned) {
+      this.#sayWaiting(waiting);
+      for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
+    }
     const next = kept.reduce<Kept | undefined>(
       (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
       undefined,
@@ -395,16 +401,17 @@ export class Report {
       failed > 0 ? `${failed} failed` : "",
       waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
       `${kept.length} kept`,
-      debts.length > 0 ? `${count(debts.length, "delivery").replace("deliverys", "deliveries")} owed` : "",
+      debts.length > 0 ? `${count(debts.length, "delivery", "deliveries")} owed` : "",
       next === undefined
         ? ""
         : `next renewal ${dateText(next.renewAt)} (${nameText(next.entry.line.names)} ${next.entry.keyType})`,
     ];
     this.#say(parts.filter((part) => part !== "").join(", "));
-    if (this.manner.json) {
+    const status = failed > 0 || waiting.length > 0 || debts.length > 0 ? 1 : 0;
+    if (this.manner.json && !(this.#quiet && status === 0)) {
       this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
     }
-    return failed > 0 || waiting.length > 0 || debts.length > 0 ? 1 : 0;
+    return status;
   }
 
   /** Lines that wait, one by one where each has its own reason, together where the CA wants no orders. */
@@ -532,7 +539,7 @@ function document(mode: Mode, events: readonly Event[], { kept, waiting, owed }:
     })),
     alerts: of("alert").map(({ section, causes, error }) => ({
       section,
-      text: alertText(causes),
+      text: alertText(section, causes),
       ...(error !== undefined && failure(error)),
     })),
     owed,

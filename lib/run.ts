@@ -39,7 +39,7 @@ import {
   Store,
   strayFiles,
 } from "./store.ts";
-import { ask, type Identified, identified, nextRun, suggestions, toAsk } from "./suggest.ts";
+import { ask, type Identified, identified, nextRun, suggestions, toAsk, unidentified } from "./suggest.ts";
 import { isMistake, quote } from "./text.ts";
 import { probe } from "./verify.ts";
 import { generateKey } from "./x509.ts";
@@ -212,7 +212,7 @@ export async function run(
   let opened: Promise<AcmeClient> | undefined;
   const client = () => opened ??= connect(connecting);
   const running: Running = { config, mode, parallel, store, world, tell, client, connecting };
-  await askSuggestions(certificates, running);
+  await askSuggestions(certificates, unidentified(inventory, world.now()), running);
   const memory = memoryOf(state, config, mode, certificates, world.now(), retry);
   const decided = plan(config, inventory, world.now(), memory);
   state.lastRun = world.now().toISOString();
@@ -299,8 +299,10 @@ async function alert(
 ): Promise<number> {
   let unsent = 0;
   for (const due of dueAlerts(config, inventory, store.state, world.now())) {
-    const error = await send(due, alertText(due.causes), config, store.state, world.now(), world.signal);
-    tell({ kind: "alert", section: due.section.name, causes: due.causes, error });
+    const { section: { name: section }, causes } = due;
+    const text = alertText(section, causes);
+    const error = await send(due, text, config, store.state, world.now(), world.signal);
+    tell({ kind: "alert", section, causes, error });
     if (error !== undefined) unsent++;
   }
   return unsent;
@@ -370,10 +372,14 @@ function connectingFor(config: Config, mode: Mode, store: Store, world: World, t
 }
 
 /** Asks the CA when it would like certificates to be renewed, as far as it may be asked again. Never fails a run. */
-async function askSuggestions(certificates: readonly Identified[], running: Running): Promise<void> {
-  const { config, parallel, store, world, tell } = running;
-  const asked = config.ari ? toAsk(certificates, store.state, world.now()) : [];
-  if (asked.length === 0) return;
+async function askSuggestions(
+  certificates: readonly Identified[],
+  nameless: readonly Entry[],
+  running: Running,
+): Promise<void> {
+  const { config, mode, parallel, store, world, tell } = running;
+  const asked = toAsk(certificates, store.state, config.acmeDirectory[mode], world.now());
+  if (!config.ari || asked.length + nameless.length === 0) return;
   let client: AcmeClient;
   try {
     client = await running.client();
@@ -381,12 +387,24 @@ async function askSuggestions(certificates: readonly Identified[], running: Runn
     return tell({ kind: "notice", text: `cannot ask the CA when to renew: ${errorText(error as Error)}` });
   }
   if (client.directory.renewalInfo === undefined) return;
-  await inParallel(asked, parallel, world.signal, async ({ id, entry }) => {
+  const note = ({ line, keyType }: Entry, text: string) =>
+    tell({ kind: "notice", text: `${line.names[0]} (${keyType}): ${text}` });
+  for (const entry of nameless) {
+    note(entry, "cannot ask when to renew: it does not name its authority's key; its dates decide");
+  }
+  let answers = true;
+  await inParallel(asked, parallel, world.signal, async (certificate) => {
+    if (!answers) return;
     try {
-      await ask(id, client, store.state, world.now(), world.random());
+      await ask(certificate, client, store.state, world.now(), world.random());
     } catch (error) {
-      const who = `${entry.line.names[0]} (${entry.keyType})`;
-      tell({ kind: "notice", text: `${who}: ${errorText(error as Error)}; its dates decide` });
+      if (!answers) return;
+      const decides = store.state.renewals[certificate.id]?.window === undefined
+        ? "its dates decide"
+        : "what the CA said before decides";
+      note(certificate.entry, `${errorText(error as Error)}; ${decides}`);
+      // a service that is down is not waited for once for every certificate; the next run asks about the others
+      answers = !(error instanceof AcmeError && (error.passing || error.problem?.type === "rateLimited"));
     }
   });
   await store.saveState();

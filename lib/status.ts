@@ -9,6 +9,7 @@ import type { Mode } from "./config.ts";
 import type { Plan, Rule } from "./plan.ts";
 import { dateText, nameText, reasonText, ruleText, servedText, timeText } from "./report.ts";
 import type { Entry, State } from "./store.ts";
+import { printable } from "./text.ts";
 import type { Served } from "./verify.ts";
 
 /** Everything that a status tells of. */
@@ -106,16 +107,15 @@ export function statusTable(status: Status): string {
   table(
     `${"CERTIFICATE".padEnd(28)} ${"KEY".padEnd(4)}${"LIFE LEFT".padEnd(BAR + 8)} RENEWS`,
     rows.flatMap(({ entry, lifeLeft, daysLeft, next, failure }) => {
-      const name = cut(nameText(entry.line.names), 28).padEnd(28);
       const bar = lifeLeft === undefined
         ? "none".padEnd(BAR)
         : "#".repeat(Math.ceil(lifeLeft * BAR)).padEnd(BAR, ".");
       const days = daysLeft === undefined
         ? ""
-        : `${daysLeft < 10 ? daysLeft.toFixed(1) : Math.floor(daysLeft)} d`;
-      const head = `${name} ${entry.keyType.padEnd(4)}${bar} ${days.padStart(6)}  `;
+        : `${Math.abs(daysLeft) < 10 ? daysLeft.toFixed(1) : Math.trunc(daysLeft)} d`;
+      const columns = ` ${entry.keyType.padEnd(4)}${bar} ${days.padStart(6)}  `;
       return [
-        ...wrapped(head, next),
+        ...tableRow(nameText(entry.line.names), 28, columns, next),
         ...failure === undefined ? [] : wrapped(
           "  ",
           `failed ${failure.count === 1 ? "once" : `${failure.count} times`}, last ` +
@@ -134,7 +134,7 @@ export function statusTable(status: Status): string {
       const count = String(Object.keys(certificates).length).padEnd(13);
       const next = retryAt === undefined ? "by the next run" : `from ${timeText(new Date(retryAt))}`;
       return [
-        `${cut(`[${section}]`, 28).padEnd(28)} ${since.slice(0, 10).padEnd(12)} ${count} ${next}`,
+        ...tableRow(`[${section}]`, 28, ` ${since.slice(0, 10).padEnd(12)} ${count} `, next),
         ...lastError === undefined ? [] : wrapped("  ", lastError),
       ];
     }),
@@ -142,11 +142,9 @@ export function statusTable(status: Status): string {
   table(
     `${"ENDPOINT".padEnd(34)} ${"KEY".padEnd(4)}SERVES`,
     status.served.toSorted((a, b) => Number(a.state === "current") - Number(b.state === "current"))
-      .flatMap((served) =>
-        wrapped(`${cut(served.endpoint, 34).padEnd(34)} ${served.keyType.padEnd(4)}`, servedText(served))
-      ),
+      .flatMap((served) => tableRow(served.endpoint, 34, ` ${served.keyType.padEnd(4)}`, servedText(served))),
   );
-  table("FILES OF NO LINE", status.strays.map((path) => `  ${path}`));
+  table("FILES OF NO LINE", status.strays.flatMap((path) => wrapped("  ", printable(path, Infinity))));
   const count = troubles(status, rows);
   const verdict = count === 0
     ? "all is well"
@@ -154,26 +152,25 @@ export function statusTable(status: Status): string {
   return [...lines, "", verdict, ""].join("\n");
 }
 
-/** Text behind a head, going on below it where the line is full. */
-function wrapped(head: string, text: string): string[] {
-  const indent = " ".repeat(Math.min(head.length, 36));
-  const lines: string[] = [];
-  let line = head;
-  let empty = true;
-  for (const word of text.split(" ")) {
-    if (!empty && line.length + word.length + 1 > WIDTH) {
-      lines.push(line);
-      line = indent;
-      empty = true;
-    }
-    line += empty ? word : ` ${word}`;
-    empty = false;
-  }
-  return [...lines, line];
+/** What a row is about, its columns and what there is to say; a name too long for its column has lines of its own. */
+function tableRow(name: string, width: number, columns: string, text: string): string[] {
+  if (name.length <= width) return wrapped(name.padEnd(width) + columns, text);
+  return [...wrapped("", name), ...wrapped(" ".repeat(width) + columns, text)];
 }
 
-function cut(text: string, width: number): string {
-  return text.length > width ? `${text.slice(0, width - 1)}~` : text;
+/** Text behind a head, going on below it where the line is full. A URL stays whole, so that it can be followed. */
+function wrapped(head: string, text: string): string[] {
+  const indent = " ".repeat(Math.min(head.length, 36));
+  const lines = [head];
+  const words = text.split(" ").flatMap((word) =>
+    /^https?:/.test(word) ? [word] : word.match(new RegExp(`.{1,${WIDTH - indent.length}}`, "g")) ?? [""]
+  );
+  for (const [index, word] of words.entries()) {
+    const line = index === 0 ? head + word : `${lines.at(-1)} ${word}`;
+    if (line.length <= WIDTH) lines[lines.length - 1] = line;
+    else lines.push(indent + word);
+  }
+  return lines.map((line) => line.trimEnd()).filter((line) => line !== "");
 }
 
 /**
@@ -259,7 +256,7 @@ export function statusMetrics(status: Status): string {
     "endpoint_current",
     "Whether an endpoint serves the newest certificate.",
     status.served.map(({ section, endpoint, address, keyType, state }) => [
-      { section, endpoint, address, key_type: keyType, state },
+      { section, endpoint, address, key_type: keyType },
       state === "current" ? 1 : 0,
     ]),
   );

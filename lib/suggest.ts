@@ -8,6 +8,7 @@
 import { type AcmeClient, AcmeError } from "./acme.ts";
 import type { Suggestion } from "./plan.ts";
 import type { Entry, Renewal, State } from "./store.ts";
+import type { Certificate } from "./x509.ts";
 
 /** RFC 9773 §4.3.2: Retry-After is heeded within these bounds, and is six hours where the CA says nothing. */
 const SOONEST_MS = 60_000;
@@ -22,27 +23,49 @@ const SHORTEST_INTERVAL_MS = 3_600_000;
 /** A certificate of the inventory with its identifier. */
 export interface Identified {
   readonly entry: Entry;
+  readonly certificate: Certificate;
   readonly id: string;
 }
 
 /** The certificates that a CA can be asked about: those that are in use and name their authority's key. */
 export function identified(inventory: readonly Entry[], now: Date): Identified[] {
   return inventory.flatMap((entry) => {
-    const { finding } = entry;
-    if (finding.kind !== "present" || finding.certificate.notAfter <= now) return [];
-    const { id } = finding.certificate;
-    return id === undefined ? [] : [{ entry, id }];
+    const certificate = certificateInUse(entry, now);
+    return certificate?.id === undefined ? [] : [{ entry, certificate, id: certificate.id }];
   });
 }
 
-/** Of these, the ones about which the CA may be asked again. */
-export function toAsk(certificates: readonly Identified[], state: State, now: Date): Identified[] {
-  return certificates.filter(({ id }) => !(new Date(state.renewals[id]?.askAt ?? 0) > now));
+/** Those that no CA can be asked about, since they do not name their authority's key. */
+export function unidentified(inventory: readonly Entry[], now: Date): Entry[] {
+  return inventory.filter((entry) => {
+    const certificate = certificateInUse(entry, now);
+    return certificate !== undefined && certificate.id === undefined;
+  });
 }
 
-/** Asks about one certificate and remembers the answer. Throws AcmeError; even then the CA is left alone for a while. */
+function certificateInUse({ finding }: Entry, now: Date): Certificate | undefined {
+  return finding.kind === "present" && finding.certificate.notAfter > now ? finding.certificate : undefined;
+}
+
+/** Of these, the ones about which the CA at `directoryUrl` may be asked again; another's it does not know. */
+export function toAsk(
+  certificates: readonly Identified[],
+  state: State,
+  directoryUrl: string,
+  now: Date,
+): Identified[] {
+  return certificates.filter(({ id }) => {
+    const { account, askAt } = state.renewals[id] ?? {};
+    return (account ?? directoryUrl).split(" ")[0] === directoryUrl && !(new Date(askAt ?? 0) > now);
+  });
+}
+
+/**
+ * Asks about one certificate and remembers the answer. Throws AcmeError; even then the CA is left alone for a while, and
+ * what it said before stays remembered.
+ */
 export async function ask(
-  id: string,
+  { id, certificate: { notBefore, notAfter } }: Identified,
   client: AcmeClient,
   state: State,
   now: Date,
@@ -50,10 +73,12 @@ export async function ask(
 ): Promise<void> {
   const renewal: Renewal = state.renewals[id] ??= {};
   renewal.askAt = new Date(now.getTime() + USUAL_MS).toISOString();
-  const { start, end, explanationUrl, retryAfter } = await client.renewalInfo(id).catch((error) => {
-    if (error instanceof AcmeError) delete renewal.window;
-    throw error;
-  });
+  const { start, end, explanationUrl, retryAfter } = await client.renewalInfo(id);
+  // one that is over says "now", whenever it began
+  if (end > now && end.getTime() - start.getTime() > notAfter.getTime() - notBefore.getTime()) {
+    const text = "the renewal window is longer than the certificate's life";
+    throw new AcmeError("ask when to renew", text, client.directory.renewalInfo!);
+  }
   const wait = retryAfter === undefined ? USUAL_MS : retryAfter.getTime() - now.getTime();
   renewal.askAt = new Date(now.getTime() + Math.min(Math.max(wait, SOONEST_MS), LATEST_MS)).toISOString();
   const window = { start: start.toISOString(), end: end.toISOString() };

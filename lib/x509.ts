@@ -11,6 +11,7 @@
 import { createHash, createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
 import { isIP } from "node:net";
 import { toIPv6 } from "./names.ts";
+import { printable } from "./text.ts";
 
 /** What key to make. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
@@ -93,9 +94,9 @@ class Facts implements Certificate {
   }
 }
 
-/** `DNS:example.com, IP Address:192.0.2.1` as a list; a name that node had to quote stays quoted and so equals none of ours. */
+/** `DNS:example.com, IP Address:192.0.2.1` as a list, harmless for a terminal: any stranger's certificate may be read here. */
 function alternativeNames(text: string): string[] {
-  return text.split(", ").filter((entry) => entry !== "").map((entry) => {
+  return printable(text, Infinity).split(", ").filter((entry) => entry !== "").map((entry) => {
     const [, kind, value] = /^(DNS|IP Address):(.*)$/.exec(entry) ?? [];
     if (kind === "DNS") return value!.toLowerCase();
     return kind === undefined ? entry : toIPv6(value!) ?? value!;

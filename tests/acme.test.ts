@@ -535,6 +535,18 @@ Deno.test("finalize that is refused because the order is not ready, and that had
   assert.deepEqual([error.step, error.message], ["finalize the order", "not yet (orderNotReady)"]);
 });
 
+Deno.test("an answer to a challenge that had arrived, and is refused the second time, is no error", async () => {
+  await using bed = await faultyBed();
+  const client = await connect(bed);
+  const faults: (Fault | undefined)[] = [
+    { kind: "after", fault: { kind: "reset" } },
+    refusing(400, "malformed", "the challenge is not pending"),
+  ];
+  bed.ca.switches.fault = ({ resource }) => resource === "challenge" ? faults.shift() : undefined;
+  assert.match(await obtain(bed, client), /^-----BEGIN CERTIFICATE-----/);
+  assert.equal(faults.length, 0);
+});
+
 Deno.test("an answer to a challenge that is refused, and that had not arrived, is an error", async () => {
   await using bed = await faultyBed();
   const client = await connect(bed);

@@ -336,6 +336,19 @@ Deno.test("an authorization whose name is written in capitals is the ordered one
   assert.equal((await bed.run()).code, 0);
 });
 
+Deno.test("where the CA has forgotten the account and wants no other, every line says so and the run ends well", async () => {
+  await using bed = await oneCertificate();
+  await bed.run();
+  const state = bed.text("test/state.json").replace("/account/1", "/account/99");
+  await Deno.writeTextFile(bed.path("test/state.json"), state);
+  bed.configure({ domains: "a.example.com\nb.example.com" });
+  bed.ca.switches.fault = befalling("newAccount", refusing(403, "unauthorized", "no new accounts"), Infinity);
+  const ran = await bed.run();
+  assert.deepEqual([failures(ran), ran.code], [Array(2).fill("no new accounts (unauthorized)"), 1]);
+  assert.equal(counts(ran.requests).newAccount, 1);
+  bed.ca.violations.splice(0); // it was asked under the remembered account
+});
+
 // ---- certificates that are not what was asked for ----------------------------------------------------------------
 
 Deno.test("a certificate that is not what was asked for is not taken, and the old one and its key stay", async () => {

@@ -250,10 +250,7 @@ Deno.test({
     const endClient = ({ child }: Session) => kill(child.pid, "SIGTERM");
     const dropConnection = () => relay.drop();
     const killServer = async () => (await remote.sessions()).forEach((pid) => kill(pid, "SIGKILL"));
-    const closeInput = async ({ child }: Session) => {
-      await new Promise((resolve) => setTimeout(resolve, 400)); // else it was never open
-      await child.stdin.close();
-    };
+    const closeInput = ({ child }: Session) => child.stdin.close();
     for (
       const [name, options, stdin, end] of [
         ["the client is killed", [], "piped", killClient],

@@ -1,0 +1,256 @@
+/**
+ * What the fault tests share: the subject that faults befall, the points at which they do, and what must hold after a
+ * fault and one undisturbed run.
+ *
+ * By default a spread of the points is tried, the same each time (`LEMATT_SEED` picks another); `LEMATT_FAULTS=all`,
+ * as in `deno task test:faults`, tries every point and prints how many there were.
+ */
+
+import assert from "node:assert/strict";
+import { generateKeyPairSync } from "node:crypto";
+import { basename, join } from "node:path";
+import process from "node:process";
+import { preview } from "../lib/run.ts";
+import { type Entry, filesOf, readInventory, readState, Store, strayFiles } from "../lib/store.ts";
+import { isPrivateKey } from "../lib/x509.ts";
+import { type Bed, type Ran, testBed, type TestWorld, until } from "./bed.ts";
+import type { Switches } from "./ca.ts";
+
+/** Whether every point is to be tried. */
+export const ALL = Deno.env.get("LEMATT_FAULTS") === "all";
+const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
+/** How long one fault, with all that follows from it, may take; waits of the client are cut short in a test bed. */
+const LONGEST_SECONDS = 60;
+
+// ---- points ------------------------------------------------------------------------------------------------------
+
+/** Random whole numbers below a bound, the same for the same seed (mulberry32). */
+export function randomFrom(seed = SEED): (below: number) => number {
+  let state = seed;
+  return (below) => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) % below;
+  };
+}
+
+/**
+ * Lets `attempt` have a fault befall the program at each point, or at `some` of them, and fails with all the points
+ * at which that was not survived. An attempt that returns false found no occasion (the run was over before), and does
+ * not count.
+ */
+export async function sweep<Point>(
+  what: string,
+  points: readonly Point[],
+  some: number,
+  attempt: (point: Point) => Promise<boolean | void>,
+): Promise<void> {
+  const random = randomFrom();
+  const shuffled = points.map((point) => ({ point, at: random(2 ** 31) })).sort((a, b) => a.at - b.at);
+  const chosen = ALL ? points : shuffled.slice(0, some).map(({ point }) => point);
+  const failures: string[] = [];
+  let befell = 0;
+  for (const point of chosen) {
+    const late = Promise.withResolvers<never>();
+    const timer = setTimeout(
+      () => late.reject(new Error(`not over after ${LONGEST_SECONDS} s`)),
+      LONGEST_SECONDS * 1000,
+    );
+    try {
+      if (await Promise.race([attempt(point), late.promise]) !== false) befell++;
+    } catch (error) {
+      failures.push(`${JSON.stringify(point)}: ${(error as Error).stack}`);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+  const counts = `${what}: ${befell} faults, at ${chosen.length} of ${points.length} points`;
+  assert.equal(failures.length, 0, `${counts} (seed ${SEED}); not survived:\n${failures.join("\n\n")}`);
+  if (ALL) console.log(`${counts}, all survived`);
+}
+
+/** Every pair of one of these and one of those. */
+export function pairs<A, B>(these: readonly A[], those: readonly B[]): (readonly [A, B])[] {
+  return these.flatMap((a) => those.map((b) => [a, b] as const));
+}
+
+/** 1, 2, … count */
+export function upTo(count: number): number[] {
+  return Array.from({ length: count }, (_, index) => index + 1);
+}
+
+// ---- the subject -------------------------------------------------------------------------------------------------
+
+/** RSA keys that stand there before the first run: making them would take longer than all the rest. */
+const KEYS: readonly (readonly [name: string, pem: string])[] = [
+  "example.com_www.example.com-key.rsa2048.test.pem",
+  "solo.example.org-key.rsa2048.test.pem",
+].map((name) => [name, generateKeyPairSync("rsa", { modulusLength: 2048 })] as const)
+  .map(([name, { privateKey }]) => [name, privateKey.export({ type: "pkcs8", format: "pem" }).toString()]);
+
+/**
+ * A test bed for a line of two names and a line of one, whose certificates are delivered by copying them to `served`,
+ * and whose challenges need a `prepare` command.
+ */
+export class Subject implements AsyncDisposable {
+  readonly served: string;
+  #ordersBefore = 0;
+
+  private constructor(readonly bed: Bed) {
+    this.served = join(bed.home, "served");
+  }
+
+  static async create({ ca = {}, settings = "" }: { ca?: Switches; settings?: string } = {}): Promise<Subject> {
+    const bed = await testBed({
+      domains: "example.com www\nsolo.example.org\n",
+      settings,
+      ca: { fault: () => undefined, ...ca },
+    });
+    const subject = new Subject(bed);
+    Deno.mkdirSync(subject.served);
+    bed.configure({
+      actions: `[default]
+prepare: ["echo $$ >> ${bed.home}/prepared; exec cat >/dev/null"]
+uploadCerts: ["cp -L CERTS ${subject.served}"]
+uploadKeys: ["cp -L KEYS ${subject.served}"]
+update: ["echo >> ${bed.home}/updated"]
+`,
+    });
+    Deno.mkdirSync(bed.path("test/key"), { recursive: true, mode: 0o700 });
+    for (const [name, pem] of KEYS) Deno.writeTextFileSync(bed.path("test/key", name), pem, { mode: 0o600 });
+    return subject;
+  }
+
+  inventory(): Entry[] {
+    return readInventory(this.bed.config(), "test");
+  }
+
+  /** From here on are orders counted. */
+  countOrders(): void {
+    this.#ordersBefore = this.bed.ca.orders.length;
+  }
+
+  /** Waits until none of the `prepare` commands runs any more. */
+  async untilQuiet(): Promise<void> {
+    const path = join(this.bed.home, "prepared");
+    const pids = textOf(path).split("\n").filter((line) => line !== "").map(Number);
+    await until("the prepare commands have ended", () => !pids.some(isRunning));
+  }
+
+  /** What must hold right after a fault: no private key is lost or can be read by others, and what was said is fit to be read. */
+  async afterFault({ stdout = "", stderr = "" }: { stdout?: string; stderr?: string } = {}): Promise<void> {
+    presentable(stdout + stderr);
+    await this.untilQuiet();
+    for (const [name, pem] of KEYS) assert.equal(this.bed.text("test/key", name), pem, `${name} has changed`);
+    this.#checkModes();
+  }
+
+  /** One undisturbed run, and all that must hold after it. */
+  async recover(world: Partial<TestWorld> = {}): Promise<Ran> {
+    const { bed } = this;
+    bed.ca.switches.fault = () => undefined;
+    const ran = await bed.run({ retry: true, ...world });
+    assert.equal(ran.code, 0, `the undisturbed run failed:\n${ran.stdout}${ran.stderr}`);
+    await this.afterFault(ran);
+    await this.#checkFiles();
+    this.#checkDelivered();
+    this.#checkOrders();
+    return ran;
+  }
+
+  #checkModes(): void {
+    const { bed } = this;
+    const modeOf = (...names: string[]) => Deno.lstatSync(bed.path(...names)).mode! & 0o777;
+    assert.equal(modeOf("test/key"), 0o700, "mode of the key directory");
+    const secrets = [...Deno.readDirSync(bed.path("test/key"))].filter(({ isSymlink }) => !isSymlink)
+      .map(({ name }) => join("test/key", name));
+    for (const name of ["account.key", "test/state.json", ...secrets]) {
+      if (exists(bed.path(name))) assert.equal(modeOf(name), 0o600, `mode of ${name}`);
+    }
+  }
+
+  /** Every certificate is there and nothing else: no temporary, no challenge, no lock that is held, no debt. */
+  async #checkFiles(): Promise<void> {
+    const { bed } = this;
+    const config = bed.config();
+    const inventory = this.inventory();
+    for (const { stem, keyType, finding } of inventory) assert.equal(finding.kind, "present", `${stem} ${keyType}`);
+    assert.deepEqual(strayFiles(config, "test", inventory), []);
+    assert.deepEqual(bed.dropped(), [], "challenge files");
+    assert.deepEqual(listing(bed.conf), ["account.key", "actions.conf", "domains", "lematt.conf", "test"]);
+    assert.deepEqual(listing(bed.path("test")), [".lock", "cert", "csr", "key", "state.json"]);
+    for (const directory of ["key", "csr", "cert"]) {
+      assert.deepEqual(listing(bed.path("test", directory)).filter((name) => name.startsWith(".")), []);
+    }
+    assert(isPrivateKey(bed.text("account.key")));
+    const state = readState(config, "test");
+    assert(!("unusable" in state), "state.json cannot be used");
+    assert.deepEqual(state.owed, {});
+    assert.equal((await preview(config, "test", false, bed.world(), () => {})).due, 0);
+    Store.open(config, "test", bed.ca.now)[Symbol.dispose]();
+  }
+
+  #checkDelivered(): void {
+    const { bed, served } = this;
+    for (const entry of this.inventory()) {
+      const { cert, key } = filesOf(bed.config(), "test", entry);
+      for (const path of [cert, key]) {
+        const name = basename(path);
+        assert.equal(textOf(join(served, name)), Deno.readTextFileSync(path), `delivered: ${name}`);
+      }
+    }
+  }
+
+  /** One order for each key type of a line, and one more. */
+  #checkOrders(): void {
+    const { ca } = this.bed;
+    const counts = new Map<string, number>();
+    for (const { identifiers } of ca.orders.slice(this.#ordersBefore)) {
+      const names = identifiers.map(({ value }) => value).join(" ");
+      counts.set(names, (counts.get(names) ?? 0) + 1);
+    }
+    for (const [names, count] of counts) assert(count <= 2 + 1, `${count} orders for ${names}`);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.bed[Symbol.asyncDispose]();
+  }
+}
+
+/** What lematt says is text in lines, without a stack trace and without anything that a terminal would act on. */
+export function presentable(text: string): void {
+  // deno-lint-ignore no-control-regex
+  assert.doesNotMatch(text, /[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/);
+  assert.doesNotMatch(text, /\n\s+at .*:\d+:\d+|undefined|\[object /);
+}
+
+export function textOf(path: string): string {
+  try {
+    return Deno.readTextFileSync(path);
+  } catch {
+    return "";
+  }
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function listing(path: string): string[] {
+  return [...Deno.readDirSync(path)].map(({ name }) => name).sort();
+}
+
+export function isRunning(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -3,8 +3,8 @@
  * leforward: a redirect server for a host that has no web server of its own.
  *
  * While it runs, a CA that asks this host for an http-01 challenge (RFC 8555 §8.3) is sent on to the host
- * where lematt dropped the answer. Meant as the forced command of an ssh key (conf/remote/authorized_keys), so
- * it trusts neither side: the base URL must be one plain word, and of a request nothing but a valid token
+ * where lematt dropped the answer. Meant as the forced command of an ssh key (conf/remote/authorized_keys):
+ * it trusts neither side, so the base URL must be one plain word, and of a request nothing but a valid token
  * reaches the answer.
  *
  * One file without imports: copying it is installing it. It listens and does nothing else: it opens no file
@@ -34,7 +34,7 @@ const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, w
 const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
 const WATCH_MS = 200; // how often parent and connections are looked at
 
-// Fit to stand in a header: no user, query, fragment, blank, control character or anything that a shell knows.
+// Fit to stand in a header: no user, query, fragment, blank, control character, or what a shell would act on.
 const BASE_URL = /^https?:\/\/(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(\/[\w.~%/-]*)?$/i;
 // Origin form and absolute form (RFC 9112 §3.2); a token is base64url.
 const REQUEST =
@@ -175,9 +175,9 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
 }
 
 /**
- * Ends the process when standard input closes after having been open. One that is closed at once (cron, systemd,
- * `ssh -n`: seen within a millisecond) was never open; which it is, is known when this returns. A terminal is
- * left alone: it tells by HUP, and who reads it in the background is stopped.
+ * Ends the process when standard input closes after having been open. One that is closed at once (cron,
+ * systemd, `ssh -n`: seen within a millisecond) was never open; which it is, is known when this returns.
+ * A terminal is left alone: it tells by HUP, and who reads it in the background is stopped.
  */
 async function watchInput(): Promise<void> {
   if (Deno.stdin.isTerminal()) return;

@@ -100,7 +100,7 @@ type Arguments = ReturnType<typeof parse>;
 
 function parse(args: readonly string[]) {
   const { values, positionals } = parseArgs({ args: [...args], allowPositionals: true, options: OPTIONS });
-  const { test, prod, check, parallel, reason, plan, status, revoke, rollover } = values;
+  const { test, prod, check, parallel, reason, plan, status, revoke, rollover, json, metrics } = values;
   const paths = [...positionals, ...values.config === undefined ? [] : [values.config]];
   if (paths.length > 1) throw new UsageError(`one configuration at a time, not ${paths.join(" and ")}`);
   if (parallel !== undefined && !/^([1-9]\d?|100)$/.test(parallel)) {
@@ -115,6 +115,10 @@ function parse(args: readonly string[]) {
   if ([check, plan, status, revoke, rollover].filter((one) => one !== undefined).length > 1) {
     throw new UsageError("one of --check, --plan, --status, --revoke and --rollover at a time");
   }
+  if (json && (check || rollover || revoke !== undefined)) {
+    throw new UsageError("--json goes with a run, --plan or --status");
+  }
+  if (json && metrics) throw new UsageError("one of --json and --metrics at a time");
   const modes = [test, prod].filter((mode) => mode).length;
   if (!values.help && !values.version && modes !== 1 && !(check && modes === 0)) {
     throw new UsageError("say either --test or --prod");
@@ -159,7 +163,8 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
     for (const mode of options.mode === undefined ? ["prod", "test"] as const : [options.mode]) {
       for (const text of await adviceFor(config, mode)) out(`${text}\n`);
     }
-    out(`${config.file}: ${config.lines.length} lines of domains, no faults\n`);
+    const count = config.lines.length;
+    out(`${config.file}: ${count} ${count === 1 ? "line" : "lines"} of domains, no faults\n`);
     return 0;
   }
 
@@ -180,7 +185,13 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
     }, { out, err });
   } catch (error) {
     const { name, code } = error as Error & { code?: string };
-    const known: Record<string, number> = { LockedError: 3, SelectionError: 2, AcmeError: 1, AbortError: 1 };
+    const known: Record<string, number> = {
+      LockedError: 3,
+      SelectionError: 2,
+      AcmeError: 1,
+      AbortError: 1,
+      CommandError: 1, // no openssl to look at endpoints with
+    };
     // what the system refused (it has a code) is said in a line, too; anything else is a bug and shows its stack
     if (!(name in known) && code === undefined) throw error;
     err(`lematt: ${errorText(error as Error)}\n`);
@@ -206,7 +217,7 @@ async function act(
     cron,
     json,
     terminal: terminal && !json,
-    color: terminal && !Deno.noColor,
+    color: Deno.stderr.isTerminal() && !Deno.noColor,
     now,
     out,
     err,
@@ -214,7 +225,9 @@ async function act(
   const tell: Tell = (event) => report.tell(event);
 
   if (options.status) {
-    const found = await status(config, mode, options.offline ?? false, world, tell);
+    const found = await status(config, mode, options.offline ?? false, world, (event) => {
+      if (event.kind === "notice") err(`lematt: ${event.text}\n`); // not into a document
+    });
     out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found));
     return exitStatus(found);
   }
@@ -252,9 +265,14 @@ function httpClient({ caBundle }: Config): World["fetch"] {
   };
 }
 
+/** Writes the whole text. That nobody reads it any more (`lematt.ts --prod | head`) is no reason to stop a run. */
 function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string): void {
   const bytes = new TextEncoder().encode(text);
-  for (let written = 0; written < bytes.length;) written += stream.writeSync(bytes.subarray(written));
+  try {
+    for (let written = 0; written < bytes.length;) written += stream.writeSync(bytes.subarray(written));
+  } catch (error) {
+    if (!(error instanceof Deno.errors.BrokenPipe)) throw error;
+  }
 }
 
 if (import.meta.main) Deno.exit(await main(Deno.args));

@@ -278,12 +278,12 @@ function exists(group: number): boolean {
   return send(group, 0) !== "ESRCH";
 }
 
-/** Sends a signal to a process group; the error's code where that fails. */
-function send(group: number, signal: Deno.Signal | 0): string | undefined {
+/** Sends a signal to a process group; why not where that fails (Deno's own error has no code). */
+function send(group: number, signal: Deno.Signal | 0): "ESRCH" | "EPERM" | undefined {
   try {
     Deno.kill(group, signal);
   } catch (error) {
-    return (error as NodeJS.ErrnoException).code;
+    return error instanceof Deno.errors.NotFound ? "ESRCH" : "EPERM";
   }
 }
 

@@ -22,14 +22,15 @@ const UNKNOWN_ISSUER = "<domain name of the CA, known after the first run>";
 
 /** TXT records that must stand for the names proven by dns-persist-01, as lines of a zone file. */
 export function recordsToPlace(config: Config, account: Account | undefined): string[] {
-  const records = config.lines.flatMap(({ names }) =>
-    names.filter((name) => challengeOf(config, name) === "dns-persist-01").map((name) => {
-      const issuer = account?.issuers[0] ?? UNKNOWN_ISSUER;
-      const { record, value } = standingRecord(name, issuer, account?.url ?? UNKNOWN_ACCOUNT);
-      return `${record}. IN TXT "${value}"`;
-    })
-  );
-  return [...new Set(records)];
+  const all = config.lines.flatMap(({ names }) => names);
+  const standing = new Set(all.filter((name) => challengeOf(config, name) === "dns-persist-01"));
+  // a wildcard's record proves the name itself, too
+  const needed = [...standing].filter((name) => !standing.has(`*.${name}`));
+  return needed.map((name) => {
+    const issuer = account?.issuers[0] ?? UNKNOWN_ISSUER;
+    const { record, value } = standingRecord(name, issuer, account?.url ?? UNKNOWN_ACCOUNT);
+    return `${record}. IN TXT "${value}"`;
+  });
 }
 
 /** A CAA record (RFC 8657) that lets nobody but this account have certificates, and only by the ways of proof in use. */

@@ -45,7 +45,7 @@ export interface Texts {
   domains?: string;
   /** The file `actions.conf`. */
   actions?: string;
-  /** Lines for `[config]`; what is not here is as in `DEFAULT_SETTINGS`, then as lematt has it. */
+  /** Lines for `[config]`; what is not here is as `configure` has it, else as lematt has it. */
   settings?: string;
 }
 
@@ -141,11 +141,12 @@ export class Bed implements AsyncDisposable {
     }
   }
 
-  /** A path below the configuration directory, or the text of the file there. */
+  /** A path below the configuration directory. */
   path(...names: string[]): string {
     return join(this.conf, ...names);
   }
 
+  /** The text of the file at a path below the configuration directory. */
   text(...names: string[]): string {
     return Deno.readTextFileSync(this.path(...names));
   }

@@ -30,12 +30,18 @@ export interface Dns extends AsyncDisposable {
   close(): Promise<void>;
 }
 
+/** Further records: what a hook command has put into a file, say. Asked anew with every question. */
+export type Further = (name: string, type: RecordType) => readonly string[];
+
 /** Starts a DNS server on a free port of 127.0.0.1. */
-export async function startDns(): Promise<Dns> {
+export async function startDns(further: Further = () => []): Promise<Dns> {
   const records = new Map<string, Map<RecordType, readonly string[]>>();
   const log: string[] = [];
   const key = (name: string) => name.toLowerCase().replace(/\.$/, "");
-  const get = (name: string, type: RecordType) => records.get(key(name))?.get(type) ?? [];
+  const get = (name: string, type: RecordType) => [
+    ...records.get(key(name))?.get(type) ?? [],
+    ...further(key(name), type),
+  ];
 
   /** The answer to a message, or undefined if it is no question that can be answered. */
   function answer(message: Uint8Array): Buffer | undefined {
@@ -53,7 +59,8 @@ export async function startDns(): Promise<Dns> {
       name = target;
     }
     const asked = key(question.name);
-    const exists = [...records.keys()].some((known) => known === asked || known.endsWith(`.${asked}`));
+    const exists = answers.length > 0 ||
+      [...records.keys()].some((known) => known === asked || known.endsWith(`.${asked}`));
     const head = Buffer.alloc(12);
     message.slice(0, 2).forEach((octet, i) => head[i] = octet);
     const recursionDesired = message[2]! << 8 & 0x0100;

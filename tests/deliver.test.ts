@@ -1,6 +1,7 @@
 /** Goal: what is owed is carried in the right order, by the right files, until it is paid, and proven where asked for. */
 
 import assert from "node:assert/strict";
+import { createPublicKey } from "node:crypto";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { type Config, loadConfig } from "../lib/config.ts";
@@ -292,50 +293,61 @@ Deno.test("retryAfterAttempt() pauses for a day at most, however often it failed
 Deno.test("a newly issued certificate has its section tried at once, with all that it owes", async () => {
   await using bed = await bedOf(
     "a.example.com",
-    `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`,
+    `[default]\nuploadCerts: ["cp HERE/conf/test/state.json HERE/seen; echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`,
   );
-  for (let n = 0; n < 5; n++) {
-    await bed.run({ retry: true });
-  }
+  for (let n = 0; n < 5; n++) await bed.run({ retry: true });
   assert.ok(stateOf(bed).owed.default!.retryAt !== undefined);
   takeLog(bed);
 
   bed.configure({ domains: "a.example.com\nb.example.com" });
   await bed.run();
   assert.deepEqual(takeLog(bed), ["a.example.com b.example.com"]);
-  const { attempts, retryAt } = stateOf(bed).owed.default!;
-  assert.deepEqual([attempts, retryAt], [1, undefined]);
+  const seen: State = JSON.parse(Deno.readTextFileSync(join(bed.home, "seen")));
+  for (const [state, attempts] of [[seen, 0], [stateOf(bed), 1]] as const) {
+    assert.equal(state.owed.default!.attempts, attempts);
+    assert.equal(state.owed.default!.retryAt, undefined);
+  }
   Deno.writeTextFileSync(join(bed.home, "up"), "");
   assert.equal((await bed.run()).code, 0);
 });
 
-Deno.test("a certificate renewed while its predecessor is being carried stays owed until it is carried", async () => {
+Deno.test("a certificate renewed while its predecessor is being carried is carried, too", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["exit 1"]`);
   await bed.run();
   bed.ca.advance(80 * DAY);
   await makeFifo(bed);
-  // the first upload goes on until the new certificate has been asked for and is in its place
+  bed.configure({ domains: "a.example.com\nb.example.com" });
+  // the old debt is being carried until the fifo is written; a line is being issued until its gate opens
   act(
     bed,
-    `[default]\nuploadCerts: ["cat CERTS >> HERE/carried; test -e HERE/seen || { touch HERE/seen; read word < HERE/fifo; }"]`,
+    `[default]
+prepare: ["cat"]
+uploadCerts: ["cat CERTS >> HERE/carried; test -e HERE/seen || { touch HERE/seen; read word < HERE/fifo; }"]
+[b]
+domains: b.example.com
+prepare: ["cat"]`,
   );
-  const running = bed.run();
-  const fifo = await Deno.open(join(bed.home, "fifo"), { write: true });
-  await until("the new certificate is there", () => bed.ca.issued.length === 2);
-  await until(
-    "it is owed",
-    () =>
-      Object.values(stateOf(bed).owed.default?.certificates ?? {})[0] ===
-        certificateOf(bed, "a.example.com").fingerprint,
-  );
+  const gates = { a: Promise.withResolvers<void>(), b: Promise.withResolvers<void>() };
+  const route = async (host: string) => {
+    await gates[host[0] as "a" | "b"].promise;
+    return [{ address: "127.0.0.1", port: bed.web.port }];
+  };
+  const running = bed.run({ route });
+  const inode = () => Deno.statSync(bed.path("test", "state.json")).ino;
+  const fifo = await Deno.open(join(bed.home, "fifo"), { write: true }); // which waits for the reader
+  gates.a.resolve();
+  await until("a is renewed and owed", () => {
+    const [owed] = Object.values(stateOf(bed).owed.default?.certificates ?? {});
+    return bed.ca.issued.length === 2 && owed === certificateOf(bed, "a.example.com").fingerprint;
+  });
+  const before = inode();
   fifo.writeSync(new TextEncoder().encode("go\n"));
   fifo.close();
+  await until("the old debt has been settled", () => inode() !== before);
+  gates.b.resolve();
   assert.equal((await running).code, 0);
-  assert.ok(
-    Deno.readTextFileSync(join(bed.home, "carried")).endsWith(
-      bed.text("test", "cert", "a.example.com-cert-combined.prime256v1.test.pem"),
-    ),
-  );
+  const renewed = bed.text("test", "cert", "a.example.com-cert-combined.prime256v1.test.pem");
+  assert.ok(Deno.readTextFileSync(join(bed.home, "carried")).endsWith(renewed));
   assert.deepEqual(stateOf(bed).owed, {});
 });
 
@@ -594,6 +606,35 @@ Deno.test("an endpoint is asked with the name after its #, or without any", NEED
   );
 });
 
+Deno.test("what a stranger's certificate says of itself cannot steer the terminal", NEEDS_NGINX, async () => {
+  const port = freePort();
+  await using bed = await bedOf(
+    "www.example.com",
+    `[default]\nverify: ["DOMAIN:${port}"]`,
+    "keyTypes: ec\nverifyWait: 0",
+  );
+  await plantServed(bed, 0);
+  await owe(bed, ["default", "www.example.com"]);
+  const key = await Deno.readTextFile(join(bed.home, "web", "www.example.com-key.prime256v1.test.pem"));
+  const stranger = bed.ca.forge({
+    publicKey: createPublicKey(key),
+    identifiers: [{ type: "dns", value: "\x1b[31m\r\u0085www.example.com" }],
+    notBefore: new Date(0),
+    notAfter: new Date(Date.now() + DAY),
+  });
+  await Deno.writeTextFile(
+    join(bed.home, "web", "www.example.com-cert-combined.prime256v1.test.pem"),
+    stranger,
+  );
+  await using _ = await startNginx(
+    bed,
+    (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair("www.example.com", "prime256v1")} }`,
+  );
+  const { stderr } = await bed.run();
+  assert.match(stderr, /^WRONG .* ec {2}other at 127\.0\.0\.1: [0-9a-f]{16} for \\u\{1b\}\[31m/m);
+  assert.doesNotMatch(stderr, /[^\x20-\x7e\n]/);
+});
+
 Deno.test("an endpoint that nobody answers at is named, and the other sections are delivered", async () => {
   const port = freePort();
   await using bed = await bedOf(
@@ -681,6 +722,13 @@ Deno.test("targetsOf() finds for each endpoint the certificates that it should s
       "lb.example.net:443: lb.example.net 443: a.example.com rsa, a.example.com ec",
     ]],
     [two, ["lb.example.net:443"], []], // it cannot be known whose certificate that serves
+    ["a.example.com b.example.com\nb.example.com", ["DOMAINS_ALL:443", "b.example.com:443"], [
+      "a.example.com:443: a.example.com 443: a.example.com rsa, a.example.com ec",
+      "b.example.com:443: b.example.com 443: b.example.com rsa, b.example.com ec",
+    ]],
+    ["*.example.com\nwww.example.com", ["www.example.com:443"], [
+      "www.example.com:443: www.example.com 443: www.example.com rsa, www.example.com ec",
+    ]],
     ["*.example.com example.com", ["DOMAINS_ALL:443", "www.example.com:443"], [
       "example.com:443: example.com 443: *.example.com rsa, *.example.com ec",
       "www.example.com:443: www.example.com 443: *.example.com rsa, *.example.com ec",

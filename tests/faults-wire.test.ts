@@ -27,8 +27,12 @@ const FAULTS: Readonly<Record<string, Fault>> = {
   "503, Retry-After as a date": status(503, { "retry-after": new Date(Date.now() + 20_000).toUTCString() }),
   "503, absurd Retry-After": status(503, { "retry-after": "99999999999999" }),
   "429": refusing(429, "rateLimited", "slow down"),
-  "429, Retry-After in seconds": refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "20" } }),
-  "429, Retry-After in hours": refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "9999" } }),
+  "429, Retry-After in seconds": refusing(429, "rateLimited", "slow down", {
+    headers: { "retry-after": "20" },
+  }),
+  "429, Retry-After in hours": refusing(429, "rateLimited", "slow down", {
+    headers: { "retry-after": "9999" },
+  }),
   "badNonce": { kind: "badNonce" },
   "truncated": { kind: "truncate" },
   "HTML with 200": { kind: "html" },

@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { createPrivateKey, createPublicKey, generateKeyPairSync, X509Certificate } from "node:crypto";
+import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Exchange, Fault, LogEntry, Order, Switches } from "./ca.ts";
@@ -96,14 +97,15 @@ Deno.test("many lines share directory, account and connection, and need a nonce 
 });
 
 Deno.test("a later run asks for no account, and for no proof of names that the CA still takes for proven", async () => {
-  await using bed = await testBed({
-    domains: NAME,
-    settings: "keyTypes: ec\npreflight: no",
-  });
+  await using bed = await testBed({ domains: NAME, settings: "keyTypes: ec" });
   const prepared = join(bed.home, "prepared");
-  bed.configure({ actions: `[default]\nprepare: ["echo ran >> ${prepared}; cat"]` });
-  await bed.run();
-  assert.equal(Deno.readTextFileSync(prepared), "ran\n");
+  bed.configure({ actions: `[default]\nprepare: ["touch ${prepared}; exec cat"]` });
+  await bed.run({
+    async route() {
+      await until("prepare has run", () => existsSync(prepared));
+      return [{ address: "127.0.0.1", port: bed.web.port }];
+    },
+  });
   await Deno.remove(prepared);
 
   const { mtime } = await Deno.stat(bed.drop);
@@ -114,7 +116,7 @@ Deno.test("a later run asks for no account, and for no proof of names that the C
   assert.equal(code, 0);
   assert.deepEqual(counts(requests), { directory: 1, newNonce: 1, newOrder: 1, finalize: 1, certificate: 1 });
   assert.deepEqual((await Deno.stat(bed.drop)).mtime, mtime);
-  await assert.rejects(Deno.stat(prepared));
+  assert(!existsSync(prepared));
 });
 
 // ---- key types ---------------------------------------------------------------------------------------------------
@@ -196,6 +198,15 @@ const put = (more: Record<string, unknown>): Fault => ({
   rewrite: (body) => ({ ...body, ...more }),
 });
 
+/** The fault, for polls of an order that has been finalized. */
+function onceFinalized(fault: Fault): Switches["fault"] {
+  let finalized = false;
+  return ({ resource }) => {
+    finalized ||= resource === "finalize";
+    return finalized && resource === "order" ? fault : undefined;
+  };
+}
+
 for (
   const [what, ca, step, message] of [
     [
@@ -255,11 +266,7 @@ for (
       "issued",
       {
         processingMs: 20,
-        fault: ({ resource }: Exchange) => {
-          const polled = resource === "order" && processing;
-          if (resource === "finalize") processing = true;
-          return polled ? { kind: "rewrite", rewrite: invalid } : undefined;
-        },
+        fault: onceFinalized({ kind: "rewrite", rewrite: invalid }),
       },
       "issue",
       `two names (compound); ${TOLD}`,
@@ -273,7 +280,6 @@ for (
   ] as [string, Switches, string, string][]
 ) {
   Deno.test(`an order that cannot be ${what} fails with what the CA says of it, and leaves nothing behind`, async () => {
-    processing = false;
     await using bed = await oneCertificate(ca, "a.example.com b.example.com");
     const ran = await bed.run();
     assert.equal(ran.code, 1);
@@ -284,8 +290,6 @@ for (
     assert.deepEqual(bed.dropped(), []);
   });
 }
-/** Whether the order of the case "issued" has been finalized. */
-let processing = false;
 
 Deno.test("names that the CA's policy rejects are told each with its reason", async () => {
   const reject = (name: string) => name.startsWith("www.") ? "high-risk name" : undefined;
@@ -322,8 +326,8 @@ for (
 ) {
   Deno.test(`an authorization for ${what} is not answered`, async () => {
     await using bed = await oneCertificate({ fault: befalling("authz", put(more)) });
-    const [message_] = failures(await bed.run());
-    assert(message_?.startsWith(message), message_);
+    const [told] = failures(await bed.run());
+    assert(told?.startsWith(message), told);
     assert.equal(counts(bed.ca.log).challenge, undefined);
     assert.deepEqual(bed.dropped(), []);
   });

@@ -8,7 +8,7 @@
 import { generateKeyPairSync } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
-import { type Dns, startDns } from "./ca-dns.ts";
+import { type Dns, type Further, startDns } from "./ca-dns.ts";
 import { certify, createAuthority } from "./ca-x509.ts";
 
 /** How a Pebble is to behave. */
@@ -28,6 +28,8 @@ export interface PebbleOptions {
    * PEBBLE_CHAIN_LENGTH (intermediates, 1), PEBBLE_ALTERNATE_ROOTS (0).
    */
   readonly env?: Readonly<Record<string, string>>;
+  /** Records that it can resolve beside those of `dns`. */
+  readonly records?: Further;
 }
 
 /** A running Pebble. */
@@ -64,9 +66,9 @@ export function pebbleTest(name: string, body: () => Promise<void>, { modern = f
 }
 
 /** Starts Pebble on free loopback ports; it answers when this returns. Throws, with its log, if it does not. */
-export async function startPebble({ httpPort, config, env }: PebbleOptions): Promise<Pebble> {
+export async function startPebble({ httpPort, config, env, records }: PebbleOptions): Promise<Pebble> {
   await using stack = new AsyncDisposableStack();
-  const dns = stack.use(await startDns());
+  const dns = stack.use(await startDns(records));
   const directory = await Deno.makeTempDir({ prefix: "lematt-pebble-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
   const file = async (name: string, text: string) => {

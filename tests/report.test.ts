@@ -417,8 +417,8 @@ Deno.test("on a terminal one line counts, and is gone before anything else is wr
     text += more;
   };
   spoken({ terminal: true, out: write, err: write }, events, summaryOf({ issued: 1, failed: 2 }));
-  assert.match(text, /0 of 2 lines done, 2 in flight, 0 failed\r\x1b\[K/);
-  assert.match(text, /1 of 2 lines done, 1 in flight, 1 failed\r\x1b\[K/);
+  assert.ok(text.includes("0 of 2 lines done, 2 in flight, 0 failed\r\x1b[K"));
+  assert.ok(text.includes("1 of 2 lines done, 1 in flight, 1 failed\r\x1b[K"));
   assert.ok(text.endsWith("1 issued, 2 failed, 0 kept\n"));
   const shown = text.split("\n").map((line) => line.split("\r\x1b[K").at(-1));
   assert.deepEqual(shown.filter((line) => line!.includes("in flight")), []);
@@ -432,13 +432,13 @@ Deno.test("a single line is not counted, nor is anything off a terminal", () => 
     ][]
   ) {
     const { out } = spoken({ terminal }, [{ kind: "begin", tasks }, { kind: "task", task }], summaryOf());
-    assert.doesNotMatch(out, /in flight|\x1b/);
+    assert.ok(!out.includes("in flight") && !out.includes("\x1b"));
   }
 });
 
 Deno.test("only FAILED is coloured, and only where colour is wanted", () => {
-  assert.match(spoken({ color: true }, [failure], summaryOf()).err, /^\x1b\[31mFAILED\x1b\[0m {2}example/);
-  assert.doesNotMatch(spoken({}, [failure], summaryOf()).err, /\x1b/);
+  assert.ok(spoken({ color: true }, [failure], summaryOf()).err.startsWith("\x1b[31mFAILED\x1b[0m  example"));
+  assert.ok(!spoken({}, [failure], summaryOf()).err.includes("\x1b"));
 });
 
 Deno.test("an alert is told, and its failure is a failure", () => {

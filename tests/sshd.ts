@@ -7,15 +7,15 @@ const KIT = new URL("../conf/remote/", import.meta.url).pathname;
 const LEFORWARD = new URL("../leforward.ts", import.meta.url).pathname;
 
 /** Programs that a remote host and its tests need and this machine lacks. */
-export const missing = ["ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "nginx"].filter((name) =>
-  find(name) === undefined
-);
+export const missing = ["ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "nginx", "openssl"].filter((
+  name,
+) => find(name) === undefined);
 
 export interface RemoteOptions {
   /** The URL that leforward is allowed to redirect to. */
   readonly baseUrl: string;
-  /** What the reload key runs; a line for /bin/sh. */
-  readonly reload?: string;
+  /** What the reload key runs, a line for /bin/sh; told the directory of the host. */
+  readonly reload?: (directory: string) => string;
   /** Changes authorized_keys further. */
   readonly keys?: (text: string) => string;
 }
@@ -41,7 +41,7 @@ export interface Remote extends AsyncDisposable {
 
 /** Starts one; throws with what went wrong. */
 export async function startRemote(
-  { baseUrl, reload = "true", keys = (text) => text }: RemoteOptions,
+  { baseUrl, reload = () => "true", keys = (text) => text }: RemoteOptions,
 ): Promise<
   Remote
 > {
@@ -76,7 +76,7 @@ export async function startRemote(
     "/usr/local/bin": bin,
     "/etc/ssl/lematt": certificates,
     "http://central.example.com": `${baseUrl} --port ${httpPort} --host 127.0.0.1`,
-    "exec sudo -n /usr/sbin/service nginx reload": reload,
+    "exec sudo -n /usr/sbin/service nginx reload": reload(directory),
   });
   for (const key of ["forward", "upload", "reload-nginx"]) {
     await run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", `${directory}/${key}`);

@@ -5,11 +5,16 @@
  * Everything runs on loopback and is gone afterwards. A part that needs what is not installed says so and is passed over.
  */
 
-import { idle } from "./idle.ts";
-import { Lacking, missedTargets, which } from "./measure.ts";
+import { forward } from "./bench-forward.ts";
+import { idle } from "./bench-idle.ts";
+import { latency, throughput } from "./bench-issue.ts";
+import { Lacking, missedTargets, which } from "./bench-measure.ts";
 
 const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
+  latency: { what: "10 names, RSA and EC, 10 at once, a CA 150 ms away", run: latency },
+  throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
   idle: { what: "nothing due", run: idle },
+  forward: { what: "leforward, a connection a request", run: forward },
 };
 
 /** What the figures are about: the first line that a program says of its version. */

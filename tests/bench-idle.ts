@@ -12,8 +12,19 @@ import { join } from "node:path";
 import { loadConfig } from "../lib/config.ts";
 import { emptyState, filesOf, readInventory, type Renewal } from "../lib/store.ts";
 import { readCertificate } from "../lib/x509.ts";
-import { type Authority, certify, createAuthority } from "../tests/ca-x509.ts";
-import { type Cost, inTurns, LEMATT, measure, median, megabytes, program, ratio, seconds, tell, times } from "./measure.ts";
+import { type Authority, certify, createAuthority } from "./ca-x509.ts";
+import {
+  type Cost,
+  inTurns,
+  LEMATT,
+  measure,
+  median,
+  megabytes,
+  ratio,
+  seconds,
+  tell,
+  times,
+} from "./bench-measure.ts";
 
 const DAY = 86_400_000;
 const TURNS = 5;
@@ -57,7 +68,10 @@ async function oneLine(home: string): Promise<void> {
 }
 
 /** Returns the wall time of --cron. */
-async function many(home: string, { lines, atMostSeconds, atMostMegabytes }: typeof SIZES[number]): Promise<number> {
+async function many(
+  home: string,
+  { lines, atMostSeconds, atMostMegabytes }: typeof SIZES[number],
+): Promise<number> {
   const conf = makeTree(join(home, `${lines}`), lines);
   const costs = await inTurns(TURNS, ...WAYS.map((way) => () => measure([...LEMATT, ...way, conf])));
   for (const [i, way] of WAYS.entries()) {
@@ -66,7 +80,10 @@ async function many(home: string, { lines, atMostSeconds, atMostMegabytes }: typ
     const cpu = median(costs[i]!.map(({ cpuSeconds }) => cpuSeconds));
     const peak = median(costs[i]!.map(({ peakMegabytes }) => peakMegabytes));
     tell(what, seconds(wall), `${seconds(cpu)} of processor time`, { found: wall, atMost: atMostSeconds });
-    tell("", megabytes(peak), `${(peak * 1024 / lines).toFixed(1)} KB a line`, { found: peak, atMost: atMostMegabytes });
+    tell("", megabytes(peak), `${(peak * 1024 / lines).toFixed(1)} KB a line`, {
+      found: peak,
+      atMost: atMostMegabytes,
+    });
   }
   return median(costs[0]!.map(({ wallSeconds }) => wallSeconds));
 }
@@ -79,7 +96,10 @@ function makeTree(conf: string, lines: number): string {
     "[config]\nchallengeDropDir: .\naccountKey: account.key\ntestDirectory: https://localhost:1/dir\n",
   );
   writeFileSync(join(conf, "actions.conf"), "");
-  writeFileSync(join(conf, "domains"), Array.from({ length: lines }, (_, i) => `host${i}.example.com\n`).join(""));
+  writeFileSync(
+    join(conf, "domains"),
+    Array.from({ length: lines }, (_, i) => `host${i}.example.com\n`).join(""),
+  );
   const config = loadConfig(conf);
 
   const root = createAuthority("lematt bench root");
@@ -115,6 +135,14 @@ function makeTree(conf: string, lines: number): string {
 const ACCOUNT = "https://localhost:1/dir NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs";
 const at = (ms: number) => new Date(ms).toISOString();
 
-function leafFor(name: string, publicKey: KeyObject, valid: { notBefore: Date; notAfter: Date }, issuer: Authority) {
-  return certify({ commonName: name, publicKey, identifiers: [{ type: "dns", value: name }], ...valid }, issuer);
+function leafFor(
+  name: string,
+  publicKey: KeyObject,
+  valid: { notBefore: Date; notAfter: Date },
+  issuer: Authority,
+) {
+  return certify(
+    { commonName: name, publicKey, identifiers: [{ type: "dns", value: name }], ...valid },
+    issuer,
+  );
 }

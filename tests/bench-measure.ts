@@ -20,7 +20,6 @@ export interface Cost {
   readonly cpuSeconds: number;
   /** The largest resident set. */
   readonly peakMegabytes: number;
-  readonly stdout: string;
 }
 
 /** Why a part cannot be measured here; the other parts can. */
@@ -60,12 +59,12 @@ export async function measure(
       stdin: "null",
     }).output();
     const wallSeconds = (performance.now() - begun) / 1000;
-    const said = new TextDecoder().decode(stdout);
     if (code !== 0) {
-      throw new Error(`Cannot measure ${command.join(" ")}: status ${code}\n${said}${new TextDecoder().decode(stderr)}`);
+      const said = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes)).join("");
+      throw new Error(`Cannot measure ${command.join(" ")}: status ${code}\n${said}`);
     }
     const [user, system, kilobytes] = (await Deno.readTextFile(report)).split(" ").map(Number);
-    return { wallSeconds, cpuSeconds: user! + system!, peakMegabytes: kilobytes! / 1024, stdout: said };
+    return { wallSeconds, cpuSeconds: user! + system!, peakMegabytes: kilobytes! / 1024 };
   } finally {
     await Deno.remove(report);
   }
@@ -118,6 +117,7 @@ export function tell(what: string, value: string, compared = "", target?: Target
   console.log(["  " + what.padEnd(38), value.padStart(12), ` ${compared}`, verdict].join(" ").trimEnd());
 }
 
-export const seconds = (value: number): string => value < 1 ? `${(value * 1000).toFixed(0)} ms` : `${value.toFixed(2)} s`;
+export const seconds = (value: number): string =>
+  value < 1 ? `${(value * 1000).toFixed(0)} ms` : `${value.toFixed(2)} s`;
 export const megabytes = (value: number): string => `${value.toFixed(0)} MB`;
 export const times = (value: number): string => `${value.toFixed(2)} x`;

@@ -34,7 +34,7 @@ const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, w
 const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
 const WATCH_MS = 200; // how often parent and connections are looked at
 
-// Fit to stand in a header: no user, query, fragment, blank, control character, or what a shell would act on.
+// Fit to stand in a header: no user, query, fragment, blank, control character or shell text.
 const BASE_URL = /^https?:\/\/(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(\/[\w.~%/-]*)?$/i;
 // Origin form and absolute form (RFC 9112 §3.2); a token is base64url.
 const REQUEST =

@@ -171,8 +171,7 @@ export class Deliveries {
         .then(() => this.#upload(each));
       each.updated = Promise.allSettled([each.uploaded, ...before.map(({ updated }) => updated)])
         .then(() => each.uploaded)
-        .then(() => this.#update(each, shared))
-        .then(() => this.#verify(each));
+        .then(() => this.#update(each, shared));
     }
     const deliveries = carried.map((each) => this.#settle(each));
     carried.forEach(({ section }, index) => this.#last.set(section.name, deliveries[index]!));
@@ -233,12 +232,14 @@ export class Deliveries {
   }
 
   /** Waits for a section and enters in the ledger what came of it. */
-  async #settle({ section, debt, entries, owed, ran, served, updated }: Carrying): Promise<Delivery> {
+  async #settle(carrying: Carrying): Promise<Delivery> {
+    const { section, debt, entries, owed, ran, served, updated } = carrying;
     const { config, mode, store } = this.delivering;
     const since = new Date(debt.since);
     let error: Error | undefined;
     try {
       await updated;
+      await this.#verify(carrying);
       for (const file of entries.map((entry) => certFile(config, mode, entry))) {
         // one that has been renewed in the meantime is owed anew
         if (debt.certificates[file] === owed[file]) delete debt.certificates[file];
@@ -262,6 +263,7 @@ export class Deliveries {
  * the section's only line.
  */
 export function targetsOf(section: Section, lines: readonly Line[], inventory: readonly Entry[]): Target[] {
+  if (section.verify.length === 0) return [];
   const all = [...new Set(inventory.map(({ line }) => line))].filter(({ sections }) =>
     sections.includes(section)
   );

@@ -108,7 +108,8 @@ export async function status(
   const now = world.now();
   const state = stateToRead(config, mode, tell);
   const inventory = readInventory(config, mode);
-  const served = offline ? [] : config.sections.map(async (section) => {
+  const looked = offline ? [] : config.sections.filter(({ verify }) => verify.length > 0);
+  const served = looked.map(async (section) => {
     const lines = config.lines.filter(({ sections }) => sections.includes(section));
     const look = {
       resolve: resolver(world.route),

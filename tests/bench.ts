@@ -8,12 +8,14 @@
 import { forward } from "./bench-forward.ts";
 import { idle } from "./bench-idle.ts";
 import { latency, throughput } from "./bench-issue.ts";
+import { limits } from "./bench-limits.ts";
 import { Lacking, missedTargets, which } from "./bench-measure.ts";
 
 const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
   latency: { what: "10 names, RSA and EC, 10 at once, a CA 150 ms away", run: latency },
   throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
   idle: { what: "nothing due", run: idle },
+  limits: { what: "2,000 new lines at a CA with limits", run: limits },
   forward: { what: "leforward, a connection a request", run: forward },
 };
 

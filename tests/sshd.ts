@@ -1,6 +1,6 @@
 /**
- * A remote host as conf/remote/README.md makes it, on loopback: a real sshd with the kit's own files, in which nothing
- * but names, paths and ports is changed. As root it has a user of its own, else it serves the user of the tests.
+ * A remote host as conf/remote/README.md makes it, on loopback: a real sshd with the kit's own files, in which
+ * only names, paths and ports are changed. As root it has a user of its own, else that of the tests.
  */
 
 const KIT = new URL("../conf/remote/", import.meta.url).pathname;

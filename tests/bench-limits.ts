@@ -1,0 +1,95 @@
+/**
+ * Many lines at a CA that limits its users as Let's Encrypt does (issue 7, item 6): run after run until all have their
+ * certificate. limits.test.ts asserts of fewer lines what is told of many here.
+ */
+
+import { join } from "node:path";
+import { type Bed, type Ran, testBed } from "./bed.ts";
+import { type Cost, LEMATT, measure, megabytes, seconds, tell } from "./bench-measure.ts";
+import type { Switches } from "./ca.ts";
+
+/** https://letsencrypt.org/docs/rate-limits/, whose nonces are the endpoint that few requests a second exhaust. */
+export function likeLetsEncrypt(orders: number): NonNullable<Switches["limits"]> {
+  return {
+    newOrder: { count: orders, windowMs: 3 * 3600_000 },
+    requestsPerSecond: { newNonce: 20 },
+  };
+}
+
+/** Runs until all is issued, each when the CA wants orders again. Throws where a run fails for another reason. */
+export async function runUntilDone(bed: Bed, parallel: number): Promise<Ran[]> {
+  const runs: Ran[] = [];
+  for (;;) {
+    const ran = await bed.run({ parallel });
+    runs.push(ran);
+    if (ran.code === 0) return runs;
+    const { holds } = JSON.parse(bed.text("test", "state.json"));
+    const until = Date.parse(holds[bed.ca.directoryUrl]);
+    if (!(until > bed.ca.now.getTime())) throw new Error(`Cannot go on: ${ran.stderr}`);
+    bed.ca.advance(until - bed.ca.now.getTime());
+  }
+}
+
+/** How many orders a run was refused. */
+export function refused({ requests }: Ran): number {
+  return requests.filter(({ resource, status }) => resource === "newOrder" && status === 429).length;
+}
+
+const LINES = 2_000;
+const ORDERS = 300;
+const PARALLEL = 30;
+
+export async function limits(): Promise<void> {
+  {
+    await using bed = await testBed({
+      domains: domains(LINES),
+      settings: "keyTypes: ec",
+      ca: { limits: likeLetsEncrypt(ORDERS) },
+    });
+    const begun = performance.now();
+    const from = bed.ca.now.getTime();
+    const runs = await runUntilDone(bed, PARALLEL);
+    const took = (performance.now() - begun) / 1000;
+    const hours = (bed.ca.now.getTime() - from) / 3600_000;
+    const least = Math.ceil(LINES / ORDERS);
+    tell(
+      `${LINES} lines`,
+      `${runs.length} runs`,
+      `in ${hours.toFixed(1)} h of the CA's time, ${seconds(took)} here`,
+      {
+        found: runs.length,
+        atMost: least,
+      },
+    );
+    tell("orders", `${bed.ca.orders.length}`, "", { found: bed.ca.orders.length, atMost: LINES });
+    const most = Math.max(...runs.map(refused));
+    tell("orders refused a run", `${most}`, `with ${PARALLEL} lines at once`, {
+      found: most,
+      atMost: PARALLEL,
+    });
+    const wait = Math.max(...bed.waits) / 1000;
+    tell("longest wait within a run", seconds(wait), "", { found: wait, atMost: 30 });
+  }
+  const [few, many] = [await issueAtOnce(LINES / 10), await issueAtOnce(LINES)];
+  tell(`${LINES / 10} lines in one run`, megabytes(few.peakMegabytes), "as a program, without limits");
+  const perLine = (many.peakMegabytes - few.peakMegabytes) * 1024 / (LINES * 0.9);
+  tell(
+    `${LINES} lines in one run`,
+    megabytes(many.peakMegabytes),
+    `${perLine.toFixed(1)} KB for each line more`,
+    {
+      found: perLine,
+      atMost: 20,
+    },
+  );
+}
+
+/** What the program takes for the first issuance of so many lines. */
+async function issueAtOnce(lines: number): Promise<Cost> {
+  await using bed = await testBed({ domains: domains(lines), settings: "keyTypes: ec" });
+  return await measure([...LEMATT, "--test", "--cron", join(bed.conf)]);
+}
+
+function domains(lines: number): string {
+  return Array.from({ length: lines }, (_, i) => `n${i}.example.com\n`).join("");
+}

@@ -21,6 +21,8 @@ export interface Connecting {
   readonly world: Transport;
   /** Told that an account key was made, or put in its place. */
   madeKey(path: string, how: "made" | "changed"): void;
+  /** Told of what is odd but stops nothing. */
+  warn(text: string): void;
 }
 
 /** An earlier key, under which accounts at other CAs may still be. */
@@ -80,11 +82,17 @@ function earlierAccount(
 }
 
 /** Makes sure that the account exists, and remembers it. Returns its URL. */
-export async function register(client: AcmeClient, { config, mode, store }: Connecting): Promise<string> {
+export async function register(client: AcmeClient, connecting: Connecting): Promise<string> {
+  const { config, mode, store, warn } = connecting;
   const url = await client.account();
   const name = accountName(config, mode, client.key);
-  const account = { url, contact: [...config.contact], issuers: [...client.directory.caaIdentities] };
-  if (JSON.stringify(store.state.accounts[name]) !== JSON.stringify(account)) {
+  const known = store.state.accounts[name];
+  if (client.contactRefusal !== undefined) {
+    warn(`the CA refuses the contact: ${client.contactRefusal.message}`);
+  }
+  const contact = client.contactRefusal === undefined ? config.contact : known?.contact ?? [];
+  const account = { url, contact: [...contact], issuers: [...client.directory.caaIdentities] };
+  if (JSON.stringify(known) !== JSON.stringify(account)) {
     store.state.accounts[name] = account;
     await store.saveState();
   }

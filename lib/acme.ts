@@ -187,6 +187,8 @@ export class AcmeClient {
   readonly #nonces: Nonces;
   readonly #hosts: Set<string>;
   #account: Promise<string> | undefined;
+  /** Why the CA keeps the contact that it had. */
+  contactRefusal: AcmeError | undefined;
   /** The account that took the place of one that the CA has forgotten. */
   #successor: Promise<string> | undefined;
 
@@ -252,11 +254,13 @@ export class AcmeClient {
     if (known.contact.join() === contact.join()) return known.url;
     try {
       await this.#post("update the account", known.url, { contact }, { kid: known.url });
-      return known.url;
     } catch (error) {
-      if (!(error instanceof AcmeError) || error.problem?.type !== "accountDoesNotExist") throw error;
-      return await this.#newAccount();
+      const type = error instanceof AcmeError ? error.problem?.type : undefined;
+      if (type === "accountDoesNotExist") return await this.#newAccount();
+      if (type !== "invalidContact" && type !== "unsupportedContact") throw error;
+      this.contactRefusal = error as AcmeError; // no reason to let certificates expire
     }
+    return known.url;
   }
 
   async #newAccount(): Promise<string> {

@@ -40,6 +40,8 @@ export interface Answering extends Clock {
   readonly query: Query;
   /** Remembers what has to be undone even if this run is cut off; see `Store.note`. */
   note(text: string): void;
+  /** Called when it has been undone. */
+  forget(text: string): void;
   /** Told of what is odd but stops nothing. */
   warn(text: string): void;
 }
@@ -53,6 +55,8 @@ interface Placed {
 
 /** What the CA gets to see is looked at for this long before it is asked to look. */
 const PREFLIGHT_SECONDS = 30;
+/** A file name in the drop directory, RFC 8555 §8.3. */
+const TOKEN = /^[A-Za-z0-9_-]+$/;
 /** Pauses between looks: of a web server, and of name servers, which answer from caches for a while. */
 const HTTP_PAUSE_MS = 250;
 const DNS_PAUSE_MS = 2_000;
@@ -105,8 +109,10 @@ export class Challenges {
       held.failed.catch((error) => dead.abort(error));
     }
     const path = join(config.challengeDropDir!, challenge.token);
-    this.answering.note(JSON.stringify({ file: path }));
-    stack.use(dropFile(path, content));
+    const note = JSON.stringify({ file: path });
+    this.answering.note(note);
+    stack.defer(() => this.#undo(note, path, () => removeIfThere(path)));
+    dropFile(path, content);
     if (commands.length === 0) return;
     const { fetchAsCa } = await import("./preflight.ts"); // http and TLS, which most runs do without
     const url = `http://${
@@ -125,11 +131,10 @@ export class Challenges {
     const value = createHash("sha256").update(content).digest("base64url");
     const placed = { name, record, value };
     const sections = dnsSections(config, name);
-    this.answering.note(JSON.stringify({ dns: placed }));
+    const note = JSON.stringify({ dns: placed });
+    this.answering.note(note);
     stack.defer(() =>
-      this.#alone(record, () => remove(sections, placed, config)).catch((error) =>
-        this.answering.warn(`cannot clean up ${record}: ${(error as Error).message}`)
-      )
+      this.#undo(note, record, () => this.#alone(record, () => remove(sections, placed, config)))
     );
     const { signal } = this.answering;
     const present = sections.flatMap(({ dnsPresent }) => dnsPresent);
@@ -151,6 +156,16 @@ export class Challenges {
       const fault = await txtFault(record, proves, this.answering.query);
       return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
     });
+  }
+
+  /** Undoes what was noted; what cannot be undone stays noted, for the next run. */
+  async #undo(note: string, what: string, undo: () => void | Promise<void>): Promise<void> {
+    try {
+      await undo();
+      this.answering.forget(note);
+    } catch (error) {
+      this.answering.warn(`cannot clean up ${what}: ${(error as Error).message}`);
+    }
   }
 
   /** Looks again and again until nothing is wrong or time is up; then `preflight` says whether that stops the line. */
@@ -212,23 +227,19 @@ function isStanding(text: string, name: string, issuer: string, accountUrl: stri
     (policy === "wildcard" || !name.startsWith("*."));
 }
 
-/** Undoes what a run that was cut off left behind; `notes` are its own. */
-export async function cleanUp(
-  config: Config,
-  notes: readonly string[],
-  warn: Answering["warn"],
-): Promise<void> {
-  for (const note of notes) {
-    const { file, dns } = parseNote(note);
-    if (file !== undefined) {
-      // believed only as far as this program could have written it
-      if (dirname(file) === config.challengeDropDir && /^[A-Za-z0-9_-]+$/.test(basename(file))) {
-        removeIfThere(file);
-      }
-    } else if (dns !== undefined) {
-      await remove(dnsSections(config, dns.name), dns, config)
-        .catch((error) => warn(`cannot clean up ${dns.record}: ${(error as Error).message}`));
+/** Undoes what an earlier run has noted and could not undo; false where it is to be tried again. */
+export async function cleanUp(config: Config, note: string, warn: Answering["warn"]): Promise<boolean> {
+  const { file, dns } = parseNote(note);
+  try {
+    if (dns !== undefined) await remove(dnsSections(config, dns.name), dns, config);
+    // believed only as far as this program could have written it
+    if (file !== undefined && dirname(file) === config.challengeDropDir && TOKEN.test(basename(file))) {
+      removeIfThere(file);
     }
+    return true;
+  } catch (error) {
+    warn(`cannot clean up ${dns?.record ?? file}: ${(error as Error).message}`);
+    return dns !== undefined; // which may never have been placed
   }
 }
 
@@ -266,14 +277,10 @@ async function runAll(
 }
 
 /** The file by which http-01 is answered: new, and readable for the web server whatever the umask. */
-function dropFile(path: string, content: string): Disposable {
+function dropFile(path: string, content: string): void {
   removeIfThere(path); // left by a run that was cut off: a CA offers a pending authorization's token again
-  using file = Deno.openSync(path, { write: true, createNew: true, mode: 0o644 });
-  using made = new DisposableStack();
-  made.defer(() => removeIfThere(path));
-  file.writeSync(new TextEncoder().encode(content));
+  Deno.writeTextFileSync(path, content, { createNew: true, mode: 0o644 });
   Deno.chmodSync(path, 0o644);
-  return made.move();
 }
 
 function removeIfThere(path: string): void {

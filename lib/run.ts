@@ -179,8 +179,10 @@ export async function run(
 ): Promise<Summary> {
   using store = await openStore(config, mode, world, tell);
   const { state } = store;
-  await cleanUp(config, store.notes(), (text) => tell({ kind: "notice", text }));
-  store.clearNotes();
+  for (const note of store.notes()) {
+    if (await cleanUp(config, note, (text) => tell({ kind: "notice", text }))) store.forget(note);
+  }
+  await store.keepNotes();
 
   const inventory = readInventory(config, mode);
   for (const entry of inventory) if (entry.finding.kind === "present") store.link(entry);
@@ -226,7 +228,7 @@ export async function run(
     for (const { name } of entry.line.sections) fresh.add(name);
   };
   const issuing = issueAll(decided.tasks, running, keep).then(async (issued) => {
-    store.clearNotes();
+    await store.keepNotes();
     await carry([...fresh]);
     return issued;
   });
@@ -369,7 +371,14 @@ interface Running {
 }
 
 function connectingFor(config: Config, mode: Mode, store: Store, world: World, tell: Tell): Connecting {
-  return { config, mode, store, world, madeKey: (path, how) => tell({ kind: "account key", path, how }) };
+  return {
+    config,
+    mode,
+    store,
+    world,
+    madeKey: (path, how) => tell({ kind: "account key", path, how }),
+    warn: (text) => tell({ kind: "notice", text }),
+  };
 }
 
 /** Asks the CA when it would like certificates to be renewed, as far as it may be asked again. Never fails a run. */
@@ -435,10 +444,11 @@ async function issueAll(
   await using prepare = new PrepareCommands();
   const warn = (text: string) => tell({ kind: "notice", text });
   const note = (text: string) => store.note(text);
+  const forget = (text: string) => store.forget(text);
   const account = accountName(config, mode, client.key);
   const issuing: Issuing = {
     client,
-    challenges: new Challenges({ ...world, config, prepare, note, warn }),
+    challenges: new Challenges({ ...world, config, prepare, note, forget, warn }),
     now: world.now,
     privateKey: (due) => privateKey(config, store, due),
     replaces: ({ entry: { finding } }) => {

@@ -394,6 +394,7 @@ export class Store implements Disposable {
   #written: Promise<void> = Promise.resolve();
   #waiting: Promise<void> | undefined;
   readonly #owners: Map<string, Line>;
+  readonly #notes: Set<string>;
 
   private constructor(
     private readonly config: Config,
@@ -405,6 +406,7 @@ export class Store implements Disposable {
     readonly notices: readonly string[],
   ) {
     this.#owners = linkOwners(config);
+    this.#notes = new Set((readIfPresent(this.#notesPath) ?? "").split("\n").filter((line) => line !== ""));
   }
 
   /** Makes the directories, takes the lock (throws LockedError), and mends what a run that was cut off left behind. */
@@ -493,19 +495,27 @@ export class Store implements Disposable {
     await replaceSecret(path, JSON.stringify(this.state, undefined, 1) + "\n");
   }
 
-  /** What `note` left that a run which was cut off has not cleaned up. */
+  /** What has been noted and not forgotten, by this run or by one before it that was cut off. */
   notes(): string[] {
-    return (readIfPresent(this.#notesPath) ?? "").split("\n").slice(0, -1);
+    return [...this.#notes];
   }
 
   /** Remembers, before it is done, something outside that must be undone even if this run is cut off. One line of text. */
   note(text: string): void {
-    Deno.writeTextFileSync(this.#notesPath, `${text}\n`, { append: true, mode: 0o600 });
+    // in a line of its own, even after one that a full disk has cut short
+    Deno.writeTextFileSync(this.#notesPath, `\n${text}\n`, { append: true, mode: 0o600 });
+    this.#notes.add(text);
   }
 
-  /** Forgets all notes: everything noted has been undone. */
-  clearNotes(): void {
-    removeIfThere(this.#notesPath);
+  /** Forgets a note, for what it tells of has been undone. */
+  forget(text: string): void {
+    this.#notes.delete(text);
+  }
+
+  /** Keeps for the next run what is still noted. */
+  async keepNotes(): Promise<void> {
+    if (this.#notes.size === 0) removeIfThere(this.#notesPath);
+    else await replaceSecret(this.#notesPath, [...this.#notes, ""].join("\n"));
   }
 
   get #notesPath(): string {

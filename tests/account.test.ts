@@ -133,6 +133,19 @@ Deno.test("a contact that has changed is told to the CA, once", async () => {
   assert.deepEqual(await issue(bed), { newAccount: 0, account: 0, keyChange: 0 });
 });
 
+Deno.test("a contact that the CA refuses stops no certificate, and is told again the next time", async () => {
+  await using bed = await bedFor({}, "contact: old@example.com");
+  await issue(bed);
+  bed.configure({ settings: "keyTypes: ec\ncontact: ops@nowhere.invalid" });
+  for (let night = 0; night < 2; night++) {
+    discard(bed);
+    bed.ca.switches.fault = befalling("account", refusing(400, "invalidContact", "no such domain"));
+    const ran = await bed.run();
+    assert.equal(ran.code, 0, ran.stderr);
+    assert.match(ran.stdout, /the CA refuses the contact: no such domain \(invalidContact\)/);
+  }
+});
+
 Deno.test("a changed CA leads to a new registration there, and the first is remembered", async () => {
   await using bed = await bedFor();
   await using second = await secondCa(bed);

@@ -9,7 +9,10 @@ const ORDERS = 30;
 const PARALLEL = 25;
 
 Deno.test("200 lines at 30 orders in three hours take seven runs, no order too many, soonest expiry first", async () => {
-  await using bed = await testBed({ settings: "keyTypes: ec\nari: no", ca: { limits: likeLetsEncrypt(ORDERS) } });
+  await using bed = await testBed({
+    settings: "keyTypes: ec\nari: no",
+    ca: { limits: likeLetsEncrypt(ORDERS) },
+  });
   const lines = (from: number, to: number) =>
     Array.from({ length: to - from }, (_, i) => `n${from + i}.example.com\n`).join("");
   // as they stand in the file: 140 new ones, 30 that expire in ten days, 30 that expire in five

@@ -429,7 +429,10 @@ Deno.exit(await main(args, {
       }).spawn();
     };
 
-    let before: bigint[] = [];
+    const keys = () =>
+      [...Deno.readDirSync(`${certificates}/private`)].filter(({ isFile }) => isFile)
+        .map(({ name }) => Deno.readTextFileSync(`${certificates}/private/${name}`));
+    let [before, keysBefore]: [bigint[], string[]] = [[], []];
     for (const days of [0, 5]) {
       await t.step(days === 0 ? "first certificates" : "renewal with new keys", async () => {
         ca.advance(days * 86400_000);
@@ -445,7 +448,8 @@ Deno.exit(await main(args, {
         const issued = ca.issued.slice(-4).map(({ serial }) => BigInt(`0x${serial}`));
         assert.deepEqual(new Set(after), new Set(issued), told);
         assert.ok(before.every((serial) => !after.includes(serial)));
-        before = after;
+        assert.ok(keysBefore.every((key) => !keys().includes(key)));
+        [before, keysBefore] = [after, keys()];
         for (const { name, isFile } of Deno.readDirSync(certificates)) {
           if (isFile) assert.equal(Deno.statSync(`${certificates}/${name}`).mode! & 0o777, 0o644, name);
         }

@@ -8,7 +8,8 @@ import { startCa, startWebroot } from "./ca.ts";
 
 const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
 const say = (text = "") => console.log(text);
-const headline = (text: string) => say(Deno.noColor ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
+const headline = (text: string) =>
+  say(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
 
 const home = await Deno.makeTempDir({ prefix: "lematt-demo-" });
 const conf = join(home, "conf");

@@ -209,7 +209,8 @@ async function act(
   world: World,
   { out, err }: { out: (text: string) => void; err: (text: string) => void },
 ): Promise<number> {
-  const { json = false, cron = false, retry = false } = options;
+  const { json = false, plan = false, retry = false } = options;
+  const cron = options.cron === true && !plan; // who asks for a plan wants to see it
   const terminal = Deno.stdout.isTerminal();
   const { now } = world;
   const report = new Report({
@@ -232,7 +233,7 @@ async function act(
     return exitStatus(found);
   }
   for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
-  if (options.plan) {
+  if (plan) {
     report.finish(await preview(config, mode, retry, world, tell));
     return 0;
   }

@@ -118,6 +118,20 @@ export function dropForgotten(state: State, config: Config, lines: ReadonlyMap<s
   return dropped;
 }
 
+/**
+ * Has every debt name the certificate that stands there: a run that was cut off, or a disk that was full, has noted one
+ * that never took its place, and whether the one before had been delivered is not known any more.
+ */
+export function owePresent(state: State, config: Config, mode: Mode, inventory: readonly Entry[]): void {
+  for (const entry of inventory) {
+    if (entry.finding.kind !== "present") continue;
+    const file = certFile(config, mode, entry);
+    for (const { certificates } of Object.values(state.owed)) {
+      if (file in certificates) certificates[file] = entry.finding.certificate.fingerprint;
+    }
+  }
+}
+
 /** When a debt that could not be paid for the n-th time is tried again; undefined means by the next run. */
 export function retryAfterAttempt(attempts: number, now: Date): Date | undefined {
   if (attempts < 2) return undefined;
@@ -185,8 +199,12 @@ export class Deliveries {
   #carrying(section: Section, known: ReadonlyMap<string, Entry>): Carrying {
     const { store } = this.delivering;
     const debt = store.state.owed[section.name]!;
-    const entries = Object.keys(debt.certificates).map((file) => known.get(file))
-      .filter((entry) => entry?.finding.kind === "present") as Entry[];
+    // not what stands there instead of a certificate that could not be put in its place
+    const entries = Object.entries(debt.certificates).flatMap(([file, fingerprint]) => {
+      const entry = known.get(file);
+      const there = entry?.finding.kind === "present" && entry.finding.certificate.fingerprint === fingerprint;
+      return there ? [entry] : [];
+    });
     const paths = entries.map((entry) => store.pathsOf(entry));
     const values = {
       CERTS: paths.flatMap(({ certs }) => certs),

@@ -18,6 +18,7 @@ import {
   dropForgotten,
   LOOK_TIMEOUT_SECONDS,
   owe,
+  owePresent,
   owing,
   targetsOf,
 } from "./deliver.ts";
@@ -191,6 +192,7 @@ export async function run(
     const text = `nothing is owed any more for ${what}: it is not in the configuration`;
     tell({ kind: "notice", text, changed: true });
   }
+  owePresent(state, config, mode, inventory);
   const certificates = identified(inventory, world.now());
   dropUnknown(state, config, inventory, certificates);
 

@@ -67,7 +67,7 @@ const HOUR_MS = 3_600_000;
 const LONGEST_PAUSE_MS = 24 * HOUR_MS;
 
 /** What a certificate is called in the ledger: the base name of its file. */
-export function certFile(config: Config, mode: Mode, entry: Entry): string {
+export function certFile(config: Config, mode: Mode, entry: Pick<Entry, "stem" | "keyType">): string {
   return basename(filesOf(config, mode, entry).cert);
 }
 
@@ -202,7 +202,8 @@ export class Deliveries {
     // not what stands there instead of a certificate that could not be put in its place
     const entries = Object.entries(debt.certificates).flatMap(([file, fingerprint]) => {
       const entry = known.get(file);
-      const there = entry?.finding.kind === "present" && entry.finding.certificate.fingerprint === fingerprint;
+      const there = entry?.finding.kind === "present" &&
+        entry.finding.certificate.fingerprint === fingerprint;
       return there ? [entry] : [];
     });
     const paths = entries.map((entry) => store.pathsOf(entry));

@@ -266,14 +266,17 @@ function httpClient({ caBundle }: Config): World["fetch"] {
   };
 }
 
-/** Writes the whole text. That nobody reads it any more (`lematt.ts --prod | head`) is no reason to stop a run. */
+/**
+ * Writes the whole text. That nobody reads it any more (`lematt.ts --prod | head`) is no reason to stop a run; nor is a
+ * log on a full disk, but then the exit status tells.
+ */
 function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string): void {
   const bytes = new TextEncoder().encode(text);
   try {
     for (let written = 0; written < bytes.length;) written += stream.writeSync(bytes.subarray(written));
   } catch (error) {
-    if (!(error instanceof Deno.errors.BrokenPipe)) throw error;
+    if (!(error instanceof Deno.errors.BrokenPipe)) Deno.exitCode = 1;
   }
 }
 
-if (import.meta.main) Deno.exit(await main(Deno.args));
+if (import.meta.main) Deno.exit(await main(Deno.args) || Deno.exitCode);

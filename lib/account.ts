@@ -10,7 +10,7 @@ import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
 import type { Config, Mode } from "./config.ts";
-import { createSecret, replaceSecret, type State, type Store } from "./store.ts";
+import { accountTemporary, createSecret, replaceSecret, type State, type Store } from "./store.ts";
 import { generateKey } from "./x509.ts";
 
 /** What a conversation with the CA needs. */
@@ -133,7 +133,7 @@ export async function rollOver(connecting: Connecting): Promise<void> {
   await register(client, connecting);
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   const key = await importAccountKey(pem);
-  await createSecret(newKeyPath(config, mode), pem);
+  await createSecret(newKeyPath(config, mode), pem, accountTemporary(config, mode));
   try {
     await client.changeKey(key);
   } catch (error) {
@@ -148,7 +148,8 @@ export async function rollOver(connecting: Connecting): Promise<void> {
 async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
   const old = readIfThere(config.accountKey);
   if (old !== undefined) {
-    await replaceSecret(oldKeyPath(config, (await importAccountKey(old)).thumbprint), old);
+    const path = oldKeyPath(config, (await importAccountKey(old)).thumbprint);
+    await replaceSecret(path, old, accountTemporary(config, mode));
   }
   Deno.renameSync(newKeyPath(config, mode), config.accountKey);
   madeKey(config.accountKey, "changed");
@@ -162,11 +163,16 @@ async function clientFor(pem: string, { config, mode, store, world }: Connecting
 }
 
 /** The account key, made where there is none yet. */
-async function accountKey({ config, madeKey }: Connecting): Promise<string> {
+async function accountKey({ config, mode, madeKey }: Connecting): Promise<string> {
   const present = readIfThere(config.accountKey);
   if (present !== undefined) return present;
   const pem = await generateKey({ type: "ec", curve: "P-256" });
-  await createSecret(config.accountKey, pem);
+  try {
+    await createSecret(config.accountKey, pem, accountTemporary(config, mode));
+  } catch (error) {
+    if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
+    return readFileSync(config.accountKey, "utf8"); // a run of the other mode was quicker
+  }
   madeKey(config.accountKey, "made");
   return pem;
 }

@@ -198,6 +198,12 @@ interface Running {
   end(): Promise<boolean>;
 }
 
+/**
+ * Ends the process group of a held command when its standard input closes, that is, when we are gone: an ssh whose other
+ * end has not started yet would go on without us.
+ */
+const GUARD = "exec 3<&0\n{ cat <&3; kill 0; } >/dev/null 2>&1 &\nexec 3<&-\n";
+
 /** Starts a command. Its standard input is a text, `open` and never written, or /dev/null. */
 async function start(line: CommandLine, stdin: { text: string } | "open" | "none"): Promise<Running> {
   const { $ } = await import("zx");
@@ -219,7 +225,7 @@ async function start(line: CommandLine, stdin: { text: string } | "open" | "none
     stdio: [stdin === "none" ? "ignore" : "pipe", "pipe", "pipe"],
     input: typeof stdin === "object" ? stdin.text : undefined,
     store: { stdout: new Tail(0), stderr: new Tail(0), stdall: printed },
-  })`${line.command}`;
+  })`${stdin === "open" ? GUARD + line.command : line.command}`;
 
   const ended = Promise.withResolvers<Ending>();
   const settle = (exitCode: number | null, signal?: string | null, fault?: string) =>

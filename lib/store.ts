@@ -296,10 +296,23 @@ function linkTarget(path: string): string | undefined {
   }
 }
 
+/**
+ * Where keys of the account are written before they take their place. Each mode has a place of its own: the lock of the
+ * one does not keep the other out.
+ */
+export function accountTemporary(config: Config, mode: Mode): string {
+  const name = `.${sha256(modeDirectory(config, mode)).slice(0, 16)}${TEMPORARY}`;
+  return join(dirname(config.accountKey), name);
+}
+
 /** Makes a secret file that must not exist yet, and the directories to it. Throws Deno.errors.AlreadyExists. */
-export async function createSecret(path: string, text: string): Promise<void> {
+export async function createSecret(
+  path: string,
+  text: string,
+  temporary = temporaryOf(path),
+): Promise<void> {
   Deno.mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
-  const temporary = await writeTemporary(path, text, 0o600);
+  await writeTemporary(temporary, text, 0o600);
   try {
     Deno.linkSync(temporary, path); // unlike a rename, never replaces
   } finally {
@@ -309,8 +322,12 @@ export async function createSecret(path: string, text: string): Promise<void> {
 }
 
 /** Puts a secret in a file, whole or not at all. */
-export async function replaceSecret(path: string, text: string): Promise<void> {
-  await Deno.rename(await writeTemporary(path, text, 0o600), path);
+export async function replaceSecret(
+  path: string,
+  text: string,
+  temporary = temporaryOf(path),
+): Promise<void> {
+  await Deno.rename(await writeTemporary(temporary, text, 0o600), path);
   syncDirectory(dirname(path));
 }
 
@@ -455,11 +472,11 @@ export class Store implements Disposable {
     const files = filesOf(this.config, this.mode, entry);
     const renames: [string, string][] = [];
     if (this.keyOf(entry) !== issued.keyPem) {
-      renames.push([await writeTemporary(files.key, issued.keyPem, 0o600), files.key]);
+      renames.push([await writeTemporary(temporaryOf(files.key), issued.keyPem, 0o600), files.key]);
     }
-    renames.push([await writeTemporary(files.cert, issued.chainPem, 0o644), files.cert]);
+    renames.push([await writeTemporary(temporaryOf(files.cert), issued.chainPem, 0o644), files.cert]);
     for (const [from, to] of renames) await Deno.rename(from, to);
-    await Deno.rename(await writeTemporary(files.csr, issued.csrPem, 0o644), files.csr);
+    await Deno.rename(await writeTemporary(temporaryOf(files.csr), issued.csrPem, 0o644), files.csr);
     this.link(entry);
     for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
   }
@@ -532,6 +549,7 @@ export class Store implements Disposable {
       listing(join(base, directory)).filter((name) => name.endsWith(TEMPORARY))
         .map((name) => join(base, directory, name))
     );
+    removeIfThere(accountTemporary(this.config, this.mode));
     if (left.length === 0) return;
     for (const entry of readInventory(this.config, this.mode)) {
       const files = filesOf(this.config, this.mode, entry);
@@ -575,16 +593,25 @@ function temporaryOf(path: string): string {
   return join(dirname(path), `.${sha256(basename(path)).slice(0, 16)}${TEMPORARY}`);
 }
 
-/** Writes and flushes the temporary of `path`, with exactly `mode` whatever the umask. */
+/** Writes and flushes a new file, with exactly `mode` whatever the umask, and returns its path. */
 async function writeTemporary(path: string, text: string, mode: number): Promise<string> {
-  const temporary = temporaryOf(path);
-  removeIfThere(temporary);
-  using file = await Deno.open(temporary, { write: true, createNew: true, mode: 0o600 });
-  const bytes = new TextEncoder().encode(text);
-  for (let written = 0; written < bytes.length;) written += await file.write(bytes.subarray(written));
-  if (mode !== 0o600) await Deno.chmod(temporary, mode);
-  await file.sync();
-  return temporary;
+  removeIfThere(path);
+  using file = await Deno.open(path, { write: true, createNew: true, mode: 0o600 });
+  if (mode !== 0o600) await Deno.chmod(path, mode); // before it is complete, and may be found and used
+  try {
+    const bytes = new TextEncoder().encode(text);
+    for (let written = 0; written < bytes.length;) written += await file.write(bytes.subarray(written));
+    await file.sync();
+  } catch (error) {
+    throw withPath(error as Error, `write '${path}'`);
+  }
+  return path;
+}
+
+/** Says with an error of the system which file it is about, as Deno does unless that is open already. */
+function withPath(error: Error, what: string): Error {
+  error.message += `: ${what}`;
+  return error;
 }
 
 function linkTo(path: string, target: string): void {
@@ -598,7 +625,11 @@ function linkTo(path: string, target: string): void {
 /** A rename is on disk once its directory is. */
 function syncDirectory(path: string): void {
   using directory = Deno.openSync(path);
-  directory.syncSync();
+  try {
+    directory.syncSync();
+  } catch (error) {
+    throw withPath(error as Error, `sync '${path}'`);
+  }
 }
 
 function readIfPresent(path: string): string | undefined {

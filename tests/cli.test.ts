@@ -346,7 +346,7 @@ async function atTerminal(
   const child = new Deno.Command("/usr/bin/script", {
     args: ["-qec", command, "/dev/null"],
     cwd: bed.home,
-    env: { TERM: "xterm", SHELL: "/bin/sh", ...env },
+    env: { TERM: "xterm", SHELL: "/bin/sh", NO_COLOR: "", ...env },
     stdin: "piped",
     stdout: "piped",
     stderr: "null",

@@ -54,6 +54,11 @@ async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boo
   const ran = await bed.run({ retry: true, ...(silent && { fetch: impatient }) });
   await subject.afterFault(ran);
   assert.deepEqual(bed.dropped(), [], "challenge files");
+  // who never got the answer asks again too soon, and who got that to another question is misled; no more is forgiven
+  const blame = bed.ca.violations.splice(0).filter(({ type }) =>
+    type !== "tooSoon" && fault.kind !== "repeat"
+  );
+  assert.deepEqual(blame, []);
   return ran.requests.length >= n;
 }
 

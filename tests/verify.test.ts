@@ -50,7 +50,9 @@ const [oldRsa, oldEc, rsa, ec, otherEc] = await Promise.all([
 /** Made within the same second or two; here they are of different days. */
 const expected = ([["rsa", rsa], ["ec", ec]] as const).map(([keyType, certificate]) => ({
   keyType,
-  certificate: { ...certificate, notBefore: new Date(certificate.notBefore.getTime() + 86400_000) },
+  certificate: Object.create(certificate, {
+    notBefore: { value: new Date(certificate.notBefore.getTime() + 86400_000) },
+  }) as Certificate,
 }));
 
 function target(host: string, port: number, options: Partial<Target["endpoint"]> = {}): Target {
@@ -151,13 +153,14 @@ for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
       port,
     );
     const [servedRsa, servedEc] = await probe([target("127.0.0.1", port)], world);
-    assert.deepEqual(servedRsa, {
-      endpoint: `127.0.0.1:${port}`,
-      address: "127.0.0.1",
-      keyType: "rsa",
-      state: "current",
-      certificate: rsa,
-    });
+    const { endpoint, address, keyType, state, certificate } = servedRsa!;
+    assert.deepEqual([endpoint, address, keyType, state], [
+      `127.0.0.1:${port}`,
+      "127.0.0.1",
+      "rsa",
+      "current",
+    ]);
+    assert.equal(certificate!.fingerprint, rsa.fingerprint);
     assert.equal(servedEc!.state, "current");
     assert.equal(servedEc!.certificate!.fingerprint, ec.fingerprint);
   });
@@ -193,7 +196,7 @@ Deno.test(
     );
     const served = await probe([target("127.0.0.1", port)], world);
     assert.deepEqual(brief(served), ["127.0.0.1 rsa: current, rsa", "127.0.0.1 ec: old, old-ec"]);
-    assert.deepEqual(served[1]!.certificate, oldEc);
+    assert.equal(served[1]!.certificate!.fingerprint, oldEc.fingerprint);
   },
 );
 

@@ -275,7 +275,9 @@ function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string
   try {
     for (let written = 0; written < bytes.length;) written += stream.writeSync(bytes.subarray(written));
   } catch (error) {
-    if (!(error instanceof Deno.errors.BrokenPipe)) Deno.exitCode = 1;
+    if (error instanceof Deno.errors.BrokenPipe || Deno.exitCode !== 0) return;
+    Deno.exitCode = 1;
+    writeAll(Deno.stderr, `lematt: cannot write what there is to say: ${errorText(error as Error)}\n`);
   }
 }
 

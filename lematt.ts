@@ -8,7 +8,7 @@ import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
 import { systemQuery } from "./lib/dns.ts";
 import { systemRoute } from "./lib/reach.ts";
-import { errorText, noticeText, Report, revocationText } from "./lib/report.ts";
+import { errorText, isSystemError, noticeText, Report, revocationText } from "./lib/report.ts";
 import {
   adviceFor,
   preview,
@@ -184,7 +184,7 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
       ...world,
     }, { out, err });
   } catch (error) {
-    const { name, code } = error as Error & { code?: string };
+    const { name } = error as Error;
     const known: Record<string, number> = {
       LockedError: 3,
       SelectionError: 2,
@@ -192,8 +192,8 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
       AbortError: 1,
       CommandError: 1, // no openssl to look at endpoints with
     };
-    // what the system refused (it has a code) is said in a line, too; anything else is a bug and shows its stack
-    if (!(name in known) && code === undefined) throw error;
+    // what the system refused is said in a line, too; anything else is a bug and shows its stack
+    if (!(name in known) && !isSystemError(error as Error)) throw error;
     err(`lematt: ${errorText(error as Error)}\n`);
     return known[name] ?? 1;
   } finally {

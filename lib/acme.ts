@@ -529,7 +529,7 @@ export class AcmeClient {
 
   #checkUrl(step: string, url: unknown): string {
     if (isHttps(url) && this.#hosts.has(new URL(url).host)) return url;
-    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(oneLine(String(url)))}`, "");
+    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(words(url))}`, "");
   }
 
   #location(step: string, url: string, response: Answer): string {
@@ -551,7 +551,7 @@ export class AcmeClient {
       status,
       identifiers: (Array.isArray(body.identifiers) ? body.identifiers : []).map((entry) => ({
         type: entry?.type === "ip" ? "ip" : "dns",
-        value: oneLine(String(entry?.value)),
+        value: words(entry?.value),
       })),
       authorizations: authorizations.map((entry) => this.#checkUrl(step, entry)),
       finalize: this.#checkUrl(step, body.finalize),
@@ -575,7 +575,7 @@ export class AcmeClient {
       status,
       name: (body.wildcard === true ? "*." : "") + oneLine(identifier.value).toLowerCase(),
       challenges: body.challenges.map((entry) => ({
-        type: oneLine(String(entry?.type)),
+        type: words(entry?.type),
         url: this.#checkUrl(step, entry?.url),
         status: oneOf(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
         token: TOKEN_TYPES.includes(entry?.type) ? checkToken(step, url, entry.token) : "",
@@ -753,9 +753,9 @@ function problemOf(value: unknown, isSubproblem = false): Problem | undefined {
   // one level, and at most one for each name (RFC 8555 §6.7.1)
   const listed = isSubproblem || !Array.isArray(subproblems) ? [] : subproblems.slice(0, 100);
   return {
-    type: oneLine(String(type ?? "about:blank").replace(ERROR_PREFIX, "")),
-    detail: oneLine(String(detail ?? "")),
-    identifier: named === undefined ? undefined : oneLine(String(named)),
+    type: words(type ?? "about:blank").replace(ERROR_PREFIX, "").trim(),
+    detail: words(detail ?? ""),
+    identifier: named === undefined ? undefined : words(named),
     subproblems: listed.map((each) => problemOf(each, true)).filter((each) => each !== undefined),
   };
 }
@@ -788,6 +788,11 @@ function metadata(meta: unknown): Pick<Directory, "profiles" | "externalAccountR
     externalAccountRequired: externalAccountRequired === true,
     caaIdentities: texts(caaIdentities),
   };
+}
+
+/** What stands where a text belongs, made harmless. String() would throw at `{"toString": 1}`. */
+function words(value: unknown): string {
+  return oneLine(typeof value === "string" ? value : JSON.stringify(value) ?? "");
 }
 
 /** The texts of a list, made harmless. */

@@ -35,7 +35,10 @@ export function issueLine(task: Task, issuing: Issuing): Promise<Issued>[] {
   return task.due.map((due) => {
     const key = issuing.privateKey(due);
     key.catch(() => {}); // looked at when the order is ready, if ever
-    const ready = proven.then(() => readyOrder(task.line, due, issuing));
+    const ready = proven.then(async () => {
+      await Promise.race([key, undefined]); // that one is there and cannot be read shows at once, before an order is made
+      return await readyOrder(task.line, due, issuing);
+    });
     proven = ready;
     return ready.then(async (order) => await certificate(task.line, order, await key, issuing));
   });

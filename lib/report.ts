@@ -169,11 +169,17 @@ const KNOWN_ERRORS = [
 
 /** An error as a person should see it: the CA's words with their step; a bug with its stack. */
 export function errorText(error: Error): string {
-  const { name, code } = error as Error & { code?: string };
+  const { name } = error;
   if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${error.message}`;
-  const expected = KNOWN_ERRORS.includes(name) ||
-    code !== undefined;
-  return expected || error instanceof Deno.errors.NotFound ? error.message : error.stack ?? String(error);
+  const expected = KNOWN_ERRORS.includes(name) || isSystemError(error);
+  return expected ? error.message : error.stack ?? String(error);
+}
+
+/** Whether the system refused something. Deno gives a code to most of that, but not to all: ENOLCK has none. */
+export function isSystemError(error: Error): boolean {
+  const { code } = error as { code?: string };
+  return code !== undefined || error instanceof Deno.errors.NotFound ||
+    /\(os error \d+\)/.test(error.message);
 }
 
 /** What an alert says: a line for each cause, or that there is none any more in this section. */

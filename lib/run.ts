@@ -186,7 +186,14 @@ export async function run(
   await store.keepNotes();
 
   const inventory = readInventory(config, mode);
-  for (const entry of inventory) if (entry.finding.kind === "present") store.link(entry);
+  for (const entry of inventory) {
+    try {
+      if (entry.finding.kind === "present") store.link(entry);
+    } catch (error) {
+      const text = `cannot link to the files of ${entry.stem}: ${(error as Error).message}`;
+      tell({ kind: "notice", text, changed: true });
+    }
+  }
   const lines = new Map(inventory.map((entry) => [certFile(config, mode, entry), entry.line]));
   for (const what of dropForgotten(state, config, lines)) {
     const text = `nothing is owed any more for ${what}: it is not in the configuration`;
@@ -262,8 +269,8 @@ export async function rollover(config: Config, mode: Mode, world: World, tell: T
  */
 async function openStore(config: Config, mode: Mode, world: World, tell: Tell): Promise<Store> {
   const store = Store.open(config, mode, world.now());
-  if (store.notices.length === 0) return store;
   for (const text of store.notices) tell({ kind: "notice", text, changed: true });
+  if (!store.begunAnew) return store;
   for (const entry of readInventory(config, mode)) {
     if (entry.finding.kind !== "present") continue;
     const { fingerprint } = entry.finding.certificate;
@@ -435,6 +442,7 @@ async function issueAll(
   try {
     client = await running.client();
     await register(client, running.connecting);
+    await store.ensureWritable();
   } catch (error) {
     tell({ kind: "no CA", error: error as Error, tasks });
     for (const task of tasks) rememberFailure(task, error as Error, running);

@@ -419,8 +419,10 @@ export class Store implements Disposable {
     private readonly lock: Deno.FsFile,
     /** Changed in memory, kept by `saveState`. */
     readonly state: State,
-    /** What the caller should say: a state that was set aside, say. */
-    readonly notices: readonly string[],
+    /** Whether the state was begun anew, for what was there could not be used. */
+    readonly begunAnew: boolean,
+    /** What the caller should say. */
+    readonly notices: string[],
   ) {
     this.#owners = linkOwners(config);
     this.#notes = new Set((readIfPresent(this.#notesPath) ?? "").split("\n").filter((line) => line !== ""));
@@ -443,7 +445,7 @@ export class Store implements Disposable {
         notices.push(`cannot use ${mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`);
         state = emptyState();
       }
-      const store = new Store(config, mode, lock, state, notices);
+      const store = new Store(config, mode, lock, state, notices.length > 0, notices);
       store.#completeCommits();
       return store;
     } catch (error) {
@@ -479,6 +481,15 @@ export class Store implements Disposable {
     await Deno.rename(await writeTemporary(temporaryOf(files.csr), issued.csrPem, 0o644), files.csr);
     this.link(entry);
     for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
+  }
+
+  /** Makes sure, before a certificate is asked for, that it can be kept. */
+  async ensureWritable(): Promise<void> {
+    for (const directory of ["key", "csr", "cert"]) {
+      const path = join(modeDirectory(this.config, this.mode), directory, TEMPORARY);
+      removeIfThere(await writeTemporary(path, "", 0o600));
+    }
+    await this.saveState();
   }
 
   /** Makes the links by which each name of a line of several finds the bundle, where they are not right already. */
@@ -541,7 +552,7 @@ export class Store implements Disposable {
 
   /**
    * After a run that was cut off: a complete pair of temporaries, or a certificate that is for the key already in place,
-   * takes its place; whatever else was left half done is removed.
+   * takes its place; whatever else was left half done is removed. What cannot take its place stays, and stops no other.
    */
   #completeCommits(): void {
     const base = modeDirectory(this.config, this.mode);
@@ -551,6 +562,7 @@ export class Store implements Disposable {
     );
     removeIfThere(accountTemporary(this.config, this.mode));
     if (left.length === 0) return;
+    const stuck: string[] = [];
     for (const entry of readInventory(this.config, this.mode)) {
       const files = filesOf(this.config, this.mode, entry);
       const [newKey, newCert] = [temporaryOf(files.key), temporaryOf(files.cert)];
@@ -558,26 +570,32 @@ export class Store implements Disposable {
       const keyIsNew = left.includes(newKey);
       const pair = { key: keyIsNew ? newKey : files.key, csr: files.csr, cert: newCert };
       if (inspect(pair, entry.line.names).kind !== "present") continue;
-      if (keyIsNew) Deno.renameSync(newKey, files.key);
-      Deno.renameSync(newCert, files.cert);
-      this.link(entry);
+      try {
+        if (keyIsNew) Deno.renameSync(newKey, files.key);
+        Deno.renameSync(newCert, files.cert);
+        this.link(entry);
+      } catch (error) {
+        this.notices.push(`cannot complete what a run left half done: ${(error as Error).message}`);
+        stuck.push(newKey, newCert);
+      }
     }
-    left.forEach(removeIfThere);
+    left.filter((path) => !stuck.includes(path)).forEach(removeIfThere);
   }
 }
 
 function takeLock(path: string, mode: Mode): Deno.FsFile {
-  const file = Deno.openSync(path, { write: true, create: true, mode: 0o600 });
+  using opened = new DisposableStack();
   let locked: boolean;
+  let file: Deno.FsFile;
   try {
+    file = opened.use(Deno.openSync(path, { write: true, create: true, mode: 0o600 }));
     locked = file.tryLockSync(true);
   } catch (error) {
-    file.close();
-    throw new Error(`cannot lock ${path}: ${(error as Error).message}; the file system must support locks`);
+    throw withPath(error as Error, `lock '${path}', on a file system that must support locks`);
   }
-  if (locked) return file;
-  file.close();
-  throw new LockedError(`another --${mode} run is under way (it holds ${path})`);
+  if (!locked) throw new LockedError(`another --${mode} run is under way (it holds ${path})`);
+  opened.move();
+  return file;
 }
 
 function makeDirectory(path: string, mode: number): void {
@@ -608,9 +626,9 @@ async function writeTemporary(path: string, text: string, mode: number): Promise
   return path;
 }
 
-/** Says with an error of the system which file it is about, as Deno does unless that is open already. */
+/** Says with an error of the system which file it is about, as Deno mostly does unless that is open already. */
 function withPath(error: Error, what: string): Error {
-  error.message += `: ${what}`;
+  if (!error.message.includes("'")) error.message += `: ${what}`;
   return error;
 }
 

@@ -730,7 +730,7 @@ Deno.test("a problem can be strange, nested without end or huge, and is told wit
       [nested, /^no detail \(about:blank\)/],
       [many, /^x{2000}… \(about:blank\); y/],
       ["{}", /^no detail \(about:blank\)$/],
-      ['{"type":7,"detail":{"a":1},"subproblems":"none","identifier":[]}', /^\[object Object\] \(7\)$/],
+      ['{"type":7,"detail":{"a":1},"subproblems":"none","identifier":[]}', /^\{"a":1\} \(7\)$/],
       ['{"subproblems":[null,7,"x"]}', /^no detail \(about:blank\)$/],
       ["null", /^HTTP status 400/],
       ["[]", /^no detail \(about:blank\)$/],

@@ -115,7 +115,7 @@ Deno.test("each effect has its owners", () => {
 Deno.test("the programs run with named permissions, and none has all", () => {
   const { permissions } = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json")));
   assert.deepEqual(Object.keys(permissions.lematt).sort(), ["env", "net", "read", "run", "sys", "write"]);
-  assert.deepEqual(Object.keys(permissions.leforward).sort(), ["env", "net", "read"]);
+  assert.deepEqual(Object.keys(permissions.leforward).sort(), ["env", "net"]);
   const firstLine = (name: string) => Deno.readTextFileSync(join(ROOT, name)).split("\n")[0]!;
   assert.match(firstLine("lematt.ts"), /^#!\/usr\/bin\/env -S .*deno run .*-P=lematt/);
   assert.match(firstLine("leforward.ts"), /^#!\/usr\/bin\/env -S .*deno run .*-N -E=SSH_ORIGINAL_COMMAND/); // it has no deno.json

@@ -9,10 +9,10 @@
 import { generateKeyPairSync, type KeyObject } from "node:crypto";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { loadConfig } from "../lib/config.ts";
+import { type KeyType, loadConfig } from "../lib/config.ts";
 import { emptyState, filesOf, readInventory, type Renewal } from "../lib/store.ts";
 import { readCertificate } from "../lib/x509.ts";
-import { type Authority, certify, createAuthority } from "./ca-x509.ts";
+import { certify, createAuthority, pem } from "./ca-x509.ts";
 import {
   type Cost,
   inTurns,
@@ -96,36 +96,21 @@ function makeTree(conf: string, lines: number): string {
     "[config]\nchallengeDropDir: .\naccountKey: account.key\ntestDirectory: https://localhost:1/dir\n",
   );
   writeFileSync(join(conf, "actions.conf"), "");
-  writeFileSync(
-    join(conf, "domains"),
-    Array.from({ length: lines }, (_, i) => `host${i}.example.com\n`).join(""),
-  );
+  const labels = Array.from({ length: lines }, (_, i) => `${i}`.padStart(PLACE.length, "host0000000"));
+  writeFileSync(join(conf, "domains"), labels.map((label) => `${label}.example.com\n`).join(""));
   const config = loadConfig(conf);
 
-  const root = createAuthority("lematt bench root");
-  const issuer = createAuthority("lematt bench intermediate");
   const now = Date.now();
-  const valid = { notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) };
-  const { commonName, publicKey } = issuer;
-  const intermediate = certify({ commonName, publicKey, authority: true, ...valid }, root);
-  const keys = {
-    rsa: generateKeyPairSync("rsa", { modulusLength: 2048 }),
-    ec: generateKeyPairSync("ec", { namedCurve: "P-256" }),
-  };
-  const keyPems = {
-    rsa: keys.rsa.privateKey.export({ format: "pem", type: "pkcs8" }),
-    ec: keys.ec.privateKey.export({ format: "pem", type: "pkcs8" }),
-  };
-
+  const forge = forger({ notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) });
   for (const directory of ["test", "test/key", "test/csr", "test/cert"]) mkdirSync(join(conf, directory));
   const window = { start: at(now + 59 * DAY), end: at(now + 61 * DAY), at: at(now + 60 * DAY) };
   const renewals: Record<string, Renewal> = {};
   for (const entry of readInventory(config, "test")) {
-    const leaf = leafFor(entry.line.names[0]!, keys[entry.keyType].publicKey, valid, issuer);
+    const { chainPem, keyPem } = forge(entry.line.names[0]!.split(".")[0]!, entry.keyType);
     const files = filesOf(config, "test", entry);
-    writeFileSync(files.cert, leaf + intermediate);
-    writeFileSync(files.key, keyPems[entry.keyType], { mode: 0o600 });
-    renewals[readCertificate(leaf).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
+    writeFileSync(files.cert, chainPem);
+    writeFileSync(files.key, keyPem, { mode: 0o600 });
+    renewals[readCertificate(chainPem).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
   }
   const state = { ...emptyState(), renewals, lastRun: at(now - DAY / 24) };
   writeFileSync(join(conf, "test/state.json"), JSON.stringify(state, undefined, 1));
@@ -135,14 +120,32 @@ function makeTree(conf: string, lines: number): string {
 const ACCOUNT = "https://localhost:1/dir NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs";
 const at = (ms: number) => new Date(ms).toISOString();
 
-function leafFor(
-  name: string,
-  publicKey: KeyObject,
-  valid: { notBefore: Date; notAfter: Date },
-  issuer: Authority,
-) {
-  return certify(
-    { commonName: name, publicKey, identifiers: [{ type: "dns", value: name }], ...valid },
-    issuer,
-  );
+/** Stands in a certificate for the first label of its name, which is also its serial number. */
+const PLACE = "host0000000";
+
+/**
+ * Makes certificates with chain and key at twenty times the speed of signing them: all but the first of a key type have
+ * its signature. That does not verify, but whoever issued what is on disk is not looked into; only names and key are.
+ */
+function forger(valid: { readonly notBefore: Date; readonly notAfter: Date }) {
+  const [root, issuer] = [createAuthority("lematt bench root"), createAuthority("lematt bench intermediate")];
+  const { commonName, publicKey } = issuer;
+  const chain = certify({ commonName, publicKey, authority: true, ...valid }, root);
+  const template = ({ publicKey, privateKey }: { publicKey: KeyObject; privateKey: KeyObject }) => {
+    const name = `${PLACE}.example.com`;
+    const serial = new TextEncoder().encode(PLACE);
+    const identifiers = [{ type: "dns", value: name }] as const;
+    const leafPem = certify({ commonName: name, publicKey, identifiers, serial, ...valid }, issuer);
+    const leaf = Buffer.from(leafPem.replace(/-----.*-----/g, ""), "base64").toString("latin1");
+    return { leaf, keyPem: privateKey.export({ format: "pem", type: "pkcs8" }) };
+  };
+  const templates = {
+    rsa: template(generateKeyPairSync("rsa", { modulusLength: 2048 })),
+    ec: template(generateKeyPairSync("ec", { namedCurve: "P-256" })),
+  };
+  return (label: string, keyType: KeyType) => {
+    const { leaf, keyPem } = templates[keyType];
+    const der = Buffer.from(leaf.replaceAll(PLACE, label), "latin1");
+    return { chainPem: pem("CERTIFICATE", der) + chain, keyPem };
+  };
 }

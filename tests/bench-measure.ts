@@ -8,8 +8,9 @@
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 
-/** lematt as its first line starts it. */
-export const LEMATT: readonly string[] = program("lematt.ts", "-q", "--no-prompt", "-P=lematt");
+/** How lematt is started by its first line, and the command that does so. */
+export const LEMATT_FLAGS: readonly string[] = ["-q", "--no-prompt", "-P=lematt"];
+export const LEMATT: readonly string[] = program("lematt.ts", ...LEMATT_FLAGS);
 
 const GNU_TIME = "/usr/bin/time";
 

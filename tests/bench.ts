@@ -19,18 +19,23 @@ const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () =
   forward: { what: "leforward, a connection a request", run: forward },
 };
 
-/** What the figures are about: the first line that a program says of its version. */
+/** What is compared: each program with its version, as itself or Debian's packages have it. */
 async function versions(): Promise<string> {
-  const asked = { lego: "--version", nginx: "-v", wrk: "-v", pebble: "-version" };
+  const asked = { lego: "--version", pebble: "-version", nginx: "-v", wrk: "-v" };
   const found = [`deno ${Deno.version.deno}`];
   for (const [name, flag] of Object.entries(asked)) {
     const path = which(name);
     if (path === undefined) continue;
-    const { stdout, stderr } = await new Deno.Command(path, { args: [flag] }).output();
-    const said = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+    const said = await output(path, flag) +
+      (which("dpkg-query") ? await output("dpkg-query", "-W", name) : "");
     found.push(`${name} ${/\d+\.\d+[\w.+-]*/.exec(said)?.[0] ?? "of unknown version"}`);
   }
   return found.join(", ");
+}
+
+async function output(command: string, ...args: string[]): Promise<string> {
+  const { stdout, stderr } = await new Deno.Command(command, { args }).output();
+  return [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes)).join("");
 }
 
 const wanted = Deno.args.length === 0 ? Object.keys(PARTS) : Deno.args;
@@ -39,7 +44,8 @@ if (unknown !== undefined) {
   console.error(`bench: no part ${JSON.stringify(unknown)}; there are: ${Object.keys(PARTS).join(", ")}`);
   Deno.exit(2);
 }
-console.log(`${new Date().toISOString().slice(0, 10)}, ${await versions()}`);
+const processors = `${navigator.hardwareConcurrency} processors`;
+console.log(`${new Date().toISOString().slice(0, 10)}, ${processors}, ${await versions()}`);
 for (const name of wanted) {
   const { what, run } = PARTS[name]!;
   console.log(`\n${name}: ${what}`);

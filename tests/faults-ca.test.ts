@@ -9,7 +9,6 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { refusing } from "./bed.ts";
 import type { Fault } from "./ca.ts";
 import { pairs, Subject, sweep, upTo } from "./faults.ts";
 
@@ -29,6 +28,7 @@ const LIES: readonly unknown[] = [
   -1e308,
   [["https://localhost/"]],
   { type: "valid", status: "valid", value: "CANARY" },
+  { toString: "valid", valueOf: 1, toJSON: null, length: -1, constructor: null },
 ];
 
 /** A run whose n-th exchange goes wrong, of a subject whose certificates are due; and what must hold then. */
@@ -72,8 +72,9 @@ Deno.test("a lie in any word of any answer costs an error, and is made good by t
       kind: "rewrite text",
       rewrite(body) {
         const text = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
-        if (!body.startsWith("{")) return JSON.parse(text) ?? "";
-        return JSON.stringify(rewritten(JSON.parse(body), word, JSON.parse(text)));
+        return body.startsWith("{")
+          ? JSON.stringify(rewritten(JSON.parse(body), word, JSON.parse(text)))
+          : text;
       },
     }));
   });
@@ -82,9 +83,11 @@ Deno.test("a lie in any word of any answer costs an error, and is made good by t
 Deno.test("a refusal in hostile words is told in harmless ones, whatever was asked", async () => {
   await sweep("hostile refusals", pairs(upTo(24), LIES.keys().toArray()), 6, async ([n, lie]) => {
     return await lied(n, (canary) => {
-      const text = String(LIES[lie]).replaceAll("CANARY", canary).slice(0, 1 << 19);
-      const subproblems = [{ type: text, detail: text, identifier: { type: text, value: text } }];
-      return refusing(403, text, text, { subproblems });
+      const lies = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
+      const text = lies.length < 1 << 19 ? JSON.parse(lies) : "A".repeat(1 << 18);
+      const problem = { type: text, detail: text, identifier: { type: text, value: text } };
+      const body = JSON.stringify({ ...problem, status: text, subproblems: [problem, text] });
+      return { kind: "status", status: 403, body };
     });
   });
 });

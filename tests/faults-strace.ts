@@ -15,8 +15,6 @@ import { type State, Store } from "../lib/store.ts";
 import type { Ended } from "./bed.ts";
 import { Subject, textOf } from "./faults.ts";
 
-const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
-
 /** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
 const CHANGING = [
   "openat write pwrite64 fsync fdatasync ftruncate fchmod chmod fchmodat rename renameat renameat2",
@@ -67,7 +65,7 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
     const [commit] = (await pointsOf("renewal"))
       .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
     await traced(subject, commit!, "signal=SIGKILL");
-    await subject.untilQuiet();
+    await subject.afterFault();
   },
 };
 
@@ -164,26 +162,8 @@ export async function traced(
     "-e",
     `inject=${point.call}:${inject}:when=${point.when}`,
   ];
-  const args = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output, `-etrace=${CHANGING}`, ...at];
-  const program = [
-    "run",
-    "-q",
-    "--no-prompt",
-    "-P=lematt",
-    PROGRAM,
-    "--test",
-    "--retry",
-    "--config",
-    bed.conf,
-  ];
-  const child = new Deno.Command("strace", {
-    args: [...args, Deno.execPath(), ...program],
-    cwd: bed.home,
-    stdin: "null",
-  });
-  const { code, stdout, stderr } = await child.output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output, `-etrace=${CHANGING}`];
+  const ended = await subject.program(["strace", ...options, ...at], "--test", "--retry");
   const trace = textOf(output);
-  const befell = trace.includes("(INJECTED)") || code === 128 + 9;
-  return { code, stdout: text(stdout), stderr: text(stderr), trace, befell };
+  return { ...ended, trace, befell: trace.includes("(INJECTED)") || ended.code === 128 + 9 };
 }

@@ -10,17 +10,21 @@ import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { basename, join } from "node:path";
 import process from "node:process";
+import { ConfigError } from "../lib/config.ts";
+import { errorText, isSystemError } from "../lib/report.ts";
 import { preview } from "../lib/run.ts";
 import { type Entry, filesOf, readInventory, readState, Store, strayFiles } from "../lib/store.ts";
 import { isPrivateKey } from "../lib/x509.ts";
-import { type Bed, type Ran, testBed, type TestWorld, until } from "./bed.ts";
+import { type Bed, type Ended, type Ran, testBed, type TestWorld, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
+
+const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
 
 /** Whether every point is to be tried. */
 export const ALL = Deno.env.get("LEMATT_FAULTS") === "all";
 const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
 /** How long one fault, with all that follows from it, may take; waits of the client are cut short in a test bed. */
-const LONGEST_SECONDS = 20;
+const LONGEST_SECONDS = 60;
 
 // ---- points ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ const KEYS: readonly (readonly [name: string, pem: string])[] = [
 
 /**
  * A test bed for a line of two names and a line of one, whose certificates are delivered by copying them to `served`,
- * and whose challenges need a `prepare` command.
+ * and whose challenges need a `prepare` command. Its process numbers stand in the file `prepared` of the bed's home.
  */
 export class Subject implements AsyncDisposable {
   readonly served: string;
@@ -111,19 +115,27 @@ export class Subject implements AsyncDisposable {
     });
     const subject = new Subject(bed);
     Deno.mkdirSync(subject.served);
-    bed.configure({
-      actions: `[default]
-prepare: ["echo $$ >> ${bed.home}/prepared; exec cat >/dev/null"]
-uploadCerts: ["cp -L CERTS ${subject.served}"]
-uploadKeys: ["cp -L KEYS ${subject.served}"]
-update: ["echo >> ${bed.home}/updated"]
-`,
-    });
+    subject.configure();
     Deno.mkdirSync(bed.path("test/key"), { recursive: true, mode: 0o700 });
     for (const [name, pem] of subject.#keys) {
       Deno.writeTextFileSync(bed.path("test/key", name), pem, { mode: 0o600 });
     }
     return subject;
+  }
+
+  /** Writes actions.conf, with other commands than the usual ones if there are any. */
+  configure(
+    { prepare = "exec cat >/dev/null", upload = `cp -L CERTS ${this.served}`, more = "" } = {},
+  ): void {
+    const { bed, served } = this;
+    bed.configure({
+      actions: `[default]
+prepare: [${JSON.stringify(`echo $$ >> ${bed.home}/prepared; ${prepare}`)}]
+uploadCerts: [${JSON.stringify(upload)}]
+uploadKeys: ["cp -L KEYS ${served}"]
+update: ["echo >> ${bed.home}/updated"]
+${more}`,
+    });
   }
 
   get #keys(): typeof KEYS {
@@ -139,17 +151,39 @@ update: ["echo >> ${bed.home}/updated"]
     this.#ordersBefore = this.bed.ca.orders.length;
   }
 
-  /** Waits until none of the `prepare` commands runs any more. */
-  async untilQuiet(): Promise<void> {
-    const path = join(this.bed.home, "prepared");
-    const pids = textOf(path).split("\n").filter((line) => line !== "").map(Number);
-    await until("the prepare commands have ended", () => !pids.some(isRunning));
+  /** A run in this process; errors that the program tells in a line are told as it does. */
+  async attempt(world: Partial<TestWorld> = {}): Promise<Ended> {
+    try {
+      return await this.bed.run({ retry: true, ...world });
+    } catch (error) {
+      if (error instanceof ConfigError) return { code: 2, stdout: "", stderr: `${error.message}\n` };
+      if (!isSystemError(error as Error)) throw error;
+      return { code: 1, stdout: "", stderr: `${errorText(error as Error)}\n` };
+    }
   }
 
-  /** What must hold right after a fault: no private key is lost or can be read by others, and what was said is fit to be read. */
-  async afterFault({ stdout = "", stderr = "" }: { stdout?: string; stderr?: string } = {}): Promise<void> {
-    presentable(stdout + stderr);
-    await this.untilQuiet();
+  /** The program itself, started by a command, to its end. */
+  async program(by: readonly string[], ...args: string[]): Promise<Ended> {
+    const [command, ...rest] = [...by, Deno.execPath(), "run", "-q", "--no-prompt", "-P=lematt", PROGRAM];
+    const child = new Deno.Command(command!, {
+      args: [...rest, ...args, "--config", this.bed.conf],
+      cwd: this.bed.home,
+      stdin: "null",
+    });
+    const { code, stdout, stderr } = await child.output();
+    const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+    return { code, stdout: text(stdout), stderr: text(stderr) };
+  }
+
+  /** Process numbers of the `prepare` commands so far. */
+  prepared(): number[] {
+    return textOf(join(this.bed.home, "prepared")).split("\n").filter((line) => line !== "").map(Number);
+  }
+
+  /** What must hold right after a fault: nothing runs on, no key is lost or loosened, and what was said can be read. */
+  async afterFault({ stdout, stderr }: { stdout?: string; stderr?: string } = {}): Promise<void> {
+    presentable(`${stdout ?? ""}${stderr ?? ""}`);
+    await until("the prepare commands have ended", () => !this.prepared().some(isRunning));
     for (const [name, pem] of this.#keys) {
       assert.equal(this.bed.text("test/key", name), pem, `${name} has changed`);
     }
@@ -173,10 +207,9 @@ update: ["echo >> ${bed.home}/updated"]
     const { bed } = this;
     const modeOf = (...names: string[]) => Deno.lstatSync(bed.path(...names)).mode! & 0o777;
     assert.equal(modeOf("test/key"), 0o700, "mode of the key directory");
-    const secrets = [...Deno.readDirSync(bed.path("test/key"))].filter(({ isSymlink }) => !isSymlink)
-      .map(({ name }) => join("test/key", name));
-    for (const name of ["account.key", "test/state.json", ...secrets]) {
-      if (exists(bed.path(name))) assert.equal(modeOf(name), 0o600, `mode of ${name}`);
+    const keys = listing(bed.path("test/key")).map((name) => join("test/key", name));
+    for (const name of ["account.key", "test/state.json", "test/.cleanup", ...keys]) {
+      if (isFile(bed.path(name))) assert.equal(modeOf(name), 0o600, `mode of ${name}`);
     }
   }
 
@@ -204,25 +237,24 @@ update: ["echo >> ${bed.home}/updated"]
   }
 
   #checkDelivered(): void {
-    const { bed, served } = this;
     for (const entry of this.inventory()) {
-      const { cert, key } = filesOf(bed.config(), "test", entry);
+      const { cert, key } = filesOf(this.bed.config(), "test", entry);
       for (const path of [cert, key]) {
         const name = basename(path);
-        assert.equal(textOf(join(served, name)), Deno.readTextFileSync(path), `delivered: ${name}`);
+        assert.equal(textOf(join(this.served, name)), Deno.readTextFileSync(path), `delivered: ${name}`);
       }
     }
   }
 
   /** One order for each key type of a line, and one more. */
   #checkOrders(): void {
-    const { ca } = this.bed;
+    const { keyTypes } = this.bed.config();
     const counts = new Map<string, number>();
-    for (const { identifiers } of ca.orders.slice(this.#ordersBefore)) {
+    for (const { identifiers } of this.bed.ca.orders.slice(this.#ordersBefore)) {
       const names = identifiers.map(({ value }) => value).join(" ");
       counts.set(names, (counts.get(names) ?? 0) + 1);
     }
-    for (const [names, count] of counts) assert(count <= 2 + 1, `${count} orders for ${names}`);
+    for (const [names, count] of counts) assert(count <= keyTypes.length + 1, `${count} orders for ${names}`);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -237,6 +269,7 @@ export function presentable(text: string): void {
   assert.doesNotMatch(text, /\n\s+at .*:\d+:\d+|undefined|\[object /);
 }
 
+/** The text of a file; empty where there is none. */
 export function textOf(path: string): string {
   try {
     return Deno.readTextFileSync(path);
@@ -245,10 +278,9 @@ export function textOf(path: string): string {
   }
 }
 
-function exists(path: string): boolean {
+function isFile(path: string): boolean {
   try {
-    Deno.lstatSync(path);
-    return true;
+    return Deno.lstatSync(path).isFile;
   } catch {
     return false;
   }

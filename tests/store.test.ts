@@ -28,6 +28,7 @@ function configure(...lines: string[][]): Config & Disposable {
   const directory = Deno.makeTempDirSync({ prefix: "lematt-store-" });
   return {
     directory,
+    accountKey: join(directory, "account.key"),
     rsaTag: "rsa2048",
     curveTag: "prime256v1",
     keyTypes: ["rsa", "ec"],

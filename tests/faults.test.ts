@@ -1,0 +1,286 @@
+/**
+ * Goal: odd files and directories, another user's files, runs at the same time, misbehaving commands and any umask cost
+ * at most a line of text, and one undisturbed run later all is as it should be.
+ *
+ * What a command can do to lematt is in actions.test.ts (it prints 1 GB, forks a daemon, ignores TERM, closes its
+ * output, hangs); here is what comes of a run.
+ */
+
+import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { until } from "./bed.ts";
+import { isRunning, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
+import { missing as noStrace } from "./faults-strace.ts";
+
+const EC = { settings: "keyTypes: ec" };
+/** For the program itself, which finds no name of a test on the network, and may not live to remember what it asked. */
+const PROGRAM = { settings: "keyTypes: ec\npreflight: no\nari: no" };
+
+// ---- files -------------------------------------------------------------------------------------------------------
+
+const SOLO = "solo.example.org";
+const IN_THE_WAY: readonly string[] = [
+  `test/cert/${SOLO}-cert-combined.prime256v1.test.pem`,
+  `test/key/${SOLO}-key.prime256v1.test.pem`,
+  `test/csr/${SOLO}-csr.prime256v1.test.csr`,
+  "test/cert/www.example.com-cert-combined.prime256v1.test.pem",
+  "test/key/www.example.com-key.prime256v1.test.pem",
+  "test/state.json",
+  "test/.lock",
+  "test/.cleanup",
+  "account.key",
+  "test/cert",
+  "test/key",
+  "test",
+];
+const OBSTACLES: Readonly<Record<string, (path: string, victim: string) => void>> = {
+  "a directory"(path) {
+    Deno.mkdirSync(path);
+    Deno.writeTextFileSync(join(path, "in-use"), "");
+  },
+  "a link to nowhere": (path) => Deno.symlinkSync("/nowhere/at/all", path),
+  "a link to itself": (path) => Deno.symlinkSync(path, path),
+  "a link to another's file": (path, victim) => Deno.symlinkSync(victim, path),
+  "an empty file": (path) => Deno.writeTextFileSync(path, ""),
+};
+
+Deno.test("whatever stands in the way of a file is told, harms nothing else, and is no harm once it is gone", async () => {
+  const points = pairs(IN_THE_WAY, Object.keys(OBSTACLES));
+  await sweep("in the way of a file", points, 10, async ([what, obstacle]) => {
+    await using subject = await Subject.create(EC);
+    const { bed } = subject;
+    await bed.run();
+    subject.countOrders();
+    const [path, aside, victim] = [bed.path(what), join(bed.home, "aside"), join(bed.home, "victim")];
+    Deno.writeTextFileSync(victim, "precious");
+    if (existsSync(path)) Deno.renameSync(path, aside);
+    OBSTACLES[obstacle]!(path, victim);
+
+    const ran = await subject.attempt();
+    presentable(ran.stdout + ran.stderr);
+    assert.equal(textOf(victim), "precious");
+    if (what.includes(SOLO) || what.includes("www")) {
+      const others = subject.inventory().filter(({ stem }) => !what.includes(stem));
+      assert(others.every(({ finding }) => finding.kind === "present"));
+    }
+
+    Deno.removeSync(path, { recursive: true });
+    if (existsSync(aside)) Deno.renameSync(aside, path);
+    for (const { name } of Deno.readDirSync(bed.path("test"))) {
+      if (name.startsWith("state.json.unusable")) {
+        Deno.removeSync(bed.path("test", name), { recursive: true });
+      }
+    }
+    await subject.recover();
+  });
+});
+
+Deno.test("a drop directory that vanishes during a run fails what needs it, and nothing else", async () => {
+  await using subject = await Subject.create(EC);
+  const { bed } = subject;
+  bed.ca.switches.fault = ({ resource }) => {
+    if (resource === "authz" && existsSync(bed.drop)) Deno.removeSync(bed.drop);
+    return undefined;
+  };
+  const ran = await subject.attempt();
+  Deno.mkdirSync(bed.drop);
+  await subject.afterFault(ran);
+  assert.equal(ran.code, 1);
+  assert.match(ran.stderr, /FAILED {2}solo\.example\.org \(ec\)\n +No such file or directory .*\/drop\//);
+  await subject.recover();
+});
+
+Deno.test("a report that cannot be written keeps no certificate from being issued", async () => {
+  await using subject = await Subject.create(PROGRAM);
+  const shell = ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"];
+  const ran = await subject.program(shell, "--test");
+  assert.deepEqual([ran.code, ran.stdout], [1, ""]);
+  assert.match(ran.stderr, /^lematt: cannot write what there is to say: No space left on device.*\n$/);
+  const again = await subject.recover();
+  assert.match(again.stdout, /^nothing due/);
+});
+
+// ---- another user's files ----------------------------------------------------------------------------------------
+
+/** Root is refused nothing, unless that is taken from it. */
+const AS_ANYBODY = Deno.uid() === 0
+  ? ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
+  : [];
+
+for (
+  const [what, spoil, told] of [
+    [
+      "a certificate directory that cannot be written to",
+      (subject: Subject) => Deno.chmodSync(subject.bed.path("test/cert"), 0o555),
+      /^FAILED .*\n +Permission denied .*test\/cert/,
+    ],
+    [
+      "a key that cannot be read",
+      (subject: Subject) => Deno.chmodSync(subject.bed.path(IN_THE_WAY[1]!), 0),
+      /^FAILED {2}solo\.example\.org \(ec\)\n +EACCES: permission denied.*solo\.example\.org-key/,
+    ],
+    [
+      "a state that cannot be written",
+      (subject: Subject) => Deno.chmodSync(subject.bed.path("test"), 0o555),
+      /Permission denied .*test\//,
+    ],
+    [
+      "a drop directory that cannot be written to",
+      (subject: Subject) => Deno.chmodSync(subject.bed.drop, 0o555),
+      /Cannot read "challengeDropDir": ".*": permission denied/,
+    ],
+  ] as const
+) {
+  Deno.test(`${what} is told, and costs the CA no order`, async () => {
+    await using subject = await Subject.create(PROGRAM);
+    const { bed } = subject;
+    await bed.run();
+    Deno.removeSync(bed.path(IN_THE_WAY[0]!)); // so that something is due
+    subject.countOrders();
+    const before = bed.ca.orders.length;
+    spoil(subject);
+    const ran = await subject.program(AS_ANYBODY, "--test");
+    presentable(ran.stdout + ran.stderr);
+    assert.match(ran.stderr, told);
+    assert.equal(bed.ca.orders.length, before);
+    for (const path of [bed.drop, bed.path("test"), bed.path("test/cert")]) Deno.chmodSync(path, 0o755);
+    Deno.chmodSync(bed.path(IN_THE_WAY[1]!), 0o600);
+    await subject.recover();
+  });
+}
+
+Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
+  await sweep("umask", pairs([0o000, 0o022, 0o077], [0o755, 0o2777]), 2, async ([umask, mode]) => {
+    await using subject = await Subject.create(EC);
+    const { bed } = subject;
+    for (const path of [bed.conf, bed.drop, bed.path("test")]) Deno.chmodSync(path, mode);
+    const modes: (number | null)[] = [];
+    bed.ca.switches.fault = ({ resource }) => {
+      if (resource === "challenge") {
+        modes.push(...bed.dropped().map((name) => Deno.statSync(join(bed.drop, name)).mode));
+      }
+      return undefined;
+    };
+    const before = Deno.umask(umask);
+    try {
+      assert.equal((await bed.run()).code, 0);
+    } finally {
+      Deno.umask(before);
+    }
+    assert(modes.length > 0 && modes.every((mode) => (mode! & 0o777) === 0o644), "challenge files");
+    for (const { name } of Deno.readDirSync(bed.path("test/cert"))) {
+      assert.equal(Deno.statSync(bed.path("test/cert", name)).mode! & 0o777, 0o644, name);
+    }
+    await subject.recover();
+  });
+});
+
+// ---- at the same time --------------------------------------------------------------------------------------------
+
+Deno.test("of runs started together one does the work, and the others say so", async () => {
+  await using subject = await Subject.create({ ...PROGRAM, ca: { validationDelayMs: 1000 } });
+  const runs = await Promise.all([1, 2, 3].map(() => subject.program([], "--test")));
+  const others = runs.filter(({ code }) => code !== 0);
+  assert.deepEqual(others.map(({ code }) => code), [3, 3], JSON.stringify(runs));
+  for (const { stderr } of others) assert.match(stderr, /^lematt: another --test run is under way .*\n$/);
+  assert.equal(subject.bed.ca.orders.length, 2);
+  await subject.recover();
+});
+
+Deno.test("a run that finds another one at work leaves its prepare command and its challenges alone", async () => {
+  await using subject = await Subject.create({ ...PROGRAM, ca: { validationDelayMs: 1000 } });
+  const { bed } = subject;
+  const first = subject.program([], "--test");
+  await until("challenges are waiting", () => bed.dropped().length === 3 && subject.prepared().length === 1);
+  assert.equal((await subject.program([], "--test", "--retry")).code, 3);
+  assert(subject.prepared().every(isRunning));
+  assert.equal(bed.dropped().length, 3);
+  assert.equal((await first).code, 0);
+  await subject.recover();
+});
+
+Deno.test("a first run with --test and one with --prod make one account key between them", async () => {
+  await using subject = await Subject.create(PROGRAM);
+  const { bed } = subject;
+  const runs = await Promise.all(["--test", "--prod"].map((mode) => subject.program([], mode)));
+  for (const { code, stderr } of runs) assert.equal(code, 0, stderr);
+  assert.equal(bed.ca.accounts.length, 1);
+  Deno.removeSync(bed.path("prod"), { recursive: true });
+  subject.countOrders();
+  await subject.recover();
+});
+
+Deno.test("the lock file of a run that died is no lock", async () => {
+  await using subject = await Subject.create(EC);
+  Deno.writeTextFileSync(subject.bed.path("test/.lock"), "4711\n");
+  await subject.recover();
+});
+
+for (const error of ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS"]) {
+  Deno.test({
+    name: `a file system without locks (${error}) is told in a line, and nothing is done there`,
+    ignore: noStrace !== undefined,
+    async fn() {
+      await using subject = await Subject.create(PROGRAM);
+      const strace = ["strace", "-f", "-o", "/dev/null", `-einject=flock:error=${error}`];
+      const ran = await subject.program(strace, "--test");
+      assert.equal(ran.code, 1);
+      assert.match(
+        ran.stderr,
+        /^lematt: .*: lock '.*\/test\/\.lock', on a file system that must support locks\n$/,
+      );
+      assert.equal(subject.bed.ca.log.length, 0);
+      await subject.recover();
+    },
+  });
+}
+
+// ---- commands ----------------------------------------------------------------------------------------------------
+
+for (
+  const [what, upload] of [
+    ["hangs", "sleep 600"],
+    ["hangs and ignores TERM", "trap '' TERM; while :; do sleep 0.1; done"],
+    ["ends by a signal", "kill -SEGV $$"],
+    ["ends its process group", "kill -KILL 0"],
+    ["ends lematt", "kill -TERM $PPID; sleep 600"],
+    ["kills lematt", "kill -KILL $PPID"],
+    ["closes its output and fails", "exec >&- 2>&-; exit 1"],
+    ["leaves a daemon and fails", "sleep 5 & exit 1"],
+    ["prints without end", "yes 'no use'"],
+    ["takes its certificates away", "rm -f CERTS; exit 1"],
+  ] as const
+) {
+  Deno.test(`an upload that ${what} is owed, and made good once it works`, async () => {
+    await using subject = await Subject.create({ settings: `${PROGRAM.settings}\ncommandTimeout: 1` });
+    subject.configure({ upload });
+    const ran = await subject.program([], "--test");
+    presentable(ran.stdout + ran.stderr);
+    assert.notEqual(ran.code, 0);
+    assert.deepEqual([...Deno.readDirSync(subject.served)], []);
+    subject.configure();
+    if (what.startsWith("takes")) subject.countOrders();
+    await subject.recover();
+  });
+}
+
+for (
+  const [what, prepare] of [
+    ["dies before the validation", "exit 7"],
+    ["dies during the validation", "until ls DROP/* 2>/dev/null; do sleep 0.01; done; kill -KILL $$"],
+    ["dies after the validation", "cat >/dev/null; kill -KILL $$"],
+    ["never begins", "no-such-command"],
+    ["ignores TERM and its input", "trap '' TERM; while :; do sleep 0.1; done"],
+  ] as const
+) {
+  Deno.test(`a prepare command that ${what} leaves nothing behind`, async () => {
+    await using subject = await Subject.create(EC);
+    const { bed } = subject;
+    subject.configure({ prepare: prepare.replace("DROP", bed.drop) });
+    await subject.afterFault(await subject.attempt());
+    assert.deepEqual(bed.dropped(), []);
+    subject.configure();
+    await subject.recover();
+  });
+}

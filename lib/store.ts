@@ -342,7 +342,8 @@ export function readState(config: Config, mode: Mode): State | { readonly unusab
   }
   try {
     const state = JSON.parse(text) as State;
-    if (state?.version !== 1) {
+    if (state?.version === undefined) return { unusable: "it has no version" };
+    if (state.version !== 1) {
       return { unusable: `version ${JSON.stringify(state?.version)} is not known here` };
     }
     return checkedState(state) ?? { unusable: "not as lematt writes it" };

@@ -11,12 +11,7 @@ const TURNS = 5;
 const SECONDS = 2;
 const SILENT = 500;
 
-/** leforward as its first line starts it. */
-const LEFORWARD = program(
-  "leforward.ts",
-  ...Deno.readTextFileSync(new URL("../leforward.ts", import.meta.url))
-    .split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" "),
-);
+const LEFORWARD = program("leforward.ts");
 
 export async function forward(): Promise<void> {
   need("wrk");
@@ -57,6 +52,7 @@ async function startLeforward(): Promise<Server> {
     args: [...LEFORWARD.slice(1), "--baseurl", TO, "--host", "127.0.0.1", "--port", "0"],
     stdin: "null",
     stdout: "piped",
+    stderr: "null",
   }).spawn();
   const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   const port = Number(/ port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);

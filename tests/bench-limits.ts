@@ -4,7 +4,7 @@
  */
 
 import { type Bed, type Ran, testBed } from "./bed.ts";
-import { type Cost, LEMATT_FLAGS, measure, megabytes, program, seconds, tell } from "./bench-measure.ts";
+import { type Cost, measure, megabytes, program, seconds, tell } from "./bench-measure.ts";
 import type { Switches } from "./ca.ts";
 
 const WINDOW_MS = 3 * 3600_000;
@@ -87,7 +87,7 @@ export async function limits(): Promise<void> {
 async function issueAtOnce(lines: number, heapMegabytes: number): Promise<Cost> {
   await using bed = await testBed({ domains: domains(lines), settings: "keyTypes: ec" });
   const heap = `--v8-flags=--max-old-space-size=${heapMegabytes}`;
-  return await measure([...program("lematt.ts", heap, ...LEMATT_FLAGS), "--test", "--cron", bed.conf]);
+  return await measure([...program("lematt.ts", heap), "--test", "--cron", bed.conf]);
 }
 
 function domains(lines: number): string {

@@ -8,9 +8,8 @@
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 
-/** How lematt is started by its first line, and the command that does so. */
-export const LEMATT_FLAGS: readonly string[] = ["-q", "--no-prompt", "-P=lematt"];
-export const LEMATT: readonly string[] = program("lematt.ts", ...LEMATT_FLAGS);
+/** lematt as its first line starts it. */
+export const LEMATT: readonly string[] = program("lematt.ts");
 
 const GNU_TIME = "/usr/bin/time";
 
@@ -40,9 +39,11 @@ export function which(name: string): string | undefined {
   return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
 }
 
-/** The command that runs a file of this repository with this Deno and its configuration. */
-export function program(file: string, ...flags: readonly string[]): readonly string[] {
-  return [Deno.execPath(), "run", ...flags, join(import.meta.dirname!, "..", file)];
+/** The command by which a program of this repository starts, as its first line has it, with more flags if need be. */
+export function program(file: string, ...more: readonly string[]): readonly string[] {
+  const path = join(import.meta.dirname!, "..", file);
+  const flags = Deno.readTextFileSync(path).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");
+  return [Deno.execPath(), "run", ...flags, ...more, path];
 }
 
 /** Runs a program and says what it cost. Throws where it fails, with what it said. */

@@ -1,20 +1,27 @@
 /** Goal: killed at any moment, or with a disk that fails at any moment, lematt leaves nothing that the next run does not put right. */
 
-import { pairs, sweep } from "./faults.ts";
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { ALL, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
 import { missing, pointsOf, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
 
 const ignore = missing !== undefined;
-if (ignore) console.warn(`faults-process.test.ts: nothing is killed or failed, for strace says: ${missing}`);
+if (ignore) {
+  console.warn(`faults-process.test.ts: no system call is tampered with, for strace says: ${missing}`);
+}
 
-/** A full disk, a broken one, one that this user may not change, and one that nobody may. */
-const ERRORS = ["ENOSPC", "EIO", "EACCES", "EROFS"];
+/** A disk that is full, above quota, broken, not for this user, for nobody, or that of another machine and gone. */
+const ERRORS = ["ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE"];
 
 for (const situation of SITUATIONS) {
+  const some = situation === "renewal" ? 3 : 1;
+
   Deno.test({
     name: `lematt can be killed at any change that it makes to a file (${situation})`,
     ignore,
     async fn() {
-      await sweep(`SIGKILL, ${situation}`, await pointsOf(situation), 2, async (point) => {
+      await sweep(`SIGKILL, ${situation}`, await pointsOf(situation), some, async (point) => {
         await using subject = await subjectIn(situation);
         const { befell } = await traced(subject, point, "signal=SIGKILL");
         await subject.afterFault();
@@ -29,7 +36,7 @@ for (const situation of SITUATIONS) {
     ignore,
     async fn() {
       const points = pairs(ERRORS, await pointsOf(situation));
-      await sweep(`a failing disk, ${situation}`, points, 2, async ([error, point]) => {
+      await sweep(`a failing disk, ${situation}`, points, some, async ([error, point]) => {
         await using subject = await subjectIn(situation);
         const ran = await traced(subject, point, `error=${error}`);
         await subject.afterFault(ran);
@@ -39,3 +46,39 @@ for (const situation of SITUATIONS) {
     },
   });
 }
+
+Deno.test("lematt can be interrupted at any moment, and no prepare command listens on", async () => {
+  const random = randomFrom();
+  const signals = ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"] as const;
+  await sweep("signals at random moments", pairs(upTo(ALL ? 25 : 1), signals), 3, async ([, signal]) => {
+    await using subject = await Subject.create({
+      settings: "keyTypes: ec\npreflight: no\nari: no",
+      ca: { validationDelayMs: 500 },
+    });
+    const { bed } = subject;
+    const port = Deno.listen({ port: 0 });
+    const leforward = [Deno.execPath(), "run", "-q", "-N", join(import.meta.dirname!, "../leforward.ts")];
+    const options = ["--baseurl", `http://127.0.0.1:${bed.web.port}`, "--port", `${port.addr.port}`];
+    port.close();
+    subject.configure({ prepare: `exec ${[...leforward, ...options].join(" ")}` });
+    bed.ca.switches.httpPort = port.addr.port;
+
+    const child = bed.start("--test");
+    const output = child.output();
+    await delay(random(1500));
+    let interrupted = true;
+    try {
+      child.kill(signal);
+    } catch {
+      interrupted = false; // it was done before
+    }
+    const { stderr } = await output;
+    await subject.afterFault({ stderr: new TextDecoder().decode(stderr) });
+    Deno.listen({ port: port.addr.port }).close();
+    if (signal !== "SIGKILL") assert.deepEqual(bed.dropped(), []);
+    subject.configure();
+    bed.ca.switches.httpPort = bed.web.port;
+    await subject.recover();
+    return interrupted;
+  });
+});

@@ -63,7 +63,7 @@ async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boo
 }
 
 Deno.test("any fault of any exchange of a first run is made good by the next run", async () => {
-  await sweep("wire, first run", pairs(Object.keys(FAULTS), upTo(26)), 24, async ([kind, n]) => {
+  await sweep("wire, first run", pairs(Object.keys(FAULTS), upTo(26)), 8, async ([kind, n]) => {
     await using subject = await Subject.create();
     const befell = await disturbed(subject, n, FAULTS[kind]!);
     await subject.recover();
@@ -72,7 +72,7 @@ Deno.test("any fault of any exchange of a first run is made good by the next run
 });
 
 Deno.test("any fault of any exchange of a renewal is made good by the next run", async () => {
-  await sweep("wire, renewal", pairs(Object.keys(FAULTS), upTo(24)), 16, async ([kind, n]) => {
+  await sweep("wire, renewal", pairs(Object.keys(FAULTS), upTo(24)), 6, async ([kind, n]) => {
     await using subject = await Subject.create();
     const { bed } = subject;
     await bed.run();

@@ -1,6 +1,6 @@
 /**
- * Goal: odd files and directories, another user's files, runs at the same time, misbehaving commands and any umask cost
- * at most a line of text, and one undisturbed run later all is as it should be.
+ * Goal: odd files and directories, another user's files, runs at the same time, commands that go wrong and any umask
+ * cost at most a line of text, and one undisturbed run later all is as it should be.
  *
  * What a command can do to lematt is in actions.test.ts (it prints 1 GB, forks a daemon, ignores TERM, closes its
  * output, hangs); here is what comes of a run.
@@ -9,7 +9,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { until } from "./bed.ts";
+import { type Bed, until } from "./bed.ts";
 import { isRunning, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
 import { missing as noStrace } from "./faults-strace.ts";
 
@@ -47,7 +47,7 @@ const OBSTACLES: Readonly<Record<string, (path: string, victim: string) => void>
 
 Deno.test("whatever stands in the way of a file is told, harms nothing else, and is no harm once it is gone", async () => {
   const points = pairs(IN_THE_WAY, Object.keys(OBSTACLES));
-  await sweep("in the way of a file", points, 10, async ([what, obstacle]) => {
+  await sweep("in the way of a file", points, 4, async ([what, obstacle]) => {
     await using subject = await Subject.create(EC);
     const { bed } = subject;
     await bed.run();
@@ -108,38 +108,35 @@ const AS_ANYBODY = Deno.uid() === 0
   ? ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
   : [];
 
-for (
-  const [what, spoil, told] of [
-    [
-      "a certificate directory that cannot be written to",
-      (subject: Subject) => Deno.chmodSync(subject.bed.path("test/cert"), 0o555),
-      /^FAILED .*\n +Permission denied .*test\/cert/,
-    ],
-    [
-      "a key that cannot be read",
-      (subject: Subject) => Deno.chmodSync(subject.bed.path(IN_THE_WAY[1]!), 0),
-      /^FAILED {2}solo\.example\.org \(ec\)\n +EACCES: permission denied.*solo\.example\.org-key/,
-    ],
-    [
-      "a state that cannot be written",
-      (subject: Subject) => Deno.chmodSync(subject.bed.path("test"), 0o555),
-      /Permission denied .*test\//,
-    ],
-    [
-      "a drop directory that cannot be written to",
-      (subject: Subject) => Deno.chmodSync(subject.bed.drop, 0o555),
-      /Cannot read "challengeDropDir": ".*": permission denied/,
-    ],
-  ] as const
-) {
-  Deno.test(`${what} is told, and costs the CA no order`, async () => {
+const NOT_OURS: Readonly<Record<string, readonly [(bed: Bed) => void, RegExp]>> = {
+  "a certificate directory that cannot be written to": [
+    (bed) => Deno.chmodSync(bed.path("test/cert"), 0o555),
+    /^FAILED .*\n +Permission denied .*test\/cert/,
+  ],
+  "a key that cannot be read": [
+    (bed) => Deno.chmodSync(bed.path(IN_THE_WAY[1]!), 0),
+    /^FAILED {2}solo\.example\.org \(ec\)\n +EACCES: permission denied.*solo\.example\.org-key/,
+  ],
+  "a state that cannot be written": [
+    (bed) => Deno.chmodSync(bed.path("test"), 0o555),
+    /Permission denied .*test\//,
+  ],
+  "a drop directory that cannot be written to": [
+    (bed) => Deno.chmodSync(bed.drop, 0o555),
+    /Cannot read "challengeDropDir": ".*": permission denied/,
+  ],
+};
+
+Deno.test("what another user has closed is told, and costs the CA no order", async () => {
+  await sweep("another user's files", Object.keys(NOT_OURS), 2, async (what) => {
+    const [close, told] = NOT_OURS[what]!;
     await using subject = await Subject.create(PROGRAM);
     const { bed } = subject;
     await bed.run();
     Deno.removeSync(bed.path(IN_THE_WAY[0]!)); // so that something is due
     subject.countOrders();
     const before = bed.ca.orders.length;
-    spoil(subject);
+    close(bed);
     const ran = await subject.program(AS_ANYBODY, "--test");
     presentable(ran.stdout + ran.stderr);
     assert.match(ran.stderr, told);
@@ -148,7 +145,7 @@ for (
     Deno.chmodSync(bed.path(IN_THE_WAY[1]!), 0o600);
     await subject.recover();
   });
-}
+});
 
 Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
   await sweep("umask", pairs([0o000, 0o022, 0o077], [0o755, 0o2777]), 2, async ([umask, mode]) => {
@@ -217,11 +214,11 @@ Deno.test("the lock file of a run that died is no lock", async () => {
   await subject.recover();
 });
 
-for (const error of ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS"]) {
-  Deno.test({
-    name: `a file system without locks (${error}) is told in a line, and nothing is done there`,
-    ignore: noStrace !== undefined,
-    async fn() {
+Deno.test({
+  name: "a file system without locks is told in a line, and nothing is done there",
+  ignore: noStrace !== undefined,
+  async fn() {
+    await sweep("no locks", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS", "EIO"], 1, async (error) => {
       await using subject = await Subject.create(PROGRAM);
       const strace = ["strace", "-f", "-o", "/dev/null", `-einject=flock:error=${error}`];
       const ran = await subject.program(strace, "--test");
@@ -232,29 +229,29 @@ for (const error of ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS"]) {
       );
       assert.equal(subject.bed.ca.log.length, 0);
       await subject.recover();
-    },
-  });
-}
+    });
+  },
+});
 
 // ---- commands ----------------------------------------------------------------------------------------------------
 
-for (
-  const [what, upload] of [
-    ["hangs", "sleep 600"],
-    ["hangs and ignores TERM", "trap '' TERM; while :; do sleep 0.1; done"],
-    ["ends by a signal", "kill -SEGV $$"],
-    ["ends its process group", "kill -KILL 0"],
-    ["ends lematt", "kill -TERM $PPID; sleep 600"],
-    ["kills lematt", "kill -KILL $PPID"],
-    ["closes its output and fails", "exec >&- 2>&-; exit 1"],
-    ["leaves a daemon and fails", "sleep 5 & exit 1"],
-    ["prints without end", "yes 'no use'"],
-    ["takes its certificates away", "rm -f CERTS; exit 1"],
-  ] as const
-) {
-  Deno.test(`an upload that ${what} is owed, and made good once it works`, async () => {
+const UPLOADS: Readonly<Record<string, string>> = {
+  "hangs": "sleep 600",
+  "hangs and ignores TERM": "trap '' TERM; while :; do sleep 0.1; done",
+  "ends by a signal": "kill -SEGV $$",
+  "ends its process group": "kill -KILL 0",
+  "ends lematt": "kill -TERM $PPID; sleep 600",
+  "kills lematt": "kill -KILL $PPID",
+  "closes its output and fails": "exec >&- 2>&-; exit 1",
+  "leaves a daemon and fails": "sleep 5 & exit 1",
+  "prints without end": "yes 'no use'",
+  "takes its certificates away": "rm -f CERTS; exit 1",
+};
+
+Deno.test("an upload that goes wrong in any way is owed, and made good once it works", async () => {
+  await sweep("uploads that go wrong", Object.keys(UPLOADS), 3, async (what) => {
     await using subject = await Subject.create({ settings: `${PROGRAM.settings}\ncommandTimeout: 1` });
-    subject.configure({ upload });
+    subject.configure({ upload: UPLOADS[what] });
     const ran = await subject.program([], "--test");
     presentable(ran.stdout + ran.stderr);
     assert.notEqual(ran.code, 0);
@@ -263,24 +260,24 @@ for (
     if (what.startsWith("takes")) subject.countOrders();
     await subject.recover();
   });
-}
+});
 
-for (
-  const [what, prepare] of [
-    ["dies before the validation", "exit 7"],
-    ["dies during the validation", "until ls DROP/* 2>/dev/null; do sleep 0.01; done; kill -KILL $$"],
-    ["dies after the validation", "cat >/dev/null; kill -KILL $$"],
-    ["never begins", "no-such-command"],
-    ["ignores TERM and its input", "trap '' TERM; while :; do sleep 0.1; done"],
-  ] as const
-) {
-  Deno.test(`a prepare command that ${what} leaves nothing behind`, async () => {
+const PREPARES: Readonly<Record<string, string>> = {
+  "never begins": "no-such-command",
+  "dies before the validation": "exit 7",
+  "dies during the validation": "until ls DROP/* 2>/dev/null; do sleep 0.01; done; kill -KILL $$",
+  "dies after the validation": "cat >/dev/null; kill -KILL $$",
+  "ignores TERM and its input": "trap '' TERM; while :; do sleep 0.1; done",
+};
+
+Deno.test("a prepare command that goes wrong in any way leaves nothing behind", async () => {
+  await sweep("prepare commands that go wrong", Object.keys(PREPARES), 2, async (what) => {
     await using subject = await Subject.create(EC);
     const { bed } = subject;
-    subject.configure({ prepare: prepare.replace("DROP", bed.drop) });
+    subject.configure({ prepare: PREPARES[what]!.replace("DROP", bed.drop) });
     await subject.afterFault(await subject.attempt());
     assert.deepEqual(bed.dropped(), []);
     subject.configure();
     await subject.recover();
   });
-}
+});

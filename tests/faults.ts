@@ -22,7 +22,7 @@ const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
 
 /** Whether every point is to be tried. */
 export const ALL = Deno.env.get("LEMATT_FAULTS") === "all";
-const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
+export const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
 /** How long one fault, with all that follows from it, may take; waits of the client are cut short in a test bed. */
 const LONGEST_SECONDS = 60;
 
@@ -290,11 +290,13 @@ function listing(path: string): string[] {
   return [...Deno.readDirSync(path)].map(({ name }) => name).sort();
 }
 
+/** Whether a process runs; one that has ended and only waits for its parent to take notice does not. */
 export function isRunning(pid: number): boolean {
   try {
     process.kill(pid, 0);
-    return true;
   } catch {
     return false;
   }
+  const shell = new Deno.Command("/bin/sh", { args: ["-c", `cat /proc/${pid}/stat`], stderr: "null" });
+  return !/\) Z /.test(new TextDecoder().decode(shell.outputSync().stdout));
 }

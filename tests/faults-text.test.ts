@@ -1,0 +1,288 @@
+/**
+ * Goal: whatever text stands in a file that lematt reads, or comes in at leforward's socket, the answer is a report or a
+ * run: no stack trace, no hang, nothing that a terminal would act on.
+ *
+ * Texts are made from right ones: pieces put in, cut out and doubled, values of JSON exchanged for others.
+ */
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { cleanUp } from "../lib/challenge.ts";
+import { ConfigError, loadConfig } from "../lib/config.ts";
+import { noticeText, Report } from "../lib/report.ts";
+import { preview, status } from "../lib/run.ts";
+import { filesOf } from "../lib/store.ts";
+import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
+import { testBed } from "./bed.ts";
+import { ALL, presentable, randomFrom, SEED, Subject } from "./faults.ts";
+
+/** Inputs for each reader. */
+const INPUTS = ALL ? 100_000 : 300;
+/** None of them takes more than some milliseconds; the rest is for a machine that is busy. */
+const LONGEST_MS = 5_000;
+
+/** Nothing of what lematt reads is more than some kilobytes here; it takes no text for a program, a path or a key of an object. */
+const PIECES: readonly string[] = [
+  ...`[]{}":,=%#;\\*./-_ \n\r\t\0\x1b\x7f\x9b\u00e4\u202e\ud800\ufeff`,
+  "\n ",
+  "%(x)s",
+  "%(accountKey)s",
+  "[DEFAULT]\n",
+  "[every]\n",
+  "[x]\ndomains: example.com\n",
+  "__proto__",
+  "constructor",
+  "xn--",
+  "::",
+  "*.example.com ",
+  "9".repeat(400),
+  "-1e999",
+  "null",
+  "true",
+  "../../",
+  "$(id)",
+  "-----BEGIN CERTIFICATE-----\n",
+  "-----END CERTIFICATE-----\n",
+  "-----BEGIN PRIVATE KEY-----\n",
+  "-----BEGIN EC PRIVATE KEY-----\n",
+  "MIIB",
+  "AAAA",
+  "+275760-09-13T00:00:00.000Z",
+  "-271821-04-20T00:00:00.000Z",
+];
+
+/** Changes a text in up to four places. */
+function mutated(text: string, random: (below: number) => number): string {
+  let changed = text;
+  for (let times = 1 + random(4); times > 0; times--) {
+    const at = random(changed.length + 1);
+    const length = random(random(8) === 0 ? 400 : 4);
+    const piece = random(4) === 0 ? changed.slice(at, at + length).repeat(2) : PIECES[random(PIECES.length)]!;
+    changed = changed.slice(0, at) + (random(4) === 0 ? "" : piece) + changed.slice(at + length);
+  }
+  return changed;
+}
+
+/** Changes one value of a JSON document for another kind of value, or a text of one for a strange one. */
+function mutatedJson(text: string, random: (below: number) => number): string {
+  const others = [
+    null,
+    true,
+    0,
+    -1,
+    1e308,
+    2 ** 53,
+    "",
+    [],
+    {},
+    [[]],
+    "2026-01-01",
+    "1e9",
+    PIECES.at(-1),
+    PIECES.at(-2),
+  ];
+  const document = JSON.parse(text);
+  let at = document;
+  for (;;) {
+    const keys = Object.keys(at);
+    const key = keys[random(keys.length)];
+    if (key === undefined) break;
+    if (typeof at[key] === "object" && at[key] !== null && random(4) > 0) {
+      at = at[key];
+      continue;
+    }
+    const how = random(4);
+    if (how === 0) delete at[key];
+    else if (how === 1) at[PIECES[random(PIECES.length)]!] = at[key];
+    else at[key] = others[random(others.length)];
+    break;
+  }
+  return JSON.stringify(document);
+}
+
+/** Tries `input` with many a random source; a failure says which it was. */
+async function feed(what: string, input: (random: (below: number) => number) => Promise<void> | void) {
+  for (let n = 0; n < INPUTS; n++) {
+    const begun = performance.now();
+    try {
+      await input(randomFrom(SEED + n));
+    } catch (error) {
+      throw new Error(`${what}, LEMATT_SEED=${SEED + n}: ${Deno.inspect(error)}`);
+    }
+    const took = performance.now() - begun;
+    assert(took < LONGEST_MS, `${what}, LEMATT_SEED=${SEED + n}: ${took} ms`);
+  }
+  if (ALL) console.log(`${what}: ${INPUTS} texts, all answered`);
+}
+
+/** Everything that can be said without a run, in all ways of saying it. */
+async function describe({ bed }: Subject): Promise<void> {
+  const config = bed.config();
+  for (const json of [false, true]) {
+    const said: string[] = [];
+    const speak = (text: string) => said.push(text);
+    const manner = {
+      mode: "test",
+      cron: false,
+      terminal: false,
+      color: false,
+      out: speak,
+      err: speak,
+    } as const;
+    const report = new Report({ ...manner, json, now: () => bed.ca.now });
+    report.finish(await preview(config, "test", false, bed.world(), (event) => report.tell(event)));
+    const found = await status(config, "test", true, bed.world(), (event) => report.tell(event));
+    for (const text of [statusTable(found), statusJson(found), statusMetrics(found)]) speak(text);
+    // the texts of a state are those that a run has put there, cleaned; only a test puts in others
+    // deno-lint-ignore no-control-regex
+    presentable(said.join("").replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, ""));
+  }
+}
+
+Deno.test("any text of the configuration is a configuration or a list of faults", async () => {
+  await using bed = await testBed({
+    domains: "example.com www *\n\u00e4.example.org 192.0.2.1 2001:db8::1 # x\n# y\n\nsolo.example.net\n",
+    settings:
+      "reauthorizeDays: 15\ncurve: P-384\nrsaTag: r%(accountKey)s\ncontact: a@b.c\ndnsWait: 5\nprofile: classic\n",
+    actions: `[default]
+update: ["a %%", "b
+  c"]
+[every]
+alert = ["mail"]
+[x]
+domains: example.com www.example.com *.example.com
+challenge: dns-01
+dnsPresent: ["x RECORD VALUE"]
+dnsCleanup: ["y RECORD VALUE"]
+verify: ["[::1]:443/smtp#a.b", "DOMAIN:25", "a.b:25#DOMAIN"]
+`,
+  });
+  const names = ["lematt.conf", "domains", "actions.conf"];
+  const texts = new Map(names.map((name) => [name, bed.text(name)]));
+  await feed("configurations", (random) => {
+    for (const [name, text] of texts) {
+      Deno.writeTextFileSync(bed.path(name), random(2) === 0 ? text : mutated(text, random));
+    }
+    try {
+      loadConfig(bed.conf);
+    } catch (error) {
+      if (!(error instanceof ConfigError)) throw error;
+      assert(error.faults.length > 0);
+      presentable(`${error.faults.map(noticeText).join("\n")}\n`.replaceAll("undefined", ""));
+    }
+  });
+});
+
+Deno.test("any text of certificates and keys is told for what it is", async () => {
+  await using subject = await Subject.create();
+  const { bed } = subject;
+  await bed.run();
+  const files = subject.inventory().map((entry) => filesOf(bed.config(), "test", entry));
+  const texts = new Map(
+    files.flatMap(({ key, cert }) => [key, cert]).map((path) => [path, Deno.readTextFileSync(path)]),
+  );
+  const paths = [...texts.keys()];
+  await feed("certificates and keys", async (random) => {
+    const path = paths[random(paths.length)]!;
+    const other = paths[random(paths.length)]!;
+    Deno.writeTextFileSync(path, random(10) === 0 ? texts.get(other)! : mutated(texts.get(path)!, random));
+    await describe(subject);
+    Deno.writeTextFileSync(path, texts.get(path)!);
+  });
+});
+
+Deno.test("any text of state.json is a state, or set aside, and the next run goes on", async () => {
+  await using subject = await Subject.create({
+    settings: "keyTypes: ec\npreflight: no",
+    ca: { renewalInfo: false },
+  });
+  const { bed } = subject;
+  bed.ca.switches.reject = (name) => name.startsWith("www.") ? "no" : undefined;
+  subject.configure({ upload: "exit 1", more: 'alert: ["cat"]' });
+  await bed.run();
+  bed.ca.switches.reject = undefined;
+  const path = bed.path("test/state.json");
+  const window = { start: bed.ca.now.toISOString(), end: "2099-01-01T00:00:00Z", at: "2098-01-01T00:00:00Z" };
+  const state = JSON.stringify({
+    ...JSON.parse(Deno.readTextFileSync(path)),
+    renewals: { "a.b": { account: "x", window, askAt: window.end, suggestedAt: window.start } },
+    holds: { [bed.ca.directoryUrl]: window.start },
+    revoked: { ["0".repeat(64)]: window.start },
+    alerts: { default: { owed: window.start } },
+  });
+  let count = 0;
+  await feed("states", async (random) => {
+    Deno.writeTextFileSync(path, random(2) === 0 ? mutatedJson(state, random) : mutated(state, random));
+    await describe(subject);
+    if (count++ % 100 !== 0) return;
+    const { stdout, stderr } = await subject.attempt();
+    presentable(stdout + stderr);
+    for (const { name } of Deno.readDirSync(bed.path("test"))) {
+      if (name.startsWith("state.json.")) Deno.removeSync(bed.path("test", name));
+    }
+  });
+  Deno.removeSync(path);
+  subject.configure();
+  await bed.run({ retry: true });
+  subject.countOrders();
+  await subject.recover();
+});
+
+Deno.test("any note of an earlier run is undone or passed over, and removes nothing else", async () => {
+  await using bed = await testBed({ domains: "example.com" });
+  const config = bed.config();
+  const victim = join(bed.home, "victim");
+  Deno.writeTextFileSync(victim, "precious");
+  const note = JSON.stringify({ file: join(bed.drop, "a-token-of-a-challenge-that-was") });
+  const warnings: string[] = [];
+  await feed("notes", async (random) => {
+    const text = random(3) === 0
+      ? note.replace(/[^/]*"}$/, `${"../".repeat(random(3))}victim"}`)
+      : mutated(note, random);
+    await cleanUp(config, text, (text) => warnings.push(text));
+  });
+  presentable(warnings.join("\n"));
+  assert.equal(Deno.readTextFileSync(victim), "precious");
+  assert.deepEqual([...Deno.readDirSync(bed.home)].map(({ name }) => name).sort(), [
+    "conf",
+    "drop",
+    "victim",
+  ]);
+});
+
+Deno.test("any bytes at leforward's socket are answered with a redirect or 404", async () => {
+  const base = "http://central.example";
+  const child = new Deno.Command(Deno.execPath(), {
+    args: [
+      "run",
+      "-q",
+      "-N",
+      join(import.meta.dirname!, "../leforward.ts"),
+      "--baseurl",
+      base,
+      "--port",
+      "0",
+    ],
+    stdin: "null",
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+  const port = Number(/port (\d+)/.exec((await reader.read()).value ?? "")?.[1]);
+  const path = `/.well-known/acme-challenge/${"LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"}`;
+  const request = `GET ${path} HTTP/1.1\r\nHost: example.com\r\nUser-Agent: a CA\r\nAccept: */*\r\n\r\n`;
+  const expected =
+    /^HTTP\/1\.1 (301 Moved Permanently\r\nLocation: http:\/\/central\.example\/\.well-known\/acme-challenge\/[\w-]+|404 Not Found)\r\nContent-Length: 0\r\nConnection: close\r\n\r\n$/;
+  await feed("requests to leforward", async (random) => {
+    using connection = await Deno.connect({ hostname: "127.0.0.1", port });
+    await connection.write(
+      Uint8Array.from(`${mutated(request, random)}\r\n\r\n`, (char) => char.charCodeAt(0)),
+    );
+    if (random(20) === 0) return; // gone before the answer
+    assert.match(await new Response(connection.readable).text(), expected);
+  });
+  child.kill("SIGTERM");
+  const stderr = await new Response(child.stderr).text();
+  await Promise.all([child.status, reader.cancel()]);
+  assert.equal(stderr, "leforward: ended: SIGTERM\n");
+});

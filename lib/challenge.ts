@@ -279,8 +279,8 @@ async function runAll(
 /** The file by which http-01 is answered: new, and readable for the web server whatever the umask. */
 function dropFile(path: string, content: string): void {
   removeIfThere(path); // left by a run that was cut off: a CA offers a pending authorization's token again
+  // sets the mode of what it has opened; by name it might be another's file by then, where others may write, too
   Deno.writeTextFileSync(path, content, { createNew: true, mode: 0o644 });
-  Deno.chmodSync(path, 0o644);
 }
 
 function removeIfThere(path: string): void {

@@ -1,9 +1,8 @@
 /** Goal: killed at any moment, or with a disk that fails at any moment, lematt leaves nothing that the next run does not put right. */
 
 import assert from "node:assert/strict";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { ALL, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
+import { ALL, LEFORWARD, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
 import { missing, pointsOf, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
 
 const ignore = missing !== undefined;
@@ -57,10 +56,9 @@ Deno.test("lematt can be interrupted at any moment, and no prepare command liste
     });
     const { bed } = subject;
     const port = Deno.listen({ port: 0 });
-    const leforward = [Deno.execPath(), "run", "-q", "-N", join(import.meta.dirname!, "../leforward.ts")];
     const options = ["--baseurl", `http://127.0.0.1:${bed.web.port}`, "--port", `${port.addr.port}`];
     port.close();
-    subject.configure({ prepare: `exec ${[...leforward, ...options].join(" ")}` });
+    subject.configure({ prepare: `exec ${[...LEFORWARD, ...options].join(" ")}` });
     bed.ca.switches.httpPort = port.addr.port;
 
     const child = bed.start("--test");

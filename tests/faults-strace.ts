@@ -11,7 +11,7 @@ import assert from "node:assert/strict";
 import { join, relative } from "node:path";
 import { AcmeClient, importAccountKey } from "../lib/acme.ts";
 import { certFile, owe } from "../lib/deliver.ts";
-import { type State, Store } from "../lib/store.ts";
+import { filesOf, type State, Store } from "../lib/store.ts";
 import type { Ended } from "./bed.ts";
 import { Subject, textOf } from "./faults.ts";
 
@@ -66,6 +66,12 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
       .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
     await traced(subject, commit!, "signal=SIGKILL");
     await subject.afterFault();
+  },
+  /** The account gets another key; a certificate is missing, for the next run to speak to the CA. */
+  async "rollover"(subject) {
+    await subject.bed.run();
+    const [, solo] = subject.inventory();
+    Deno.removeSync(filesOf(subject.bed.config(), "test", solo!).cert);
   },
 };
 
@@ -126,7 +132,7 @@ async function findPoints(situation: string): Promise<Point[]> {
   await using subject = await subjectIn(situation);
   const { home } = subject.bed;
   const names = new Map([...tokens(subject)].map(([name, token]) => [`drop/${token}`, `drop/${name}`]));
-  const ended = await traced(subject);
+  const ended = await traced(subject, { situation });
   assert.equal(ended.code, 0, ended.stderr);
   const points = new Map<string, Point>();
   const counts = new Map<string, number>();
@@ -148,22 +154,26 @@ async function findPoints(situation: string): Promise<Point[]> {
   return [...points.values()];
 }
 
-/** Runs the program to its end; with `inject` (strace's word for what is to be done) at a point. */
+/** Runs the program to its end, with `inject` (strace's word for what is to be done) at a point. */
 export async function traced(
   subject: Subject,
-  point?: Point,
+  point: Point | Pick<Point, "situation">,
   inject?: string,
 ): Promise<Ended & { trace: string; befell: boolean }> {
   const { bed } = subject;
   const output = join(bed.home, "trace");
-  const at = point === undefined ? [] : [
+  const at = !("path" in point) ? [] : [
     "-P",
     join(bed.home, point.path.replace(/(?<=^drop\/).*/, (name) => tokens(subject).get(name) ?? name)),
     "-e",
     `inject=${point.call}:${inject}:when=${point.when}`,
   ];
   const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output, `-etrace=${CHANGING}`];
-  const ended = await subject.program(["strace", ...options, ...at], "--test", "--retry");
+  const ended = await subject.program(
+    ["strace", ...options, ...at],
+    "--test",
+    point.situation === "rollover" ? "--rollover" : "--retry",
+  );
   const trace = textOf(output);
   return { ...ended, trace, befell: trace.includes("(INJECTED)") || ended.code === 128 + 9 };
 }

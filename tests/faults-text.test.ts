@@ -14,7 +14,7 @@ import { preview, status } from "../lib/run.ts";
 import { filesOf } from "../lib/store.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { testBed } from "./bed.ts";
-import { ALL, presentable, randomFrom, SEED, Subject } from "./faults.ts";
+import { ALL, LEFORWARD, presentable, randomFrom, SEED, Subject } from "./faults.ts";
 
 /** Inputs for each reader. */
 const INPUTS = ALL ? 100_000 : 300;
@@ -93,11 +93,17 @@ function mutatedJson(text: string, random: (below: number) => number): string {
     }
     const how = random(4);
     if (how === 0) delete at[key];
-    else if (how === 1) at[PIECES[random(PIECES.length)]!] = at[key];
+    else if (how === 1) rename(at, key, PIECES[random(PIECES.length)]!);
     else at[key] = others[random(others.length)];
     break;
   }
   return JSON.stringify(document);
+}
+
+/** Gives a value another key, be it `__proto__`. */
+function rename(object: Record<string, unknown>, from: string, to: string): void {
+  Object.defineProperty(object, to, { value: object[from], enumerable: true, configurable: true });
+  delete object[from];
 }
 
 /** Tries `input` with many a random source; a failure says which it was. */
@@ -210,20 +216,22 @@ Deno.test("any text of state.json is a state, or set aside, and the next run goe
     revoked: { ["0".repeat(64)]: window.start },
     alerts: { default: { owed: window.start } },
   });
-  let count = 0;
-  await feed("states", async (random) => {
-    Deno.writeTextFileSync(path, random(2) === 0 ? mutatedJson(state, random) : mutated(state, random));
-    await describe(subject);
-    if (count++ % 100 !== 0) return;
+  const runAnyway = async () => {
     const { stdout, stderr } = await subject.attempt();
     presentable(stdout + stderr);
     for (const { name } of Deno.readDirSync(bed.path("test"))) {
       if (name.startsWith("state.json.")) Deno.removeSync(bed.path("test", name));
     }
+  };
+  let count = 0;
+  await feed("states", async (random) => {
+    Deno.writeTextFileSync(path, random(2) === 0 ? mutatedJson(state, random) : mutated(state, random));
+    await describe(subject);
+    if (count++ % 100 === 0) await runAnyway();
   });
-  Deno.removeSync(path);
+  Deno.writeTextFileSync(path, "{");
   subject.configure();
-  await bed.run({ retry: true });
+  await runAnyway(); // owes every delivery, for what was owed is not known
   subject.countOrders();
   await subject.recover();
 });
@@ -252,17 +260,9 @@ Deno.test("any note of an earlier run is undone or passed over, and removes noth
 
 Deno.test("any bytes at leforward's socket are answered with a redirect or 404", async () => {
   const base = "http://central.example";
-  const child = new Deno.Command(Deno.execPath(), {
-    args: [
-      "run",
-      "-q",
-      "-N",
-      join(import.meta.dirname!, "../leforward.ts"),
-      "--baseurl",
-      base,
-      "--port",
-      "0",
-    ],
+  const [command, ...args] = LEFORWARD;
+  const child = new Deno.Command(command!, {
+    args: [...args, "--baseurl", base, "--port", "0"],
     stdin: "null",
     stdout: "piped",
     stderr: "piped",

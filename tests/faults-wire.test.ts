@@ -83,3 +83,20 @@ Deno.test("any fault of any exchange of a renewal is made good by the next run",
     return befell;
   });
 });
+
+Deno.test("a run that is interrupted at any exchange leaves nothing behind, and the next run goes on", async () => {
+  await sweep("interrupted at an exchange", upTo(24), 3, async (n) => {
+    await using subject = await Subject.create();
+    const { bed } = subject;
+    const stop = new AbortController();
+    bed.ca.switches.fault = (exchange) => {
+      if (exchange.n === n) stop.abort(new DOMException("interrupted", "AbortError"));
+      return undefined;
+    };
+    const ran = await subject.attempt({ signal: stop.signal });
+    await subject.afterFault(ran);
+    assert.deepEqual(bed.dropped(), [], "challenge files");
+    await subject.recover({ orders: 2 }); // both key types' were under way
+    return stop.signal.aborted;
+  });
+});

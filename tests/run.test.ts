@@ -266,7 +266,7 @@ const SPOILT: [what: string, text: string, said: RegExp][] = [
   ["truncated", `{"version":1,"owed":{"defa`, /not JSON/],
   ["empty", "", /not JSON/],
   ["written by a newer version", `{"version":2,"owed":[]}`, /version 2 is not known here/],
-  ["of another kind", `[1,2]`, /version undefined is not known here/],
+  ["of another kind", `[1,2]`, /it has no version/],
   [
     "edited by hand",
     `{"version":1,"owed":{"default":{"since":"yesterday","certificates":{},"attempts":0}}}`,

@@ -1,5 +1,5 @@
 /**
- * leforward beside nginx doing the same (issue 7, item 5): one connection a request, as a CA asks.
+ * leforward beside nginx doing the same: one connection a request, as a CA asks.
  */
 
 import { join } from "node:path";

@@ -1,8 +1,8 @@
 /**
- * Nothing due: what it costs to find that out (issue 7, item 4), for one line, 5,000 and 50,000 of them.
+ * Nothing due: what it costs to find that out, for one line, 5,000 and 50,000 of them.
  *
- * The trees are as runs would have left them: two certificates a line with their chain and keys, the account, and the
- * CA's renewal windows remembered from an hour ago, so that nobody is asked. Keys are the same everywhere; the names
+ * The trees are as runs would have left them: two certificates a line with their chains and keys, and the CA's
+ * renewal windows remembered from an hour ago, so that nobody is asked. Keys are the same everywhere; the names
  * differ, and are checked.
  */
 

@@ -1,6 +1,6 @@
 /**
- * Certificates from Pebble: how long they take when the CA is far away (issue 7, item 2), and what they cost when it is
- * near (item 3), beside lego where that is installed.
+ * Certificates from Pebble: how long they take when the CA is far away, and what they cost when it is near; beside lego
+ * where that is installed.
  *
  * Both have an account from before. lego is started once for each certificate, as many at a time as lematt works on
  * lines.
@@ -45,7 +45,7 @@ const FLOOR = [
   "certificate",
 ];
 
-/** Item 2: 10 names, both key types, 150 ms of round trip added. */
+/** 10 names, both key types, 150 ms of round trip added. */
 export async function latency(): Promise<void> {
   await using bed = await issuingBed();
   await using relay = await startRelay(bed.port, ROUND_TRIP_MS / 2);
@@ -77,7 +77,7 @@ export async function latency(): Promise<void> {
   tell("its connections", `${legos}`);
 }
 
-/** Item 3: 20 names, both key types, the CA at hand. */
+/** 20 names, both key types, the CA at hand. */
 export async function throughput(): Promise<void> {
   await using bed = await issuingBed();
   const server = `https://127.0.0.1:${bed.port}/dir`;

@@ -92,7 +92,7 @@ export function ratio(ours: readonly number[], theirs: readonly number[]): numbe
   return median(ours.map((value, i) => value / theirs[i]!));
 }
 
-/** A bound of issue 7 and what was found. */
+/** A bound and what was found. */
 export interface Target {
   readonly found: number;
   readonly atMost?: number;

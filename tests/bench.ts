@@ -1,5 +1,5 @@
 /**
- * `deno task bench [PART]…`: the figures of issue 7, each beside what it is compared with. Exit status 1 where a target is
+ * `deno task bench [PART]…`: how fast lematt is, each figure beside what it is compared with. Exit status 1 where a target is
  * missed.
  *
  * Everything runs on loopback and is gone afterwards. A part that needs what is not installed says so and is passed over.

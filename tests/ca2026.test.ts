@@ -1,5 +1,5 @@
 /**
- * Goal: what CAs offer since RFC 8555 is used as they mean it: profiles, addresses, chains; and all of issue 5 holds
+ * Goal: what CAs offer since RFC 8555 is used as they mean it: profiles, addresses, chains; and all of it holds
  * before Pebble, which nobody here wrote.
  */
 
@@ -364,7 +364,8 @@ pebbleTest(
   async () => {
     const domains = `${NAME} *.${NAME}\n*.example.org www.example.org\n`;
     const config = { caaIdentities: ["pebble.example"] };
-    await using ca = await pebbleBed({ domains, actions: DNS, settings: "preflight: no", config });
+    const env = { PEBBLE_AUTHZREUSE: "0" };
+    await using ca = await pebbleBed({ domains, actions: DNS, settings: "preflight: no", config, env });
     const { bed, pebble: { dns, caBundleFile } } = ca;
     const standing = "_validation-persist.example.org";
     const refused = await ca.lematt();

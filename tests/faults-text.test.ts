@@ -8,10 +8,10 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { cleanUp } from "../lib/challenge.ts";
-import { ConfigError, loadConfig } from "../lib/config.ts";
+import { type Config, ConfigError, loadConfig } from "../lib/config.ts";
 import { noticeText, Report } from "../lib/report.ts";
 import { preview, status } from "../lib/run.ts";
-import { filesOf } from "../lib/store.ts";
+import { filesOf, readInventory } from "../lib/store.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { testBed } from "./bed.ts";
 import { ALL, LEFORWARD, presentable, randomFrom, SEED, Subject } from "./faults.ts";
@@ -121,28 +121,25 @@ async function feed(what: string, input: (random: (below: number) => number) => 
   if (ALL) console.log(`${what}: ${INPUTS} texts, all answered`);
 }
 
-/** Everything that can be said without a run, in all ways of saying it. */
-async function describe({ bed }: Subject): Promise<void> {
-  const config = bed.config();
-  for (const json of [false, true]) {
-    const said: string[] = [];
-    const speak = (text: string) => said.push(text);
-    const manner = {
-      mode: "test",
-      cron: false,
-      terminal: false,
-      color: false,
-      out: speak,
-      err: speak,
-    } as const;
-    const report = new Report({ ...manner, json, now: () => bed.ca.now });
-    report.finish(await preview(config, "test", false, bed.world(), (event) => report.tell(event)));
-    const found = await status(config, "test", true, bed.world(), (event) => report.tell(event));
-    for (const text of [statusTable(found), statusJson(found), statusMetrics(found)]) speak(text);
-    // the texts of a state are those that a run has put there, cleaned; only a test puts in others
-    // deno-lint-ignore no-control-regex
-    presentable(said.join("").replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, ""));
-  }
+/** Everything that can be said without a run, for people or for machines. */
+async function describe({ bed }: Subject, config: Config, json: boolean): Promise<void> {
+  const said: string[] = [];
+  const speak = (text: string) => said.push(text);
+  const manner = {
+    mode: "test",
+    cron: false,
+    terminal: false,
+    color: false,
+    out: speak,
+    err: speak,
+  } as const;
+  const report = new Report({ ...manner, json, now: () => bed.ca.now });
+  report.finish(await preview(config, "test", false, bed.world(), (event) => report.tell(event)));
+  const found = await status(config, "test", true, bed.world(), (event) => report.tell(event));
+  for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
+  // the texts of a state are those that a run has put there, cleaned; only a test puts in others
+  // deno-lint-ignore no-control-regex
+  presentable(said.join("").replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, ""));
 }
 
 Deno.test("any text of the configuration is a configuration or a list of faults", async () => {
@@ -183,17 +180,17 @@ Deno.test("any text of certificates and keys is told for what it is", async () =
   await using subject = await Subject.create();
   const { bed } = subject;
   await bed.run();
-  const files = subject.inventory().map((entry) => filesOf(bed.config(), "test", entry));
-  const texts = new Map(
-    files.flatMap(({ key, cert }) => [key, cert]).map((path) => [path, Deno.readTextFileSync(path)]),
-  );
-  const paths = [...texts.keys()];
+  const config = bed.config();
+  const files = subject.inventory(config).map((entry) => filesOf(config, "test", entry));
+  const paths = files.flatMap(({ key, cert }) => [key, cert]);
+  const texts = paths.map((path) => Deno.readTextFileSync(path));
   await feed("certificates and keys", async (random) => {
-    const path = paths[random(paths.length)]!;
-    const other = paths[random(paths.length)]!;
-    Deno.writeTextFileSync(path, random(10) === 0 ? texts.get(other)! : mutated(texts.get(path)!, random));
-    await describe(subject);
-    Deno.writeTextFileSync(path, texts.get(path)!);
+    const at = random(paths.length);
+    const other = texts[random(paths.length)]!;
+    Deno.writeTextFileSync(paths[at]!, random(10) === 0 ? other : mutated(texts[at]!, random));
+    if (random(50) === 0) await describe(subject, config, random(2) === 0);
+    else readInventory(config, "test");
+    Deno.writeTextFileSync(paths[at]!, texts[at]!);
   });
 });
 
@@ -219,15 +216,13 @@ Deno.test("any text of state.json is a state, or set aside, and the next run goe
   const runAnyway = async () => {
     const { stdout, stderr } = await subject.attempt();
     presentable(stdout + stderr);
-    for (const { name } of Deno.readDirSync(bed.path("test"))) {
-      if (name.startsWith("state.json.")) Deno.removeSync(bed.path("test", name));
-    }
+    subject.dropUnusable();
   };
-  let count = 0;
+  const config = bed.config();
   await feed("states", async (random) => {
     Deno.writeTextFileSync(path, random(2) === 0 ? mutatedJson(state, random) : mutated(state, random));
-    await describe(subject);
-    if (count++ % 100 === 0) await runAnyway();
+    await describe(subject, config, random(2) === 0);
+    if (random(100) === 0) await runAnyway();
   });
   Deno.writeTextFileSync(path, "{");
   subject.configure();

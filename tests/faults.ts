@@ -181,6 +181,14 @@ ${more}`,
     return { code, stdout: text(stdout), stderr: text(stderr) };
   }
 
+  /** Removes the states that have been set aside because they could not be used. */
+  dropUnusable(): void {
+    for (const name of listing(this.bed.path("test"))) {
+      const path = this.bed.path("test", name);
+      if (name.startsWith("state.json.unusable-")) Deno.removeSync(path, { recursive: true });
+    }
+  }
+
   /** Process numbers of the `prepare` commands so far. */
   prepared(): number[] {
     return textOf(join(this.bed.home, "prepared")).split("\n").filter((line) => line !== "").map(Number);

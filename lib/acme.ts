@@ -693,16 +693,23 @@ async function boundedText(step: string, url: string, response: Response): Promi
   return Buffer.concat(chunks).toString("utf8");
 }
 
-/** Tries again, with growing pauses or when the CA says, what may pass; what the CA refused on purpose goes up. */
+/**
+ * Tries again, with growing pauses or when the CA says, what may pass; what the CA refused on purpose goes up. A limit on
+ * requests a second lets through but a few of many lines each time, so being told when to come back is no failed try.
+ */
 async function withRetries<T>(transport: Transport, attempt: () => Promise<T>): Promise<T> {
-  for (let tries = 1;; tries++) {
+  const deadline = transport.now().getTime() + ORDER_DEADLINE_MS;
+  for (let failures = 0;;) {
     try {
       return await attempt();
     } catch (error) {
-      if (!(error instanceof AcmeError) || !error.passing || tries === ATTEMPTS) throw error;
+      if (!(error instanceof AcmeError) || !error.passing) throw error;
+      const now = transport.now().getTime();
+      const limited = error.problem?.type === "rateLimited" && error.retryAfter !== undefined;
+      if (limited ? now > deadline : ++failures === ATTEMPTS) throw error;
       const wait = error.retryAfter === undefined
-        ? jittered(500 * 3 ** (tries - 1), transport)
-        : error.retryAfter.getTime() - transport.now().getTime();
+        ? jittered(500 * 3 ** (failures - 1), transport)
+        : error.retryAfter.getTime() - now;
       if (wait > LONGEST_WAIT_MS) throw error;
       await pause(wait, transport);
     }

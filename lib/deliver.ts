@@ -166,6 +166,7 @@ export class Deliveries {
    * have uploaded.
    */
   async deliver(names: readonly string[]): Promise<Delivery[]> {
+    if (names.length === 0) return [];
     const { config, mode, store } = this.delivering;
     const known = new Map(this.delivering.inventory().map((entry) => [certFile(config, mode, entry), entry]));
     const carried = config.sections.filter(({ name }) =>

@@ -194,12 +194,14 @@ export async function run(
       tell({ kind: "notice", text, changed: true });
     }
   }
-  const lines = new Map(inventory.map((entry) => [certFile(config, mode, entry), entry.line]));
-  for (const what of dropForgotten(state, config, lines)) {
-    const text = `nothing is owed any more for ${what}: it is not in the configuration`;
-    tell({ kind: "notice", text, changed: true });
+  if (Object.keys(state.owed).length > 0) {
+    const lines = new Map(inventory.map((entry) => [certFile(config, mode, entry), entry.line]));
+    for (const what of dropForgotten(state, config, lines)) {
+      const text = `nothing is owed any more for ${what}: it is not in the configuration`;
+      tell({ kind: "notice", text, changed: true });
+    }
+    owePresent(state, config, mode, inventory);
   }
-  owePresent(state, config, mode, inventory);
   const certificates = identified(inventory, world.now());
   dropUnknown(state, config, inventory, certificates);
 

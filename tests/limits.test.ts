@@ -37,6 +37,23 @@ Deno.test("200 lines at 30 orders in three hours take seven runs, no order too m
   }
 });
 
+Deno.test("lines that a limit on requests a second turns away come back until all are issued, in one run", async () => {
+  await using bed = await testBed({
+    domains: range(0, 40).map((i) => `n${i}.example.com\n`).join(""),
+    settings: "keyTypes: ec",
+    ca: { limits: { requestsPerSecond: { newOrder: 5, newNonce: 20 } } },
+  });
+  /** All who wait for the same moment share one leap of the clock. */
+  const sleep = async (ms: number) => {
+    const until = bed.ca.now.getTime() + ms;
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    bed.ca.advance(Math.max(0, until - bed.ca.now.getTime()));
+  };
+  const ran = await bed.run({ parallel: 40, sleep });
+  assert.equal(ran.code, 0, ran.stderr);
+  assert.equal(bed.ca.orders.length, 40);
+});
+
 function range(from: number, to: number): number[] {
   return Array.from({ length: to - from }, (_, i) => from + i);
 }

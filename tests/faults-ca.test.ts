@@ -67,7 +67,7 @@ function rewritten(body: unknown, n: number, lie: unknown): unknown {
 
 Deno.test("a lie in any word of any answer costs an error, and is made good by the next run", async () => {
   const points = pairs(upTo(24), upTo(20)).map(([n, word], i) => ({ n, word, lie: i % LIES.length }));
-  await sweep("lies in a word", points, 4, async ({ n, word, lie }) => {
+  await sweep("lies in a word", points, 3, async ({ n, word, lie }) => {
     return await lied(n, (canary) => ({
       kind: "rewrite text",
       rewrite(body) {
@@ -81,7 +81,7 @@ Deno.test("a lie in any word of any answer costs an error, and is made good by t
 });
 
 Deno.test("a refusal in hostile words is told in harmless ones, whatever was asked", async () => {
-  await sweep("hostile refusals", pairs(upTo(24), LIES.keys().toArray()), 3, async ([n, lie]) => {
+  await sweep("hostile refusals", pairs(upTo(24), LIES.keys().toArray()), 2, async ([n, lie]) => {
     return await lied(n, (canary) => {
       const lies = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
       const text = lies.length < 1 << 19 ? JSON.parse(lies) : "A".repeat(1 << 18);

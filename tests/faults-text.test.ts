@@ -137,9 +137,13 @@ async function describe({ bed }: Subject, config: Config, json: boolean): Promis
   report.finish(await preview(config, "test", false, bed.world(), (event) => report.tell(event)));
   const found = await status(config, "test", true, bed.world(), (event) => report.tell(event));
   for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
-  // the texts of a state are those that a run has put there, cleaned; only a test puts in others
+  presentable(withoutControls(said.join("")));
+}
+
+/** The texts of a state are those that a run has put there, cleaned; only these tests put in others. */
+function withoutControls(text: string): string {
   // deno-lint-ignore no-control-regex
-  presentable(said.join("").replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, ""));
+  return text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, "");
 }
 
 Deno.test("any text of the configuration is a configuration or a list of faults", async () => {
@@ -215,7 +219,7 @@ Deno.test("any text of state.json is a state, or set aside, and the next run goe
   });
   const runAnyway = async () => {
     const { stdout, stderr } = await subject.attempt();
-    presentable(stdout + stderr);
+    presentable(withoutControls(stdout + stderr));
     subject.dropUnusable();
   };
   const config = bed.config();

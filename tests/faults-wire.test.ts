@@ -63,7 +63,7 @@ async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boo
 }
 
 Deno.test("any fault of any exchange of a first run is made good by the next run", async () => {
-  await sweep("wire, first run", pairs(Object.keys(FAULTS), upTo(26)), 8, async ([kind, n]) => {
+  await sweep("wire, first run", pairs(Object.keys(FAULTS), upTo(26)), 6, async ([kind, n]) => {
     await using subject = await Subject.create();
     const befell = await disturbed(subject, n, FAULTS[kind]!);
     await subject.recover();
@@ -72,7 +72,7 @@ Deno.test("any fault of any exchange of a first run is made good by the next run
 });
 
 Deno.test("any fault of any exchange of a renewal is made good by the next run", async () => {
-  await sweep("wire, renewal", pairs(Object.keys(FAULTS), upTo(24)), 6, async ([kind, n]) => {
+  await sweep("wire, renewal", pairs(Object.keys(FAULTS), upTo(24)), 4, async ([kind, n]) => {
     await using subject = await Subject.create();
     const { bed } = subject;
     await bed.run();
@@ -85,7 +85,7 @@ Deno.test("any fault of any exchange of a renewal is made good by the next run",
 });
 
 Deno.test("a run that is interrupted at any exchange leaves nothing behind, and the next run goes on", async () => {
-  await sweep("interrupted at an exchange", upTo(24), 3, async (n) => {
+  await sweep("interrupted at an exchange", upTo(24), 2, async (n) => {
     await using subject = await Subject.create();
     const { bed } = subject;
     const stop = new AbortController();

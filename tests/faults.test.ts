@@ -271,7 +271,7 @@ const UPLOADS: Readonly<Record<string, string>> = {
 };
 
 Deno.test("an upload that goes wrong in any way is owed, and made good once it works", async () => {
-  await sweep("uploads that go wrong", Object.keys(UPLOADS).filter(isQuick), 3, async (what) => {
+  await sweep("uploads that go wrong", Object.keys(UPLOADS).filter(isQuick), 2, async (what) => {
     await using subject = await Subject.create({ settings: `${PROGRAM.settings}\ncommandTimeout: 1` });
     subject.configure({ upload: UPLOADS[what] });
     const ran = await subject.program([], "--test");

@@ -93,11 +93,16 @@ export function upTo(count: number): number[] {
 // ---- the subject -------------------------------------------------------------------------------------------------
 
 /** RSA keys that stand there before the first run: making them would take longer than all the rest. */
-const KEYS: readonly (readonly [name: string, pem: string])[] = [
-  "example.com_www.example.com-key.rsa2048.test.pem",
-  "solo.example.org-key.rsa2048.test.pem",
-].map((name) => [name, generateKeyPairSync("rsa", { modulusLength: 2048 })] as const)
-  .map(([name, { privateKey }]) => [name, privateKey.export({ type: "pkcs8", format: "pem" }).toString()]);
+const KEY_NAMES = ["example.com_www.example.com", "solo.example.org"].map((stem) =>
+  `${stem}-key.rsa2048.test.pem`
+);
+let keys: readonly (readonly [name: string, pem: string])[] | undefined;
+function rsaKeys(): NonNullable<typeof keys> {
+  return keys ??= KEY_NAMES.map((name) => {
+    const { privateKey } = generateKeyPairSync("rsa", { modulusLength: 2048 });
+    return [name, privateKey.export({ type: "pkcs8", format: "pem" }).toString()];
+  });
+}
 
 /**
  * A test bed for a line of two names and a line of one, whose certificates are delivered by copying them to `served`,
@@ -144,8 +149,8 @@ ${more}`,
     });
   }
 
-  get #keys(): typeof KEYS {
-    return this.bed.config().keyTypes.includes("rsa") ? KEYS : [];
+  get #keys(): ReturnType<typeof rsaKeys> {
+    return this.bed.config().keyTypes.includes("rsa") ? rsaKeys() : [];
   }
 
   inventory(config = this.bed.config()): Entry[] {

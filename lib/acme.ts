@@ -128,7 +128,7 @@ const BAD_NONCE_ATTEMPTS = 30;
 /** A shorter Retry-After is waited for; with a longer one the error goes up, for a later run to heed. */
 const LONGEST_WAIT_MS = 30_000;
 /** The first poll of an order; each next waits three times as long, up to the longest. */
-const FIRST_POLL_MS = 50;
+const FIRST_POLL_MS = 20;
 const LONGEST_POLL_MS = 5_000;
 /** How long an order may be validated or issued; Let's Encrypt needs seconds. */
 export const ORDER_DEADLINE_MS = 180_000;

@@ -3,7 +3,7 @@
  * download.
  *
  * The names of a line are proven once. Its key types follow each other to the point where their order is ready and then
- * go on side by side; their private keys are made while the CA is waited for. What it returns has been checked against
+ * go on side by side; their keys and CSRs are made while the CA is waited for. What it returns has been checked against
  * what was asked for; putting it in place is not done here.
  */
 
@@ -12,15 +12,21 @@ import type { Challenges } from "./challenge.ts";
 import type { Line } from "./config.ts";
 import type { Due, Task } from "./plan.ts";
 import type { Issued } from "./store.ts";
-import { ChainError, checkChain, createCsr, rootOf } from "./x509.ts";
+import { ChainError, checkChain, rootOf } from "./x509.ts";
+
+/** A private key in PEM and the CSR that it signed. */
+export interface Request {
+  readonly keyPem: string;
+  readonly csr: { readonly der: Uint8Array; readonly pem: string };
+}
 
 /** What issuing needs of the run. */
 export interface Issuing {
   readonly client: AcmeClient;
   readonly challenges: Challenges;
   now(): Date;
-  /** The PEM private key for a certificate: the present one, or a new one. */
-  privateKey(due: Due): Promise<string>;
+  /** What is handed to the CA for a certificate. */
+  request(due: Due): Promise<Request>;
   /** Identifier of the certificate that this one replaces (RFC 9773 §5), where the same account ordered it. */
   replaces(due: Due): string | undefined;
   /** Common name of the root whose chain is wanted; without it the CA's default. */
@@ -33,14 +39,14 @@ export interface Issuing {
 export function issueLine(task: Task, issuing: Issuing): Promise<Issued>[] {
   let proven: Promise<unknown> = Promise.resolve();
   return task.due.map((due) => {
-    const key = issuing.privateKey(due);
-    key.catch(() => {}); // looked at when the order is ready, if ever
+    const request = issuing.request(due);
+    request.catch(() => {}); // looked at when the order is ready, if ever
     const ready = proven.then(async () => {
-      await Promise.race([key, undefined]); // that one is there and cannot be read shows at once, before an order is made
+      await Promise.race([request, undefined]); // that a key is there and cannot be read shows at once, before an order is made
       return await readyOrder(task.line, due, issuing);
     });
     proven = ready;
-    return ready.then(async (order) => await certificate(task.line, order, await key, issuing));
+    return ready.then(async (order) => await certificate(task.line, order, await request, issuing));
   });
 }
 
@@ -103,11 +109,10 @@ async function validationError(order: Order, client: AcmeClient): Promise<AcmeEr
 async function certificate(
   line: Line,
   ready: Order,
-  keyPem: string,
+  { keyPem, csr }: Request,
   issuing: Issuing,
 ): Promise<Issued> {
   const { client, now } = issuing;
-  const csr = await createCsr(keyPem, line.names);
   let order = ready;
   if (order.status === "ready") order = await client.finalizeOrder(order, csr.der);
   switch (order.status) {

@@ -23,7 +23,7 @@ import {
   targetsOf,
 } from "./deliver.ts";
 import type { Query } from "./dns.ts";
-import { issueLine, type Issuing } from "./issue.ts";
+import { issueLine, type Issuing, type Request } from "./issue.ts";
 import { toIdentifier } from "./names.ts";
 import { type Due, type Memory, plan, retryAfterFailure, type Task, type Waiting } from "./plan.ts";
 import type { Route } from "./reach.ts";
@@ -43,7 +43,7 @@ import {
 import { ask, type Identified, identified, nextRun, suggestions, toAsk, unidentified } from "./suggest.ts";
 import { isMistake, quote } from "./text.ts";
 import { probe } from "./verify.ts";
-import { generateKey } from "./x509.ts";
+import { createCsr, generateKey } from "./x509.ts";
 
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = 3_600_000;
@@ -440,11 +440,15 @@ async function issueAll(
   if (tasks.length === 0) return { failed: 0, held: [] };
   const { config, mode, parallel, store, world, tell } = running;
   tell({ kind: "begin", tasks });
+  // what the first lines need is made while the CA is reached for
+  const early = new Map(
+    tasks.slice(0, parallel).flatMap(({ due }) => due).map((due) => [due, requestFor(due, config, store)]),
+  );
+  for (const request of early.values()) request.catch(() => {}); // heard by the line that needs it
   let client: AcmeClient;
   try {
-    client = await running.client();
+    [client] = await Promise.all([running.client(), store.ensureWritable()]);
     await register(client, running.connecting);
-    await store.ensureWritable();
   } catch (error) {
     tell({ kind: "no CA", error: error as Error, tasks });
     for (const task of tasks) rememberFailure(task, error as Error, running);
@@ -462,7 +466,7 @@ async function issueAll(
     client,
     challenges: new Challenges({ ...world, config, prepare, note, forget, warn }),
     now: world.now,
-    privateKey: (due) => privateKey(config, store, due),
+    request: (due) => early.get(due) ?? requestFor(due, config, store),
     replaces: ({ entry: { finding } }) => {
       const id = "certificate" in finding ? finding.certificate.id : undefined;
       const offered = config.ari && client.directory.renewalInfo !== undefined;
@@ -583,12 +587,12 @@ async function inParallel<T>(
   await Promise.all(Array.from({ length: Math.min(number, things.length) }, worker));
 }
 
-/** The key to certify: the one that is there, unless there is none or each certificate shall have its own. */
-async function privateKey(config: Config, store: Store, { entry, reason }: Due): Promise<string> {
+/** The key that is there, unless each certificate shall have its own, or a new one; and its CSR. */
+async function requestFor({ entry, reason }: Due, config: Config, store: Store): Promise<Request> {
   const anew = config.alwaysGenerateNewKeys || reason.kind === "revoked";
   const present = anew ? undefined : store.keyOf(entry);
-  if (present !== undefined) return present;
-  return await generateKey(
+  const keyPem = present ?? await generateKey(
     entry.keyType === "rsa" ? { type: "rsa", bits: config.keyBitsRSA } : { type: "ec", curve: config.curve },
   );
+  return { keyPem, csr: await createCsr(keyPem, entry.line.names) };
 }

@@ -200,8 +200,20 @@ function element(der: Uint8Array, offset: number): Element {
   return { tag: der[offset] ?? 0, offset, start, end: start + length };
 }
 
+/** One for each processor: were all RSA keys made at once, nothing else would get its turn. */
+const makers = Array.from({ length: navigator.hardwareConcurrency }, () => Promise.resolve());
+let nextMaker = 0;
+
 /** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
-export async function generateKey(spec: KeySpec): Promise<string> {
+export function generateKey(spec: KeySpec): Promise<string> {
+  if (spec.type === "ec") return makeKey(spec);
+  const maker = nextMaker++ % makers.length;
+  const key = makers[maker]!.then(() => makeKey(spec));
+  makers[maker] = key.then(() => {}, () => {});
+  return key;
+}
+
+async function makeKey(spec: KeySpec): Promise<string> {
   const pair = await crypto.subtle.generateKey(keyAlgorithm(spec), true, ["sign", "verify"]) as CryptoKeyPair;
   return pem("PRIVATE KEY", await crypto.subtle.exportKey("pkcs8", pair.privateKey));
 }

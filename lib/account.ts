@@ -6,8 +6,7 @@
  * the first hears of it, and the old one stays for the others. No moment exists at which a crash loses an account.
  */
 
-import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
+import defer * as nodeCrypto from "node:crypto";
 import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
 import type { Config, Mode } from "./config.ts";
 import { accountTemporary, createSecret, replaceSecret, type State, type Store } from "./store.ts";
@@ -32,7 +31,8 @@ function oldKeyPath({ accountKey }: Config, thumbprint: string): string {
 
 /** A key that this CA, and no other, may or may not know yet. */
 function newKeyPath({ accountKey, acmeDirectory }: Config, mode: Mode): string {
-  return `${accountKey}.new-${createHash("sha256").update(acmeDirectory[mode]).digest("hex").slice(0, 8)}`;
+  const digest = nodeCrypto.createHash("sha256").update(acmeDirectory[mode]).digest("hex");
+  return `${accountKey}.new-${digest.slice(0, 8)}`;
 }
 
 /**
@@ -171,7 +171,7 @@ async function accountKey({ config, mode, madeKey }: Connecting): Promise<string
     await createSecret(config.accountKey, pem, accountTemporary(config, mode));
   } catch (error) {
     if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
-    return readFileSync(config.accountKey, "utf8"); // a run of the other mode was quicker
+    return Deno.readTextFileSync(config.accountKey); // a run of the other mode was quicker
   }
   madeKey(config.accountKey, "made");
   return pem;
@@ -179,7 +179,7 @@ async function accountKey({ config, mode, madeKey }: Connecting): Promise<string
 
 function readIfThere(path: string): string | undefined {
   try {
-    return readFileSync(path, "utf8");
+    return Deno.readTextFileSync(path);
   } catch (error) {
     if ((error as { code?: string }).code === "ENOENT") return undefined;
     throw error;

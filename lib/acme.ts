@@ -7,10 +7,10 @@
  * characters before it goes any further.
  */
 
-import { createPrivateKey } from "node:crypto";
-import { isIP } from "node:net";
+import defer * as nodeCrypto from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import type { CryptoKey, JWK } from "jose";
+import { isIP } from "./names.ts";
 import { oneLine } from "./text.ts";
 
 /** RFC 8555 §9.7.7, RFC 8738. */
@@ -154,7 +154,7 @@ export interface AccountKey {
 
 /** Reads an account key; throws where `pem` is none. */
 export async function importAccountKey(pem: string): Promise<AccountKey> {
-  const key = createPrivateKey(pem);
+  const key = nodeCrypto.createPrivateKey(pem);
   const algorithms = { prime256v1: "ES256", secp384r1: "ES384", secp521r1: "ES512" } as const;
   const curve = key.asymmetricKeyDetails?.namedCurve as keyof typeof algorithms | undefined;
   const alg = key.asymmetricKeyType === "rsa" ? "RS256" : curve && algorithms[curve];

@@ -6,8 +6,7 @@
  * the next run undoes what a run that was cut off could not.
  */
 
-import { createHash } from "node:crypto";
-import { isIP } from "node:net";
+import defer * as nodeCrypto from "node:crypto";
 import { basename, dirname, join } from "node:path";
 import {
   type AccountKey,
@@ -20,6 +19,7 @@ import {
 import { commandLines, type PrepareCommands, runCommand } from "./actions.ts";
 import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Query, txtFault } from "./dns.ts";
+import { isIP } from "./names.ts";
 import type { Route } from "./reach.ts";
 
 /** A challenge that the CA can check until this is disposed of. */
@@ -128,7 +128,7 @@ export class Challenges {
   async #presentRecord(name: string, content: string, stack: AsyncDisposableStack): Promise<void> {
     const { config } = this.answering;
     const record = `_acme-challenge.${name.replace(/^\*\./, "")}`;
-    const value = createHash("sha256").update(content).digest("base64url");
+    const value = nodeCrypto.createHash("sha256").update(content).digest("base64url");
     const placed = { name, record, value };
     const sections = dnsSections(config, name);
     const note = JSON.stringify({ dns: placed });

@@ -6,10 +6,8 @@
  * the other two, and what all three must be together. Whatever leaves this file may stand in a file name, in a request
  * to the CA and, quoted, in a command. Challenges: RFC 8555 §8.
  */
-import { realpathSync, statSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
-import { isIP } from "node:net";
-import { toHost, toIdentifier, toIPv6 } from "./names.ts";
+import { isIP, toHost, toIdentifier, toIPv6 } from "./names.ts";
 import { CONFIG_KEYS, isLetsEncrypt, openSettings, readSettings, type Settings } from "./settings.ts";
 import { isMistake, type Mistake, printable, quote, shellWord } from "./text.ts";
 import { closest, defined, exists, Keys, type Notice, Page, whyNot, type Word } from "./values.ts";
@@ -452,12 +450,12 @@ function locate(path: string | undefined, beside: string | undefined): string {
   const reasons: string[] = [];
   for (const place of places) {
     try {
-      const directory = statSync(place).isDirectory();
+      const directory = Deno.statSync(place).isDirectory;
       const file = directory ? join(place, "lematt.conf") : place;
       // Without it, a directory that was named has two other files to be read.
       return exists(file) || !directory || !path
-        ? realpathSync(file)
-        : join(realpathSync(place), "lematt.conf");
+        ? Deno.realPathSync(file)
+        : join(Deno.realPathSync(place), "lematt.conf");
     } catch (error) {
       reasons.push(`${quote(place)}: ${whyNot(error)}`);
     }

@@ -6,10 +6,14 @@
  *
  * Host names: RFC 1123 §2.1, A-labels by UTS 46; IP addresses: RFC 8738, RFC 5952.
  */
-import { isIP } from "node:net";
-import { domainToASCII, domainToUnicode } from "node:url";
+import defer * as node from "node:process";
 import { isMistake, type Mistake, quote } from "./text.ts";
 
+/** For names beyond ASCII; it takes longer to load than a run with nothing due, and does not let itself be deferred. */
+const nodeUrl = () => node.getBuiltinModule("node:url");
+
+const OCTET = "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
+const IPV4 = new RegExp(`^(?:${OCTET}\\.){3}${OCTET}$`);
 const LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?";
 const LABEL_ALONE = new RegExp(`^(?![0-9]+$)${LABEL}$`, "i");
 /** Two labels at least, the last not a number: it would be taken for an IPv4 address. */
@@ -26,7 +30,7 @@ export function toIdentifier(written: string): string | Mistake {
   if (name.length > 253) return { why: "it has more than 253 characters" };
   const host = name.startsWith("*.") ? name.slice(2) : name;
   if (HOST.test(host)) {
-    if (!host.includes("xn--") || domainToASCII(host) === host) return name;
+    if (!host.includes("xn--") || nodeUrl().domainToASCII(host) === host) return name;
     return { why: `it has an "xn--" label that stands for nothing` };
   }
   if (isIP(name) === 4) return name;
@@ -43,9 +47,9 @@ function toAscii(written: string): string | Mistake {
   const labels = written.normalize("NFC").split(".");
   for (const [index, label] of labels.entries()) {
     const foreign = /[^!-~]/.test(label);
-    const ascii = foreign ? domainToASCII(label) : label.toLowerCase();
+    const ascii = foreign ? nodeUrl().domainToASCII(label) : label.toLowerCase();
     if (!ascii) return { why: `${quote(label)} has no form in the DNS` };
-    const back = domainToUnicode(ascii);
+    const back = nodeUrl().domainToUnicode(ascii);
     if (foreign && (back === ascii || back !== label.toLowerCase())) {
       return { why: `${quote(label)} would become ${quote(back)}`, hint: "write that if you mean it" };
     }
@@ -54,9 +58,16 @@ function toAscii(written: string): string | Mistake {
   return labels.join(".");
 }
 
+/** 4 or 6 for the text of an IP address, 0 for all else. */
+export function isIP(text: string): 0 | 4 | 6 {
+  return IPV4.test(text) ? 4 : toIPv6(text) === undefined ? 0 : 6;
+}
+
 /** An IPv6 address in its canonical text by RFC 5952, which is what URLs have too; undefined if it is none. */
 export function toIPv6(text: string): string | undefined {
-  return isIP(text) === 6 ? URL.parse(`http://[${text}]/`)?.hostname.slice(1, -1) : undefined;
+  return /^[0-9a-f:.]*:[0-9a-f:.]*$/i.test(text)
+    ? URL.parse(`http://[${text}]/`)?.hostname.slice(1, -1)
+    : undefined;
 }
 
 function whyNoHost(name: string): Mistake {

@@ -7,9 +7,10 @@
  */
 
 import http from "node:http";
-import { connect, isIP } from "node:net";
+import { connect } from "node:net";
 import { connect as connectTls } from "node:tls";
 import type { Destination, Route } from "./reach.ts";
+import { isIP } from "./names.ts";
 import { oneLine } from "./text.ts";
 
 /** https://letsencrypt.org/docs/challenge-types/#http-01-challenge */

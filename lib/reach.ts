@@ -3,7 +3,7 @@
  * (preflight.ts, verify.ts), so that tests can put the world on loopback.
  */
 
-import { isIP } from "node:net";
+import { isIP } from "./names.ts";
 
 /** One address of a host with the port to dial there. */
 export interface Destination {

@@ -34,6 +34,7 @@ import {
   type Entry,
   type Failure,
   type Issued,
+  lastRun,
   readInventory,
   readState,
   type State,
@@ -154,7 +155,7 @@ function memoryOf(
     failures: retry ? {} : failures,
     hold: new Date(retry ? 0 : holds[config.acmeDirectory[mode]] ?? 0),
     suggested: config.ari ? suggestions(certificates, state, now) : new Map(),
-    nextRun: nextRun(state, now),
+    nextRun: nextRun(lastRun(config, mode), now),
   };
 }
 
@@ -229,7 +230,7 @@ export async function run(
   await askSuggestions(certificates, unidentified(inventory, world.now()), running);
   const memory = memoryOf(state, config, mode, certificates, world.now(), retry);
   const decided = plan(config, inventory, world.now(), memory);
-  state.lastRun = world.now().toISOString();
+  store.begin(world.now());
   const fresh = new Set<string>();
   const keep = async ({ entry }: Due, issued: Issued) => {
     owe(state, entry.line, certFile(config, mode, entry), issued.certificate.fingerprint, world.now());

@@ -5,11 +5,10 @@
  * Reads the files that it names (account key, CA bundle, EAB key) and never writes; shows no key material. It does
  * not know what the other two files say.
  */
-import { createPrivateKey, type KeyObject, X509Certificate } from "node:crypto";
-import { accessSync, constants, statSync } from "node:fs";
 import { dirname } from "node:path";
 import { isMistake, printable, quote, shellWord } from "./text.ts";
 import { closest, defined, exists, Keys, Page, readText, whyNot } from "./values.ts";
+import { type KeySpec, keySpecOf, readCertificate } from "./x509.ts";
 
 export type Mode = "test" | "prod";
 export type KeyType = "rsa" | "ec";
@@ -252,26 +251,21 @@ function readAccountKey(keys: Keys, path: string): string | undefined {
   if (block.label.startsWith("ENCRYPTED") || block.pem.includes("Proc-Type: 4,ENCRYPTED")) {
     return fault("is encrypted", `openssl pkey -in ${shellWord(path)} -out FILE`);
   }
-  let key: KeyObject;
+  let key: KeySpec | string;
   try {
-    key = createPrivateKey(block.pem);
+    key = keySpecOf(block.pem);
   } catch { // its message may quote what it read
     return fault("holds a private key that cannot be decoded");
   }
-  const { modulusLength, namedCurve } = key.asymmetricKeyDetails ?? {};
-  if (key.asymmetricKeyType === "rsa" && modulusLength) {
-    return modulusLength < 2048
-      ? fault(`is an RSA key of ${modulusLength} bits; 2048 are the least`)
-      : `${modulusLength}`;
+  if (typeof key === "string") {
+    return fault(`is a key of type ${key}; an account needs RSA, P-256, P-384 or P-521`);
   }
-  return CURVES.get(namedCurve ?? "") ??
-    fault(
-      `is a key of type ${namedCurve ?? key.asymmetricKeyType}; an account needs RSA, P-256, P-384 or P-521`,
-    );
+  if (key.type === "ec") return key.curve;
+  return key.bits < 2048 ? fault(`is an RSA key of ${key.bits} bits; 2048 are the least`) : `${key.bits}`;
 }
 
 function warnOfReaders(keys: Keys, key: string, path: string) {
-  const mode = statSync(path).mode & 0o777;
+  const mode = Deno.statSync(path).mode! & 0o777;
   if (mode & 0o077) {
     const text = `others may read ${quote(path)}, its mode is ${mode.toString(8).padStart(4, "0")}`;
     keys.warn(key, text, `chmod 600 ${shellWord(path)}`);
@@ -295,7 +289,7 @@ function readCaBundle(keys: Keys, directory: string): string | undefined {
   if (!certificates.length) return keys.fault("caBundle", `${quote(path)} holds no certificate in PEM`);
   certificates.forEach(({ pem }, index) => {
     try {
-      new X509Certificate(pem);
+      readCertificate(pem);
     } catch {
       keys.fault("caBundle", `certificate ${index + 1} in ${quote(path)} cannot be decoded`);
     }
@@ -322,11 +316,19 @@ function readEab(keys: Keys, directory: string): Settings["eab"] {
   return fault(" holds no base64url text", "copy the key as the CA shows it");
 }
 
-/** Why no file can be made in the directory; undefined if it can. */
+/**
+ * Why no file can be made in the directory; undefined if it can, as far as that is known beforehand: to which groups this
+ * user belongs is not, nor what the mode stands for where there are access control lists.
+ */
 function notWritable(directory: string): string | undefined {
   try {
-    if (!statSync(directory).isDirectory()) return "it is not a directory";
-    accessSync(directory, constants.W_OK | constants.X_OK);
+    const { isDirectory, mode, uid } = Deno.statSync(directory);
+    if (!isDirectory) return "it is not a directory";
+    const us = Deno.uid();
+    if (us === 0 || us === null || mode === null) return undefined;
+    const [owner, group, others] = [mode >> 6, mode >> 3, mode];
+    const classes = us === uid ? [owner] : [group, others];
+    return classes.some((bits) => (bits & 0o3) === 0o3) ? undefined : "permission denied";
   } catch (error) {
     return whyNot(error);
   }

@@ -54,12 +54,20 @@ const DAY_MS = 86_400_000;
 const WIDTH = 80;
 const BAR = 10;
 
-function rowsOf({ plan, state, now, expiring }: Status): Row[] {
+function rowsOf(status: Status): Row[] {
+  const { plan, state, now } = status;
   const row = (entry: Entry, next: string, why: string, renewAt: Date): Row => {
     const { finding } = entry;
     const failure = state.failures[entry.stem];
-    const base = { entry, next: `${next} ${why}`, why, renewAt, failure };
-    if (!("certificate" in finding)) return { ...base, needsPerson: failure !== undefined };
+    const base = {
+      entry,
+      next: `${next} ${why}`,
+      why,
+      renewAt,
+      failure,
+      needsPerson: needsPerson(entry, status),
+    };
+    if (!("certificate" in finding)) return base;
     const { notBefore, notAfter } = finding.certificate;
     const left = notAfter.getTime() - now.getTime();
     return {
@@ -67,7 +75,6 @@ function rowsOf({ plan, state, now, expiring }: Status): Row[] {
       notAfter,
       daysLeft: left / DAY_MS,
       lifeLeft: Math.min(1, Math.max(0, left / (notAfter.getTime() - notBefore.getTime()))),
-      needsPerson: failure !== undefined || left <= 0 || expiring(entry) !== undefined,
     };
   };
   const rows = [
@@ -86,23 +93,32 @@ function rowsOf({ plan, state, now, expiring }: Status): Row[] {
   return rows.sort((a, b) => rank(a) - rank(b));
 }
 
-function troubles(status: Status, rows: readonly Row[]): number {
-  return rows.filter(({ needsPerson }) => needsPerson).length +
+function needsPerson(entry: Entry, { state, now, expiring }: Status): boolean {
+  const { finding, stem } = entry;
+  return state.failures[stem] !== undefined ||
+    ("certificate" in finding && (finding.certificate.notAfter <= now || expiring(entry) !== undefined));
+}
+
+/** How many things need a person. */
+function troubles(status: Status): number {
+  const { tasks, waiting, kept } = status.plan;
+  const due = [...tasks, ...waiting].flatMap(({ due }) => due);
+  return [...due, ...kept].filter(({ entry }) => needsPerson(entry, status)).length +
     Object.values(status.state.owed).filter(({ attempts }) => attempts > 0).length +
     status.served.filter(({ state }) => state !== "current").length;
 }
 
 /** Exit status: 1 where anything needs a person. */
 export function exitStatus(status: Status): 0 | 1 {
-  return troubles(status, rowsOf(status)) > 0 ? 1 : 0;
+  return troubles(status) > 0 ? 1 : 0;
 }
 
 /** A table of at most 80 columns, what needs a person first. */
 export function statusTable(status: Status): string {
   const rows = rowsOf(status);
-  const lines: string[] = [];
+  let lines: string[] = [];
   const table = (header: string, body: string[]) => {
-    if (body.length > 0) lines.push(...lines.length > 0 ? [""] : [], header, ...body);
+    if (body.length > 0) lines = lines.concat(lines.length > 0 ? [""] : [], header, body);
   };
   table(
     `${"CERTIFICATE".padEnd(28)} ${"KEY".padEnd(4)}${"LIFE LEFT".padEnd(BAR + 8)} RENEWS`,
@@ -145,7 +161,7 @@ export function statusTable(status: Status): string {
       .flatMap((served) => tableRow(served.endpoint, 34, ` ${served.keyType.padEnd(4)}`, servedText(served))),
   );
   table("FILES OF NO LINE", status.strays.flatMap((path) => wrapped("  ", printable(path, Infinity))));
-  const count = troubles(status, rows);
+  const count = troubles(status);
   const verdict = count === 0
     ? "all is well"
     : `${count} ${count === 1 ? "thing needs" : "things need"} a person`;
@@ -160,6 +176,7 @@ function tableRow(name: string, width: number, columns: string, text: string): s
 
 /** Text behind a head, going on below it where the line is full. A URL stays whole, so that it can be followed. */
 function wrapped(head: string, text: string): string[] {
+  if (head.length + text.length <= WIDTH) return [(head + text).trimEnd()].filter((line) => line !== "");
   const indent = " ".repeat(Math.min(head.length, 36));
   const lines = [head];
   const words = text.split(" ").flatMap((word) =>
@@ -211,7 +228,7 @@ export function statusJson(status: Status): string {
       detail,
     })),
     strays: status.strays,
-    troubles: troubles(status, rows),
+    troubles: troubles(status),
   };
   return `${JSON.stringify(document, undefined, 2)}\n`;
 }
@@ -261,7 +278,7 @@ export function statusMetrics(status: Status): string {
     ]),
   );
   gauge("stray_files", "Files that belong to no line.", [[{}, status.strays.length]]);
-  gauge("troubles", "How many things need a person.", [[{}, troubles(status, rows)]]);
+  gauge("troubles", "How many things need a person.", [[{}, troubles(status)]]);
   gauge("status_seconds", "When this was written.", [[{}, seconds(status.now)]]);
   return `${lines.join("\n")}\n`;
 }

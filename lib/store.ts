@@ -6,8 +6,7 @@
  * what is found is for `plan.ts` to say.
  */
 
-import { createHash } from "node:crypto";
-import { lstatSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
+import defer * as nodeCrypto from "node:crypto";
 import { basename, dirname, join } from "node:path";
 import type { Config, KeyType, Line, Mode } from "./config.ts";
 import {
@@ -108,8 +107,6 @@ export interface State {
   revoked: Record<string, string>;
   /** identifier of a certificate (RFC 9773 §4.1) -> what is known of its renewal */
   renewals: Record<string, Renewal>;
-  /** when the last run began */
-  lastRun?: string;
   /** name of a section -> cause of an alert -> when it was last told of it */
   alerts: Record<string, Record<string, string>>;
 }
@@ -125,6 +122,14 @@ const TEMPORARY = ".new";
 /** Directory of one mode's files. */
 export function modeDirectory(config: Config, mode: Mode): string {
   return join(config.directory, mode);
+}
+
+function statePath(config: Config, mode: Mode): string {
+  return join(modeDirectory(config, mode), "state.json");
+}
+
+function lockPath(config: Config, mode: Mode): string {
+  return join(modeDirectory(config, mode), ".lock");
 }
 
 /** Base names of the files of `stem`, those of the original. */
@@ -175,40 +180,34 @@ function linkOwners(config: Config): Map<string, Line> {
   return owners;
 }
 
-/** The files of a certificate, and the links by which its names find them. */
-function bundleAndLinks(
-  config: Config,
-  mode: Mode,
-  entry: Entry,
-  owners: ReadonlyMap<string, Line>,
-): Files[] {
-  const { line, keyType } = entry;
+/** What the file names of a certificate begin with, and the links by which its names find them. */
+function stemAndLinks(config: Config, mode: Mode, entry: Entry, owners: ReadonlyMap<string, Line>): string[] {
+  const { line, stem } = entry;
   const linked = line.names.length === 1 ? [] : line.names.filter((name) => owners.get(name) === line);
-  const stems = [entry.stem, ...linked.map((name) => stemOf(config, mode, [name]))];
-  return stems.map((stem) => filesOf(config, mode, { stem, keyType }));
+  return [stem, ...linked.map((name) => stemOf(config, mode, [name]))];
 }
 
 /** Files in the directories of keys, requests and certificates that belong to no line any more, relative to the mode's. */
 export function strayFiles(config: Config, mode: Mode, inventory: readonly Entry[]): string[] {
   const owners = linkOwners(config);
-  const known = new Set<string>();
+  const stems = { rsa: new Set<string>(), ec: new Set<string>() };
   for (const entry of inventory) {
-    for (const { key, csr, cert } of bundleAndLinks(config, mode, entry, owners)) {
-      known.add(key).add(csr).add(cert);
-    }
+    for (const stem of stemAndLinks(config, mode, entry, owners)) stems[entry.keyType].add(stem);
   }
-  const base = modeDirectory(config, mode);
-  return ["cert", "csr", "key"].flatMap((directory) =>
-    listing(join(base, directory)).filter((name) =>
-      !name.startsWith(".") && !known.has(join(base, directory, name))
-    )
-      .map((name) => `${directory}/${name}`)
-  );
+  return (["cert", "csr", "key"] as const).flatMap((directory) => {
+    const ends = config.keyTypes.map((keyType) =>
+      [fileNames(config, mode, "", keyType)[directory], stems[keyType]] as const
+    );
+    const isKnown = (name: string) =>
+      ends.some(([end, known]) => name.endsWith(end) && known.has(name.slice(0, -end.length)));
+    return listing(join(modeDirectory(config, mode), directory))
+      .filter((name) => !name.startsWith(".") && !isKnown(name)).map((name) => `${directory}/${name}`);
+  });
 }
 
 function listing(directory: string): string[] {
   try {
-    return readdirSync(directory).sort();
+    return Array.from(Deno.readDirSync(directory), ({ name }) => name).sort();
   } catch (error) {
     if ((error as { code?: string }).code === "ENOENT") return [];
     throw error;
@@ -295,7 +294,7 @@ function readIfThere(path: string, what: "certificate" | "key"): string | Findin
 
 function linkTarget(path: string): string | undefined {
   try {
-    return readlinkSync(path);
+    return Deno.readLinkSync(path);
   } catch {
     return undefined;
   }
@@ -306,8 +305,8 @@ function linkTarget(path: string): string | undefined {
  * one does not keep the other out.
  */
 export function accountTemporary(config: Config, mode: Mode): string {
-  const name = `.${sha256(modeDirectory(config, mode)).slice(0, 16)}${TEMPORARY}`;
-  return join(dirname(config.accountKey), name);
+  const place = modeDirectory(config, mode).replaceAll("/", "_").slice(-50); // of which each character may be four bytes
+  return join(dirname(config.accountKey), `.${place}${TEMPORARY}`);
 }
 
 /** Makes a secret file that must not exist yet, and the directories to it. Throws Deno.errors.AlreadyExists. */
@@ -336,15 +335,26 @@ export async function replaceSecret(
   syncDirectory(dirname(path));
 }
 
+/** When the last run began, of which the time of its lock file tells. */
+export function lastRun(config: Config, mode: Mode): Date | undefined {
+  try {
+    return Deno.statSync(lockPath(config, mode)).mtime ?? undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** What `state.json` holds, or why it cannot be used. Changes nothing. */
 export function readState(config: Config, mode: Mode): State | { readonly unusable: string } {
-  let text: string;
   try {
-    text = readFileSync(join(modeDirectory(config, mode), "state.json"), "utf8");
+    const text = readIfPresent(statePath(config, mode));
+    return text === undefined ? emptyState() : parseState(text);
   } catch (error) {
-    if ((error as { code?: string }).code === "ENOENT") return emptyState();
     return { unusable: (error as Error).message };
   }
+}
+
+function parseState(text: string): State | { readonly unusable: string } {
   try {
     const state = JSON.parse(text) as State;
     if (state?.version === undefined) return { unusable: "it has no version" };
@@ -400,7 +410,7 @@ function checkedState(state: State): State | undefined {
   const sound = recordOf(complete.accounts, isAccount) && recordOf(complete.owed, isDebt) &&
     recordOf(complete.failures, isFailure) && recordOf(complete.holds, isDate) &&
     recordOf(complete.revoked, isDate) && recordOf(complete.renewals, isRenewal) &&
-    isOptional(complete.lastRun, isDate) && recordOf(complete.alerts, (causes) => recordOf(causes, isDate));
+    recordOf(complete.alerts, (causes) => recordOf(causes, isDate));
   return sound ? complete : undefined;
 }
 
@@ -416,6 +426,8 @@ function isDate(value: unknown): boolean {
 export class Store implements Disposable {
   #written: Promise<void> = Promise.resolve();
   #waiting: Promise<void> | undefined;
+  /** What is in `state.json`. */
+  #kept: string | undefined;
   readonly #owners: Map<string, Line>;
   readonly #notes: Set<string>;
 
@@ -430,6 +442,7 @@ export class Store implements Disposable {
     /** What the caller should say. */
     readonly notices: string[],
   ) {
+    this.#kept = readIfPresent(statePath(config, mode));
     this.#owners = linkOwners(config);
     this.#notes = new Set((readIfPresent(this.#notesPath) ?? "").split("\n").filter((line) => line !== ""));
   }
@@ -438,7 +451,7 @@ export class Store implements Disposable {
   static open(config: Config, mode: Mode, now: Date): Store {
     const base = modeDirectory(config, mode);
     makeDirectory(base, 0o755);
-    const lock = takeLock(join(base, ".lock"), mode);
+    const lock = takeLock(lockPath(config, mode), mode);
     try {
       makeDirectory(join(base, "key"), 0o700);
       makeDirectory(join(base, "csr"), 0o755);
@@ -447,7 +460,7 @@ export class Store implements Disposable {
       let state = readState(config, mode);
       if ("unusable" in state) {
         const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
-        Deno.renameSync(join(base, "state.json"), join(base, aside));
+        Deno.renameSync(statePath(config, mode), join(base, aside));
         notices.push(`cannot use ${mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`);
         state = emptyState();
       }
@@ -467,8 +480,8 @@ export class Store implements Disposable {
   /** The private key that stands there, to be used again; a link is another certificate's, and so none of this one's. */
   keyOf(entry: Entry): string | undefined {
     const { key } = filesOf(this.config, this.mode, entry);
-    if (!lstatSync(key, { throwIfNoEntry: false })?.isFile()) return undefined;
-    const keyPem = readFileSync(key, "utf8");
+    if (!isRegularFile(key)) return undefined;
+    const keyPem = Deno.readTextFileSync(key);
     return isPrivateKey(keyPem) ? keyPem : undefined;
   }
 
@@ -495,7 +508,15 @@ export class Store implements Disposable {
       const path = join(modeDirectory(this.config, this.mode), directory, TEMPORARY);
       removeIfThere(await writeTemporary(path, "", 0o600));
     }
+    this.#kept = undefined;
     await this.saveState();
+  }
+
+  /** Remembers when this run began; at the worst, where that cannot be done, the next takes runs to be rare. */
+  begin(now: Date): void {
+    try {
+      this.lock.utimeSync(now, now);
+    } catch { /* another's file */ }
   }
 
   /** Makes the links by which each name of a line of several finds the bundle, where they are not right already. */
@@ -512,7 +533,8 @@ export class Store implements Disposable {
 
   /** Every path under which a certificate and its key are found: the bundle first, then the links to it. */
   pathsOf(entry: Entry): { certs: string[]; keys: string[] } {
-    const files = bundleAndLinks(this.config, this.mode, entry, this.#owners);
+    const files = stemAndLinks(this.config, this.mode, entry, this.#owners)
+      .map((stem) => filesOf(this.config, this.mode, { stem, keyType: entry.keyType }));
     return { certs: files.map(({ cert }) => cert), keys: files.map(({ key }) => key) };
   }
 
@@ -525,8 +547,11 @@ export class Store implements Disposable {
   }
 
   async #writeState(): Promise<void> {
-    const path = join(modeDirectory(this.config, this.mode), "state.json");
-    await replaceSecret(path, JSON.stringify(this.state, undefined, 1) + "\n");
+    const text = JSON.stringify(this.state, undefined, 1) + "\n";
+    if (text === this.#kept) return;
+    this.#kept = undefined;
+    await replaceSecret(statePath(this.config, this.mode), text);
+    this.#kept = text;
   }
 
   /** What has been noted and not forgotten, by this run or by one before it that was cut off. */
@@ -612,9 +637,11 @@ function makeDirectory(path: string, mode: number): void {
   }
 }
 
-/** Name beside `path`; short, since that of `path` may use all 255 bytes, and derived, so that the next run finds it. */
+/** Name beside `path`, derived, so that the next run finds it; that of `path` may use all 255 bytes. */
 function temporaryOf(path: string): string {
-  return join(dirname(path), `.${sha256(basename(path)).slice(0, 16)}${TEMPORARY}`);
+  const name = basename(path);
+  const short = name.length + 1 + TEMPORARY.length > FILE_NAME_MAX ? sha256(name) : name;
+  return join(dirname(path), `.${short}${TEMPORARY}`);
 }
 
 /** Writes and flushes a new file, with exactly `mode` whatever the umask, and returns its path. */
@@ -656,9 +683,18 @@ function syncDirectory(path: string): void {
   }
 }
 
+function isRegularFile(path: string): boolean {
+  try {
+    return Deno.lstatSync(path).isFile;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
+}
+
 function readIfPresent(path: string): string | undefined {
   try {
-    return readFileSync(path, "utf8");
+    return Deno.readTextFileSync(path);
   } catch (error) {
     if ((error as { code?: string }).code === "ENOENT") return undefined;
     throw error;
@@ -674,5 +710,5 @@ function removeIfThere(path: string): void {
 }
 
 function sha256(text: string): string {
-  return createHash("sha256").update(text).digest("hex");
+  return nodeCrypto.createHash("sha256").update(text).digest("hex");
 }

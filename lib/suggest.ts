@@ -106,9 +106,7 @@ export function suggestions(
 }
 
 /** When the next run is to be expected: after as long as it took from the last one to this. */
-export function nextRun(state: State, now: Date): Date {
-  const interval = state.lastRun === undefined
-    ? USUAL_INTERVAL_MS
-    : now.getTime() - Date.parse(state.lastRun);
+export function nextRun(lastRun: Date | undefined, now: Date): Date {
+  const interval = lastRun === undefined ? USUAL_INTERVAL_MS : now.getTime() - lastRun.getTime();
   return new Date(now.getTime() + Math.min(Math.max(interval, SHORTEST_INTERVAL_MS), USUAL_INTERVAL_MS));
 }

@@ -4,7 +4,6 @@
  *
  * Knows no key and no section by name. Reads files and never writes.
  */
-import { readFileSync, statSync } from "node:fs";
 import { basename, resolve } from "node:path";
 import { cannotRead, type Ini, lineFinder, parseIni, type Section, type Value, valueOf } from "./ini.ts";
 import { isMistake, type Mistake, printable, quote } from "./text.ts";
@@ -299,7 +298,7 @@ export function defined<T extends object>(record: T): T {
 /** Whether something stands there, be it out of reach. */
 export function exists(path: string): boolean {
   try {
-    statSync(path);
+    Deno.statSync(path);
   } catch (error) {
     return !/^(ENOENT|ENOTDIR)$/.test(codeOf(error));
   }
@@ -310,8 +309,8 @@ export function exists(path: string): boolean {
 export function readText(path: string): string | Mistake {
   try {
     // A pipe or a device might never end.
-    return statSync(path).isFile()
-      ? new TextDecoder().decode(readFileSync(path))
+    return Deno.statSync(path).isFile
+      ? new TextDecoder().decode(Deno.readFileSync(path))
       : { why: "it is not a file" };
   } catch (error) {
     return { why: whyNot(error) };

@@ -11,10 +11,10 @@
  * RFC 6066 §3 (SNI), RFC 3207 (STARTTLS of SMTP).
  */
 
-import { isIP } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import { CommandError, expand, runCommand } from "./actions.ts";
 import type { Endpoint, KeyType } from "./config.ts";
+import { isIP } from "./names.ts";
 import { type Certificate, readCertificate } from "./x509.ts";
 
 /** A certificate that an endpoint should serve to those who ask for its type of key. */

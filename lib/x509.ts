@@ -1,17 +1,16 @@
 /**
  * Keys, certificate signing requests, and the facts that a certificate states.
  *
- * Works on text and bytes alone: it knows neither files nor the network. `@peculiar/x509`, imported here and nowhere
- * else, is loaded when the first CSR is made; reading certificates is left to `node:crypto`, some twenty times faster,
- * since a run reads them all and mostly has nothing else to do.
+ * Works on text and bytes alone: it knows neither files nor the network. A run reads all certificates and mostly has
+ * nothing else to do, so what stands in them is read here, byte by byte; whether it is true, and all that keys do, is
+ * left to `node:crypto` and `@peculiar/x509` (imported nowhere else), which are loaded when they are first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
 
-import { createHash, createPrivateKey, createPublicKey, type KeyObject, X509Certificate } from "node:crypto";
-import { isIP } from "node:net";
-import { toIPv6 } from "./names.ts";
-import { printable } from "./text.ts";
+import type { KeyObject } from "node:crypto";
+import defer * as nodeCrypto from "node:crypto";
+import { isIP, toIPv6 } from "./names.ts";
 
 /** What key to make. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
@@ -66,12 +65,15 @@ export function certificateDer(pem: string): Uint8Array {
  * they are read again, by `reload`, when somebody asks for them. Throws where it cannot be parsed.
  */
 export function describeCertificate(der: Uint8Array, reload: () => string): Certificate {
-  const certificate = new X509Certificate(der as Buffer);
+  const { serial, validity, extensions } = certificateFields(der);
+  const [notBefore, notAfter] = children(der, validity).map((time) => timeOf(der, time));
+  if (notBefore === undefined || notAfter === undefined) throw new Error("a certificate without dates");
+  const names = extensionOf(der, extensions, SUBJECT_ALT_NAME);
   return new Facts(
-    alternativeNames(certificate.subjectAltName ?? ""),
-    new Date(certificate.validFrom),
-    new Date(certificate.validTo),
-    certificateId(der),
+    names === undefined ? [] : children(der, names).map((name) => generalName(der, name)),
+    notBefore,
+    notAfter,
+    certificateId(der, serial, extensions),
     reload,
   );
 }
@@ -90,17 +92,34 @@ class Facts implements Certificate {
   }
 
   get fingerprint(): string {
-    return createHash("sha256").update(this.der).digest("hex");
+    return nodeCrypto.createHash("sha256").update(this.der).digest("hex");
   }
 }
 
-/** `DNS:example.com, IP Address:192.0.2.1` as a list, harmless for a terminal: any stranger's certificate may be read here. */
-function alternativeNames(text: string): string[] {
-  return printable(text, Infinity).split(", ").filter((entry) => entry !== "").map((entry) => {
-    const [, kind, value] = /^(DNS|IP Address):(.*)$/.exec(entry) ?? [];
-    if (kind === "DNS") return value!.toLowerCase();
-    return kind === undefined ? entry : toIPv6(value!) ?? value!;
-  });
+/** RFC 5280 §4.2.1.6; harmless for a terminal, since any stranger's certificate may be read here. */
+function generalName(der: Uint8Array, { tag, start, end }: Element): string {
+  const bytes = der.subarray(start, end);
+  if (tag === 0x82) {
+    return ascii(bytes).replace(/[^!-~]/g, (char) => `\\u{${char.charCodeAt(0).toString(16)}}`).toLowerCase();
+  }
+  if (tag === 0x87 && bytes.length === 4) return bytes.join(".");
+  const groups = bytes.toHex().match(/.{4}/g) ?? [];
+  if (tag === 0x87 && groups.length === 8) return toIPv6(groups.join(":"))!;
+  return `(a name of type ${tag & 0x1f})`;
+}
+
+/** RFC 5280 §4.1.2.5: two digits of the year until 2049, four from then on. */
+function timeOf(der: Uint8Array, { tag, start, end }: Element): Date {
+  const text = ascii(der.subarray(start, end));
+  const century = tag === 0x18 ? "" : text < "50" ? "20" : "19";
+  const iso = (century + text).replace(/^(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z$/, "$1-$2-$3T$4:$5:$6Z");
+  const time = new Date(iso);
+  if (Number.isNaN(time.getTime())) throw new Error("a certificate with an impossible date");
+  return time;
+}
+
+function ascii(bytes: Uint8Array): string {
+  return String.fromCharCode(...bytes);
 }
 
 /** Whether `certificate` is for exactly `names`, whatever their order. */
@@ -120,43 +139,98 @@ export function isKeyOf(keyPem: string, certificateDer: Uint8Array): boolean {
   const fields = certificateFields(certificateDer);
   const spki = fields.publicKey;
   if (privateKeyDer(keyPem).includes(publicBits(certificateDer, spki))) return true;
-  const own = createPublicKey(createPrivateKey(keyPem)).export({ type: "spki", format: "der" });
+  const own = nodeCrypto.createPublicKey(nodeCrypto.createPrivateKey(keyPem)).export({
+    type: "spki",
+    format: "der",
+  });
   return own.equals(certificateDer.subarray(spki.offset, spki.end));
+}
+
+/** The curves by their identifiers (SEC 2 §A.2, in hexadecimal) and by OpenSSL's names. */
+const CURVES = [
+  { curve: "P-256", id: "2a8648ce3d030107", name: "prime256v1" },
+  { curve: "P-384", id: "2b81040022", name: "secp384r1" },
+  { curve: "P-521", id: "2b81040023", name: "secp521r1" },
+] as const;
+
+/**
+ * What kind of key is in `pem` (PKCS#8, PKCS#1 or SEC1), or the name of the kind where it is one that neither
+ * certificates nor accounts have here. Throws where it cannot be decoded.
+ */
+export function keySpecOf(pem: string): KeySpec | string {
+  const spec = declaredKeySpec(privateKeyDer(pem));
+  if (spec !== undefined) return spec;
+  const { asymmetricKeyType: type, asymmetricKeyDetails } = nodeCrypto.createPrivateKey(pem);
+  const { modulusLength, namedCurve } = asymmetricKeyDetails ?? {};
+  const curve = CURVES.find(({ name }) => name === namedCurve)?.curve;
+  if (type === "rsa" && modulusLength !== undefined) return { type, bits: modulusLength };
+  return curve === undefined ? namedCurve ?? type! : { type: "ec", curve };
+}
+
+/** What a private key says that it is (RFC 5208, RFC 8017 A.1.2, RFC 5915), which is hardly ever left out. */
+function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
+  const hex = (one: Element | undefined) => one && der.subarray(one.start, one.end).toHex();
+  const rsa = (modulus: Element | undefined): KeySpec | undefined =>
+    modulus && { type: "rsa", bits: BigInt(`0x${hex(modulus)}`).toString(2).length };
+  const ec = (id: Element | undefined): KeySpec | undefined => {
+    const known = CURVES.find((one) => one.id === hex(id));
+    return known && { type: "ec", curve: known.curve };
+  };
+  const [, second, third] = children(der, element(der, 0));
+  if (second?.tag === 0x02) return rsa(second);
+  if (second === undefined || third === undefined) return undefined;
+  if (second.tag === 0x04) return ec(third.tag === 0xa0 ? children(der, third)[0] : undefined);
+  const [algorithm, parameters] = children(der, second);
+  if (hex(algorithm) === "2a864886f70d010101") return rsa(children(der, element(der, third.start))[1]);
+  if (hex(algorithm) === "2a8648ce3d0201") return ec(parameters);
 }
 
 /** Whether `pem` is an unencrypted private key that can be used. */
 export function isPrivateKey(pem: string): boolean {
   try {
-    return ["rsa", "ec"].includes(createPrivateKey(pem).asymmetricKeyType ?? "");
+    return ["rsa", "ec"].includes(nodeCrypto.createPrivateKey(pem).asymmetricKeyType ?? "");
   } catch {
     return false;
   }
 }
 
-/** The parts of a certificate that are needed as they stand (RFC 5280 §4.1). */
-function certificateFields(der: Uint8Array): { serial: Element; publicKey: Element; extensions?: Element } {
+/** The parts of a certificate that are needed here (RFC 5280 §4.1). */
+function certificateFields(
+  der: Uint8Array,
+): { serial: Element; validity: Element; publicKey: Element; extensions?: Element } {
   const certificate = element(der, 0);
   const fields = children(der, element(der, certificate.start));
   // the version, tagged [0], may be left out; the fields up to the public key may not
   const first = fields[0]?.tag === 0xa0 ? 1 : 0;
-  const [serial, publicKey] = [fields[first], fields[first + 5]];
-  if (serial === undefined || publicKey === undefined) throw new Error("not a certificate");
-  return { serial, publicKey, extensions: fields.find(({ tag }) => tag === 0xa3) };
+  const [serial, validity, publicKey] = [fields[first], fields[first + 3], fields[first + 5]];
+  if (serial === undefined || validity === undefined || publicKey === undefined) {
+    throw new Error("not a certificate");
+  }
+  const tagged = fields.find(({ tag }) => tag === 0xa3);
+  return { serial, validity, publicKey, extensions: tagged && element(der, tagged.start) };
+}
+
+/** The last octets of id-ce-subjectAltName (2.5.29.17) and id-ce-authorityKeyIdentifier (2.5.29.35). */
+const SUBJECT_ALT_NAME = 17, AUTHORITY_KEY_IDENTIFIER = 35;
+
+/** What an extension holds. */
+function extensionOf(der: Uint8Array, extensions: Element | undefined, last: number): Element | undefined {
+  for (const extension of extensions === undefined ? [] : children(der, extensions)) {
+    const [oid, ...rest] = children(der, extension);
+    const { start, end } = oid!;
+    if (end - start === 3 && der[start] === 0x55 && der[start + 1] === 0x1d && der[start + 2] === last) {
+      return element(der, rest.at(-1)!.start); // within an OCTET STRING
+    }
+  }
 }
 
 /** See `Certificate.id`. */
-function certificateId(der: Uint8Array): string | undefined {
+function certificateId(der: Uint8Array, serial: Element, extensions?: Element): string | undefined {
   const base64url = ({ start, end }: Element) =>
     der.subarray(start, end).toBase64({ alphabet: "base64url", omitPadding: true });
-  const { serial, extensions } = certificateFields(der);
-  const [list] = extensions === undefined ? [] : children(der, extensions);
-  for (const extension of list === undefined ? [] : children(der, list)) {
-    const [oid, ...rest] = children(der, extension);
-    // id-ce-authorityKeyIdentifier, 2.5.29.35; its value is an OCTET STRING that holds a SEQUENCE
-    if (oid === undefined || base64url(oid) !== "VR0j") continue;
-    const identifier = children(der, element(der, rest.at(-1)!.start)).find(({ tag }) => tag === 0x80);
-    return identifier && `${base64url(identifier)}.${base64url(serial)}`;
-  }
+  const authority = extensionOf(der, extensions, AUTHORITY_KEY_IDENTIFIER);
+  const identifier = authority && children(der, authority).find(({ tag }) => tag === 0x80);
+  return identifier && `${base64url(identifier)}.${base64url(serial)}`;
 }
 
 /** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
@@ -186,18 +260,24 @@ interface Element {
 /** The elements within one. */
 function children(der: Uint8Array, parent: Element): Element[] {
   const found: Element[] = [];
-  for (let at = parent.start; at < parent.end; at = found.at(-1)!.end) found.push(element(der, at));
+  for (let at = parent.start; at < parent.end;) {
+    const child = element(der, at);
+    if (child.end > parent.end) throw new Error("broken DER");
+    found.push(child);
+    at = child.end;
+  }
   return found;
 }
 
-/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). */
+/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). Throws where it is not there whole. */
 function element(der: Uint8Array, offset: number): Element {
   const first = der[offset + 1] ?? 0;
   const octets = first < 0x80 ? 0 : first & 0x7f;
   let length = octets === 0 ? first : 0;
   for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
   const start = offset + 2 + octets;
-  return { tag: der[offset] ?? 0, offset, start, end: start + length };
+  if (octets > 3 || start + length > der.length) throw new Error("broken DER");
+  return { tag: der[offset]!, offset, start, end: start + length };
 }
 
 /** One for each processor: were all RSA keys made at once, nothing else would get its turn. */
@@ -229,10 +309,8 @@ function keyAlgorithm(spec: KeySpec) {
 
 /** Private and public half of a PEM private key in any of the three formats. Throws where it is no RSA or EC key. */
 async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; hash: string }> {
-  const key = createPrivateKey(keyPem);
-  const curve = ({ prime256v1: "P-256", secp384r1: "P-384", secp521r1: "P-521" } as Record<string, string>)[
-    key.asymmetricKeyDetails?.namedCurve ?? ""
-  ];
+  const key = nodeCrypto.createPrivateKey(keyPem);
+  const curve = CURVES.find(({ name }) => name === key.asymmetricKeyDetails?.namedCurve)?.curve;
   if (key.asymmetricKeyType !== "rsa" && curve === undefined) throw new Error("neither an RSA nor an EC key");
   // the digest that goes with the curve (FIPS 186-5); SHA-256 for RSA of any size
   const hash = curve === "P-384" ? "SHA-384" : curve === "P-521" ? "SHA-512" : "SHA-256";
@@ -249,7 +327,7 @@ async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; has
     );
   const [privateKey, publicKey] = await Promise.all([
     half("pkcs8", key, "sign"),
-    half("spki", createPublicKey(key), "verify"),
+    half("spki", nodeCrypto.createPublicKey(key), "verify"),
   ]);
   return { keys: { privateKey, publicKey }, hash };
 }
@@ -291,9 +369,9 @@ export function checkChain(
 ): Certificate {
   const blocks = chainPem.match(PEM_CERTIFICATE) ?? [];
   if (blocks.length === 0) throw new ChainError("no certificate in the answer");
-  let chain: X509Certificate[];
+  let chain: nodeCrypto.X509Certificate[];
   try {
-    chain = blocks.map((block) => new X509Certificate(block));
+    chain = blocks.map((block) => new nodeCrypto.X509Certificate(block));
   } catch {
     throw new ChainError("a certificate that cannot be parsed");
   }
@@ -322,7 +400,7 @@ export function rootOf(chainPem: string): string | undefined {
   const last = chainPem.match(PEM_CERTIFICATE)?.at(-1);
   if (last === undefined) return undefined;
   try {
-    return /^CN=(.*)$/m.exec(new X509Certificate(last).issuer)?.[1];
+    return /^CN=(.*)$/m.exec(new nodeCrypto.X509Certificate(last).issuer)?.[1];
   } catch {
     return undefined; // checkChain says what is wrong with it
   }

@@ -7,10 +7,10 @@ const ROOT = join(import.meta.dirname!, "..");
 
 /** From the ground up; a file may import files of lower floors only, their types included. */
 const FLOORS = [
-  "text reach",
-  "ini names dns acme actions preflight",
-  "values x509",
-  "settings",
+  "text",
+  "ini names actions",
+  "reach acme values x509",
+  "preflight dns settings",
   "config",
   "store verify challenge",
   "plan deliver account",
@@ -33,7 +33,7 @@ const sources = new Map(
 
 /** What a source imports, and whether it takes no more than types. */
 function importsOf(source: string): { from: string; typesOnly: boolean }[] {
-  const lines = source.matchAll(/^(?:import|export)\s(?:([^;"]*?)\sfrom\s)?"([^"]+)";/gm);
+  const lines = source.matchAll(/^(?:import|export)\s(?:defer\s)?(?:([^;"]*?)\sfrom\s)?"([^"]+)";/gm);
   const dynamic = source.matchAll(/\bimport\("([^"]+)"\)/g);
   return [
     ...Array.from(lines, ([, clause = "", from]) => {

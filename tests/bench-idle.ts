@@ -112,7 +112,7 @@ function makeTree(conf: string, lines: number): string {
     writeFileSync(files.key, keyPem, { mode: 0o600 });
     renewals[readCertificate(chainPem).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };
   }
-  const state = { ...emptyState(), renewals, lastRun: at(now - DAY / 24) };
+  const state = { ...emptyState(), renewals };
   writeFileSync(join(conf, "test/state.json"), JSON.stringify(state, undefined, 1));
   return conf;
 }

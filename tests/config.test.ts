@@ -2,8 +2,10 @@
 
 import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
+import { isIP as nodeIsIP } from "node:net";
 import { join } from "node:path";
 import { challengeOf, type Config, ConfigError, loadConfig, type Notice, sectionsOf } from "../lib/config.ts";
+import { isIP } from "../lib/names.ts";
 
 const base = await Deno.realPath(await Deno.makeTempDir({ prefix: "lematt-config-" }));
 globalThis.addEventListener("unload", () => Deno.removeSync(base, { recursive: true }));
@@ -685,25 +687,41 @@ Deno.test("loadConfig() refuses a drop directory that is none", () => {
   ]);
 });
 
+/** The faults that another user would be told of; one who may read everything, so that Deno and this file are found. */
+function faultsForNobody(conf: string): Notice[] {
+  const url = new URL("../lib/config.ts", import.meta.url);
+  const code = `try { (await import("${url}")).loadConfig("${conf}"); console.log("[]"); }
+    catch (error) { console.log(JSON.stringify(error.faults)); }`;
+  const nobody =
+    "--reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
+  const as = Deno.uid() === 0 ? ["setpriv", ...nobody.split(" ")] : [];
+  const [command, ...args] = [...as, Deno.execPath(), "eval", "--no-check", code];
+  const { stdout } = new Deno.Command(command!, { args, stderr: "inherit" }).outputSync();
+  return JSON.parse(new TextDecoder().decode(stdout));
+}
+
 Deno.test("loadConfig() refuses directories that its user cannot write to", () => {
   const closed = join(base, "closed");
   Deno.mkdirSync(closed);
   Deno.chmodSync(closed, 0o555);
   const conf = directoryOf({ conf: `[config]\naccountKey: ${closed}/x/key\nchallengeDropDir: ${closed}\n` });
-  const code = `try { (await import("${new URL(
-    "../lib/config.ts",
-    import.meta.url,
-  )}")).loadConfig("${conf}"); }
-    catch (error) { console.log(JSON.stringify(error.faults)); }`;
-  // Root may write everywhere, unless that is taken from it.
-  const weak = Deno.uid() === 0 ? ["setpriv", "--bounding-set", "-dac_override"] : [];
-  const [command, ...args] = [...weak, Deno.execPath(), "eval", "--no-check", code];
-  const { stdout } = new Deno.Command(command!, { args, stderr: "inherit" }).outputSync();
   const hint = "lematt, as the user that runs it, must be able to write files there";
-  same(tell(JSON.parse(new TextDecoder().decode(stdout))), [
+  same(tell(faultsForNobody(conf)), [
     '2 Cannot read "accountKey": "BASE/closed/x/key" does not exist and cannot be made: "BASE/closed": permission denied',
     `3 Cannot read "challengeDropDir": "BASE/closed": permission denied [${hint}]`,
   ]);
+});
+
+Deno.test("loadConfig() accepts directories that a group may write to, which may be the user's, and everything from root", () => {
+  const shared = join(base, "shared");
+  Deno.mkdirSync(shared);
+  Deno.chmodSync(shared, 0o770);
+  const conf = directoryOf({ conf: `[config]\naccountKey: ${shared}/key\nchallengeDropDir: ${shared}\n` });
+  same(faultsForNobody(conf), []);
+  if (Deno.uid() !== 0) return;
+  Deno.chownSync(shared, 65534, 65534);
+  Deno.chmodSync(shared, 0o500);
+  loadConfig(conf);
 });
 
 const warned: [behaviour: string, files: Files, warnings: string[]][] = [
@@ -1060,4 +1078,31 @@ Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => 
       }
     }
   }
+});
+
+Deno.test("isIP() tells addresses from all else as node:net does, but for zones", () => {
+  const parts = [
+    "0",
+    "1",
+    "09",
+    "255",
+    "256",
+    "ffff",
+    "g",
+    "00000",
+    "",
+    "1.2.3.4",
+    "::",
+    ":",
+    ".",
+    "%1",
+    " ",
+  ];
+  const texts = ["1.2.3.4.5", "01.2.3.4", "1.2.3.256", "::1.2.3.04", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8:9"];
+  for (const a of parts) {
+    for (const b of parts) {
+      for (const c of parts) texts.push(`${a}:${b}:${c}`, `${a}.${b}.${c}`, `::${a}${b}${c}`);
+    }
+  }
+  for (const text of texts) same(isIP(text), text.includes("%") ? 0 : nodeIsIP(text), JSON.stringify(text));
 });

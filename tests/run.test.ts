@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { loadConfig } from "../lib/config.ts";
 import { revocable, revoke } from "../lib/run.ts";
-import type { State } from "../lib/store.ts";
+import { lastRun, type State } from "../lib/store.ts";
 import { type Bed, befalling, refusing, testBed } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
@@ -326,4 +326,17 @@ Deno.test("nothing is left of a run but its files: no notes, no temporaries, no 
     "state.json",
   ]);
   assert.equal(loadConfig(bed.conf).lines.length, 1);
+});
+
+Deno.test("a run that has nothing to do writes no file, and remembers all the same when it was", async () => {
+  await using bed = await bedOf("a.example.com www");
+  await bed.run();
+  const inode = () => Deno.statSync(bed.path("test", "state.json")).ino;
+  const before = inode();
+  bed.ca.advance(HOUR);
+  assert.match((await bed.run()).stdout, /^nothing due/);
+  assert.equal(inode(), before);
+  const config = loadConfig(bed.conf);
+  assert.ok(Math.abs(lastRun(config, "test")!.getTime() - bed.ca.now.getTime()) < MINUTE);
+  assert.equal(lastRun(config, "prod"), undefined);
 });

@@ -360,15 +360,16 @@ Deno.test("verifyUntil() waits until the new certificates are served (nginx)", N
   const servers = (rsa: string, ec: string) => (pair: (file: string) => string) =>
     `server { listen 127.0.0.1:${port} ssl; ${pair(rsa)} ${pair(ec)} }`;
   await using web = await nginx(servers("rsa", "old-ec"), port);
-  let looks = 0;
+  let begun = 0, ended = 0;
   await using door = await tcpServer((socket) => {
-    socket.pipe(connect(port, "127.0.0.1")).pipe(socket).on("close", () => looks++);
+    begun++;
+    socket.pipe(connect(port, "127.0.0.1")).pipe(socket).on("close", () => ended++);
   });
   const verifying = verifyUntil([target("127.0.0.1", door.port)], world, 10);
-  await until(() => looks === 2, "it has looked once");
+  await until(() => ended === 2, "it has looked once");
   await web.reload(servers("rsa", "ec"));
   assert.deepEqual(brief(await verifying), ["127.0.0.1 rsa: current, rsa", "127.0.0.1 ec: current, ec"]);
-  assert.ok(looks > 2);
+  assert.ok(begun > 2);
 });
 
 Deno.test("verifyUntil() tells at its deadline what is served instead (nginx)", NEEDS_NGINX, async () => {

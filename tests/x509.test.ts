@@ -2,14 +2,16 @@
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { createPrivateKey, createPublicKey } from "node:crypto";
+import { createPrivateKey, createPublicKey, X509Certificate } from "node:crypto";
 import {
   checkChain,
   coversExactly,
   createCsr,
+  describeCertificate,
   generateKey,
   isKeyOf,
   type KeySpec,
+  keySpecOf,
   readCertificate,
 } from "../lib/x509.ts";
 import { startCa } from "./ca.ts";
@@ -102,6 +104,51 @@ Deno.test("readCertificate() states names, dates and fingerprint as openssl does
   assert.ok(coversExactly(certificate, ["2001:db8::7", "example.com"]));
   assert.ok(!coversExactly(certificate, ["example.com"]));
   assert.ok(!coversExactly(certificate, ["example.com", "2001:db8::7", "www.example.com"]));
+});
+
+Deno.test("readCertificate() states what node:crypto does, whatever the names and whenever, and takes nothing that is cut short", async () => {
+  await using ca = await startCa();
+  const publicKey = publicKeyOf(await generateKey({ type: "ec", curve: "P-256" }));
+  const identifiers = [
+    ["dns", "*.example.com"],
+    ["dns", "xn--bcher-kva.example"],
+    ["ip", "192.0.2.255"],
+    ["ip", "::"],
+    ["ip", "2001:db8:0:1::"],
+  ].map(([type, value]) => ({ type: type as "dns" | "ip", value: value! }));
+  const lives = [
+    ["1999-12-31T23:59:59Z", "2049-12-31T23:59:59Z"],
+    ["2050-02-28T00:00:00Z", "9999-12-31T23:59:59Z"],
+  ];
+  for (const [from, to] of lives) {
+    const pem = ca.forge({ publicKey, identifiers, notBefore: new Date(from!), notAfter: new Date(to!) });
+    const [judge, read] = [new X509Certificate(pem), readCertificate(pem)];
+    assert.deepEqual(read.names, identifiers.map(({ value }) => value));
+    assert.equal(read.notBefore.getTime(), Date.parse(judge.validFrom));
+    assert.equal(read.notAfter.getTime(), Date.parse(judge.validTo));
+    assert.equal(read.fingerprint, judge.fingerprint256.replaceAll(":", "").toLowerCase());
+    const der = read.der;
+    for (let length = 0; length < der.length; length++) {
+      assert.throws(
+        () => describeCertificate(der.subarray(0, length), () => pem),
+        `${length} of ${der.length} bytes`,
+      );
+    }
+  }
+});
+
+Deno.test("keySpecOf() knows each kind of key in each of its forms, and names those that are of no use", async () => {
+  for (const spec of KEYS) {
+    const keyPem = await generateKey(spec);
+    const forms = [keyPem, openssl("pkey -traditional", keyPem)];
+    if (spec.type === "ec") forms.push(openssl("ec -no_public", keyPem));
+    for (const form of forms) assert.deepEqual(keySpecOf(form), spec, form.split("\n")[0]);
+    assert.throws(() => keySpecOf(keyPem.replace(/\n(.{64})\n/, "\n")));
+  }
+  assert.deepEqual(keySpecOf(openssl("genrsa 1023")), { type: "rsa", bits: 1023 });
+  assert.equal(keySpecOf(openssl("genpkey -algorithm ed25519")), "ed25519");
+  assert.equal(keySpecOf(openssl("ecparam -name secp256k1 -genkey -noout")), "secp256k1");
+  assert.throws(() => keySpecOf("no key"));
 });
 
 Deno.test("checkChain() refuses a chain for whatever is wrong with it", async () => {

@@ -8,10 +8,11 @@
  */
 
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { join, relative } from "node:path";
 import { AcmeClient, importAccountKey } from "../lib/acme.ts";
 import { certFile, owe } from "../lib/deliver.ts";
-import { filesOf, type State, Store } from "../lib/store.ts";
+import { accountTemporary, filesOf, type State, Store } from "../lib/store.ts";
 import type { Ended } from "./bed.ts";
 import { Subject, textOf } from "./faults.ts";
 
@@ -21,10 +22,13 @@ const CHANGING = [
   "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat",
 ].flatMap((names) => names.split(" ")).map((name) => `?${name}`).join();
 
+/** Stops the program only at the calls that are looked at, which saves half the time; strace 6.1 sends no signals then. */
+const QUICK = "--seccomp-bpf";
+
 /** Why strace cannot be used here; undefined where it can. */
 export const missing = await (async () => {
   try {
-    const args = ["-f", "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"];
+    const args = ["-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"];
     const { success, stderr } = await new Deno.Command("strace", { args }).output();
     return success ? undefined : new TextDecoder().decode(stderr).trim();
   } catch (error) {
@@ -34,8 +38,7 @@ export const missing = await (async () => {
 
 /** A system call of the program. */
 export interface Point {
-  readonly situation: string;
-  /** Relative to the test bed's home; a challenge file by its name instead of its token. */
+  /** Relative to the test bed's home, see `aliases`. */
   readonly path: string;
   readonly call: string;
   /** The how-manieth such call for that path of the thread that makes it. */
@@ -59,12 +62,13 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
       }
     });
   },
-  /** A renewal was killed with its new key in place and the new certificate not yet. */
+  /** A renewal was killed with the new key of its first line in place, and the new certificate not yet. */
   async "cut off in a commit"(subject) {
     await renewal(subject);
-    const [commit] = (await pointsOf("renewal"))
+    const commits = (await pointsOf("renewal"))
       .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
-    await traced(subject, commit!, "signal=SIGKILL");
+    const { befell } = await traced(subject, "renewal", commits, "signal=SIGKILL", "--parallel", "1");
+    assert(befell);
     await subject.afterFault();
   },
   /** The account gets another key; a certificate is missing, for the next run to speak to the CA. */
@@ -89,7 +93,7 @@ export async function subjectIn(situation: string): Promise<Subject> {
 }
 
 async function renewal(subject: Subject): Promise<void> {
-  await subject.bed.run();
+  await subject.bed.run({ parallel: 1 }); // so that it is certain which line is first to expire
   await inState(subject, (state, now) => {
     for (const { finding } of subject.inventory()) {
       assert(finding.kind === "present");
@@ -111,15 +115,23 @@ async function inState(subject: Subject, change: (state: State, now: Date) => vo
   await store.saveState();
 }
 
-/** name -> token of its pending http-01 challenge */
-function tokens({ bed: { ca } }: Subject): Map<string, string> {
-  const authorizations = ca.orders.flatMap(({ authorizations }) => authorizations);
-  return new Map(
-    authorizations.filter(({ status }) => status === "pending").map(({ identifier, challenges }) => [
-      identifier.value,
-      challenges.find(({ type }) => type === "http-01")!.token,
-    ]),
-  );
+/** Path -> path as it stands in points, of files that are named otherwise in each bed. Both relative to its home. */
+async function aliases({ bed }: Subject): Promise<Map<string, string>> {
+  const config = bed.config();
+  const ca = createHash("sha256").update(config.acmeDirectory.test).digest("hex");
+  const names = new Map([
+    [relative(bed.home, accountTemporary(config, "test")), "conf/.account.new"],
+    [`conf/account.key.new-${ca.slice(0, 8)}`, "conf/account.key.new"],
+  ]);
+  const pem = textOf(config.accountKey);
+  if (pem !== "") {
+    names.set(`conf/account.key.old-${(await importAccountKey(pem)).thumbprint}`, "conf/account.key.old");
+  }
+  for (const { identifier, status, challenges } of bed.ca.orders.flatMap((order) => order.authorizations)) {
+    const { token } = challenges.find(({ type }) => type === "http-01")!;
+    if (status === "pending") names.set(`drop/${token}`, `drop/${identifier.value}`);
+  }
+  return names;
 }
 
 /** The calls by which the program changes files when it starts in that situation. */
@@ -131,8 +143,8 @@ const found: Record<string, Promise<readonly Point[]>> = {};
 async function findPoints(situation: string): Promise<Point[]> {
   await using subject = await subjectIn(situation);
   const { home } = subject.bed;
-  const names = new Map([...tokens(subject)].map(([name, token]) => [`drop/${token}`, `drop/${name}`]));
-  const ended = await traced(subject, { situation });
+  const names = await aliases(subject);
+  const ended = await traced(subject, situation);
   assert.equal(ended.code, 0, ended.stderr);
   const points = new Map<string, Point>();
   const counts = new Map<string, number>();
@@ -149,30 +161,36 @@ async function findPoints(situation: string): Promise<Point[]> {
     counts.set(counted, when);
     if (call === "openat" && !rest!.includes("O_CREAT")) continue;
     if (when > 1 && thread !== main) continue;
-    points.set(`${call} ${path} ${when}`, { situation, path, call: call!, when });
+    points.set(`${call} ${path} ${when}`, { path, call: call!, when });
   }
   return [...points.values()];
 }
 
-/** Runs the program to its end, with `inject` (strace's word for what is to be done) at a point. */
+/**
+ * Runs the program to its end, with `inject` (strace's word for what is to be done) at a point, or at the first of
+ * several that it comes to, which must be the same call.
+ */
 export async function traced(
   subject: Subject,
-  point: Point | Pick<Point, "situation">,
-  inject?: string,
+  situation: string,
+  points: readonly Point[] = [],
+  inject = "",
+  ...more: string[]
 ): Promise<Ended & { trace: string; befell: boolean }> {
   const { bed } = subject;
   const output = join(bed.home, "trace");
-  const at = !("path" in point) ? [] : [
-    "-P",
-    join(bed.home, point.path.replace(/(?<=^drop\/).*/, (name) => tokens(subject).get(name) ?? name)),
-    "-e",
-    `inject=${point.call}:${inject}:when=${point.when}`,
-  ];
-  const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output, `-etrace=${CHANGING}`];
+  const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output];
+  if (!inject.startsWith("signal=")) options.push(QUICK);
+  const names = new Map([...await aliases(subject)].map(([path, alias]) => [alias, path]));
+  for (const { path } of points) options.push("-P", join(bed.home, names.get(path) ?? path));
+  const [first] = points;
+  options.push("-e", first === undefined ? `trace=${CHANGING}` : `trace=${first.call}`);
+  if (first !== undefined) options.push("-e", `inject=${first.call}:${inject}:when=${first.when}`);
   const ended = await subject.program(
-    ["strace", ...options, ...at],
+    ["strace", ...options],
     "--test",
-    point.situation === "rollover" ? "--rollover" : "--retry",
+    situation === "rollover" ? "--rollover" : "--retry",
+    ...more,
   );
   const trace = textOf(output);
   return { ...ended, trace, befell: trace.includes("(INJECTED)") || ended.code === 128 + 9 };

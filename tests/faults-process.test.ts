@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
 import { ALL, LEFORWARD, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
-import { missing, pointsOf, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
+import { missing, pointsOf, readingPointsOf, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
 
 const ignore = missing !== undefined;
 if (ignore) {
@@ -40,6 +40,29 @@ for (const situation of SITUATIONS) {
         await using subject = await subjectIn(situation);
         const ran = await traced(subject, situation, [point], `error=${error}`);
         await subject.afterFault(ran);
+        await subject.recover();
+        return ran.befell;
+      }, AT_ONCE);
+    },
+  });
+}
+
+/** A disk that is broken, for others, or that of another machine and gone; a system that is out of files. */
+const READING_ERRORS = ["EIO", "EACCES", "ESTALE", "EMFILE"];
+
+for (const situation of ["renewal", "delivery owed"]) {
+  Deno.test({
+    name: `any file that lematt reads can be out of reach (${situation})`,
+    ignore,
+    async fn() {
+      const points = pairs(READING_ERRORS, await readingPointsOf(situation));
+      await sweep(`a file out of reach, ${situation}`, points, 1, async ([error, point]) => {
+        await using subject = await subjectIn(situation);
+        const account = subject.bed.text("account.key");
+        const ran = await traced(subject, situation, [point], `error=${error}`);
+        await subject.afterFault(ran);
+        assert.equal(subject.bed.text("account.key"), account);
+        subject.dropUnusable();
         await subject.recover();
         return ran.befell;
       }, AT_ONCE);

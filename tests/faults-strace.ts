@@ -43,6 +43,8 @@ export interface Point {
   readonly call: string;
   /** The how-manieth such call for that path of the thread that makes it. */
   readonly when: number;
+  /** Whether it changes nothing. */
+  readonly reads: boolean;
 }
 
 /** What the program finds when it starts. */
@@ -135,7 +137,16 @@ async function aliases({ bed }: Subject): Promise<Map<string, string>> {
 }
 
 /** The calls by which the program changes files when it starts in that situation. */
-export function pointsOf(situation: string): Promise<readonly Point[]> {
+export async function pointsOf(situation: string): Promise<readonly Point[]> {
+  return (await pointsIn(situation)).filter(({ reads }) => !reads);
+}
+
+/** The calls by which it opens files and directories to read them. */
+export async function readingPointsOf(situation: string): Promise<readonly Point[]> {
+  return (await pointsIn(situation)).filter(({ reads }) => reads);
+}
+
+function pointsIn(situation: string): Promise<readonly Point[]> {
   return found[situation] ??= findPoints(situation);
 }
 const found: Record<string, Promise<readonly Point[]>> = {};
@@ -159,9 +170,9 @@ async function findPoints(situation: string): Promise<Point[]> {
     const counted = `${thread} ${call} ${path}`;
     const when = (counts.get(counted) ?? 0) + 1;
     counts.set(counted, when);
-    if (call === "openat" && !rest!.includes("O_CREAT")) continue;
     if (when > 1 && thread !== main) continue;
-    points.set(`${call} ${path} ${when}`, { path, call: call!, when });
+    const reads = call === "openat" && !rest!.includes("O_CREAT");
+    points.set(`${call} ${path} ${when}`, { path, call: call!, when, reads });
   }
   return [...points.values()];
 }

@@ -36,6 +36,7 @@ const FAULTS: Readonly<Record<string, Fault>> = {
   "badNonce": { kind: "badNonce" },
   "truncated": { kind: "truncate" },
   "HTML with 200": { kind: "html" },
+  "sent elsewhere": status(307, { location: "https://localhost/" }),
   "no Replay-Nonce": { kind: "drop header", name: "replay-nonce" },
   "no Location": { kind: "drop header", name: "location" },
   "no Content-Type": { kind: "drop header", name: "content-type" },

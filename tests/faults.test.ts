@@ -10,7 +10,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { type Bed, until } from "./bed.ts";
-import { ALL, isRunning, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
+import { ALL, isRunning, LEMATT, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
 import { missing as noStrace } from "./faults-strace.ts";
 
 /** ari: no, since what lematt forgets with its state it asks again too soon, which the CA would hold against it. */
@@ -66,7 +66,7 @@ Deno.test("whatever stands in the way of a file is told, harms nothing else, and
       assert(others.every(({ finding }) => finding.kind === "present"));
     }
 
-    if (what !== "test") subject.dropUnusable();
+    subject.dropUnusable();
     await Deno.remove(path, { recursive: true }).catch(() => {}); // as one would who does not know what it was
     if (what === "account.key") Deno.renameSync(aside, path);
     await subject.recover();
@@ -264,12 +264,14 @@ const UPLOADS: Readonly<Record<string, string>> = {
   "leaves a daemon and fails": "sleep 5 & exit 1",
   "prints without end": "yes 'no use'",
   "takes its certificates away": "rm -f CERTS; exit 1",
+  "takes everything away": "rm -rf CONF/test",
+  "runs lematt itself": `${LEMATT.join(" ")} --test --config CONF`,
 };
 
 Deno.test("an upload that goes wrong in any way is owed, and made good once it works", async () => {
   await sweep("uploads that go wrong", Object.keys(UPLOADS).filter(isQuick), 2, async (what) => {
     await using subject = await Subject.create({ settings: `${PROGRAM.settings}\ncommandTimeout: 1` });
-    subject.configure({ upload: UPLOADS[what] });
+    subject.configure({ upload: UPLOADS[what]!.replace("CONF", subject.bed.conf) });
     const ran = await subject.program([], "--test");
     presentable(ran.stdout + ran.stderr);
     assert.notEqual(ran.code, 0);
@@ -282,6 +284,8 @@ Deno.test("an upload that goes wrong in any way is owed, and made good once it w
 
 const PREPARES: Readonly<Record<string, string>> = {
   "never begins": "no-such-command",
+  "ends lematt": "kill -TERM $PPID; cat >/dev/null",
+  "kills lematt": "kill -KILL $PPID; cat >/dev/null",
   "dies before the validation": "exit 7",
   "dies during the validation": "until ls DROP/* 2>/dev/null; do sleep 0.01; done; kill -KILL $$",
   "dies after the validation": "cat >/dev/null; kill -KILL $$",
@@ -290,11 +294,12 @@ const PREPARES: Readonly<Record<string, string>> = {
 
 Deno.test("a prepare command that goes wrong in any way leaves nothing behind", async () => {
   await sweep("prepare commands that go wrong", Object.keys(PREPARES).filter(isQuick), 2, async (what) => {
-    await using subject = await Subject.create(EC);
+    const asProgram = what.endsWith("lematt");
+    await using subject = await Subject.create(asProgram ? PROGRAM : EC);
     const { bed } = subject;
     subject.configure({ prepare: PREPARES[what]!.replace("DROP", bed.drop) });
-    await subject.afterFault(await subject.attempt());
-    assert.deepEqual(bed.dropped(), []);
+    await subject.afterFault(await (asProgram ? subject.program([], "--test") : subject.attempt()));
+    if (what !== "kills lematt") assert.deepEqual(bed.dropped(), []);
     subject.configure();
     await subject.recover();
   });

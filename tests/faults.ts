@@ -26,7 +26,12 @@ import { isPrivateKey } from "../lib/x509.ts";
 import { type Bed, type Ended, type Ran, testBed, type TestWorld, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
-const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
+/** lematt's command line, without its options. */
+export const LEMATT: readonly string[] = [
+  Deno.execPath(),
+  ..."run -q --no-prompt -P=lematt".split(" "),
+  join(import.meta.dirname!, "../lematt.ts"),
+];
 /** leforward's command line, without its options. */
 export const LEFORWARD: readonly string[] = [
   Deno.execPath(),
@@ -191,7 +196,7 @@ ${more}`,
 
   /** The program itself, started by a command, to its end. */
   async program(by: readonly string[], ...args: string[]): Promise<Ended> {
-    const [command, ...rest] = [...by, Deno.execPath(), "run", "-q", "--no-prompt", "-P=lematt", PROGRAM];
+    const [command, ...rest] = [...by, ...LEMATT];
     const child = new Deno.Command(command!, {
       args: [...rest, ...args, "--config", this.bed.conf],
       cwd: this.bed.home,
@@ -204,7 +209,7 @@ ${more}`,
 
   /** Removes the states that have been set aside because they could not be used. */
   dropUnusable(): void {
-    for (const name of listing(this.bed.path("test"))) {
+    for (const name of isDirectory(this.bed.path("test")) ? listing(this.bed.path("test")) : []) {
       const path = this.bed.path("test", name);
       if (name.startsWith("state.json.unusable-")) Deno.removeSync(path, { recursive: true });
     }
@@ -322,6 +327,14 @@ export function textOf(path: string): string {
 function isFile(path: string): boolean {
   try {
     return Deno.lstatSync(path).isFile;
+  } catch {
+    return false;
+  }
+}
+
+function isDirectory(path: string): boolean {
+  try {
+    return Deno.statSync(path).isDirectory;
   } catch {
     return false;
   }

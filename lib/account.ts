@@ -146,6 +146,7 @@ export async function rollOver(connecting: Connecting): Promise<void> {
 }
 
 async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
+  using _locked = await lockedKey(config.accountKey);
   const old = readIfThere(config.accountKey);
   if (old !== undefined) {
     const path = oldKeyPath(config, (await importAccountKey(old)).thumbprint);
@@ -153,6 +154,24 @@ async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
   }
   Deno.renameSync(newKeyPath(config, mode), config.accountKey);
   madeKey(config.accountKey, "changed");
+}
+
+/**
+ * Keeps the account key from being replaced by the other mode, whose lock is another, between its being saved as an old
+ * one and its being replaced here. Where it cannot be locked, that is left to chance.
+ */
+async function lockedKey(path: string): Promise<Deno.FsFile | undefined> {
+  for (;;) {
+    let file: Deno.FsFile | undefined;
+    try {
+      file = await Deno.open(path, { read: true, write: true }); // NFS locks nothing for those who only read
+      await file.lock(true);
+      if ((await file.stat()).ino === (await Deno.stat(path)).ino) return file;
+      file.close(); // has been replaced meanwhile
+    } catch {
+      return file;
+    }
+  }
 }
 
 async function clientFor(pem: string, { config, mode, store, world }: Connecting): Promise<AcmeClient> {

@@ -374,6 +374,29 @@ Deno.test("a key that was changed at one CA, twice, is changed at the other in i
   assert.equal(Object.keys(accounts).length, 1);
 });
 
+Deno.test("the account key, changed at two CAs at the same moment, loses the account of neither", async () => {
+  await using bed = await bedFor();
+  await using second = await secondCa(bed);
+  const { fetch } = second;
+  const modes = ["test", "prod"] as const;
+  for (const mode of modes) await issue(bed, { mode, fetch });
+  const before = [bed.ca, second.ca].map((ca) => only(ca).url);
+  const gate = Promise.withResolvers<void>();
+  let told = 0;
+  const together: TestWorld["fetch"] = async (url, init) => {
+    const response = await fetch(url, init);
+    if (new URL(url).pathname === "/key-change" && ++told === modes.length) gate.resolve();
+    if (new URL(url).pathname === "/key-change") await gate.promise;
+    return response;
+  };
+  await Promise.all(modes.map((mode) => roll(bed, mode, { fetch: together })));
+  for (const mode of modes) {
+    discard(bed, mode);
+    await issue(bed, { mode, fetch });
+  }
+  assert.deepEqual([bed.ca, second.ca].map((ca) => only(ca).url), before);
+});
+
 Deno.test("a change of key that was cut off at one CA is none of the other's business", async () => {
   await using bed = await bedFor();
   await using second = await secondCa(bed);

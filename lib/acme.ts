@@ -99,23 +99,26 @@ export interface Transport extends Clock {
 
 /**
  * What the CA refused, an answer that cannot be used, or none at all. `step` and `url` say of what, `problem` what the
- * CA said, `retryAfter` when it wants to be asked again; `passing` that the same request may succeed in a moment.
+ * CA said, `retryAfter` when it wants to be asked again; `passing` that the same request may succeed in a moment;
+ * `spent` that an order came to nothing.
  */
 export class AcmeError extends Error {
   override readonly name = "AcmeError";
   readonly problem?: Problem;
   readonly retryAfter?: Date;
   readonly passing: boolean;
+  readonly spent: boolean;
   constructor(
     readonly step: string,
     message: string,
     readonly url: string,
-    evidence: { problem?: Problem; retryAfter?: Date; passing?: boolean } = {},
+    evidence: { problem?: Problem; retryAfter?: Date; passing?: boolean; spent?: boolean } = {},
   ) {
     super(message);
     this.problem = evidence.problem;
     this.retryAfter = evidence.retryAfter;
     this.passing = evidence.passing ?? false;
+    this.spent = evidence.spent ?? false;
   }
 }
 
@@ -458,7 +461,7 @@ export class AcmeClient {
       const wait = retryAfter === undefined ? jittered(next, transport) : retryAfter.getTime() - now;
       if (now + wait > deadline) {
         const text = `still ${status}, and lematt waits no longer than ${ORDER_DEADLINE_MS / 1000} s`;
-        throw new AcmeError(step, text, order.url, { retryAfter });
+        throw new AcmeError(step, text, order.url, { retryAfter, spent: true });
       }
       await pause(wait, transport);
       const response = await this.#postAsGet(step, order.url);

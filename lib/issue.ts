@@ -103,7 +103,7 @@ async function validationError(order: Order, client: AcmeClient): Promise<AcmeEr
     .filter((error) => error !== undefined);
   const problem = first ?? order.error;
   const message = failures.join("; ") || (order.error ? describe(order.error) : "the order became invalid");
-  return new AcmeError("validate", message, order.url, { problem });
+  return new AcmeError("validate", message, order.url, { problem, spent: true });
 }
 
 async function certificate(
@@ -120,7 +120,7 @@ async function certificate(
       break;
     case "invalid": {
       const message = order.error ? describe(order.error) : "the order became invalid";
-      throw new AcmeError("issue", message, order.url, { problem: order.error });
+      throw new AcmeError("issue", message, order.url, { problem: order.error, spent: true });
     }
     case "pending":
     case "ready":
@@ -139,7 +139,7 @@ async function certificate(
     };
   } catch (error) {
     if (!(error instanceof ChainError)) throw error;
-    throw new AcmeError("check the certificate", error.message, order.url);
+    throw new AcmeError("check the certificate", error.message, order.url, { spent: true });
   }
 }
 

@@ -559,7 +559,7 @@ function limitsAccount(error: Error, names: readonly string[]): error is AcmeErr
  */
 function failureAfter(before: Failure | undefined, error: Error, now: Date): Failure {
   const count = (before?.count ?? 0) + 1;
-  const refused = error instanceof AcmeError && error.problem !== undefined;
+  const refused = error instanceof AcmeError && (error.problem !== undefined || error.spent);
   const asked = error instanceof AcmeError ? error.retryAfter : undefined;
   const costly = refused || error instanceof ChallengeError || error instanceof CommandError;
   const retryAt = asked ?? (costly ? retryAfterFailure(count, now) : undefined);

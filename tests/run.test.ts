@@ -89,6 +89,14 @@ Deno.test("a validation that failed keeps its line waiting, too", async () => {
   assert.equal((await bed.run()).requests.length, 0);
 });
 
+Deno.test("a certificate that does not stand its check keeps its line waiting, for the order is spent", async () => {
+  await using bed = await bedOf("a.example.com");
+  const slow = () => new Date(bed.ca.now.getTime() - 40 * 24 * HOUR);
+  const { stderr } = await bed.run({ now: slow });
+  assert.match(stderr, /^FAILED {2}a\.example\.com \(ec\)\n +cannot check the certificate: /);
+  assert.equal((await bed.run({ now: slow })).requests.length, 0);
+});
+
 Deno.test("a CA that cannot be reached is asked by every run, and counted", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
   const fetch = () => Promise.reject(new TypeError("no route to host"));

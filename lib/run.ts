@@ -484,31 +484,34 @@ async function issueAll(
     }
     await keep(due, issued);
   };
-  const directoryUrl = config.acmeDirectory[mode];
   const held: Waiting[] = [];
   let failed = 0;
-  delete store.state.holds[directoryUrl];
+  delete store.state.holds[config.acmeDirectory[mode]];
   await inParallel(tasks, parallel, world.signal, async (task) => {
-    const hold = store.state.holds[directoryUrl];
-    if (hold !== undefined && new Date(hold) > world.now()) {
-      held.push({ ...task, until: new Date(hold) });
+    const until = heldUntil(running);
+    if (until !== undefined) {
+      held.push({ ...task, until });
       return;
     }
-    const failures = await issueTask(task, issuing, running, remember);
-    failed += failures;
+    const left = await issueTask(task, issuing, running, remember);
+    failed += left.failed;
+    if (left.limited.length > 0) held.push({ ...task, due: left.limited, until: heldUntil(running)! });
   });
   await register(client, running.connecting); // the CA may have forgotten the account, and been told anew
   await store.saveState();
   return { failed, held };
 }
 
-/** Issues one line, keeps what comes, tells and remembers what failed, and returns for how many certificates it did. */
+/**
+ * Issues one line, keeps what comes, tells and remembers what failed. Returns for how many certificates it did, and which
+ * the CA did not want to be asked for, as it had told another line before.
+ */
 async function issueTask(
   task: Task,
   issuing: Issuing,
   running: Running,
   keep: (due: Due, issued: Issued) => Promise<void>,
-): Promise<number> {
+): Promise<{ failed: number; limited: readonly Due[] }> {
   const { world, tell } = running;
   tell({ kind: "task", task });
   const begun = world.now().getTime();
@@ -527,12 +530,23 @@ async function issueTask(
     if (result.status === "fulfilled") continue;
     failures.set(result.reason, [...failures.get(result.reason) ?? [], task.due[index]!]);
   }
-  for (const [error, due] of failures) tell({ kind: "failed", due, error });
   const [error] = failures.keys();
+  const left = [...failures.values()].flat();
+  const known = error !== undefined && limitsAccount(error, task.line.names) &&
+    heldUntil(running) !== undefined;
   if (error === undefined) delete running.store.state.failures[task.due[0]!.entry.stem];
-  else rememberFailure(task, error, running);
+  else if (!known) {
+    for (const [error, due] of failures) tell({ kind: "failed", due, error });
+    rememberFailure(task, error, running);
+  }
   tell({ kind: "end", task });
-  return [...failures.values()].flat().length;
+  return known ? { failed: 0, limited: left } : { failed: left.length, limited: [] };
+}
+
+/** Until when the CA wants no orders; undefined where it takes them. */
+function heldUntil({ config, mode, store, world }: Running): Date | undefined {
+  const hold = store.state.holds[config.acmeDirectory[mode]];
+  return hold !== undefined && new Date(hold) > world.now() ? new Date(hold) : undefined;
 }
 
 /** Remembers why a line could not be issued, or until when the CA wants no orders at all. */

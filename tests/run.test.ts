@@ -152,6 +152,19 @@ Deno.test("a limit on orders holds all lines until Retry-After, and no request i
   assert.deepEqual(stateOf(bed).holds, {});
 });
 
+Deno.test("lines under way that meet the same limit wait like those behind them; the first one says why", async () => {
+  await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com\nd.example.com", {
+    limits: { newOrder: { count: 1, windowMs: 3 * HOUR } },
+  });
+  const { code, stdout, stderr } = await bed.run({ parallel: 3 });
+  assert.equal(code, 1);
+  assert.equal(stderr.match(/^FAILED /gm)!.length, 1);
+  assert.match(stderr, /^FAILED .*\n +cannot create an order: too many new orders/);
+  assert.match(stderr, /^waiting 2 lines: the CA wants no orders before /m);
+  assert.match(stdout, /^1 issued, 1 failed, 0 kept, 2 lines waiting/m);
+  assert.deepEqual(stateOf(bed).failures, {});
+});
+
 Deno.test("a limit that names a line holds that line until Retry-After, and no other", async () => {
   const until = new Date(Date.now() + 5 * HOUR);
   const fault = befalling(

@@ -161,7 +161,7 @@ Deno.test("lines under way that meet the same limit wait like those behind them;
   assert.equal(stderr.match(/^FAILED /gm)!.length, 1);
   assert.match(stderr, /^FAILED .*\n +cannot create an order: too many new orders/);
   assert.match(stderr, /^waiting 2 lines: the CA wants no orders before /m);
-  assert.match(stdout, /^1 issued, 1 failed, 0 kept, 2 lines waiting/m);
+  assert.match(stdout, /^1 issued, 1 failed, 2 lines waiting, 0 kept/m);
   assert.deepEqual(stateOf(bed).failures, {});
 });
 

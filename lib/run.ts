@@ -235,8 +235,7 @@ export async function run(
   const keep = async ({ entry }: Due, issued: Issued) => {
     owe(state, entry.line, certFile(config, mode, entry), issued.certificate.fingerprint, world.now());
     await store.saveState();
-    await store.commit(entry, issued);
-    renewed.set(entry, { ...entry, finding: { kind: "present", certificate: issued.certificate } });
+    renewed.set(entry, await store.commit(entry, issued));
     for (const { name } of entry.line.sections) fresh.add(name);
   };
   const issuing = issueAll(decided.tasks, running, keep).then(async (issued) => {

@@ -487,9 +487,10 @@ export class Store implements Disposable {
 
   /**
    * Puts a certificate, and its key where that is new, in the place of the old. Both are complete on disk before the
-   * first is renamed, so that a run cut off between the two renames is completed by the next.
+   * first is renamed, so that a run cut off between the two renames is completed by the next. Returns the entry as it
+   * stands then, which keeps nothing of the chain in memory.
    */
-  async commit(entry: Entry, issued: Issued): Promise<void> {
+  async commit(entry: Entry, issued: Issued): Promise<Entry> {
     const files = filesOf(this.config, this.mode, entry);
     const renames: [string, string][] = [];
     if (this.keyOf(entry) !== issued.keyPem) {
@@ -500,6 +501,8 @@ export class Store implements Disposable {
     await Deno.rename(await writeTemporary(temporaryOf(files.csr), issued.csrPem, 0o644), files.csr);
     this.link(entry);
     for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
+    const certificate = describeCertificate(issued.certificate.der, readerOf(files.cert));
+    return { ...entry, finding: { kind: "present", certificate } };
   }
 
   /** Makes sure, before a certificate is asked for, that it can be kept. */

@@ -37,7 +37,7 @@ const ORDERS = 300;
 const PARALLEL = 30;
 
 /** Some megabytes more than a run with one line needs. */
-const HEAP_MB = 28;
+const HEAP_MB = 24;
 
 export async function limits(): Promise<void> {
   {

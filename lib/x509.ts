@@ -112,8 +112,9 @@ function generalName(der: Uint8Array, { tag, start, end }: Element): string {
 function timeOf(der: Uint8Array, { tag, start, end }: Element): Date {
   const text = ascii(der.subarray(start, end));
   const century = tag === 0x18 ? "" : text < "50" ? "20" : "19";
-  const iso = (century + text).replace(/^(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z$/, "$1-$2-$3T$4:$5:$6Z");
-  const time = new Date(iso);
+  const [, year, ...rest] = /^(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z$/.exec(century + text) ?? [];
+  const [month, day, hour, minute, second] = rest;
+  const time = new Date(`${year}-${month}-${day}T${hour}:${minute}:${second}Z`);
   if (Number.isNaN(time.getTime())) throw new Error("a certificate with an impossible date");
   return time;
 }

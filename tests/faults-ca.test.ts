@@ -68,15 +68,19 @@ function rewritten(body: unknown, n: number, lie: unknown): unknown {
 Deno.test("a lie in any word of any answer costs an error, and is made good by the next run", async () => {
   const points = pairs(upTo(24), upTo(20)).map(([n, word], i) => ({ n, word, lie: i % LIES.length }));
   await sweep("lies in a word", points, 3, async ({ n, word, lie }) => {
-    return await lied(n, (canary) => ({
+    let told = false;
+    await lied(n, (canary) => ({
       kind: "rewrite text",
       rewrite(body) {
         const text = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
-        return body.startsWith("{")
+        const answer = body.startsWith("{")
           ? JSON.stringify(rewritten(JSON.parse(body), word, JSON.parse(text)))
           : text;
+        told = answer !== body;
+        return answer;
       },
     }));
+    return told; // most answers have fewer words
   });
 });
 

@@ -49,6 +49,9 @@ import { createCsr, generateKey } from "./x509.ts";
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = 3_600_000;
 
+/** Of all that waits for a moment: a Retry-After is cut to a day, as is every pause of lematt's own. */
+const LONGEST_PAUSE_MS = 86_400_000;
+
 /** The world outside, as a run needs it. */
 export interface World {
   /** For requests to the CA; `caBundle` is its business. */
@@ -76,9 +79,9 @@ export async function preview(
   world: Pick<World, "now">,
   tell: Tell,
 ): Promise<Summary> {
-  const state = stateToRead(config, mode, tell);
-  const inventory = readInventory(config, mode);
   const now = world.now();
+  const state = stateToRead(config, mode, now, tell);
+  const inventory = readInventory(config, mode);
   const memory = memoryOf(state, config, mode, identified(inventory, now), now, retry);
   const decided = plan(config, inventory, now, memory);
   const standing = config.sections.some(({ challenge }) => challenge === "dns-persist-01");
@@ -108,7 +111,7 @@ export async function status(
   tell: Tell,
 ): Promise<Status> {
   const now = world.now();
-  const state = stateToRead(config, mode, tell);
+  const state = stateToRead(config, mode, now, tell);
   const inventory = readInventory(config, mode);
   const looked = offline ? [] : config.sections.filter(({ verify }) => verify.length > 0);
   const served = looked.map(async (section) => {
@@ -133,11 +136,14 @@ export async function status(
 }
 
 /** The state for those who only look: what cannot be used is said, and left where it is. */
-function stateToRead(config: Config, mode: Mode, tell: Tell): State {
+function stateToRead(config: Config, mode: Mode, now: Date, tell: Tell): State {
   const state = readState(config, mode);
-  if (!("unusable" in state)) return state;
-  tell({ kind: "notice", text: `cannot use ${mode}/state.json: ${state.unusable}` });
-  return emptyState();
+  if ("unusable" in state) {
+    tell({ kind: "notice", text: `cannot use ${mode}/state.json: ${state.unusable}` });
+    return emptyState();
+  }
+  dropPutOff(state, now);
+  return state;
 }
 
 /** What the plan heeds of the state; `retry` has it forget that something should wait. */
@@ -271,6 +277,7 @@ export async function rollover(config: Config, mode: Mode, world: World, tell: T
  */
 async function openStore(config: Config, mode: Mode, world: World, tell: Tell): Promise<Store> {
   const store = Store.open(config, mode, world.now());
+  dropPutOff(store.state, world.now());
   for (const text of store.notices) tell({ kind: "notice", text, changed: true });
   if (!store.begunAnew) return store;
   for (const entry of readInventory(config, mode)) {
@@ -280,6 +287,22 @@ async function openStore(config: Config, mode: Mode, world: World, tell: Tell): 
   }
   await store.saveState();
   return store;
+}
+
+/** Forgets what a clock that was ahead has put off or told of: nothing that is remembered waits longer than a day. */
+function dropPutOff(state: State, now: Date): void {
+  const latest = new Date(now.getTime() + LONGEST_PAUSE_MS).toISOString();
+  const isPutOff = (at: string | undefined) => at !== undefined && at > latest; // as texts, for there may be many
+  for (const waiting of [...Object.values(state.failures), ...Object.values(state.owed)]) {
+    if (isPutOff(waiting.retryAt)) delete waiting.retryAt;
+  }
+  for (const renewal of Object.values(state.renewals)) {
+    if (isPutOff(renewal.askAt)) delete renewal.askAt;
+    if (isPutOff(renewal.suggestedAt)) delete renewal.suggestedAt;
+  }
+  for (const moments of [state.holds, ...Object.values(state.alerts)]) {
+    for (const [key, at] of Object.entries(moments)) if (isPutOff(at)) delete moments[key];
+  }
 }
 
 /** Forgets what is remembered of lines, certificates and sections that are no more. */

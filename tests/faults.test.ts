@@ -248,6 +248,38 @@ Deno.test({
   },
 });
 
+// ---- the clock ---------------------------------------------------------------------------------------------------
+
+Deno.test("what a clock has put off that was a year ahead waits no longer once the clock is right", async () => {
+  await using subject = await Subject.create(EC);
+  const { bed } = subject;
+  const [alerts, days] = [join(bed.home, "alerts"), 86_400_000];
+  subject.configure({ upload: "exit 1", more: `alert: ["cat >> ${alerts}"]` });
+  const ahead = () => new Date(bed.ca.now.getTime() + 365 * days);
+  await bed.run();
+  for (let times = 1; times <= 2; times++) presentable((await bed.run({ now: ahead, retry: true })).stderr);
+  assert.match(textOf(alerts), /exit status 1/);
+  Deno.removeSync(alerts);
+
+  bed.ca.advance(2 * days);
+  assert.equal((await bed.run()).code, 1);
+  assert.match(textOf(alerts), /exit status 1/);
+  bed.ca.advance(2 * days);
+  subject.configure();
+  const { code, stderr } = await bed.run();
+  assert.deepEqual([code, stderr], [0, ""]);
+  await subject.recover({ orders: 2 });
+});
+
+Deno.test("a clock that is a year behind costs each line an order, and no more once it is right", async () => {
+  await using subject = await Subject.create(EC);
+  const { bed } = subject;
+  const behind = () => new Date(bed.ca.now.getTime() - 365 * 86_400_000);
+  for (let times = 1; times <= 3; times++) presentable((await bed.run({ now: behind })).stderr);
+  assert.equal(bed.ca.orders.length, 2);
+  await subject.recover();
+});
+
 // ---- commands ----------------------------------------------------------------------------------------------------
 
 /** What ignores TERM gets five seconds. */

@@ -28,7 +28,7 @@ async function versions(): Promise<string> {
     if (path === undefined) continue;
     const said = await output(path, flag) +
       (which("dpkg-query") ? await output("dpkg-query", "-W", name) : "");
-    found.push(`${name} ${/\d+\.\d+[\w.+-]*|\bdev\b/.exec(said)?.[0] ?? "of unknown version"}`);
+    found.push(`${name} ${/\d+\.\d+[\w.+-]*/.exec(said)?.[0] ?? "of unknown version"}`);
   }
   return found.join(", ");
 }

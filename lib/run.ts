@@ -470,8 +470,9 @@ async function issueAll(
   for (const request of early.values()) request.catch(() => {}); // heard by the line that needs it
   let client: AcmeClient;
   try {
-    [client] = await Promise.all([running.client(), store.ensureWritable()]);
+    client = await running.client();
     await register(client, running.connecting);
+    await store.ensureWritable();
   } catch (error) {
     tell({ kind: "no CA", error: error as Error, tasks });
     for (const task of tasks) rememberFailure(task, error as Error, running);
@@ -517,7 +518,7 @@ async function issueAll(
     }
     const left = await issueTask(task, issuing, running, remember);
     failed += left.failed;
-    if (left.limited.length > 0) held.push({ ...task, due: left.limited, until: heldUntil(running)! });
+    if (left.held !== undefined) held.push(left.held);
   });
   await register(client, running.connecting); // the CA may have forgotten the account, and been told anew
   await store.saveState();
@@ -525,15 +526,15 @@ async function issueAll(
 }
 
 /**
- * Issues one line, keeps what comes, tells and remembers what failed. Returns for how many certificates it did, and which
- * the CA did not want to be asked for, as it had told another line before.
+ * Issues one line, keeps what comes, tells and remembers what failed. Returns for how many certificates it did; or what
+ * waits, where the CA wants no more orders and another line has told of it.
  */
 async function issueTask(
   task: Task,
   issuing: Issuing,
   running: Running,
   keep: (due: Due, issued: Issued) => Promise<void>,
-): Promise<{ failed: number; limited: readonly Due[] }> {
+): Promise<{ failed: number; held?: Waiting }> {
   const { world, tell } = running;
   tell({ kind: "task", task });
   const begun = world.now().getTime();
@@ -552,17 +553,18 @@ async function issueTask(
     if (result.status === "fulfilled") continue;
     failures.set(result.reason, [...failures.get(result.reason) ?? [], task.due[index]!]);
   }
-  const [error] = failures.keys();
-  const left = [...failures.values()].flat();
-  const known = error !== undefined && limitsAccount(error, task.line.names) &&
-    heldUntil(running) !== undefined;
-  if (error === undefined) delete running.store.state.failures[task.due[0]!.entry.stem];
-  else if (!known) {
+  const errors = [...failures.keys()], left = [...failures.values()].flat();
+  const until = heldUntil(running);
+  const waits = until !== undefined && errors.every((error) => limitsAccount(error, task.line.names));
+  if (errors.length === 0) delete running.store.state.failures[task.due[0]!.entry.stem];
+  else if (!waits) {
     for (const [error, due] of failures) tell({ kind: "failed", due, error });
-    rememberFailure(task, error, running);
+    rememberFailure(task, errors[0]!, running);
   }
   tell({ kind: "end", task });
-  return known ? { failed: 0, limited: left } : { failed: left.length, limited: [] };
+  return waits && left.length > 0
+    ? { failed: 0, held: { ...task, due: left, until } }
+    : { failed: left.length };
 }
 
 /** Until when the CA wants no orders; undefined where it takes them. */

@@ -3,7 +3,7 @@
  *
  * Works on text and bytes alone: it knows neither files nor the network. A run reads all certificates and mostly has
  * nothing else to do, so what stands in them is read here, byte by byte; whether it is true, and all that keys do, is
- * left to `node:crypto` and `@peculiar/x509` (imported nowhere else), which are loaded when they are first needed.
+ * left to `node:crypto` and to `@peculiar/x509`, which no other file imports; both are loaded when they are first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */

@@ -161,12 +161,13 @@ async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
  * one and its being replaced here. Where it cannot be locked, that is left to chance.
  */
 async function lockedKey(path: string): Promise<Deno.FsFile | undefined> {
-  for (;;) {
+  for (let attempts = 1;; attempts++) {
     let file: Deno.FsFile | undefined;
     try {
       file = await Deno.open(path, { read: true, write: true }); // NFS locks nothing for those who only read
       await file.lock(true);
-      if ((await file.stat()).ino === (await Deno.stat(path)).ino) return file;
+      // on some network file systems a file has another number each time
+      if ((await file.stat()).ino === (await Deno.stat(path)).ino || attempts === 10) return file;
       file.close(); // has been replaced meanwhile
     } catch {
       return file;

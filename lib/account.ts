@@ -9,7 +9,14 @@
 import defer * as nodeCrypto from "node:crypto";
 import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
 import type { Config, Mode } from "./config.ts";
-import { accountTemporary, createSecret, replaceSecret, type State, type Store } from "./store.ts";
+import {
+  accountTemporary,
+  createSecret,
+  readIfPresent,
+  replaceSecret,
+  type State,
+  type Store,
+} from "./store.ts";
 import { generateKey } from "./x509.ts";
 
 /** What a conversation with the CA needs. */
@@ -41,7 +48,7 @@ function newKeyPath({ accountKey, acmeDirectory }: Config, mode: Mode): string {
  */
 export async function connect(connecting: Connecting): Promise<AcmeClient> {
   const newKey = newKeyPath(connecting.config, connecting.mode);
-  const pem = readIfThere(newKey);
+  const pem = readIfPresent(newKey);
   if (pem !== undefined) {
     // cut off before the CA was told, or after
     if (await (await clientFor(pem, connecting)).findAccount() === undefined) Deno.removeSync(newKey);
@@ -76,7 +83,7 @@ function earlierAccount(
   for (const name of Object.keys(state.accounts)) {
     const [directory, thumbprint] = name.split(" ") as [string, string];
     if (directory !== config.acmeDirectory[mode]) continue;
-    const pem = readIfThere(oldKeyPath(config, thumbprint));
+    const pem = readIfPresent(oldKeyPath(config, thumbprint));
     if (pem !== undefined) return { name, pem };
   }
 }
@@ -110,7 +117,7 @@ export async function rememberedAccount(
   mode: Mode,
   state: State,
 ): Promise<State["accounts"][string] | undefined> {
-  const pem = readIfThere(config.accountKey);
+  const pem = readIfPresent(config.accountKey);
   return pem === undefined
     ? undefined
     : state.accounts[accountName(config, mode, await importAccountKey(pem))];
@@ -147,7 +154,7 @@ export async function rollOver(connecting: Connecting): Promise<void> {
 
 async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
   using _locked = await lockedKey(config.accountKey);
-  const old = readIfThere(config.accountKey);
+  const old = readIfPresent(config.accountKey);
   if (old !== undefined) {
     const path = oldKeyPath(config, (await importAccountKey(old)).thumbprint);
     await replaceSecret(path, old, accountTemporary(config, mode));
@@ -184,7 +191,7 @@ async function clientFor(pem: string, { config, mode, store, world }: Connecting
 
 /** The account key, made where there is none yet. */
 async function accountKey({ config, mode, madeKey }: Connecting): Promise<string> {
-  const present = readIfThere(config.accountKey);
+  const present = readIfPresent(config.accountKey);
   if (present !== undefined) return present;
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   try {
@@ -195,13 +202,4 @@ async function accountKey({ config, mode, madeKey }: Connecting): Promise<string
   }
   madeKey(config.accountKey, "made");
   return pem;
-}
-
-function readIfThere(path: string): string | undefined {
-  try {
-    return Deno.readTextFileSync(path);
-  } catch (error) {
-    if ((error as { code?: string }).code === "ENOENT") return undefined;
-    throw error;
-  }
 }

@@ -15,7 +15,7 @@ import type { Issued } from "./store.ts";
 import { ChainError, checkChain, rootOf } from "./x509.ts";
 
 /** A private key in PEM and the CSR that it signed. */
-export interface Request {
+export interface KeyAndCsr {
   readonly keyPem: string;
   readonly csr: { readonly der: Uint8Array; readonly pem: string };
 }
@@ -26,7 +26,7 @@ export interface Issuing {
   readonly challenges: Challenges;
   now(): Date;
   /** What is handed to the CA for a certificate. */
-  request(due: Due): Promise<Request>;
+  request(due: Due): Promise<KeyAndCsr>;
   /** Identifier of the certificate that this one replaces (RFC 9773 §5), where the same account ordered it. */
   replaces(due: Due): string | undefined;
   /** Common name of the root whose chain is wanted; without it the CA's default. */
@@ -109,7 +109,7 @@ async function validationError(order: Order, client: AcmeClient): Promise<AcmeEr
 async function certificate(
   line: Line,
   ready: Order,
-  { keyPem, csr }: Request,
+  { keyPem, csr }: KeyAndCsr,
   issuing: Issuing,
 ): Promise<Issued> {
   const { client, now } = issuing;

@@ -23,7 +23,7 @@ import {
   targetsOf,
 } from "./deliver.ts";
 import type { Query } from "./dns.ts";
-import { issueLine, type Issuing, type Request } from "./issue.ts";
+import { issueLine, type Issuing, type KeyAndCsr } from "./issue.ts";
 import { toIdentifier } from "./names.ts";
 import { type Due, type Memory, plan, retryAfterFailure, type Task, type Waiting } from "./plan.ts";
 import type { Route } from "./reach.ts";
@@ -555,16 +555,15 @@ async function issueTask(
   }
   const errors = [...failures.keys()], left = [...failures.values()].flat();
   const until = heldUntil(running);
-  const waits = until !== undefined && errors.every((error) => limitsAccount(error, task.line.names));
+  const waits = errors.length > 0 && until !== undefined &&
+    errors.every((error) => limitsAccount(error, task.line.names));
   if (errors.length === 0) delete running.store.state.failures[task.due[0]!.entry.stem];
   else if (!waits) {
     for (const [error, due] of failures) tell({ kind: "failed", due, error });
     rememberFailure(task, errors[0]!, running);
   }
   tell({ kind: "end", task });
-  return waits && left.length > 0
-    ? { failed: 0, held: { ...task, due: left, until } }
-    : { failed: left.length };
+  return waits ? { failed: 0, held: { ...task, due: left, until } } : { failed: left.length };
 }
 
 /** Until when the CA wants no orders; undefined where it takes them. */
@@ -627,7 +626,7 @@ async function inParallel<T>(
 }
 
 /** The key that is there, unless each certificate shall have its own, or a new one; and its CSR. */
-async function requestFor({ entry, reason }: Due, config: Config, store: Store): Promise<Request> {
+async function requestFor({ entry, reason }: Due, config: Config, store: Store): Promise<KeyAndCsr> {
   const anew = config.alwaysGenerateNewKeys || reason.kind === "revoked";
   const present = anew ? undefined : store.keyOf(entry);
   const keyPem = present ?? await generateKey(

@@ -345,16 +345,25 @@ export function lastRun(config: Config, mode: Mode): Date | undefined {
 }
 
 /** What `state.json` holds, or why it cannot be used. Changes nothing. */
-export function readState(config: Config, mode: Mode): State | { readonly unusable: string } {
+export function readState(config: Config, mode: Mode): State | Unusable {
+  return readStateFile(config, mode).state;
+}
+
+interface Unusable {
+  readonly unusable: string;
+}
+
+/** The state, and the text that it was read from. */
+function readStateFile(config: Config, mode: Mode): { text?: string; state: State | Unusable } {
   try {
     const text = readIfPresent(statePath(config, mode));
-    return text === undefined ? emptyState() : parseState(text);
+    return { text, state: text === undefined ? emptyState() : parseState(text) };
   } catch (error) {
-    return { unusable: (error as Error).message };
+    return { state: { unusable: (error as Error).message } };
   }
 }
 
-function parseState(text: string): State | { readonly unusable: string } {
+function parseState(text: string): State | Unusable {
   try {
     const state = JSON.parse(text) as State;
     if (state?.version === undefined) return { unusable: "it has no version" };
@@ -426,8 +435,6 @@ function isDate(value: unknown): boolean {
 export class Store implements Disposable {
   #written: Promise<void> = Promise.resolve();
   #waiting: Promise<void> | undefined;
-  /** What is in `state.json`. */
-  #kept: string | undefined;
   readonly #owners: Map<string, Line>;
   readonly #notes: Set<string>;
 
@@ -437,12 +444,13 @@ export class Store implements Disposable {
     private readonly lock: Deno.FsFile,
     /** Changed in memory, kept by `saveState`. */
     readonly state: State,
+    /** What is in `state.json`. */
+    private kept: string | undefined,
     /** Whether the state was begun anew, for what was there could not be used. */
     readonly begunAnew: boolean,
     /** What the caller should say. */
     readonly notices: string[],
   ) {
-    this.#kept = readIfPresent(statePath(config, mode));
     this.#owners = linkOwners(config);
     this.#notes = new Set((readIfPresent(this.#notesPath) ?? "").split("\n").filter((line) => line !== ""));
   }
@@ -457,14 +465,14 @@ export class Store implements Disposable {
       makeDirectory(join(base, "csr"), 0o755);
       makeDirectory(join(base, "cert"), 0o755);
       const notices: string[] = [];
-      let state = readState(config, mode);
+      let { text, state } = readStateFile(config, mode);
       if ("unusable" in state) {
         const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
         Deno.renameSync(statePath(config, mode), join(base, aside));
         notices.push(`cannot use ${mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`);
-        state = emptyState();
+        [text, state] = [undefined, emptyState()];
       }
-      const store = new Store(config, mode, lock, state, notices.length > 0, notices);
+      const store = new Store(config, mode, lock, state, text, notices.length > 0, notices);
       store.#completeCommits();
       return store;
     } catch (error) {
@@ -511,7 +519,7 @@ export class Store implements Disposable {
       const path = join(modeDirectory(this.config, this.mode), directory, TEMPORARY);
       removeIfThere(await writeTemporary(path, "", 0o600));
     }
-    this.#kept = undefined;
+    this.kept = undefined;
     await this.saveState();
   }
 
@@ -551,10 +559,10 @@ export class Store implements Disposable {
 
   async #writeState(): Promise<void> {
     const text = JSON.stringify(this.state, undefined, 1) + "\n";
-    if (text === this.#kept) return;
-    this.#kept = undefined;
+    if (text === this.kept) return;
+    this.kept = undefined;
     await replaceSecret(statePath(this.config, this.mode), text);
-    this.#kept = text;
+    this.kept = text;
   }
 
   /** What has been noted and not forgotten, by this run or by one before it that was cut off. */
@@ -695,7 +703,8 @@ function isRegularFile(path: string): boolean {
   }
 }
 
-function readIfPresent(path: string): string | undefined {
+/** The text of a file, undefined where there is none. */
+export function readIfPresent(path: string): string | undefined {
   try {
     return Deno.readTextFileSync(path);
   } catch (error) {

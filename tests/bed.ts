@@ -33,8 +33,8 @@ import {
   type Switches,
   type Webroot,
 } from "./ca.ts";
+import { LEMATT } from "./programs.ts";
 
-const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
 const DAY = 86_400_000;
 /** Waits of the client are cut to this part of what they are. */
 const HASTE = 1 / 100;
@@ -219,8 +219,9 @@ export class Bed implements AsyncDisposable {
 
   /** Starts the program; it does not outlive the bed. Its output is piped. */
   start(...args: string[]): Deno.ChildProcess {
-    const child = new Deno.Command(Deno.execPath(), {
-      args: ["run", "-q", "--no-prompt", "-P=lematt", PROGRAM, ...args, "--config", this.conf],
+    const [command, ...rest] = LEMATT;
+    const child = new Deno.Command(command!, {
+      args: [...rest, ...args, "--config", this.conf],
       cwd: this.home,
       stdin: "null",
       stdout: "piped",

@@ -3,7 +3,8 @@
  */
 
 import { join } from "node:path";
-import { median, megabytes, need, program, ratio, tell, times, which } from "./bench-measure.ts";
+import { median, megabytes, need, ratio, tell, times, which } from "./bench-measure.ts";
+import { startLeforward } from "./programs.ts";
 
 const PATH = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const TO = "http://central.example.com";
@@ -11,11 +12,9 @@ const TURNS = 5;
 const SECONDS = 2;
 const SILENT = 500;
 
-const LEFORWARD = program("leforward.ts");
-
 export async function forward(): Promise<void> {
   need("wrk");
-  await using ours = await startLeforward();
+  await using ours = await startLeforward(["--baseurl", TO, "--host", "127.0.0.1"], { stdin: "null" });
   const turns: number[] = [], rival: number[] = [];
   await using nginx = which("nginx") === undefined ? undefined : await startNginx();
   for (let i = 0; i < TURNS; i++) {
@@ -38,37 +37,11 @@ export async function forward(): Promise<void> {
   }
   const found = median(p99);
   tell(`99 of 100, ${SILENT} silent connections`, `${found.toFixed(2)} ms`, "", { found, atMost: 5 });
-  const peak = await peakMegabytes(ours.pid);
+  const peak = await peakMegabytes(ours.child.pid);
   tell("leforward's largest resident set", megabytes(peak), "after all that", { found: peak, atMost: 80 });
 }
 
-interface Server extends AsyncDisposable {
-  readonly port: number;
-  readonly pid: number;
-}
-
-async function startLeforward(): Promise<Server> {
-  const child = new Deno.Command(LEFORWARD[0]!, {
-    args: [...LEFORWARD.slice(1), "--baseurl", TO, "--host", "127.0.0.1", "--port", "0"],
-    stdin: "null",
-    stdout: "piped",
-    stderr: "null",
-  }).spawn();
-  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
-  const port = Number(/ port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);
-  if (!(port > 0)) throw new Error("Cannot start leforward");
-  return {
-    port,
-    pid: child.pid,
-    async [Symbol.asyncDispose]() {
-      child.kill();
-      await reader.cancel();
-      await child.status;
-    },
-  };
-}
-
-async function startNginx(): Promise<Server> {
+async function startNginx() {
   const home = await Deno.makeTempDir({ prefix: "lematt-bench-nginx-" });
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const { port } = listener.addr;
@@ -100,7 +73,6 @@ http { access_log off; keepalive_timeout 0; ${temporary}
   }
   return {
     port,
-    pid: child.pid,
     async [Symbol.asyncDispose]() {
       child.kill();
       await child.status;

@@ -16,7 +16,6 @@ import { certify, createAuthority, pem } from "./ca-x509.ts";
 import {
   type Cost,
   inTurns,
-  LEMATT,
   measure,
   median,
   megabytes,
@@ -25,6 +24,7 @@ import {
   tell,
   times,
 } from "./bench-measure.ts";
+import { LEMATT } from "./programs.ts";
 
 const DAY = 86_400_000;
 const TURNS = 5;

@@ -10,7 +10,6 @@ import { join } from "node:path";
 import {
   type Cost,
   inTurns,
-  LEMATT,
   measure,
   median,
   need,
@@ -20,6 +19,7 @@ import {
   times,
   which,
 } from "./bench-measure.ts";
+import { LEMATT } from "./programs.ts";
 import { startRelay } from "./bench-relay.ts";
 import { startWebroot } from "./ca.ts";
 import { startPebble } from "./pebble.ts";

@@ -4,8 +4,9 @@
  */
 
 import { type Bed, type Ran, testBed } from "./bed.ts";
-import { type Cost, measure, megabytes, program, seconds, tell } from "./bench-measure.ts";
+import { type Cost, measure, megabytes, seconds, tell } from "./bench-measure.ts";
 import type { Switches } from "./ca.ts";
+import { program } from "./programs.ts";
 
 const WINDOW_MS = 3 * 3600_000;
 

@@ -8,9 +8,6 @@
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 
-/** lematt as its first line starts it. */
-export const LEMATT: readonly string[] = program("lematt.ts");
-
 const GNU_TIME = "/usr/bin/time";
 
 /** One run of a program to its end. */
@@ -37,13 +34,6 @@ export function need(...programs: readonly string[]): void {
 export function which(name: string): string | undefined {
   const directories = [...(Deno.env.get("PATH") ?? "").split(delimiter), "/usr/sbin", "/sbin"];
   return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
-}
-
-/** The command by which a program of this repository starts, as its first line has it, with more flags if need be. */
-export function program(file: string, ...more: readonly string[]): readonly string[] {
-  const path = join(import.meta.dirname!, "..", file);
-  const flags = Deno.readTextFileSync(path).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");
-  return [Deno.execPath(), "run", ...flags, ...more, path];
 }
 
 /** Runs a program and says what it cost. Throws where it fails, with what it said. */

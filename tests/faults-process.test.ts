@@ -2,8 +2,9 @@
 
 import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
-import { ALL, LEFORWARD, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
+import { ALL, pairs, randomFrom, Subject, sweep, upTo } from "./faults.ts";
 import { missing, pointsOf, readingPointsOf, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
+import { LEFORWARD } from "./programs.ts";
 
 const ignore = missing !== undefined;
 if (ignore) {

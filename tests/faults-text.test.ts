@@ -15,7 +15,8 @@ import { preview, status } from "../lib/run.ts";
 import { filesOf, readInventory } from "../lib/store.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { testBed } from "./bed.ts";
-import { ALL, LEFORWARD, presentable, randomFrom, SEED, Subject } from "./faults.ts";
+import { ALL, presentable, randomFrom, SEED, Subject } from "./faults.ts";
+import { startLeforward } from "./programs.ts";
 
 /** Inputs for each reader. */
 const INPUTS = ALL ? 100_000 : 300;
@@ -261,15 +262,8 @@ Deno.test("any note of an earlier run is undone or passed over, and removes noth
 
 Deno.test("any bytes at leforward's socket are answered with a redirect or 404", async () => {
   const base = "http://central.example";
-  const [command, ...args] = LEFORWARD;
-  const child = new Deno.Command(command!, {
-    args: [...args, "--baseurl", base, "--port", "0"],
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  }).spawn();
-  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
-  const port = Number(/port (\d+)/.exec((await reader.read()).value ?? "")?.[1]);
+  await using running = await startLeforward(["--baseurl", base], { stdin: "null" });
+  const { port, child, stderr } = running;
   const path = `/.well-known/acme-challenge/${"LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"}`;
   const request = `GET ${path} HTTP/1.1\r\nHost: example.com\r\nUser-Agent: a CA\r\nAccept: */*\r\n\r\n`;
   const expected =
@@ -283,7 +277,5 @@ Deno.test("any bytes at leforward's socket are answered with a redirect or 404",
     assert.match(await new Response(connection.readable).text(), expected);
   });
   child.kill("SIGTERM");
-  const stderr = await new Response(child.stderr).text();
-  await Promise.all([child.status, reader.cancel()]);
-  assert.equal(stderr, "leforward: ended: SIGTERM\n");
+  assert.equal(await stderr, "leforward: ended: SIGTERM\n");
 });

@@ -10,8 +10,9 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { type Bed, until } from "./bed.ts";
-import { ALL, isRunning, LEMATT, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
+import { ALL, isRunning, pairs, presentable, Subject, sweep, textOf } from "./faults.ts";
 import { missing as noStrace } from "./faults-strace.ts";
+import { LEMATT } from "./programs.ts";
 
 /** ari: no, since what lematt forgets with its state it asks again too soon, which the CA would hold against it. */
 const EC = { settings: "keyTypes: ec\nari: no" };

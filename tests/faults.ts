@@ -25,19 +25,7 @@ import {
 import { isPrivateKey } from "../lib/x509.ts";
 import { type Bed, type Ended, type Ran, testBed, type TestWorld, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
-
-/** lematt's command line, without its options. */
-export const LEMATT: readonly string[] = [
-  Deno.execPath(),
-  ..."run -q --no-prompt -P=lematt".split(" "),
-  join(import.meta.dirname!, "../lematt.ts"),
-];
-/** leforward's command line, without its options. */
-export const LEFORWARD: readonly string[] = [
-  Deno.execPath(),
-  ..."run -q --no-prompt -N -E=SSH_ORIGINAL_COMMAND".split(" "),
-  join(import.meta.dirname!, "../leforward.ts"),
-];
+import { LEMATT } from "./programs.ts";
 
 /** Whether every point is to be tried. */
 export const ALL = Deno.env.get("LEMATT_FAULTS") === "all";

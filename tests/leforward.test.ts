@@ -3,46 +3,13 @@
  * What an ssh session does to it is in remote.test.ts.
  */
 import assert from "node:assert/strict";
+import { LEFORWARD, startLeforward as start } from "./programs.ts";
 
-const PROGRAM = new URL("../leforward.ts", import.meta.url).pathname;
-const FLAGS = Deno.readTextFileSync(PROGRAM).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");
-const COMMAND = [Deno.execPath(), "run", ...FLAGS, PROGRAM];
 const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
 
-/** A running leforward on a free port; `child.stdin` is open unless told otherwise. */
-async function start(args: string[], { stdin = "piped", by = COMMAND }: {
-  stdin?: "piped" | "null";
-  by?: string[];
-} = {}) {
-  const [program, ...rest] = by;
-  const child = new Deno.Command(program!, {
-    args: [...rest, "--port", "0", ...args],
-    stdin,
-    stdout: "piped",
-    stderr: "piped",
-  }).spawn();
-  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
-  const port = Number(/^leforward: port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);
-  const stderr = new Response(child.stderr).text();
-  assert.ok(port > 0, "leforward did not start");
-  return {
-    port,
-    child,
-    stderr,
-    async [Symbol.asyncDispose]() {
-      try {
-        child.kill("SIGKILL");
-      } catch { /* it has ended already */ }
-      if (stdin === "piped") await child.stdin.abort().catch(() => {});
-      await reader.cancel();
-      await Promise.all([child.status, stderr]);
-    },
-  };
-}
-
 /** Runs leforward to its end, for what it refuses. */
-async function refused(args: string[], env: Record<string, string> = {}, by = COMMAND) {
+async function refused(args: string[], env: Record<string, string> = {}, by = LEFORWARD) {
   const { code, stdout, stderr } = await new Deno.Command(by[0]!, {
     args: [...by.slice(1), ...args],
     env,
@@ -247,7 +214,7 @@ Deno.test("leforward redirects to the allowed URL in any spelling, and prefers -
     ] as const
   ) {
     await using server = await start([...args], {
-      by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...COMMAND],
+      by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...LEFORWARD],
     });
     assert.equal(
       await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`),
@@ -276,7 +243,7 @@ Deno.test("a port whose holder is about to end is waited for", async () => {
 });
 
 Deno.test("a port that needs a privilege is one line that names the ways out", async () => {
-  const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service", ...COMMAND] : COMMAND;
+  const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service", ...LEFORWARD] : LEFORWARD;
   const args = ["--baseurl", "http://c.example", "--port", "1", "--lifetime", "0.01"];
   const { code, stdout, stderr } = await refused(args, {}, by);
   if (stdout) return; // this machine lets everyone have every port
@@ -321,7 +288,7 @@ Deno.test("leforward ends when its standard input closes, whatever was written t
 
 Deno.test("leforward ends when its parent goes away, and not because its input was never open", async () => {
   // A shell gives a command in the background /dev/null as its input.
-  const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...COMMAND];
+  const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...LEFORWARD];
   await using server = await start(["--baseurl", "http://c.example"], { by });
   await new Promise((resolve) => setTimeout(resolve, 500));
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
@@ -333,7 +300,7 @@ Deno.test("leforward ends when its parent goes away, and not because its input w
 Deno.test("leforward works from a copy that stands alone, started by its first line", async () => {
   const directory = await Deno.makeTempDir();
   try {
-    await Deno.copyFile(PROGRAM, `${directory}/leforward.ts`);
+    await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);
     await Deno.chmod(`${directory}/leforward.ts`, 0o755);
     await using server = await start(["--baseurl", "http://c.example"], {
       by: [`${directory}/leforward.ts`],

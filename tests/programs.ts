@@ -1,0 +1,46 @@
+/**
+ * The programs of this repository, started as their first lines say.
+ */
+
+import { join } from "node:path";
+
+/** The command by which a program of this repository starts, as its first line has it, with more flags if need be. */
+export function program(file: string, ...more: readonly string[]): readonly string[] {
+  const path = join(import.meta.dirname!, "..", file);
+  const flags = Deno.readTextFileSync(path).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");
+  return [Deno.execPath(), "run", ...flags, ...more, path];
+}
+
+export const LEMATT = program("lematt.ts", "--no-prompt");
+export const LEFORWARD = program("leforward.ts");
+
+/** A running leforward on a free port; `child.stdin` is open unless told otherwise. */
+export async function startLeforward(args: readonly string[], { stdin = "piped", by = LEFORWARD }: {
+  stdin?: "piped" | "null";
+  by?: readonly string[];
+} = {}) {
+  const [command, ...rest] = by;
+  const child = new Deno.Command(command!, {
+    args: [...rest, "--port", "0", ...args],
+    stdin,
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+  const port = Number(/^leforward: port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);
+  const stderr = new Response(child.stderr).text();
+  if (!(port > 0)) throw new Error(`leforward did not start: ${await stderr}`);
+  return {
+    port,
+    child,
+    stderr,
+    async [Symbol.asyncDispose]() {
+      try {
+        child.kill("SIGKILL");
+      } catch { /* it has ended already */ }
+      if (stdin === "piped") await child.stdin.abort().catch(() => {});
+      await reader.cancel();
+      await Promise.all([child.status, stderr]);
+    },
+  };
+}

@@ -6,8 +6,7 @@
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
-import { systemQuery } from "./lib/dns.ts";
-import { systemRoute } from "./lib/reach.ts";
+import { systemQuery, systemRoute } from "./lib/context.ts";
 import { errorText, isSystemError, noticeText, Report, revocationText } from "./lib/report.ts";
 import {
   adviceFor,

@@ -18,9 +18,10 @@ import {
 } from "./acme.ts";
 import { commandLines, type PrepareCommands, runCommand } from "./actions.ts";
 import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
-import { type Query, txtFault } from "./dns.ts";
+import type { Query } from "./context.ts";
+import { txtFault } from "./dns.ts";
 import { isIP } from "./names.ts";
-import type { Route } from "./reach.ts";
+import type { Route } from "./context.ts";
 
 /** A challenge that the CA can check until this is disposed of. */
 export interface Answer extends AsyncDisposable {

@@ -5,27 +5,8 @@
  * never obeyed.
  */
 
-import type { Destination } from "./reach.ts";
+import type { Query } from "./context.ts";
 import { oneLine } from "./text.ts";
-
-/** Records of one type at a name, the parts of a TXT joined; empty where there are none. Throws where nobody answers. */
-export type Query = (
-  name: string,
-  type: "A" | "AAAA" | "CNAME" | "NS" | "TXT",
-  server?: Destination,
-) => Promise<string[]>;
-
-/** Asks the system's resolver, or one server. */
-export const systemQuery: Query = async (name, type, server) => {
-  const options = server && { nameServer: { ipAddr: server.address, port: server.port } };
-  try {
-    const records = await Deno.resolveDns(`${name}.`, type as "TXT", options);
-    return records.map((record) => [record].flat().join(""));
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return [];
-    throw error;
-  }
-};
 
 /** A delegation by CNAME has one step, two at the most; what is longer is a loop. */
 const MOST_ALIASES = 8;

@@ -9,7 +9,7 @@
 import http from "node:http";
 import { connect } from "node:net";
 import { connect as connectTls } from "node:tls";
-import type { Destination, Route } from "./reach.ts";
+import type { Destination, Route } from "./context.ts";
 import { isIP } from "./names.ts";
 import { oneLine } from "./text.ts";
 

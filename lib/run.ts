@@ -22,11 +22,11 @@ import {
   owing,
   targetsOf,
 } from "./deliver.ts";
-import type { Query } from "./dns.ts";
+import type { Query } from "./context.ts";
 import { issueLine, type Issuing, type KeyAndCsr } from "./issue.ts";
 import { toIdentifier } from "./names.ts";
 import { type Due, type Memory, plan, retryAfterFailure, type Task, type Waiting } from "./plan.ts";
-import type { Route } from "./reach.ts";
+import type { Route } from "./context.ts";
 import { alertText, errorText, type Event, type Summary } from "./report.ts";
 import type { Status } from "./status.ts";
 import {

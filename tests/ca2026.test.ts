@@ -7,7 +7,7 @@ import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { systemQuery } from "../lib/dns.ts";
+import { systemQuery } from "../lib/context.ts";
 import { rootOf } from "../lib/x509.ts";
 import { type Bed, refusing, testBed, type TestWorld } from "./bed.ts";
 import { type Fault, startWebroot, type Switches } from "./ca.ts";

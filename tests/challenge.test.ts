@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import type { Route } from "../lib/reach.ts";
+import type { Route } from "../lib/context.ts";
 import { type Bed, befalling, refusing, testBed, until } from "./bed.ts";
 import { type Exchange, startWebroot, type Switches } from "./ca.ts";
 

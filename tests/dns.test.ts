@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
-import { type Query, systemQuery, txtFault } from "../lib/dns.ts";
+import { type Query, systemQuery } from "../lib/context.ts";
+import { txtFault } from "../lib/dns.ts";
 import { type Ran, testBed, until } from "./bed.ts";
 import { type Dns, startDns, type Switches } from "./ca.ts";
 

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { fetchAsCa } from "../lib/preflight.ts";
-import type { Route } from "../lib/reach.ts";
+import type { Route } from "../lib/context.ts";
 import { until } from "./bed.ts";
 import { certify, createAuthority } from "./ca-x509.ts";
 

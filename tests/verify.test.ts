@@ -6,7 +6,9 @@ import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { connect, createServer, type Server, type Socket } from "node:net";
 import { CommandError } from "../lib/actions.ts";
-import { resolveAddresses } from "../lib/reach.ts";
+import { systemRoute } from "../lib/context.ts";
+
+const resolveAddresses = async (host: string) => (await systemRoute(host, 0)).map(({ address }) => address);
 import { probe, type Served, type Target, verifyUntil } from "../lib/verify.ts";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 

@@ -722,11 +722,16 @@ async function withRetries<T>(transport: Transport, attempt: () => Promise<T>): 
 function refusal(step: string, url: string, response: Answer, transport: Transport): AcmeError {
   const { status } = response;
   let problem: Problem | undefined;
-  if (mediaType(response) === "application/problem+json") problem = problemOf(parseJson(response.text));
+  const type = mediaType(response);
+  if (["application/problem+json", "application/json"].includes(type)) {
+    problem = problemOf(parseJson(response.text));
+    // some CAs send problems under the wrong type; other JSON says nothing that could be shown
+    if (type === "application/json" && !problem?.detail && problem?.type === "about:blank") {
+      problem = undefined;
+    }
+  }
   if (status === 429) problem ??= { type: "rateLimited", detail: "too many requests", subproblems: [] };
-  const message = problem === undefined
-    ? `HTTP status ${status} (${mediaType(response)})`
-    : describe(problem);
+  const message = problem === undefined ? `HTTP status ${status} (${type})` : describe(problem);
   const retryAfter = parseRetryAfter(response.headers, transport.now());
   // a limit is worth waiting for only where the CA says how long
   const passing = status >= 500 || (problem?.type === "rateLimited" && retryAfter !== undefined);

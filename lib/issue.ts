@@ -129,14 +129,10 @@ async function certificate(
     default:
       order.status satisfies never;
   }
-  const chainPem = await chainOf(order, line, issuing);
+  const received = await chainOf(order, line, issuing);
   try {
-    return {
-      keyPem,
-      csrPem: csr.pem,
-      chainPem,
-      certificate: checkChain(chainPem, line.names, keyPem, now()),
-    };
+    const { leaf, chainPem } = checkChain(received, line.names, keyPem, now());
+    return { keyPem, csrPem: csr.pem, chainPem, certificate: leaf };
   } catch (error) {
     if (!(error instanceof ChainError)) throw error;
     throw new AcmeError("check the certificate", error.message, order.url, { spent: true });

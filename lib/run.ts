@@ -538,11 +538,15 @@ async function issueTask(
   const { world, tell } = running;
   tell({ kind: "task", task });
   const begun = world.now().getTime();
+  let unkept = false; // a certificate was spent, and could not be put in its place
   const results = await Promise.allSettled(
     issueLine(task, issuing).map(async (promise, index) => {
       const due = task.due[index]!;
       const issued = await promise;
-      await keep(due, issued);
+      await keep(due, issued).catch((error) => {
+        unkept = true;
+        throw error;
+      });
       const seconds = (world.now().getTime() - begun) / 1000;
       tell({ kind: "issued", due, certificate: issued.certificate, seconds });
     }),
@@ -560,7 +564,7 @@ async function issueTask(
   if (errors.length === 0) delete running.store.state.failures[task.due[0]!.entry.stem];
   else if (!waits) {
     for (const [error, due] of failures) tell({ kind: "failed", due, error });
-    rememberFailure(task, errors[0]!, running);
+    rememberFailure(task, errors[0]!, running, unkept);
   }
   tell({ kind: "end", task });
   return waits ? { failed: 0, held: { ...task, due: left, until } } : { failed: left.length };
@@ -573,14 +577,19 @@ function heldUntil({ config, mode, store, world }: Running): Date | undefined {
 }
 
 /** Remembers why a line could not be issued, or until when the CA wants no orders at all. */
-function rememberFailure(task: Task, error: Error, { config, mode, store, world }: Running): void {
+function rememberFailure(
+  task: Task,
+  error: Error,
+  { config, mode, store, world }: Running,
+  costly = false,
+): void {
   const { holds, failures } = store.state;
   const { stem } = task.due[0]!.entry;
   if (limitsAccount(error, task.line.names)) {
     const until = error.retryAfter ?? new Date(world.now().getTime() + UNSTATED_HOLD_MS);
     holds[config.acmeDirectory[mode]] = until.toISOString();
   } else if (!world.signal.aborted) { // which would be our doing
-    failures[stem] = failureAfter(failures[stem], error, world.now());
+    failures[stem] = failureAfter(failures[stem], error, world.now(), costly);
   }
 }
 
@@ -591,14 +600,14 @@ function limitsAccount(error: Error, names: readonly string[]): error is AcmeErr
 }
 
 /**
- * What is remembered of a line that failed. What cost the CA an order or a validation keeps the line waiting; a
- * connection that broke, an answer that made no sense or a full disk does not.
+ * What is remembered of a line that failed. What cost the CA an order, a validation or a certificate keeps the line
+ * waiting; a connection that broke, an answer that made no sense or a disk that was full before does not.
  */
-function failureAfter(before: Failure | undefined, error: Error, now: Date): Failure {
+function failureAfter(before: Failure | undefined, error: Error, now: Date, unkept: boolean): Failure {
   const count = (before?.count ?? 0) + 1;
   const refused = error instanceof AcmeError && (error.problem !== undefined || error.spent);
   const asked = error instanceof AcmeError ? error.retryAfter : undefined;
-  const costly = refused || error instanceof ChallengeError || error instanceof CommandError;
+  const costly = unkept || refused || error instanceof ChallengeError || error instanceof CommandError;
   const retryAt = asked ?? (costly ? retryAfterFailure(count, now) : undefined);
   return {
     count,

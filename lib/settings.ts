@@ -8,7 +8,7 @@
 import { dirname } from "node:path";
 import { isMistake, printable, quote, shellWord } from "./text.ts";
 import { closest, defined, exists, Keys, Page, readText, whyNot } from "./values.ts";
-import { type KeySpec, keySpecOf, readCertificate } from "./x509.ts";
+import { type KeySpec, keySpecOf, pemBlocks, readCertificate } from "./x509.ts";
 
 export type Mode = "test" | "prod";
 export type KeyType = "rsa" | "ec";
@@ -332,17 +332,4 @@ function notWritable(directory: string): string | undefined {
   } catch (error) {
     return whyNot(error);
   }
-}
-
-/** The blocks of a PEM file, from one marker to the next: no pattern over the whole, which a large file would defeat. */
-function pemBlocks(text: string): { label: string; pem: string }[] {
-  const blocks: { label: string; pem: string }[] = [];
-  let begin: RegExpExecArray | undefined;
-  for (const marker of text.matchAll(/-----(BEGIN|END) ([A-Z0-9 ]{1,40})-----/g)) {
-    if (marker[1] === "END" && begin?.[2] === marker[2]) {
-      blocks.push({ label: marker[2]!, pem: text.slice(begin!.index, marker.index + marker[0].length) });
-    }
-    begin = marker[1] === "BEGIN" ? marker : undefined;
-  }
-  return blocks;
 }

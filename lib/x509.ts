@@ -41,11 +41,31 @@ export class ChainError extends Error {
 
 const PEM_BEGIN = "-----BEGIN CERTIFICATE-----";
 const PEM_END = "-----END CERTIFICATE-----";
-const PEM_CERTIFICATE = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g;
 const PEM_PRIVATE_KEY = /-----BEGIN ((?:RSA |EC )?PRIVATE KEY)-----([^-]+)-----END \1-----/;
 
 /** How far the CA's clock may be ahead of ours: an hour, which is what Let's Encrypt back-dates by. */
 const CLOCK_SKEW_MS = 3600_000;
+
+/** One block of a PEM text (RFC 7468), `pem` from its first marker to its last, which begins at `start`. */
+export interface PemBlock {
+  readonly label: string;
+  readonly pem: string;
+  readonly start: number;
+}
+
+/** The blocks of a PEM text, from one marker to the next: no pattern over the whole, which a large file would defeat. */
+export function pemBlocks(text: string): PemBlock[] {
+  const blocks: PemBlock[] = [];
+  let begin: RegExpExecArray | undefined;
+  for (const marker of text.matchAll(/-----(BEGIN|END) ([A-Z0-9 ]{1,40})-----/g)) {
+    if (marker[1] === "END" && begin?.[2] === marker[2]) {
+      const start = begin!.index;
+      blocks.push({ label: marker[2]!, pem: text.slice(start, marker.index + marker[0].length), start });
+    }
+    begin = marker[1] === "BEGIN" ? marker : undefined;
+  }
+  return blocks;
+}
 
 /** The first certificate in `pem`. Throws where there is none that can be read. */
 export function readCertificate(pem: string): Certificate {
@@ -359,24 +379,40 @@ export async function createCsr(
 }
 
 /**
- * Makes sure that a chain received is what was asked for: it parses, its leaf is for exactly `names` and for `keyPem`
- * and valid now, and each certificate is signed by the next. Returns the leaf; throws ChainError.
+ * The certificates of a chain as the CA sent it (RFC 8555 §9.1): nothing but white space stands around them, since
+ * whatever else were kept would be delivered with them, a private key of the CA's choice first of all (§11.4).
  */
-export function checkChain(
-  chainPem: string,
-  names: readonly string[],
-  keyPem: string,
-  now: Date,
-): Certificate {
-  const blocks = chainPem.match(PEM_CERTIFICATE) ?? [];
+function readChain(text: string): nodeCrypto.X509Certificate[] {
+  const blocks = pemBlocks(text);
   if (blocks.length === 0) throw new ChainError("no certificate in the answer");
-  let chain: nodeCrypto.X509Certificate[];
+  let end = 0;
+  for (const { label, pem, start } of blocks) {
+    if (label !== "CERTIFICATE") throw new ChainError(`a ${label} among the certificates`);
+    if (text.slice(end, start).trim() !== "") throw new ChainError("text between the certificates");
+    end = start + pem.length;
+  }
+  if (text.slice(end).trim() !== "") throw new ChainError("text behind the certificates");
   try {
-    chain = blocks.map((block) => new nodeCrypto.X509Certificate(block));
+    return blocks.map(({ pem }) => new nodeCrypto.X509Certificate(pem));
   } catch {
     throw new ChainError("a certificate that cannot be parsed");
   }
-  const leaf = readCertificate(blocks[0]!);
+}
+
+/**
+ * Makes sure that a chain received is what was asked for: it parses, its leaf is for exactly `names` and for `keyPem`
+ * and valid now, and each certificate is signed by the next. Returns the leaf, and the chain written anew; throws
+ * ChainError.
+ */
+export function checkChain(
+  text: string,
+  names: readonly string[],
+  keyPem: string,
+  now: Date,
+): { readonly leaf: Certificate; readonly chainPem: string } {
+  const chain = readChain(text);
+  const chainPem = chain.map(({ raw }) => pem("CERTIFICATE", raw)).join("");
+  const leaf = readCertificate(chainPem);
   if (!isKeyOf(keyPem, leaf.der)) throw new ChainError("the certificate is for another key");
   if (!coversExactly(leaf, names)) {
     throw new ChainError(`the certificate is for other names: ${leaf.names.join(" ")}`);
@@ -393,21 +429,21 @@ export function checkChain(
       throw new ChainError(`broken chain: certificate ${i + 1} is not issued by certificate ${i + 2}`);
     }
   }
-  return leaf;
+  return { leaf, chainPem };
 }
 
 /** Common name of the issuer of the last certificate of a chain, the root by which it is known. */
 export function rootOf(chainPem: string): string | undefined {
-  const last = chainPem.match(PEM_CERTIFICATE)?.at(-1);
+  const last = pemBlocks(chainPem).at(-1);
   if (last === undefined) return undefined;
   try {
-    return /^CN=(.*)$/m.exec(new nodeCrypto.X509Certificate(last).issuer)?.[1];
+    return /^CN=(.*)$/m.exec(new nodeCrypto.X509Certificate(last.pem).issuer)?.[1];
   } catch {
     return undefined; // checkChain says what is wrong with it
   }
 }
 
-function pem(label: string, der: ArrayBuffer): string {
-  const lines = Buffer.from(der).toString("base64").match(/.{1,64}/g) ?? [];
+function pem(label: string, der: ArrayBuffer | Uint8Array): string {
+  const lines = Buffer.from(der as ArrayBuffer).toString("base64").match(/.{1,64}/g) ?? [];
   return `-----BEGIN ${label}-----\n${lines.join("\n")}\n-----END ${label}-----\n`;
 }

@@ -217,6 +217,12 @@ for (
   });
 }
 
+Deno.test("a nonce that is refused by a problem sent as application/json is one that is refused", async () => {
+  const refused = { ...refusing(400, "badNonce", "again"), contentType: "application/json" } as Fault;
+  await using bed = await testBed({ ca: { fault: befalling("newOrder", refused) } });
+  assert.equal((await (await connect(bed)).newOrder([NAME])).status, "pending");
+});
+
 Deno.test("a CA that takes no nonce at all is asked 30 times, not for ever", async () => {
   await using bed = await testBed({ ca: { fault: befalling("newAccount", { kind: "badNonce" }, Infinity) } });
   const error = await failure((await connect(bed)).account());
@@ -406,6 +412,16 @@ for (
       /^HTTP status 403/,
     ],
     ["403", refusing(403, "unauthorized", "go away"), /^go away \(unauthorized\)$/],
+    [
+      "403 as plain JSON",
+      { ...refusing(403, "unauthorized", "go away"), contentType: "application/json" },
+      /^go away \(unauthorized\)$/,
+    ],
+    [
+      "JSON that is no problem",
+      { kind: "status", status: 403, contentType: "application/json", body: '{"message": "no"}' },
+      /^HTTP status 403 \(application\/json\)$/,
+    ],
     [
       "429 that does not say until when",
       refusing(429, "rateLimited", "too many"),

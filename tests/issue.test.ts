@@ -416,6 +416,13 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
       (chain) => chain.split(/(?<=END CERTIFICATE-----\n)/).reverse().join(""),
       /another key/,
     ],
+    [
+      "a private key before it",
+      (chain) =>
+        generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey
+          .export({ type: "pkcs8", format: "pem" }) + chain,
+      /^a PRIVATE KEY among the certificates$/,
+    ],
     ["half a certificate", (chain) => chain.slice(0, chain.length / 4), /^no certificate in the answer$/],
     [
       "no certificate",
@@ -440,6 +447,13 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
     assert.notEqual(bed.text(cert), before[0]);
     assert.equal(new X509Certificate(bed.text(cert)).serialNumber, ca.issued.at(-1)!.serial);
   }
+});
+
+Deno.test("a certificate that cannot be put in its place is not ordered again by every run", async () => {
+  await using bed = await oneCertificate();
+  await Deno.mkdir(bed.path(`test/cert/${NAME}-cert-combined.prime256v1.test.pem/x`), { recursive: true });
+  const codes = [(await bed.run()).code, (await bed.run()).code];
+  assert.deepEqual([codes, bed.ca.issued.length], [[1, 1], 1]);
 });
 
 // ---- faults ------------------------------------------------------------------------------------------------------

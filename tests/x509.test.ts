@@ -160,8 +160,15 @@ Deno.test("checkChain() refuses a chain for whatever is wrong with it", async ()
   const good = ca.forge({ ...read(key, ["example.com", "www.example.com"]), ...life });
   const leaf = good.slice(0, good.indexOf("-----END") + 26);
   const names = ["example.com", "www.example.com"];
+  const request = await createCsr(key, names);
   const table: [string, string, string[], string, RegExp][] = [
     ["no certificate at all", "<html>", names, key, /no certificate in the answer/],
+    ["a private key before it", other + good, names, key, /^a PRIVATE KEY among the certificates$/],
+    ["a private key behind it", good + other, names, key, /^a PRIVATE KEY among the certificates$/],
+    ["a request within it", `${leaf}${request.pem}${good}`, names, key, /^a CERTIFICATE REQUEST among the/],
+    ["text before it", `subject=CN = x\n${good}`, names, key, /^text between the certificates$/],
+    ["text within it", `${leaf}x${good}`, names, key, /^text between the certificates$/],
+    ["text behind it", `${good}-----BEGIN PRIVATE`, names, key, /^text behind the certificates$/],
     ["garbage in the armour", good.replace(/MII/, "AAA"), names, key, /cannot be parsed/],
     ["another key", good, names, other, /for another key/],
     ["a name more", good, ["example.com"], key, /for other names: example.com www.example.com/],
@@ -187,7 +194,8 @@ Deno.test("checkChain() refuses a chain for whatever is wrong with it", async ()
       /not valid before/,
     ],
   ];
-  assert.deepEqual(checkChain(good, names.toReversed(), key, NOW).names, names);
+  const checked = checkChain(good.replaceAll("\n", "\r\n\r\n") + " ", names.toReversed(), key, NOW);
+  assert.deepEqual([checked.leaf.names, checked.chainPem], [names, good], "written anew");
   for (const [what, chain, expected, keyPem, message] of table) {
     assert.throws(() => checkChain(chain, expected, keyPem, NOW), { name: "ChainError", message }, what);
   }

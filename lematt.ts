@@ -148,20 +148,21 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
     return 0;
   }
 
-  let config: Config;
+  const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
+  const modes = options.mode === undefined ? ["prod", "test"] as const : [options.mode];
+  let configs: Config[];
   try {
-    const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
-    config = loadConfig(options.config, join(program, "conf"));
+    configs = modes.map((mode) => loadConfig(mode, options.config, join(program, "conf")));
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
-    for (const fault of error.faults) err(`${noticeText(fault)}\n`);
+    for (const problem of error.problems) err(`${noticeText(problem)}\n`);
     return 2;
   }
+  const config = configs[0]!;
   if (options.mode === undefined || options.check) {
-    for (const warning of config.warnings) out(`${noticeText(warning)}\n`);
-    for (const mode of options.mode === undefined ? ["prod", "test"] as const : [options.mode]) {
-      for (const text of await adviceFor(config, mode)) out(`${text}\n`);
-    }
+    const warnings = configs.flatMap(({ warnings }) => warnings.map(noticeText));
+    for (const warning of new Set(warnings)) out(`${warning}\n`);
+    for (const config of configs) for (const text of await adviceFor(config)) out(`${text}\n`);
     const count = config.lines.length;
     out(`${config.file}: ${count} ${count === 1 ? "line" : "lines"} of domains, no faults\n`);
     return 0;
@@ -172,7 +173,7 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
   try {
-    return await act(options.mode, options, config, {
+    return await act(options, config, {
       fetch: httpClient(config),
       now: () => new Date(),
       random: Math.random,
@@ -202,7 +203,6 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
 
 /** Does what the arguments ask for in one mode, and returns the exit status. */
 async function act(
-  mode: Mode,
   options: Arguments,
   config: Config,
   world: World,
@@ -212,6 +212,7 @@ async function act(
   const cron = options.cron === true && !plan; // who asks for a plan wants to see it
   const terminal = Deno.stdout.isTerminal();
   const { now } = world;
+  const { mode } = config;
   const report = new Report({
     mode,
     cron,
@@ -225,7 +226,7 @@ async function act(
   const tell: Tell = (event) => report.tell(event);
 
   if (options.status) {
-    const found = await status(config, mode, options.offline ?? false, world, (event) => {
+    const found = await status(config, options.offline ?? false, world, (event) => {
       if (event.kind === "notice") err(`lematt: ${event.text}\n`); // not into a document
     });
     out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found));
@@ -233,26 +234,26 @@ async function act(
   }
   for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
   if (plan) {
-    report.finish(await preview(config, mode, retry, world, tell));
+    report.finish(await preview(config, retry, world, tell));
     return 0;
   }
   if (options.revoke !== undefined) {
-    const entries = revocable(config, mode, options.revoke);
+    const entries = revocable(config, options.revoke);
     out(revocationText(mode, entries));
     if (!options.yes && !(Deno.stdin.isTerminal() && confirm("Revoke?"))) {
       err("lematt: nothing was revoked; --yes revokes without asking\n");
       return 2;
     }
-    await revoke(config, mode, entries, options.reason, world, tell);
+    await revoke(config, entries, options.reason, world, tell);
     out(`revoked; the next run with --${mode} replaces them under new keys\n`);
     return 0;
   }
   if (options.rollover) {
-    await rollover(config, mode, world, tell);
+    await rollover(config, world, tell);
     return 0;
   }
   return report.finish(
-    await run(config, mode, { parallel: options.parallel ?? config.parallel, retry }, world, tell),
+    await run(config, { parallel: options.parallel ?? config.parallel, retry }, world, tell),
   );
 }
 

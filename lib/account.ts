@@ -8,7 +8,7 @@
 
 import defer * as nodeCrypto from "node:crypto";
 import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
-import type { Config, Mode } from "./config.ts";
+import type { Config } from "./config.ts";
 import {
   accountTemporary,
   createSecret,
@@ -22,7 +22,6 @@ import { generateKey } from "./x509.ts";
 /** What a conversation with the CA needs. */
 export interface Connecting {
   readonly config: Config;
-  readonly mode: Mode;
   readonly store: Store;
   readonly world: Transport;
   /** Told that an account key was made, or put in its place. */
@@ -37,8 +36,8 @@ function oldKeyPath({ accountKey }: Config, thumbprint: string): string {
 }
 
 /** A key that this CA, and no other, may or may not know yet. */
-function newKeyPath({ accountKey, acmeDirectory }: Config, mode: Mode): string {
-  const digest = nodeCrypto.createHash("sha256").update(acmeDirectory[mode]).digest("hex");
+function newKeyPath({ accountKey, directoryUrl }: Config): string {
+  const digest = nodeCrypto.createHash("sha256").update(directoryUrl).digest("hex");
   return `${accountKey}.new-${digest.slice(0, 8)}`;
 }
 
@@ -47,7 +46,7 @@ function newKeyPath({ accountKey, acmeDirectory }: Config, mode: Mode): string {
  * registered shows when `register` asks. A change of key that was cut off, or made at another CA, is made good here.
  */
 export async function connect(connecting: Connecting): Promise<AcmeClient> {
-  const newKey = newKeyPath(connecting.config, connecting.mode);
+  const newKey = newKeyPath(connecting.config);
   const pem = readIfPresent(newKey);
   if (pem !== undefined) {
     // cut off before the CA was told, or after
@@ -62,9 +61,9 @@ export async function connect(connecting: Connecting): Promise<AcmeClient> {
  * one where the CA changes no keys.
  */
 async function bringAlong(pem: string, connecting: Connecting): Promise<AcmeClient> {
-  const { config, mode, store: { state } } = connecting;
+  const { config, store: { state } } = connecting;
   const key = await importAccountKey(pem);
-  const name = accountName(config, mode, key);
+  const name = accountName(config, key);
   const earlier = state.accounts[name] === undefined ? earlierAccount(connecting) : undefined;
   if (earlier !== undefined) {
     const client = await clientFor(earlier.pem, connecting);
@@ -78,11 +77,11 @@ async function bringAlong(pem: string, connecting: Connecting): Promise<AcmeClie
 
 /** An account at this CA under a key that was changed by `rollOver`, not by the user, who thereby chose another account. */
 function earlierAccount(
-  { config, mode, store: { state } }: Connecting,
+  { config, store: { state } }: Connecting,
 ): { name: string; pem: string } | undefined {
   for (const name of Object.keys(state.accounts)) {
     const [directory, thumbprint] = name.split(" ") as [string, string];
-    if (directory !== config.acmeDirectory[mode]) continue;
+    if (directory !== config.directoryUrl) continue;
     const pem = readIfPresent(oldKeyPath(config, thumbprint));
     if (pem !== undefined) return { name, pem };
   }
@@ -90,9 +89,9 @@ function earlierAccount(
 
 /** Makes sure that the account exists, and remembers it. Returns its URL. */
 export async function register(client: AcmeClient, connecting: Connecting): Promise<string> {
-  const { config, mode, store, warn } = connecting;
+  const { config, store, warn } = connecting;
   const url = await client.account();
-  const name = accountName(config, mode, client.key);
+  const name = accountName(config, client.key);
   const known = store.state.accounts[name];
   if (client.contactRefusal !== undefined) {
     warn(`the CA refuses the contact: ${client.contactRefusal.message}`);
@@ -107,20 +106,17 @@ export async function register(client: AcmeClient, connecting: Connecting): Prom
 }
 
 /** An account belongs to one CA and one key; its name in the state. */
-export function accountName({ acmeDirectory }: Config, mode: Mode, key: AccountKey): string {
-  return `${acmeDirectory[mode]} ${key.thumbprint}`;
+export function accountName({ directoryUrl }: Config, key: AccountKey): string {
+  return `${directoryUrl} ${key.thumbprint}`;
 }
 
 /** The account that is remembered for the key on disk; undefined before the first run. */
 export async function rememberedAccount(
   config: Config,
-  mode: Mode,
   state: State,
 ): Promise<State["accounts"][string] | undefined> {
   const pem = readIfPresent(config.accountKey);
-  return pem === undefined
-    ? undefined
-    : state.accounts[accountName(config, mode, await importAccountKey(pem))];
+  return pem === undefined ? undefined : state.accounts[accountName(config, await importAccountKey(pem))];
 }
 
 /** The same account under another key. */
@@ -135,12 +131,12 @@ function renameAccount(state: State, from: string, to: string): void {
  * `<file>.old-<thumbprint>`: `connect` brings along the accounts that it has at other CAs.
  */
 export async function rollOver(connecting: Connecting): Promise<void> {
-  const { config, mode, store } = connecting;
+  const { config, store } = connecting;
   const client = await connect(connecting);
   await register(client, connecting);
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   const key = await importAccountKey(pem);
-  await createSecret(newKeyPath(config, mode), pem, accountTemporary(config, mode));
+  await createSecret(newKeyPath(config), pem, accountTemporary(config));
   try {
     await client.changeKey(key);
   } catch (error) {
@@ -148,18 +144,18 @@ export async function rollOver(connecting: Connecting): Promise<void> {
     if (await (await clientFor(pem, connecting)).findAccount() === undefined) throw error;
   }
   await putNewKey(connecting);
-  renameAccount(store.state, accountName(config, mode, client.key), accountName(config, mode, key));
+  renameAccount(store.state, accountName(config, client.key), accountName(config, key));
   await store.saveState();
 }
 
-async function putNewKey({ config, mode, madeKey }: Connecting): Promise<void> {
+async function putNewKey({ config, madeKey }: Connecting): Promise<void> {
   using _locked = await lockedKey(config.accountKey);
   const old = readIfPresent(config.accountKey);
   if (old !== undefined) {
     const path = oldKeyPath(config, (await importAccountKey(old)).thumbprint);
-    await replaceSecret(path, old, accountTemporary(config, mode));
+    await replaceSecret(path, old, accountTemporary(config));
   }
-  Deno.renameSync(newKeyPath(config, mode), config.accountKey);
+  Deno.renameSync(newKeyPath(config), config.accountKey);
   madeKey(config.accountKey, "changed");
 }
 
@@ -182,20 +178,20 @@ async function lockedKey(path: string): Promise<Deno.FsFile | undefined> {
   }
 }
 
-async function clientFor(pem: string, { config, mode, store, world }: Connecting): Promise<AcmeClient> {
+async function clientFor(pem: string, { config, store, world }: Connecting): Promise<AcmeClient> {
   const key = await importAccountKey(pem);
-  const known = store.state.accounts[accountName(config, mode, key)];
+  const known = store.state.accounts[accountName(config, key)];
   const registration = { known, contact: config.contact, eab: config.eab };
-  return await AcmeClient.connect(config.acmeDirectory[mode], key, registration, world);
+  return await AcmeClient.connect(config.directoryUrl, key, registration, world);
 }
 
 /** The account key, made where there is none yet. */
-async function accountKey({ config, mode, madeKey }: Connecting): Promise<string> {
+async function accountKey({ config, madeKey }: Connecting): Promise<string> {
   const present = readIfPresent(config.accountKey);
   if (present !== undefined) return present;
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   try {
-    await createSecret(config.accountKey, pem, accountTemporary(config, mode));
+    await createSecret(config.accountKey, pem, accountTemporary(config));
   } catch (error) {
     if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
     return Deno.readTextFileSync(config.accountKey); // a run of the other mode was quicker

@@ -5,7 +5,7 @@
  */
 
 import { standingRecord } from "./challenge.ts";
-import { challengeOf, type Config, type Mode } from "./config.ts";
+import { challengeOf, type Config } from "./config.ts";
 import { renewal } from "./plan.ts";
 import type { Account } from "./store.ts";
 
@@ -43,9 +43,9 @@ export function caaRecord(config: Config, account: Account): string {
 }
 
 /** Renewal settings that certificates of the coming lives will overrule, with the day from which they do. */
-export function comingLives(config: Config, mode: Mode): string[] {
+export function comingLives(config: Config): string[] {
   const isDefault = config.lines.some(({ profile }) => profile === undefined || profile === "classic");
-  if (!/\.letsencrypt\.org\//.test(config.acmeDirectory[mode]) || !isDefault) return [];
+  if (!/\.letsencrypt\.org\//.test(config.directoryUrl) || !isDefault) return [];
   return LIVES.flatMap(({ from, days }) => {
     const { renewAt, rule } = renewal(config, new Date(0), new Date(days * DAY_MS));
     const age = `they are renewed when they are ${Math.round(renewAt.getTime() / DAY_MS)} days old`;

@@ -8,7 +8,17 @@
  */
 import { basename, dirname, join } from "node:path";
 import { isIP, toHost, toIdentifier, toIPv6 } from "./names.ts";
-import { CONFIG_KEYS, isLetsEncrypt, openSettings, readSettings, type Settings } from "./settings.ts";
+import {
+  CONFIG_KEYS,
+  isLetsEncrypt,
+  type KeyType,
+  MAX_SECONDS,
+  type Mode,
+  openSettings,
+  readKeyTypes,
+  readSettings,
+  type Settings,
+} from "./settings.ts";
 import { isMistake, type Mistake, printable, quote, shellWord } from "./text.ts";
 import { closest, defined, exists, Keys, type Notice, Page, whyNot, type Word } from "./values.ts";
 
@@ -24,12 +34,17 @@ export interface Section {
   readonly prepare: readonly string[];
   readonly uploadCerts: readonly string[];
   readonly uploadKeys: readonly string[];
+  readonly uploadEach: readonly string[];
   readonly update: readonly string[];
+  readonly rehearse: boolean; // whether uploadEach runs under --test
+  readonly keyTypes: readonly KeyType[]; // which certificates are delivered here: its own, else lematt.conf's
   readonly verify: readonly Endpoint[];
+  readonly verifyWaitSeconds: number; // its own, else lematt.conf's
   readonly alert: readonly string[];
   readonly challenge?: ChallengeType;
   readonly dnsPresent: readonly string[];
   readonly dnsCleanup: readonly string[];
+  readonly dnsParallel: boolean;
   readonly profile?: string;
 }
 
@@ -49,10 +64,17 @@ export interface Line {
   readonly names: readonly string[];
   /** Those that deliver it: overrides naming any of its names, default if any is in no override, every last. */
   readonly sections: readonly Section[];
+  /** Of all that its sections want; lematt.conf's where only [every] delivers it, which widens nothing. */
+  readonly keyTypes: readonly KeyType[];
   readonly profile?: string; // from its sections, else [config]
+  /** The names as the Python original would have put them into a file name, where that differs. */
+  readonly formerNames: readonly (readonly string[])[];
 }
 
+/** The configuration for one mode. */
 export interface Config extends Settings {
+  readonly mode: Mode;
+  readonly base: string; // `directory`/`mode`, where keys and certificates are
   readonly directory: string; // absolute real path of the configuration directory
   readonly file: string; // absolute path of lematt.conf
   readonly sections: readonly Section[];
@@ -60,21 +82,25 @@ export interface Config extends Settings {
   readonly warnings: readonly Notice[];
 }
 
-/** Every fault of the three files, in the order lematt.conf, domains, actions.conf and of their lines. */
+/** Every problem of the three files, in the order lematt.conf, domains, actions.conf and of their lines. */
 export class ConfigError extends Error {
   override readonly name = "ConfigError";
-  constructor(readonly faults: readonly Notice[]) {
-    const told = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
-    super(faults.map(told).join("\n"));
+  constructor(
+    readonly problems: readonly Notice[],
+    /** What could be read of the commands that send alerts, by the names of their sections. */
+    readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
+  ) {
+    const textOf = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
+    super(problems.map(textOf).join("\n"));
   }
 }
 
 /**
- * Reads and validates all three files. `path` is lematt.conf or its directory; without it ./conf is taken, then
+ * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; without it ./conf is taken, then
  * `beside`, the conf beside the program. Relative paths in the files are relative to the directory that holds the
  * real lematt.conf, as in the original. Throws ConfigError with every fault of all three.
  */
-export function loadConfig(path?: string, beside?: string): Config {
+export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const file = locate(path, beside);
   const directory = dirname(file);
   const faults: Notice[] = [];
@@ -85,11 +111,11 @@ export function loadConfig(path?: string, beside?: string): Config {
   const actionsPage = page("actions.conf");
 
   const keys = openSettings(settingsPage);
-  const settings = keys && readSettings(keys, directory);
+  const settings = keys && readSettings(keys, directory, mode);
   for (const each of keys ? [keys, keys.defaults()] : []) {
     each.refuseOthers(CONFIG_KEYS, SECTION_KEYS, "a section of actions.conf");
   }
-  const { sections, named } = readActions(actionsPage);
+  const { sections, named } = readActions(actionsPage, settings);
   const lines = assign(readDomains(domainsPage), sections, domainsPage, settings);
   warnOfUnused(actionsPage, named, lines);
 
@@ -105,9 +131,14 @@ export function loadConfig(path?: string, beside?: string): Config {
     // What several sections take over from [DEFAULT] is told once.
     [...new Map(notices.map((notice) => [JSON.stringify(notice), notice])).values()]
       .sort((a, b) => order.indexOf(a.file) - order.indexOf(b.file) || (a.line ?? 0) - (b.line ?? 0));
-  if (!settings || faults.length) throw new ConfigError(tell(faults));
+  if (!settings || faults.length) {
+    const alerts = sections.map(({ name, alert }) => ({ section: name, commands: alert }));
+    throw new ConfigError(tell(faults), alerts.filter(({ commands }) => commands.length));
+  }
   return Object.freeze({
     ...settings,
+    mode,
+    base: join(directory, mode),
     directory,
     file,
     sections: Object.freeze(sections),
@@ -128,18 +159,25 @@ export function challengeOf(config: Config, name: string): ChallengeType {
 
 // --------------------------------------------------------------------------------------------- actions.conf
 
-const COMMAND_KEYS = "prepare uploadCerts uploadKeys update alert dnsPresent dnsCleanup".split(" ");
-const SECTION_KEYS = COMMAND_KEYS.concat("domains verify challenge profile ocspStapleRequired".split(" "));
+const COMMAND_KEYS = "prepare uploadCerts uploadKeys uploadEach update alert dnsPresent dnsCleanup".split(
+  " ",
+);
+const SECTION_KEYS = COMMAND_KEYS.concat(
+  "domains rehearse keyTypes verify verifyWait challenge dnsParallel profile ocspStapleRequired".split(" "),
+);
 const CHALLENGES = ["http-01", "dns-01", "dns-persist-01"] as const;
 const STARTTLS = ["smtp", "imap", "pop3", "ldap", "ftp", "postgres"] as const;
 
 /** The sections, and the names of their `domains` with the lines where they stand. */
-function readActions(page: Page): { sections: readonly Section[]; named: readonly Word[] } {
+function readActions(
+  page: Page,
+  settings: Settings | undefined,
+): { sections: readonly Section[]; named: readonly Word[] } {
   const text = page.read(`an empty file will do to begin with: touch ${shellWord(page.path)}`);
   if (text === undefined) return { sections: [], named: [] };
   const ini = page.parse(text);
   const named: Word[] = [];
-  const sections = ini.sections.map((section) => readSection(new Keys(page, ini, section), named));
+  const sections = ini.sections.map((section) => readSection(new Keys(page, ini, section), named, settings));
   for (const section of [ini.defaults, ...ini.sections]) {
     new Keys(page, ini, section).refuseOthers(SECTION_KEYS, CONFIG_KEYS, "[config] of lematt.conf");
   }
@@ -162,7 +200,7 @@ function readActions(page: Page): { sections: readonly Section[]; named: readonl
   return { sections, named };
 }
 
-function readSection(keys: Keys, named: Word[]): Section {
+function readSection(keys: Keys, named: Word[], settings: Settings | undefined): Section {
   const { name, line } = keys.section;
   if (/\p{Cc}/u.test(name)) {
     keys.page.fault(`Cannot use section [${printable(name)}]: a control character in its name`, line);
@@ -202,17 +240,24 @@ function readSection(keys: Keys, named: Word[]): Section {
     prepare: commands("prepare"),
     uploadCerts: commands("uploadCerts"),
     uploadKeys: commands("uploadKeys"),
+    uploadEach: commands("uploadEach"),
     update: commands("update"),
+    rehearse: keys.boolean("rehearse"),
+    keyTypes: keys.has("keyTypes") ? readKeyTypes(keys) : settings?.keyTypes ?? [],
     verify: keys.list("verify").flatMap(({ text, line }) => {
       const endpoint = toEndpoint(text);
       if (!isMistake(endpoint)) return [endpoint];
       keys.fault("verify", `${quote(text)}: ${endpoint.why}`, endpoint.hint, line);
       return [];
     }),
+    verifyWaitSeconds: keys.has("verifyWait")
+      ? keys.number("verifyWait", { max: MAX_SECONDS })
+      : settings?.verifyWaitSeconds ?? 0,
     alert: commands("alert"),
     challenge,
     dnsPresent: commands("dnsPresent"),
     dnsCleanup: commands("dnsCleanup"),
+    dnsParallel: keys.boolean("dnsParallel"),
     profile: keys.word("profile"),
   }));
 }
@@ -382,7 +427,12 @@ function assign(
         page.warn(text, line, "profile: shortlived");
       }
     }
-    const made = { line, names: Object.freeze(names), sections: delivering };
+    const wanted = new Set(
+      delivering.filter(({ name }) => name !== "every").flatMap(({ keyTypes }) => keyTypes),
+    );
+    const all = settings?.keyTypes ?? [];
+    const keyTypes = wanted.size ? (["rsa", "ec"] as const).filter((type) => wanted.has(type)) : all;
+    const made = { line, names: Object.freeze(names), sections: delivering, keyTypes, formerNames: [] };
     return Object.freeze(profile === undefined ? made : { ...made, profile });
   });
 }

@@ -14,7 +14,7 @@ import {
   runCommand,
   type Values,
 } from "./actions.ts";
-import type { Config, Endpoint, Line, Mode, Section } from "./config.ts";
+import type { Config, Endpoint, Line, Section } from "./config.ts";
 import { type Expected, type Served, type Target, verifyUntil } from "./verify.ts";
 import { type Debt, type Entry, filesOf, type State, type Store } from "./store.ts";
 
@@ -49,7 +49,6 @@ export interface Delivery {
 /** What delivering needs of the run. */
 export interface Delivering {
   readonly config: Config;
-  readonly mode: Mode;
   readonly store: Store;
   /** The certificates as they are on disk now. */
   inventory(): readonly Entry[];
@@ -67,8 +66,8 @@ const HOUR_MS = 3_600_000;
 const LONGEST_PAUSE_MS = 24 * HOUR_MS;
 
 /** What a certificate is called in the ledger: the base name of its file. */
-export function certFile(config: Config, mode: Mode, entry: Pick<Entry, "stem" | "keyType">): string {
-  return basename(filesOf(config, mode, entry).cert);
+export function certFile(config: Config, entry: Pick<Entry, "stem" | "keyType">): string {
+  return basename(filesOf(config, entry).cert);
 }
 
 /** Notes what the sections of a line owe for a new certificate. To be kept before the certificate takes its place. */
@@ -122,10 +121,10 @@ export function dropForgotten(state: State, config: Config, lines: ReadonlyMap<s
  * Has every debt name the certificate that stands there: a run that was cut off, or a disk that was full, has noted one
  * that never took its place, and whether the one before had been delivered is not known any more.
  */
-export function owePresent(state: State, config: Config, mode: Mode, inventory: readonly Entry[]): void {
+export function owePresent(state: State, config: Config, inventory: readonly Entry[]): void {
   for (const entry of inventory) {
     if (entry.finding.kind !== "present") continue;
-    const file = certFile(config, mode, entry);
+    const file = certFile(config, entry);
     for (const { certificates } of Object.values(state.owed)) {
       if (file in certificates) certificates[file] = entry.finding.certificate.fingerprint;
     }
@@ -167,8 +166,8 @@ export class Deliveries {
    */
   async deliver(names: readonly string[]): Promise<Delivery[]> {
     if (names.length === 0) return [];
-    const { config, mode, store } = this.delivering;
-    const known = new Map(this.delivering.inventory().map((entry) => [certFile(config, mode, entry), entry]));
+    const { config, store } = this.delivering;
+    const known = new Map(this.delivering.inventory().map((entry) => [certFile(config, entry), entry]));
     const carried = config.sections.filter(({ name }) =>
       names.includes(name) && store.state.owed[name] !== undefined
     )
@@ -254,13 +253,13 @@ export class Deliveries {
   /** Waits for a section and enters in the ledger what came of it. */
   async #settle(carrying: Carrying): Promise<Delivery> {
     const { section, debt, entries, owed, ran, served, updated } = carrying;
-    const { config, mode, store } = this.delivering;
+    const { config, store } = this.delivering;
     const since = new Date(debt.since);
     let error: Error | undefined;
     try {
       await updated;
       await this.#verify(carrying);
-      for (const file of entries.map((entry) => certFile(config, mode, entry))) {
+      for (const file of entries.map((entry) => certFile(config, entry))) {
         // one that has been renewed in the meantime is owed anew
         if (debt.certificates[file] === owed[file]) delete debt.certificates[file];
       }

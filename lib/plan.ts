@@ -90,6 +90,8 @@ const MOST_SHORT_LIFE_LEFT = 1 / 2;
 const SHORT_LIFE_DAYS = 10;
 /** An age at which fewer days are left is too late to be tried more than once by a nightly run. */
 const FEWEST_DAYS_LEFT = 3;
+/** Where reauthorizeDays is not configured. */
+const USUAL_DAYS_LEFT = 15;
 
 /** Decides for every certificate of the inventory. */
 export function plan(config: Config, inventory: readonly Entry[], now: Date, memory: Memory): Plan {
@@ -162,7 +164,7 @@ export function renewal(
   if (config.generateNewCertsAfterDays > 0 && byAge <= tooOld) {
     return { renewAt: new Date(byAge), rule: "age" };
   }
-  const byExpiry = end - config.reauthorizeDays * DAY_MS;
+  const byExpiry = end - (config.reauthorizeDays ?? USUAL_DAYS_LEFT) * DAY_MS;
   const mostLeft = end - start < SHORT_LIFE_DAYS * DAY_MS ? MOST_SHORT_LIFE_LEFT : MOST_LIFE_LEFT;
   const earliest = end - (end - start) * mostLeft;
   const capped = byExpiry < earliest;

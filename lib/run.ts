@@ -11,7 +11,7 @@ import { CommandError, PrepareCommands } from "./actions.ts";
 import { caaRecord, comingLives, recordsToPlace } from "./advice.ts";
 import { dueAlerts, expiring, send } from "./alert.ts";
 import { ChallengeError, Challenges, cleanUp } from "./challenge.ts";
-import type { Config, Mode } from "./config.ts";
+import type { Config } from "./config.ts";
 import {
   certFile,
   Deliveries,
@@ -74,45 +74,45 @@ export type Tell = (event: Event) => void;
 /** What a run would do. Touches neither the CA nor the disk. */
 export async function preview(
   config: Config,
-  mode: Mode,
   retry: boolean,
   world: Pick<World, "now">,
   tell: Tell,
 ): Promise<Summary> {
   const now = world.now();
-  const state = stateToRead(config, mode, now, tell);
-  const inventory = readInventory(config, mode);
-  const memory = memoryOf(state, config, mode, identified(inventory, now), now, retry);
+  const state = stateToRead(config, now, tell);
+  const inventory = readInventory(config);
+  const memory = memoryOf(state, config, identified(inventory, now), now, retry);
   const decided = plan(config, inventory, now, memory);
   const standing = config.sections.some(({ challenge }) => challenge === "dns-persist-01");
-  const records = standing ? recordsToPlace(config, await rememberedAccount(config, mode, state)) : [];
+  const records = standing ? recordsToPlace(config, await rememberedAccount(config, state)) : [];
   tell({ kind: "plan", plan: decided, owed: state.owed, records });
   const due = decided.tasks.flatMap((task) => task.due).length;
   return { due, issued: 0, failed: 0, ...decided, owed: state.owed };
 }
 
 /** What to do outside lematt for one mode, and what is coming. */
-export async function adviceFor(config: Config, mode: Mode): Promise<string[]> {
-  const state = readState(config, mode);
-  const account = "unusable" in state ? undefined : await rememberedAccount(config, mode, state);
+export async function adviceFor(config: Config): Promise<string[]> {
+  const state = readState(config);
+  const account = "unusable" in state ? undefined : await rememberedAccount(config, state);
   return [
-    ...comingLives(config, mode).map((text) => `coming  ${text}`),
-    ...recordsToPlace(config, account).map((record) => `place   ${record}  (--${mode})`),
-    ...account === undefined ? [] : [`advised ${caaRecord(config, account)}  (--${mode}, at each name)`],
+    ...comingLives(config).map((text) => `coming  ${text}`),
+    ...recordsToPlace(config, account).map((record) => `place   ${record}  (--${config.mode})`),
+    ...account === undefined
+      ? []
+      : [`advised ${caaRecord(config, account)}  (--${config.mode}, at each name)`],
   ];
 }
 
 /** How everything stands. Looks at the endpoints unless `offline`; changes nothing. */
 export async function status(
   config: Config,
-  mode: Mode,
   offline: boolean,
   world: Pick<World, "now" | "route" | "signal">,
   tell: Tell,
 ): Promise<Status> {
   const now = world.now();
-  const state = stateToRead(config, mode, now, tell);
-  const inventory = readInventory(config, mode);
+  const state = stateToRead(config, now, tell);
+  const inventory = readInventory(config);
   const looked = offline ? [] : config.sections.filter(({ verify }) => verify.length > 0);
   const served = looked.map(async (section) => {
     const lines = config.lines.filter(({ sections }) => sections.includes(section));
@@ -125,21 +125,21 @@ export async function status(
     return found.map((each) => ({ ...each, section: section.name }));
   });
   return {
-    mode,
+    mode: config.mode,
     now,
-    plan: plan(config, inventory, now, memoryOf(state, config, mode, identified(inventory, now), now, false)),
+    plan: plan(config, inventory, now, memoryOf(state, config, identified(inventory, now), now, false)),
     state,
     expiring: (entry) => expiring(entry, config, now),
     served: (await Promise.all(served)).flat(),
-    strays: strayFiles(config, mode, inventory),
+    strays: strayFiles(config, inventory),
   };
 }
 
 /** The state for those who only look: what cannot be used is said, and left where it is. */
-function stateToRead(config: Config, mode: Mode, now: Date, tell: Tell): State {
-  const state = readState(config, mode);
+function stateToRead(config: Config, now: Date, tell: Tell): State {
+  const state = readState(config);
   if ("unusable" in state) {
-    tell({ kind: "notice", text: `cannot use ${mode}/state.json: ${state.unusable}` });
+    tell({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${state.unusable}` });
     return emptyState();
   }
   dropPutOff(state, now);
@@ -150,7 +150,6 @@ function stateToRead(config: Config, mode: Mode, now: Date, tell: Tell): State {
 function memoryOf(
   state: State,
   config: Config,
-  mode: Mode,
   certificates: readonly Identified[],
   now: Date,
   retry: boolean,
@@ -159,9 +158,9 @@ function memoryOf(
   return {
     revoked,
     failures: retry ? {} : failures,
-    hold: new Date(retry ? 0 : holds[config.acmeDirectory[mode]] ?? 0),
+    hold: new Date(retry ? 0 : holds[config.directoryUrl] ?? 0),
     suggested: config.ari ? suggestions(certificates, state, now) : new Map(),
-    nextRun: nextRun(lastRun(config, mode), now),
+    nextRun: nextRun(lastRun(config), now),
   };
 }
 
@@ -180,19 +179,18 @@ export interface RunOptions {
 /** A whole run. Throws LockedError where another is under way. */
 export async function run(
   config: Config,
-  mode: Mode,
   { parallel, retry }: RunOptions,
   world: World,
   tell: Tell,
 ): Promise<Summary> {
-  using store = await openStore(config, mode, world, tell);
+  using store = await openStore(config, world, tell);
   const { state } = store;
   for (const note of store.notes()) {
     if (await cleanUp(config, note, (text) => tell({ kind: "notice", text }))) store.forget(note);
   }
   await store.keepNotes();
 
-  const inventory = readInventory(config, mode);
+  const inventory = readInventory(config);
   for (const entry of inventory) {
     try {
       if (entry.finding.kind === "present") store.link(entry);
@@ -202,12 +200,12 @@ export async function run(
     }
   }
   if (Object.keys(state.owed).length > 0) {
-    const lines = new Map(inventory.map((entry) => [certFile(config, mode, entry), entry.line]));
+    const lines = new Map(inventory.map((entry) => [certFile(config, entry), entry.line]));
     for (const what of dropForgotten(state, config, lines)) {
       const text = `nothing is owed any more for ${what}: it is not in the configuration`;
       tell({ kind: "notice", text, changed: true });
     }
-    owePresent(state, config, mode, inventory);
+    owePresent(state, config, inventory);
   }
   const certificates = identified(inventory, world.now());
   dropUnknown(state, config, inventory, certificates);
@@ -216,7 +214,6 @@ export async function run(
   const current = () => inventory.map((entry) => renewed.get(entry) ?? entry);
   const deliveries = new Deliveries({
     config,
-    mode,
     store,
     inventory: current,
     now: world.now,
@@ -229,17 +226,17 @@ export async function run(
   const overdue = carry(retry ? Object.keys(state.owed) : owing(state, world.now()));
   overdue.catch(() => {}); // heard below, once the issuing has come to its end, too
 
-  const connecting = connectingFor(config, mode, store, world, tell);
+  const connecting = connectingFor(config, store, world, tell);
   let opened: Promise<AcmeClient> | undefined;
   const client = () => opened ??= connect(connecting);
-  const running: Running = { config, mode, parallel, store, world, tell, client, connecting };
+  const running: Running = { config, parallel, store, world, tell, client, connecting };
   await askSuggestions(certificates, unidentified(inventory, world.now()), running);
-  const memory = memoryOf(state, config, mode, certificates, world.now(), retry);
+  const memory = memoryOf(state, config, certificates, world.now(), retry);
   const decided = plan(config, inventory, world.now(), memory);
   store.begin(world.now());
   const fresh = new Set<string>();
   const keep = async ({ entry }: Due, issued: Issued) => {
-    owe(state, entry.line, certFile(config, mode, entry), issued.certificate.fingerprint, world.now());
+    owe(state, entry.line, certFile(config, entry), issued.certificate.fingerprint, world.now());
     await store.saveState();
     renewed.set(entry, await store.commit(entry, issued));
     for (const { name } of entry.line.sections) fresh.add(name);
@@ -266,24 +263,24 @@ export async function run(
 }
 
 /** Gives the account a new key, at the CA of this mode. */
-export async function rollover(config: Config, mode: Mode, world: World, tell: Tell): Promise<void> {
-  using store = await openStore(config, mode, world, tell);
-  await rollOver(connectingFor(config, mode, store, world, tell));
+export async function rollover(config: Config, world: World, tell: Tell): Promise<void> {
+  using store = await openStore(config, world, tell);
+  await rollOver(connectingFor(config, store, world, tell));
 }
 
 /**
  * Takes the lock. Where the state had to be begun anew, says so and owes every delivery: what the ledger held is not
  * known, and a delivery is repeated rather than forgotten.
  */
-async function openStore(config: Config, mode: Mode, world: World, tell: Tell): Promise<Store> {
-  const store = Store.open(config, mode, world.now());
+async function openStore(config: Config, world: World, tell: Tell): Promise<Store> {
+  const store = Store.open(config, world.now());
   dropPutOff(store.state, world.now());
   for (const text of store.notices) tell({ kind: "notice", text, changed: true });
   if (!store.begunAnew) return store;
-  for (const entry of readInventory(config, mode)) {
+  for (const entry of readInventory(config)) {
     if (entry.finding.kind !== "present") continue;
     const { fingerprint } = entry.finding.certificate;
-    owe(store.state, entry.line, certFile(config, mode, entry), fingerprint, world.now());
+    owe(store.state, entry.line, certFile(config, entry), fingerprint, world.now());
   }
   await store.saveState();
   return store;
@@ -346,10 +343,10 @@ async function alert(
 }
 
 /** The certificates of a line that can be revoked. Throws where `name` does not say which line is meant. */
-export function revocable(config: Config, mode: Mode, written: string): Entry[] {
+export function revocable(config: Config, written: string): Entry[] {
   const name = toIdentifier(written);
   if (isMistake(name)) throw new SelectionError(`cannot revoke ${quote(written)}: ${name.why}`);
-  const inventory = readInventory(config, mode);
+  const inventory = readInventory(config);
   const lines = config.lines.filter(({ names }) => names.includes(name));
   const chosen = lines.filter(({ names }) => lines.length === 1 || names[0] === name);
   if (chosen.length !== 1) {
@@ -372,14 +369,13 @@ export class SelectionError extends Error {
 /** Revokes certificates (`reason` is a CRLReason) and has the next run replace them under new keys. */
 export async function revoke(
   config: Config,
-  mode: Mode,
   entries: readonly Entry[],
   reason: number,
   world: World,
   tell: Tell,
 ): Promise<void> {
-  using store = await openStore(config, mode, world, tell);
-  const connecting = connectingFor(config, mode, store, world, tell);
+  using store = await openStore(config, world, tell);
+  const connecting = connectingFor(config, store, world, tell);
   const client = await connect(connecting);
   await register(client, connecting);
   for (const { finding } of entries) {
@@ -394,7 +390,6 @@ export async function revoke(
 /** Everything that a run works with. */
 interface Running {
   readonly config: Config;
-  readonly mode: Mode;
   readonly parallel: number;
   readonly store: Store;
   readonly world: World;
@@ -404,10 +399,9 @@ interface Running {
   readonly connecting: Connecting;
 }
 
-function connectingFor(config: Config, mode: Mode, store: Store, world: World, tell: Tell): Connecting {
+function connectingFor(config: Config, store: Store, world: World, tell: Tell): Connecting {
   return {
     config,
-    mode,
     store,
     world,
     madeKey: (path, how) => tell({ kind: "account key", path, how }),
@@ -421,8 +415,8 @@ async function askSuggestions(
   nameless: readonly Entry[],
   running: Running,
 ): Promise<void> {
-  const { config, mode, parallel, store, world, tell } = running;
-  const asked = toAsk(certificates, store.state, config.acmeDirectory[mode], world.now());
+  const { config, parallel, store, world, tell } = running;
+  const asked = toAsk(certificates, store.state, config.directoryUrl, world.now());
   if (!config.ari || asked.length + nameless.length === 0) return;
   let client: AcmeClient;
   try {
@@ -461,7 +455,7 @@ async function issueAll(
   keep: (due: Due, issued: Issued) => Promise<void>,
 ): Promise<{ failed: number; held: readonly Waiting[] }> {
   if (tasks.length === 0) return { failed: 0, held: [] };
-  const { config, mode, parallel, store, world, tell } = running;
+  const { config, parallel, store, world, tell } = running;
   tell({ kind: "begin", tasks });
   // what the first lines need is made while the CA is reached for
   const early = new Map(
@@ -485,7 +479,7 @@ async function issueAll(
   const warn = (text: string) => tell({ kind: "notice", text });
   const note = (text: string) => store.note(text);
   const forget = (text: string) => store.forget(text);
-  const account = accountName(config, mode, client.key);
+  const account = accountName(config, client.key);
   const issuing: Issuing = {
     client,
     challenges: new Challenges({ ...world, config, prepare, note, forget, warn }),
@@ -509,7 +503,7 @@ async function issueAll(
   };
   const held: Waiting[] = [];
   let failed = 0;
-  delete store.state.holds[config.acmeDirectory[mode]];
+  delete store.state.holds[config.directoryUrl];
   await inParallel(tasks, parallel, world.signal, async (task) => {
     const until = heldUntil(running);
     if (until !== undefined) {
@@ -571,8 +565,8 @@ async function issueTask(
 }
 
 /** Until when the CA wants no orders; undefined where it takes them. */
-function heldUntil({ config, mode, store, world }: Running): Date | undefined {
-  const hold = store.state.holds[config.acmeDirectory[mode]];
+function heldUntil({ config, store, world }: Running): Date | undefined {
+  const hold = store.state.holds[config.directoryUrl];
   return hold !== undefined && new Date(hold) > world.now() ? new Date(hold) : undefined;
 }
 
@@ -580,14 +574,14 @@ function heldUntil({ config, mode, store, world }: Running): Date | undefined {
 function rememberFailure(
   task: Task,
   error: Error,
-  { config, mode, store, world }: Running,
+  { config, store, world }: Running,
   costly = false,
 ): void {
   const { holds, failures } = store.state;
   const { stem } = task.due[0]!.entry;
   if (limitsAccount(error, task.line.names)) {
     const until = error.retryAfter ?? new Date(world.now().getTime() + UNSTATED_HOLD_MS);
-    holds[config.acmeDirectory[mode]] = until.toISOString();
+    holds[config.directoryUrl] = until.toISOString();
   } else if (!world.signal.aborted) { // which would be our doing
     failures[stem] = failureAfter(failures[stem], error, world.now(), costly);
   }

@@ -16,7 +16,7 @@ export type Curve = "P-256" | "P-384" | "P-521";
 
 /** What [config] says; a part of Config. */
 export interface Settings {
-  readonly reauthorizeDays: number;
+  readonly reauthorizeDays?: number; // absent: not configured
   readonly generateNewCertsAfterDays: number; // 0 = off
   readonly challengeDropDir?: string; // absolute
   readonly accountKey: string; // absolute path; the file need not exist yet
@@ -26,7 +26,7 @@ export interface Settings {
   readonly rsaTag: string;
   readonly curveTag: string;
   readonly alwaysGenerateNewKeys: boolean;
-  readonly acmeDirectory: Readonly<Record<Mode, string>>; // prod: `directory`, test: `testDirectory`
+  readonly directoryUrl: string; // of this mode's CA: `directory` or `testDirectory`
   readonly caBundle?: string; // PEM text of certificates
   readonly contact: readonly string[]; // mailto: URLs
   readonly parallel: number;
@@ -42,7 +42,6 @@ export interface Settings {
 
 /** What `[config]` means where it is silent; read by the same rules as what is written. */
 const DEFAULTS = {
-  reauthorizeDays: "15",
   generateNewCertsAfterDays: "0",
   keyTypes: "rsa ec",
   keyBitsRSA: "2048",
@@ -59,7 +58,7 @@ const DEFAULTS = {
 };
 /** Every key of [config], as it is documented. */
 export const CONFIG_KEYS = Object.keys(DEFAULTS).concat(
-  "challengeDropDir accountKey rsaTag curveTag caBundle contact profile preferredChain eabKeyId eabHmacKey"
+  "reauthorizeDays challengeDropDir accountKey rsaTag curveTag caBundle contact profile preferredChain eabKeyId eabHmacKey"
     .split(" "),
 );
 
@@ -70,7 +69,7 @@ const CURVES: ReadonlyMap<string, Curve> = new Map([
   ...["secp521r1", "p-521"].map((name) => [name, "P-521"] as const),
 ]);
 /** A timer of more milliseconds than a signed 32-bit number holds fires at once. */
-const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
+export const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
 const MAX_DAYS = 36_500; // a century: what is more is a slip
 /** letsencrypt.org/docs/rate-limits, "New Certificates per Exact Set of Identifiers". */
 const SAME_NAMES_PER_WEEK = 5;
@@ -93,14 +92,12 @@ export function openSettings(page: Page): Keys | undefined {
 }
 
 /** Reads every key; relative paths are below `directory`. What is faulty has some value of the right type. */
-export function readSettings(keys: Keys, directory: string): Settings {
-  const reauthorizeDays = keys.number("reauthorizeDays", { max: MAX_DAYS });
+export function readSettings(keys: Keys, directory: string, mode: Mode): Settings {
+  const reauthorizeDays = keys.has("reauthorizeDays")
+    ? keys.number("reauthorizeDays", { max: MAX_DAYS })
+    : undefined;
   const generateNewCertsAfterDays = keys.number("generateNewCertsAfterDays", { max: MAX_DAYS });
-  const keyTypes = keys.words("keyTypes").flatMap(({ text }): KeyType[] => {
-    if (text === "rsa" || text === "ec") return [text];
-    keys.fault("keyTypes", `${quote(text)} is neither "rsa" nor "ec"`);
-    return [];
-  });
+  const keyTypes = readKeyTypes(keys);
   const keyBitsRSA = keys.number("keyBitsRSA", { min: 2048, max: 8192, step: 8 });
   const curveText = keys.text("curve") ?? "";
   const curve = CURVES.get(curveText.toLowerCase());
@@ -116,7 +113,7 @@ export function readSettings(keys: Keys, directory: string): Settings {
     const hint = "make rsaTag and curveTag differ";
     keys.fault(later, "the files of both key types would have the same names", hint);
   }
-  const acmeDirectory = { prod: readUrl(keys, "directory"), test: readUrl(keys, "testDirectory") };
+  const directories = { prod: readUrl(keys, "directory"), test: readUrl(keys, "testDirectory") };
   const accountKeyFile = keys.path("accountKey", directory);
   if (!keys.has("accountKey")) {
     keys.missing("accountKey", "name the file of your account key; lematt makes the key if there is none");
@@ -130,13 +127,13 @@ export function readSettings(keys: Keys, directory: string): Settings {
     generateNewCertsAfterDays,
     challengeDropDir: dropDir,
     accountKey: accountKeyFile ?? "",
-    keyTypes: [...new Set(keyTypes)],
+    keyTypes,
     keyBitsRSA,
     curve: curve ?? "P-256",
     rsaTag,
     curveTag,
     alwaysGenerateNewKeys: keys.boolean("alwaysGenerateNewKeys"),
-    acmeDirectory,
+    directoryUrl: directories[mode],
     caBundle: readCaBundle(keys, directory),
     contact: keys.words("contact").map(({ text, line }) => readContact(keys, text, line)),
     parallel: keys.number("parallel", { min: 1, max: 100, step: 1 }),
@@ -158,6 +155,16 @@ export function readSettings(keys: Keys, directory: string): Settings {
   return defined(settings);
 }
 
+/** The kinds of key, each once; empty where the key is absent. */
+export function readKeyTypes(keys: Keys): KeyType[] {
+  const keyTypes = keys.words("keyTypes").flatMap(({ text }): KeyType[] => {
+    if (text === "rsa" || text === "ec") return [text];
+    keys.fault("keyTypes", `${quote(text)} is neither "rsa" nor "ec"`);
+    return [];
+  });
+  return [...new Set(keyTypes)];
+}
+
 function warnOfRenewal(keys: Keys, { reauthorizeDays, generateNewCertsAfterDays: age, keyTypes }: Settings) {
   // A run renews all key types of a line, so as many runs fit into a week as whole sets fit into the limit.
   const least = 7 / Math.floor(SAME_NAMES_PER_WEEK / Math.max(1, keyTypes.length));
@@ -173,7 +180,7 @@ function warnOfRenewal(keys: Keys, { reauthorizeDays, generateNewCertsAfterDays:
       "generateNewCertsAfterDays",
       `certificates are renewed at this age, "reauthorizeDays" is passed over`,
     );
-  } else if (age === 0 && reauthorizeDays > 30) {
+  } else if (age === 0 && reauthorizeDays! > 30) {
     keys.warn(
       "reauthorizeDays",
       "more than two thirds of a 45-day certificate's life, so such a one is renewed when 30 days are left",
@@ -197,8 +204,8 @@ function warnOfKeys(keys: Keys, { keyTypes, keyBitsRSA, curve }: Settings, accou
 }
 
 /** Whether its rules and limits are the ones to warn of. */
-export function isLetsEncrypt({ acmeDirectory }: Settings): boolean {
-  return /^https:\/\/[^/]*\.letsencrypt\.org\//.test(acmeDirectory.prod);
+export function isLetsEncrypt({ directoryUrl }: Settings): boolean {
+  return /^https:\/\/[^/]*\.letsencrypt\.org\//.test(directoryUrl);
 }
 
 function readTag(keys: Keys, key: string): string | undefined {

@@ -120,21 +120,21 @@ const FILE_NAME_MAX = 255;
 const TEMPORARY = ".new";
 
 /** Directory of one mode's files. */
-export function modeDirectory(config: Config, mode: Mode): string {
-  return join(config.directory, mode);
+export function modeDirectory(config: Config): string {
+  return config.base;
 }
 
-function statePath(config: Config, mode: Mode): string {
-  return join(modeDirectory(config, mode), "state.json");
+function statePath(config: Config): string {
+  return join(modeDirectory(config), "state.json");
 }
 
-function lockPath(config: Config, mode: Mode): string {
-  return join(modeDirectory(config, mode), ".lock");
+function lockPath(config: Config): string {
+  return join(modeDirectory(config), ".lock");
 }
 
 /** Base names of the files of `stem`, those of the original. */
-function fileNames(config: Config, mode: Mode, stem: string, keyType: KeyType): Files {
-  const tag = (keyType === "rsa" ? config.rsaTag : config.curveTag) + (mode === "test" ? ".test" : "");
+function fileNames(config: Config, stem: string, keyType: KeyType): Files {
+  const tag = (keyType === "rsa" ? config.rsaTag : config.curveTag) + (config.mode === "test" ? ".test" : "");
   return {
     key: `${stem}-key.${tag}.pem`,
     csr: `${stem}-csr.${tag}.csr`,
@@ -143,9 +143,9 @@ function fileNames(config: Config, mode: Mode, stem: string, keyType: KeyType): 
 }
 
 /** Absolute paths of the files of one certificate. */
-export function filesOf(config: Config, mode: Mode, entry: Pick<Entry, "stem" | "keyType">): Files {
-  const names = fileNames(config, mode, entry.stem, entry.keyType);
-  const base = modeDirectory(config, mode);
+export function filesOf(config: Config, entry: Pick<Entry, "stem" | "keyType">): Files {
+  const names = fileNames(config, entry.stem, entry.keyType);
+  const base = modeDirectory(config);
   return {
     key: `${base}/key/${names.key}`, // not join(), which takes its time to find nothing to normalize
     csr: `${base}/csr/${names.csr}`,
@@ -157,10 +157,10 @@ export function filesOf(config: Config, mode: Mode, entry: Pick<Entry, "stem" | 
  * What the file names of a certificate begin with: its names joined by `_`, the primary first. Where the longest file
  * name would exceed 255 bytes, the primary (cut if need be), the count of names and a digest of the whole.
  */
-export function stemOf(config: Config, mode: Mode, names: readonly string[]): string {
+export function stemOf(config: Config, names: readonly string[]): string {
   const stem = names.map((name) => name.replace("*", "_wildcard").replaceAll(":", "-")).join("_");
   const longest = Math.max(
-    ...(["rsa", "ec"] as const).map((type) => fileNames(config, mode, "", type).cert.length),
+    ...(["rsa", "ec"] as const).map((type) => fileNames(config, "", type).cert.length),
   );
   if (stem.length + longest <= FILE_NAME_MAX) return stem;
   const rest = `_${names.length}names_${sha256(stem).slice(0, 12)}`;
@@ -181,26 +181,26 @@ function linkOwners(config: Config): Map<string, Line> {
 }
 
 /** What the file names of a certificate begin with, and the links by which its names find them. */
-function stemAndLinks(config: Config, mode: Mode, entry: Entry, owners: ReadonlyMap<string, Line>): string[] {
+function stemAndLinks(config: Config, entry: Entry, owners: ReadonlyMap<string, Line>): string[] {
   const { line, stem } = entry;
   const linked = line.names.length === 1 ? [] : line.names.filter((name) => owners.get(name) === line);
-  return [stem, ...linked.map((name) => stemOf(config, mode, [name]))];
+  return [stem, ...linked.map((name) => stemOf(config, [name]))];
 }
 
 /** Files in the directories of keys, requests and certificates that belong to no line any more, relative to the mode's. */
-export function strayFiles(config: Config, mode: Mode, inventory: readonly Entry[]): string[] {
+export function strayFiles(config: Config, inventory: readonly Entry[]): string[] {
   const owners = linkOwners(config);
   const stems = { rsa: new Set<string>(), ec: new Set<string>() };
   for (const entry of inventory) {
-    for (const stem of stemAndLinks(config, mode, entry, owners)) stems[entry.keyType].add(stem);
+    for (const stem of stemAndLinks(config, entry, owners)) stems[entry.keyType].add(stem);
   }
   return (["cert", "csr", "key"] as const).flatMap((directory) => {
-    const ends = config.keyTypes.map((keyType) =>
-      [fileNames(config, mode, "", keyType)[directory], stems[keyType]] as const
+    const ends = (["rsa", "ec"] as const).map((keyType) =>
+      [fileNames(config, "", keyType)[directory], stems[keyType]] as const
     );
     const isKnown = (name: string) =>
       ends.some(([end, known]) => name.endsWith(end) && known.has(name.slice(0, -end.length)));
-    return listing(join(modeDirectory(config, mode), directory))
+    return listing(join(modeDirectory(config), directory))
       .filter((name) => !name.startsWith(".") && !isKnown(name)).map((name) => `${directory}/${name}`);
   });
 }
@@ -215,27 +215,25 @@ function listing(directory: string): string[] {
 }
 
 /** Reads what is on disk for every certificate of the configuration, in the order of `domains`. Changes nothing. */
-export function readInventory(config: Config, mode: Mode): Entry[] {
-  return config.lines.flatMap((line) =>
-    config.keyTypes.map((keyType) => readEntry(config, mode, line, keyType))
-  );
+export function readInventory(config: Config): Entry[] {
+  return config.lines.flatMap((line) => line.keyTypes.map((keyType) => readEntry(config, line, keyType)));
 }
 
-function readEntry(config: Config, mode: Mode, line: Line, keyType: KeyType): Entry {
-  const stem = stemOf(config, mode, line.names);
+function readEntry(config: Config, line: Line, keyType: KeyType): Entry {
+  const stem = stemOf(config, line.names);
   const entry = {
     line,
     keyType,
     stem,
-    finding: inspect(filesOf(config, mode, { stem, keyType }), line.names),
+    finding: inspect(filesOf(config, { stem, keyType }), line.names),
   };
   if (line.names.length < 3 || entry.finding.kind !== "missing") return entry;
-  const other = stemInOtherOrder(config, mode, line, keyType);
+  const other = stemInOtherOrder(config, line, keyType);
   if (other === undefined) return entry;
   return {
     ...entry,
     stem: other,
-    finding: inspect(filesOf(config, mode, { stem: other, keyType }), line.names),
+    finding: inspect(filesOf(config, { stem: other, keyType }), line.names),
   };
 }
 
@@ -243,10 +241,10 @@ function readEntry(config: Config, mode: Mode, line: Line, keyType: KeyType): En
  * The original left it to chance in which order names that differ in the last label alone (`example.net example.org`)
  * stand in a stem. The link of the primary tells which it was.
  */
-function stemInOtherOrder(config: Config, mode: Mode, line: Line, keyType: KeyType): string | undefined {
-  const link = filesOf(config, mode, { stem: stemOf(config, mode, line.names.slice(0, 1)), keyType }).cert;
+function stemInOtherOrder(config: Config, line: Line, keyType: KeyType): string | undefined {
+  const link = filesOf(config, { stem: stemOf(config, line.names.slice(0, 1)), keyType }).cert;
   const target = linkTarget(link);
-  const end = fileNames(config, mode, "", keyType).cert;
+  const end = fileNames(config, "", keyType).cert;
   if (target === undefined || target.includes("/") || !target.endsWith(end)) return undefined;
   const stem = target.slice(0, -end.length);
   const names = stem.split("_");
@@ -304,8 +302,8 @@ function linkTarget(path: string): string | undefined {
  * Where keys of the account are written before they take their place. Each mode has a place of its own: the lock of the
  * one does not keep the other out.
  */
-export function accountTemporary(config: Config, mode: Mode): string {
-  const place = modeDirectory(config, mode).replaceAll("/", "_").slice(-50); // of which each character may be four bytes
+export function accountTemporary(config: Config): string {
+  const place = modeDirectory(config).replaceAll("/", "_").slice(-50); // of which each character may be four bytes
   return join(dirname(config.accountKey), `.${place}${TEMPORARY}`);
 }
 
@@ -336,17 +334,17 @@ export async function replaceSecret(
 }
 
 /** When the last run began, of which the time of its lock file tells. */
-export function lastRun(config: Config, mode: Mode): Date | undefined {
+export function lastRun(config: Config): Date | undefined {
   try {
-    return Deno.statSync(lockPath(config, mode)).mtime ?? undefined;
+    return Deno.statSync(lockPath(config)).mtime ?? undefined;
   } catch {
     return undefined;
   }
 }
 
 /** What `state.json` holds, or why it cannot be used. Changes nothing. */
-export function readState(config: Config, mode: Mode): State | Unusable {
-  return readStateFile(config, mode).state;
+export function readState(config: Config): State | Unusable {
+  return readStateFile(config).state;
 }
 
 interface Unusable {
@@ -354,9 +352,9 @@ interface Unusable {
 }
 
 /** The state, and the text that it was read from. */
-function readStateFile(config: Config, mode: Mode): { text?: string; state: State | Unusable } {
+function readStateFile(config: Config): { text?: string; state: State | Unusable } {
   try {
-    const text = readIfPresent(statePath(config, mode));
+    const text = readIfPresent(statePath(config));
     return { text, state: text === undefined ? emptyState() : parseState(text) };
   } catch (error) {
     return { state: { unusable: (error as Error).message } };
@@ -440,7 +438,6 @@ export class Store implements Disposable {
 
   private constructor(
     private readonly config: Config,
-    private readonly mode: Mode,
     private readonly lock: Deno.FsFile,
     /** Changed in memory, kept by `saveState`. */
     readonly state: State,
@@ -456,23 +453,25 @@ export class Store implements Disposable {
   }
 
   /** Makes the directories, takes the lock (throws LockedError), and mends what a run that was cut off left behind. */
-  static open(config: Config, mode: Mode, now: Date): Store {
-    const base = modeDirectory(config, mode);
+  static open(config: Config, now: Date): Store {
+    const base = modeDirectory(config);
     makeDirectory(base, 0o755);
-    const lock = takeLock(lockPath(config, mode), mode);
+    const lock = takeLock(lockPath(config), config.mode);
     try {
       makeDirectory(join(base, "key"), 0o700);
       makeDirectory(join(base, "csr"), 0o755);
       makeDirectory(join(base, "cert"), 0o755);
       const notices: string[] = [];
-      let { text, state } = readStateFile(config, mode);
+      let { text, state } = readStateFile(config);
       if ("unusable" in state) {
         const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
-        Deno.renameSync(statePath(config, mode), join(base, aside));
-        notices.push(`cannot use ${mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`);
+        Deno.renameSync(statePath(config), join(base, aside));
+        notices.push(
+          `cannot use ${config.mode}/state.json: ${state.unusable}; set aside as ${aside}, begun anew`,
+        );
         [text, state] = [undefined, emptyState()];
       }
-      const store = new Store(config, mode, lock, state, text, notices.length > 0, notices);
+      const store = new Store(config, lock, state, text, notices.length > 0, notices);
       store.#completeCommits();
       return store;
     } catch (error) {
@@ -487,7 +486,7 @@ export class Store implements Disposable {
 
   /** The private key that stands there, to be used again; a link is another certificate's, and so none of this one's. */
   keyOf(entry: Entry): string | undefined {
-    const { key } = filesOf(this.config, this.mode, entry);
+    const { key } = filesOf(this.config, entry);
     if (!isRegularFile(key)) return undefined;
     const keyPem = Deno.readTextFileSync(key);
     return isPrivateKey(keyPem) ? keyPem : undefined;
@@ -499,7 +498,7 @@ export class Store implements Disposable {
    * stands then, which keeps nothing of the chain in memory.
    */
   async commit(entry: Entry, issued: Issued): Promise<Entry> {
-    const files = filesOf(this.config, this.mode, entry);
+    const files = filesOf(this.config, entry);
     const renames: [string, string][] = [];
     if (this.keyOf(entry) !== issued.keyPem) {
       renames.push([await writeTemporary(temporaryOf(files.key), issued.keyPem, 0o600), files.key]);
@@ -516,7 +515,7 @@ export class Store implements Disposable {
   /** Makes sure, before a certificate is asked for, that it can be kept. */
   async ensureWritable(): Promise<void> {
     for (const directory of ["key", "csr", "cert"]) {
-      const path = join(modeDirectory(this.config, this.mode), directory, TEMPORARY);
+      const path = join(modeDirectory(this.config), directory, TEMPORARY);
       removeIfThere(await writeTemporary(path, "", 0o600));
     }
     this.kept = undefined;
@@ -534,18 +533,18 @@ export class Store implements Disposable {
   link(entry: Entry): void {
     const { line, keyType } = entry;
     if (line.names.length === 1) return;
-    const bundle = filesOf(this.config, this.mode, entry);
+    const bundle = filesOf(this.config, entry);
     for (const name of line.names) {
       if (this.#owners.get(name) !== line) continue;
-      const own = filesOf(this.config, this.mode, { stem: stemOf(this.config, this.mode, [name]), keyType });
+      const own = filesOf(this.config, { stem: stemOf(this.config, [name]), keyType });
       for (const what of ["key", "cert"] as const) linkTo(own[what], basename(bundle[what]));
     }
   }
 
   /** Every path under which a certificate and its key are found: the bundle first, then the links to it. */
   pathsOf(entry: Entry): { certs: string[]; keys: string[] } {
-    const files = stemAndLinks(this.config, this.mode, entry, this.#owners)
-      .map((stem) => filesOf(this.config, this.mode, { stem, keyType: entry.keyType }));
+    const files = stemAndLinks(this.config, entry, this.#owners)
+      .map((stem) => filesOf(this.config, { stem, keyType: entry.keyType }));
     return { certs: files.map(({ cert }) => cert), keys: files.map(({ key }) => key) };
   }
 
@@ -561,7 +560,7 @@ export class Store implements Disposable {
     const text = JSON.stringify(this.state, undefined, 1) + "\n";
     if (text === this.kept) return;
     this.kept = undefined;
-    await replaceSecret(statePath(this.config, this.mode), text);
+    await replaceSecret(statePath(this.config), text);
     this.kept = text;
   }
 
@@ -589,7 +588,7 @@ export class Store implements Disposable {
   }
 
   get #notesPath(): string {
-    return join(modeDirectory(this.config, this.mode), ".cleanup");
+    return join(modeDirectory(this.config), ".cleanup");
   }
 
   /**
@@ -597,16 +596,16 @@ export class Store implements Disposable {
    * takes its place; whatever else was left half done is removed. What cannot take its place stays, and stops no other.
    */
   #completeCommits(): void {
-    const base = modeDirectory(this.config, this.mode);
+    const base = modeDirectory(this.config);
     const left = ["key", "csr", "cert", "."].flatMap((directory) =>
       listing(join(base, directory)).filter((name) => name.endsWith(TEMPORARY))
         .map((name) => join(base, directory, name))
     );
-    removeIfThere(accountTemporary(this.config, this.mode));
+    removeIfThere(accountTemporary(this.config));
     if (left.length === 0) return;
     const stuck: string[] = [];
-    for (const entry of readInventory(this.config, this.mode)) {
-      const files = filesOf(this.config, this.mode, entry);
+    for (const entry of readInventory(this.config)) {
+      const files = filesOf(this.config, entry);
       const [newKey, newCert] = [temporaryOf(files.key), temporaryOf(files.cert)];
       if (!left.includes(newCert)) continue;
       const keyIsNew = left.includes(newKey);

@@ -22,7 +22,7 @@ function bedFor(ca: Switches = {}, settings = ""): Promise<Bed> {
 /** Changes the account key in this process. Returns what was told of it. */
 async function roll(bed: Bed, mode: Mode = "test", world: Partial<TestWorld> = {}): Promise<string[]> {
   const told: string[] = [];
-  await rollover(bed.config(), mode, bed.world(world), (event) => {
+  await rollover(bed.config(mode), bed.world(world), (event) => {
     told.push(event.kind === "account key" ? event.how : event.kind);
   });
   return told;

@@ -115,16 +115,16 @@ export class Bed implements AsyncDisposable {
   }
 
   /** The configuration as it now stands. */
-  config(): Config {
-    return loadConfig(this.conf);
+  config(mode: Mode = "test"): Config {
+    return loadConfig(mode, this.conf);
   }
 
   /** Puts certificates of all lines in place, as a run `age` days ago would have, for `life` days from then. */
   async plant({ mode = "test", age = 0, life = 90 }: { mode?: Mode; age?: number; life?: number } = {}) {
-    const config = this.config();
+    const config = this.config(mode);
     const notBefore = new Date(this.ca.now.getTime() - age * DAY);
-    using store = Store.open(config, mode, this.ca.now);
-    for (const entry of readInventory(config, mode)) {
+    using store = Store.open(config, this.ca.now);
+    for (const entry of readInventory(config)) {
       const keyPem = await generateKey(
         entry.keyType === "rsa"
           ? { type: "rsa", bits: config.keyBitsRSA }
@@ -194,10 +194,9 @@ export class Bed implements AsyncDisposable {
       out: (text) => out.push(text),
       err: (text) => err.push(text),
     });
-    const config = this.config();
+    const config = this.config(mode);
     const summary = await run(
       config,
-      mode,
       { parallel: parallel ?? config.parallel, retry },
       this.world(world),
       (event) => {

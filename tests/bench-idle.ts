@@ -98,16 +98,16 @@ function makeTree(conf: string, lines: number): string {
   writeFileSync(join(conf, "actions.conf"), "");
   const labels = Array.from({ length: lines }, (_, i) => `${i}`.padStart(PLACE.length, "host0000000"));
   writeFileSync(join(conf, "domains"), labels.map((label) => `${label}.example.com\n`).join(""));
-  const config = loadConfig(conf);
+  const config = loadConfig("test", conf);
 
   const now = Date.now();
   const forge = forger({ notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) });
   for (const directory of ["test", "test/key", "test/csr", "test/cert"]) mkdirSync(join(conf, directory));
   const window = { start: at(now + 59 * DAY), end: at(now + 61 * DAY), at: at(now + 60 * DAY) };
   const renewals: Record<string, Renewal> = {};
-  for (const entry of readInventory(config, "test")) {
+  for (const entry of readInventory(config)) {
     const { chainPem, keyPem } = forge(entry.line.names[0]!.split(".")[0]!, entry.keyType);
-    const files = filesOf(config, "test", entry);
+    const files = filesOf(config, entry);
     writeFileSync(files.cert, chainPem);
     writeFileSync(files.key, keyPem, { mode: 0o600 });
     renewals[readCertificate(chainPem).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };

@@ -42,7 +42,7 @@ function directoryOf({ settings = "", conf, domains = "example.com\n", actions =
 }
 
 function load(files: Files): Config {
-  return loadConfig(directoryOf(files));
+  return loadConfig("prod", directoryOf(files));
 }
 
 /** `line text [hint]` of each fault. */
@@ -54,7 +54,7 @@ function refused(action: () => unknown): readonly Notice[] {
   try {
     action();
   } catch (error) {
-    if (error instanceof ConfigError) return error.faults;
+    if (error instanceof ConfigError) return error.problems;
     throw error;
   }
   throw new Error("It was accepted");
@@ -68,8 +68,10 @@ function tell(notices: readonly Notice[], withFile = false): string[] {
 }
 
 Deno.test("loadConfig() loads the three files of the original as its users have them", () => {
-  const { directory, file, warnings, sections, lines, ...rest } = loadConfig(directoryOf({
-    conf: `[config]
+  const { directory, file, warnings, sections, lines, ...rest } = loadConfig(
+    "prod",
+    directoryOf({
+      conf: `[config]
 # days, with fractions if need be
 reauthorizeDays: 42.42
 #generateNewCertsAfterDays: 7
@@ -80,14 +82,14 @@ keyBitsRSA: 2048
 curve: prime256v1
 # rsaTag: rsa2048
 `,
-    domains: `# names
+      domains: `# names
 example.com www
 mail.example.com
 
 dev.example.com dev2.example.com dev3.example.com
 corp.example.com internal hr chat git web pikachu
 `,
-    actions: `# commands
+      actions: `# commands
 [default]
 update: ["sudo service nginx reload"]
 uploadCerts: ["rsync -avz --chmod=F644 CERTS /etc/ssl/"]
@@ -102,9 +104,12 @@ domains: mail.example.com
 prepare: ["ssh -t forward http://example.com"]
 ocspStapleRequired: no
 update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
-  }));
+    }),
+  );
   same(file, join(directory, "lematt.conf"));
   same(rest, {
+    mode: "prod",
+    base: join(directory, "prod"),
     reauthorizeDays: 42.42,
     generateNewCertsAfterDays: 0,
     challengeDropDir: `${base}/drop`,
@@ -115,10 +120,7 @@ update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
     rsaTag: "rsa2048",
     curveTag: "prime256v1",
     alwaysGenerateNewKeys: false,
-    acmeDirectory: {
-      prod: "https://acme-v02.api.letsencrypt.org/directory",
-      test: "https://acme-staging-v02.api.letsencrypt.org/directory",
-    },
+    directoryUrl: "https://acme-v02.api.letsencrypt.org/directory",
     contact: [],
     parallel: 10,
     preflight: "yes",
@@ -140,7 +142,16 @@ update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
     verify: [],
     alert: [],
   };
-  const section = { ...none, dnsPresent: [], dnsCleanup: [] };
+  const section = {
+    ...none,
+    uploadEach: [],
+    rehearse: false,
+    keyTypes: ["rsa", "ec"],
+    verifyWaitSeconds: 60,
+    dnsPresent: [],
+    dnsCleanup: [],
+    dnsParallel: false,
+  };
   const [fallback, every, mail] = sections;
   same(sections, [
     {
@@ -161,7 +172,7 @@ update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
       update: ["ssh reload-postfix", "ssh reload-dovecot"],
     },
   ]);
-  same(lines, [
+  same(lines.map(({ line, names, sections }) => ({ line, names, sections })), [
     { line: 2, names: ["example.com", "www.example.com"], sections: [fallback, every] },
     { line: 3, names: ["mail.example.com"], sections: [mail, every] },
     {
@@ -200,7 +211,7 @@ const settings: [line: string, expected: Partial<Config>][] = [
   ["keyTypes: ec", { keyTypes: ["ec"] }],
   ["keyTypes: ec rsa", { keyTypes: ["ec", "rsa"] }],
   ["directory: https://ca.test:14000/dir\ntestDirectory: https://ca.test/?x=1", {
-    acmeDirectory: { prod: "https://ca.test:14000/dir", test: "https://ca.test/?x=1" },
+    directoryUrl: "https://ca.test:14000/dir",
   }],
   ["contact: a+b@example.com\n  mailto:c@example.org", {
     contact: ["mailto:a+b@example.com", "mailto:c@example.org"],
@@ -690,8 +701,8 @@ Deno.test("loadConfig() refuses a drop directory that is none", () => {
 /** The faults that another user would be told of; one who may read everything, so that Deno and this file are found. */
 function faultsForNobody(conf: string): Notice[] {
   const url = new URL("../lib/config.ts", import.meta.url);
-  const code = `try { (await import("${url}")).loadConfig("${conf}"); console.log("[]"); }
-    catch (error) { console.log(JSON.stringify(error.faults)); }`;
+  const code = `try { (await import("${url}")).loadConfig("prod", "${conf}"); console.log("[]"); }
+    catch (error) { console.log(JSON.stringify(error.problems)); }`;
   const nobody =
     "--reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
   const as = Deno.uid() === 0 ? ["setpriv", ...nobody.split(" ")] : [];
@@ -721,7 +732,7 @@ Deno.test("loadConfig() accepts directories that a group may write to, which may
   if (Deno.uid() !== 0) return;
   Deno.chownSync(shared, 65534, 65534);
   Deno.chmodSync(shared, 0o500);
-  loadConfig(conf);
+  loadConfig("prod", conf);
 });
 
 const warned: [behaviour: string, files: Files, warnings: string[]][] = [
@@ -879,7 +890,7 @@ Deno.test("loadConfig() tells every fault of all three files at once, in the ord
     actions:
       'x: 1\n[every]\ndomains: a.com\nupdate: x\n[a]\nverify: [\n  "a.com:443",\n  "a.com"]\ndomains: a.com\n',
   });
-  const faults = refused(() => loadConfig(directory));
+  const faults = refused(() => loadConfig("prod", directory));
   same(tell(faults, true).map((fault) => fault.replace(/ \[.*/, "")), [
     'lematt.conf:1 Cannot find "accountKey" in',
     'lematt.conf:1 Cannot find "challengeDropDir" in',
@@ -901,13 +912,16 @@ Deno.test("loadConfig() tells every fault of all three files at once, in the ord
 });
 
 Deno.test("loadConfig() tells what is missing and how to begin", () => {
-  same(tell(refused(() => loadConfig(directoryOf({ conf: null, domains: null, actions: null }))), true), [
-    'lematt.conf: Cannot read "BASE/CONF/lematt.conf": it does not exist ' +
-    "[copy the conf/lematt.conf that comes with lematt, and adapt it]",
-    'domains: Cannot read "BASE/CONF/domains": it does not exist [one line a certificate, such as: example.com www]',
-    'actions.conf: Cannot read "BASE/CONF/actions.conf": it does not exist ' +
-    "[an empty file will do to begin with: touch BASE/CONF/actions.conf]",
-  ]);
+  same(
+    tell(refused(() => loadConfig("prod", directoryOf({ conf: null, domains: null, actions: null }))), true),
+    [
+      'lematt.conf: Cannot read "BASE/CONF/lematt.conf": it does not exist ' +
+      "[copy the conf/lematt.conf that comes with lematt, and adapt it]",
+      'domains: Cannot read "BASE/CONF/domains": it does not exist [one line a certificate, such as: example.com www]',
+      'actions.conf: Cannot read "BASE/CONF/actions.conf": it does not exist ' +
+      "[an empty file will do to begin with: touch BASE/CONF/actions.conf]",
+    ],
+  );
   same(faultsOf({ conf: "# nothing\n" }), [
     " Cannot find section [config] [put [config] in a line above the keys]",
   ]);
@@ -917,13 +931,13 @@ Deno.test("loadConfig() refuses what is no text file, without waiting for it", (
   const directory = directoryOf({ domains: null, actions: null });
   Deno.mkdirSync(join(directory, "domains"));
   new Deno.Command("mkfifo", { args: [join(directory, "actions.conf")] }).outputSync();
-  same(tell(refused(() => loadConfig(directory)), true), [
+  same(tell(refused(() => loadConfig("prod", directory)), true), [
     'domains: Cannot read "BASE/CONF/domains": it is not a file',
     'actions.conf: Cannot read "BASE/CONF/actions.conf": it is not a file',
   ]);
   Deno.removeSync(join(directory, "domains"));
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
-  same(tell(refused(() => loadConfig(directory)), true)[0], "domains:2 Cannot read it: not UTF-8");
+  same(tell(refused(() => loadConfig("prod", directory)), true)[0], "domains:2 Cannot read it: not UTF-8");
 });
 
 Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
@@ -955,25 +969,25 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else .
         "linked.conf",
       ]
     ) {
-      const config = loadConfig(path, "/nowhere");
+      const config = loadConfig("prod", path, "/nowhere");
       same([config.directory, config.file], [directory, join(directory, "lematt.conf")]);
     }
-    same(tell(refused(() => loadConfig(undefined, "/nowhere")), true), [
+    same(tell(refused(() => loadConfig("prod", undefined, "/nowhere")), true), [
       'lematt.conf: Cannot find it in "conf": it does not exist, or in "/nowhere": it does not exist ' +
       "[name lematt.conf, or its directory, with --config]",
     ]);
-    same(tell(refused(() => loadConfig("missing.conf", directory)), true), [
+    same(tell(refused(() => loadConfig("prod", "missing.conf", directory)), true), [
       'lematt.conf: Cannot find it in "missing.conf": it does not exist [name lematt.conf, or its directory, with --config]',
     ]);
-    same(loadConfig(undefined, directory).directory, directory);
+    same(loadConfig("prod", undefined, directory).directory, directory);
     Deno.mkdirSync("conf");
-    same(loadConfig(undefined, directory).directory, directory);
+    same(loadConfig("prod", undefined, directory).directory, directory);
     for (const { name } of Deno.readDirSync(directory)) {
       Deno.copyFileSync(join(directory, name), join("conf", name));
     }
     Deno.copyFileSync(join(base, "account.key"), "account.key");
     Deno.mkdirSync("drop");
-    same(loadConfig(undefined, directory).directory, join(home, "conf"));
+    same(loadConfig("prod", undefined, directory).directory, join(home, "conf"));
   } finally {
     Deno.chdir(here);
   }
@@ -985,7 +999,7 @@ Deno.test("the samples in conf/ lack only names and the drop directory, and thei
   Deno.mkdirSync(directory);
   const write = (name: string, text: string) => Deno.writeTextFileSync(join(directory, name), text);
   for (const name of ["lematt.conf", "domains", "actions.conf"]) write(name, read(name));
-  const faults = refused(() => loadConfig(directory)).map((
+  const faults = refused(() => loadConfig("prod", directory)).map((
     { file, text },
   ) => [file, text.replace(/:.*/, "")]);
   same(faults.at(-1), ["domains", "Cannot find a name in it"]);
@@ -1000,7 +1014,7 @@ Deno.test("the samples in conf/ lack only names and the drop directory, and thei
   write("lematt.conf", settings.replaceAll("/srv/web/challenges/", join(base, "drop")));
   write("domains", read("domains").replace(/^# (?=([a-z0-9.]+\.(com|org|10)\b.*)$)/gm, ""));
   write("actions.conf", read("actions.conf").replace(/^# (?=\[|\w+: )/gm, ""));
-  const config = loadConfig(directory);
+  const config = loadConfig("prod", directory);
   same(config.lines.map(({ names }) => names[0]), [
     ..."example.com mail.example.com git.example.com example.org 192.0.2.10".split(" "),
   ]);
@@ -1024,7 +1038,7 @@ Deno.test("loadConfig() reads 50,000 lines and 2,000 sections without quadratic 
       ),
   });
   const start = performance.now();
-  const config = loadConfig(directory);
+  const config = loadConfig("prod", directory);
   const seconds = (performance.now() - start) / 1000;
   same([config.lines.length, config.sections.length], [50_000, 2002]);
   same(config.lines[39_999]!.sections.map(({ name }) => name), ["s1999", "default", "every"]);
@@ -1067,10 +1081,10 @@ Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => 
       Deno.writeTextFileSync(join(directory, name), changed);
     }
     try {
-      loadConfig(directory);
+      loadConfig("prod", directory);
     } catch (error) {
       ok(error instanceof ConfigError, `seed ${seed}, round ${round}: ${error}`);
-      for (const { text, hint = "" } of error.faults) {
+      for (const { text, hint = "" } of error.problems) {
         ok(
           !/[\p{C}]/u.test(text + hint),
           `seed ${seed}, round ${round}: ${JSON.stringify(text)}`,

@@ -668,7 +668,7 @@ function targets(domains: string, verify: string[], delivered?: string[]): strin
       }\nchallenge: dns-01\ndnsPresent: ["true"]\nverify: ${JSON.stringify(verify)}`,
     };
     for (const [name, text] of Object.entries(files)) Deno.writeTextFileSync(join(directory, name), text);
-    config = loadConfig(directory);
+    config = loadConfig("test", directory);
   } finally {
     Deno.removeSync(directory, { recursive: true });
   }

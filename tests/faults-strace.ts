@@ -59,7 +59,7 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
     await inState(subject, (state, now) => {
       for (const { line, keyType, stem, finding } of subject.inventory()) {
         assert(finding.kind === "present");
-        const name = certFile(subject.bed.config(), "test", { stem, keyType });
+        const name = certFile(subject.bed.config(), { stem, keyType });
         owe(state, line, name, finding.certificate.fingerprint, now);
       }
     });
@@ -75,7 +75,7 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
   async "rollover"(subject) {
     await subject.bed.run();
     const [, solo] = subject.inventory();
-    Deno.removeSync(filesOf(subject.bed.config(), "test", solo!).cert);
+    Deno.removeSync(filesOf(subject.bed.config(), solo!).cert);
   },
 };
 
@@ -116,7 +116,7 @@ async function renewal(subject: Subject): Promise<void> {
 
 async function inState(subject: Subject, change: (state: State, now: Date) => void): Promise<void> {
   const { bed } = subject;
-  using store = Store.open(bed.config(), "test", bed.ca.now);
+  using store = Store.open(bed.config(), bed.ca.now);
   change(store.state, bed.ca.now);
   await store.saveState();
 }
@@ -124,9 +124,9 @@ async function inState(subject: Subject, change: (state: State, now: Date) => vo
 /** Path -> path as it stands in points, of files that are named otherwise in each bed. Both relative to its home. */
 async function aliases({ bed }: Subject): Promise<Map<string, string>> {
   const config = bed.config();
-  const ca = createHash("sha256").update(config.acmeDirectory.test).digest("hex");
+  const ca = createHash("sha256").update(config.directoryUrl).digest("hex");
   const names = new Map([
-    [relative(bed.home, accountTemporary(config, "test")), "conf/.account.new"],
+    [relative(bed.home, accountTemporary(config)), "conf/.account.new"],
     [`conf/account.key.new-${ca.slice(0, 8)}`, "conf/account.key.new"],
   ]);
   const pem = textOf(config.accountKey);

@@ -137,8 +137,8 @@ async function describe({ bed }: Subject, config: Config, json: boolean): Promis
     err: speak,
   } as const;
   const report = new Report({ ...manner, json, now: () => bed.ca.now });
-  report.finish(await preview(config, "test", false, bed.world(), (event) => report.tell(event)));
-  const found = await status(config, "test", true, bed.world(), (event) => report.tell(event));
+  report.finish(await preview(config, false, bed.world(), (event) => report.tell(event)));
+  const found = await status(config, true, bed.world(), (event) => report.tell(event));
   for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
   presentable(withoutControls(said.join("")));
 }
@@ -174,11 +174,11 @@ verify: ["[::1]:443/smtp#a.b", "DOMAIN:25", "a.b:25#DOMAIN"]
       Deno.writeTextFileSync(bed.path(name), random(2) === 0 ? text : mutated(text, random));
     }
     try {
-      loadConfig(bed.conf);
+      loadConfig("test", bed.conf);
     } catch (error) {
       if (!(error instanceof ConfigError)) throw error;
-      assert(error.faults.length > 0);
-      presentable(`${error.faults.map(noticeText).join("\n")}\n`.replaceAll("undefined", ""));
+      assert(error.problems.length > 0);
+      presentable(`${error.problems.map(noticeText).join("\n")}\n`.replaceAll("undefined", ""));
     }
   });
 });
@@ -188,7 +188,7 @@ Deno.test("any text of certificates and keys is told for what it is", async () =
   const { bed } = subject;
   await bed.run();
   const config = bed.config();
-  const files = subject.inventory(config).map((entry) => filesOf(config, "test", entry));
+  const files = subject.inventory(config).map((entry) => filesOf(config, entry));
   const paths = files.flatMap(({ key, cert }) => [key, cert]);
   const texts = paths.map((path) => Deno.readTextFileSync(path));
   await feed("certificates and keys", async (random) => {
@@ -196,7 +196,7 @@ Deno.test("any text of certificates and keys is told for what it is", async () =
     const other = texts[random(paths.length)]!;
     Deno.writeTextFileSync(paths[at]!, random(10) === 0 ? other : mutated(texts[at]!, random));
     if (random(50) === 0) await describe(subject, config, random(2) === 0);
-    else readInventory(config, "test");
+    else readInventory(config);
     Deno.writeTextFileSync(paths[at]!, texts[at]!);
   });
 });

@@ -163,7 +163,7 @@ ${more}`,
   }
 
   inventory(config = this.bed.config()): Entry[] {
-    return readInventory(config, "test");
+    return readInventory(config);
   }
 
   /** From here on are orders counted. */
@@ -250,7 +250,7 @@ ${more}`,
     for (const { stem, keyType, finding } of inventory) {
       assert.equal(finding.kind, "present", `${stem} ${keyType}`);
     }
-    assert.deepEqual(strayFiles(config, "test", inventory), []);
+    assert.deepEqual(strayFiles(config, inventory), []);
     assert.deepEqual(bed.dropped(), [], "challenge files");
     const ours = listing(bed.conf).filter((name) => !name.startsWith("account.key.old-"));
     assert.deepEqual(ours, ["account.key", "actions.conf", "domains", "lematt.conf", "test"]);
@@ -260,17 +260,17 @@ ${more}`,
     }
     assert(isPrivateKey(bed.text("account.key")));
     assert.equal(bed.ca.accounts.length, 1);
-    const state = readState(config, "test");
+    const state = readState(config);
     assert(!("unusable" in state), "state.json cannot be used");
     assert.deepEqual(state.owed, {});
-    assert.equal((await preview(config, "test", false, bed.world(), () => {})).due, 0);
+    assert.equal((await preview(config, false, bed.world(), () => {})).due, 0);
     // what another bed of this process is just starting has the lock's file open, too, until it is that command
     await until("the lock is free", () => isFree(config, bed.ca.now));
   }
 
   #checkDelivered(): void {
     for (const entry of this.inventory()) {
-      const { cert, key } = filesOf(this.bed.config(), "test", entry);
+      const { cert, key } = filesOf(this.bed.config(), entry);
       for (const path of [cert, key]) {
         const name = basename(path);
         assert.equal(textOf(join(this.served, name)), Deno.readTextFileSync(path), `delivered: ${name}`);
@@ -334,7 +334,7 @@ function listing(path: string): string[] {
 
 function isFree(config: Config, now: Date): boolean {
   try {
-    Store.open(config, "test", now)[Symbol.dispose]();
+    Store.open(config, now)[Symbol.dispose]();
     return true;
   } catch (error) {
     if (error instanceof LockedError) return false;

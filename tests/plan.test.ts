@@ -18,7 +18,13 @@ const NOTHING: Memory = {
   suggested: new Map(),
   nextRun: day(0),
 };
-const line = (number: number, ...names: string[]): Line => ({ line: number, names, sections: [] });
+const line = (number: number, ...names: string[]): Line => ({
+  line: number,
+  names,
+  sections: [],
+  keyTypes: ["rsa", "ec"],
+  formerNames: [],
+});
 const present = (
   notBefore: Date,
   notAfter: Date,

@@ -38,7 +38,7 @@ const entryOf = (
   keyType: Entry["keyType"] = "rsa",
   finding: Finding = { kind: "present", certificate },
 ): Entry => ({
-  line: { line: 1, names, sections: [] },
+  line: { line: 1, names, sections: [], keyTypes: ["rsa", "ec"], formerNames: [] },
   keyType,
   stem: names.join("_"),
   finding,

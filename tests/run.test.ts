@@ -240,7 +240,7 @@ Deno.test("revoke() revokes the certificates of a line, and the next run makes t
     ["rsa2048", "prime256v1"].map((tag) => bed.text("test", "key", `a.example.com-key.${tag}.test.pem`));
   const before = keys();
   const config = bed.config();
-  await revoke(config, "test", revocable(config, "test", "www.a.example.com"), 4, bed.world(), () => {});
+  await revoke(config, revocable(config, "www.a.example.com"), 4, bed.world(), () => {});
   const revoked = bed.ca.issued.filter((issued) => issued.revoked !== undefined);
   assert.deepEqual(
     revoked.map(({ names, keyType, revoked }) => `${names[0]} ${keyType} ${revoked!.reason}`).sort(),
@@ -263,7 +263,7 @@ Deno.test("revocable() wants to know exactly which line is meant", async () => {
   await bed.plant();
   Deno.removeSync(bed.path("test", "cert", "d.example.com-cert-combined.prime256v1.test.pem"));
   const config = bed.config();
-  const chosen = (name: string) => revocable(config, "test", name).map(({ stem }) => stem);
+  const chosen = (name: string) => revocable(config, name).map(({ stem }) => stem);
   assert.deepEqual(chosen("a.example.com"), ["a.example.com_shop.example.com"]);
   assert.deepEqual(chosen("C.Example.COM"), ["c.example.com"]);
   const table: [string, RegExp][] = [
@@ -318,7 +318,7 @@ Deno.test("a state that is spoilt before a revocation loses no debt either", asy
   bed.configure({ actions: `[default]\nupdate: ["true"]` });
   Deno.writeTextFileSync(bed.path("test", "state.json"), "{");
   const config = bed.config();
-  await revoke(config, "test", revocable(config, "test", "a.example.com"), 0, bed.world(), () => {});
+  await revoke(config, revocable(config, "a.example.com"), 0, bed.world(), () => {});
   assert.deepEqual(Object.keys(stateOf(bed).owed), ["default"]);
 });
 
@@ -346,7 +346,7 @@ Deno.test("nothing is left of a run but its files: no notes, no temporaries, no 
     "key",
     "state.json",
   ]);
-  assert.equal(loadConfig(bed.conf).lines.length, 1);
+  assert.equal(loadConfig("test", bed.conf).lines.length, 1);
 });
 
 Deno.test("a run that has nothing to do writes no file, and remembers all the same when it was", async () => {
@@ -357,7 +357,7 @@ Deno.test("a run that has nothing to do writes no file, and remembers all the sa
   bed.ca.advance(HOUR);
   assert.match((await bed.run()).stdout, /^nothing due/);
   assert.equal(inode(), before);
-  const config = loadConfig(bed.conf);
-  assert.ok(Math.abs(lastRun(config, "test")!.getTime() - bed.ca.now.getTime()) < MINUTE);
-  assert.equal(lastRun(config, "prod"), undefined);
+  const config = loadConfig("test", bed.conf);
+  assert.ok(Math.abs(lastRun(config)!.getTime() - bed.ca.now.getTime()) < MINUTE);
+  assert.equal(lastRun(loadConfig("prod", bed.conf)), undefined);
 });

@@ -29,7 +29,7 @@ function entryOf(
   kind: "present" | "other names" | "other key" = "present",
 ): Entry {
   return {
-    line: { line: 1, names, sections: [] },
+    line: { line: 1, names, sections: [], keyTypes: ["rsa", "ec"], formerNames: [] },
     keyType: "rsa",
     stem: names[0]!,
     finding: { kind, certificate: certificateOf(names, from, to) },
@@ -44,7 +44,12 @@ const kept = (names: string[], to: number, rule: Rule = "expiry") => ({
 });
 const missing = (name: string, what: "certificate" | "key" = "certificate") => {
   const finding: Finding = { kind: "missing", what };
-  const entry: Entry = { line: { line: 1, names: [name], sections: [] }, keyType: "ec", stem: name, finding };
+  const entry: Entry = {
+    line: { line: 1, names: [name], sections: [], keyTypes: ["rsa", "ec"], formerNames: [] },
+    keyType: "ec",
+    stem: name,
+    finding,
+  };
   return { line: entry.line, due: [{ entry, reason: { kind: "found" as const, finding } }] };
 };
 const served = (endpoint: string, state: Served["state"], more: Partial<Status["served"][number]> = {}) => ({
@@ -385,8 +390,7 @@ Deno.test("statusMetrics() keeps to the grammar of Prometheus, whatever the name
 async function found(bed: Bed, { mode = "test", offline = true }: { mode?: Mode; offline?: boolean } = {}) {
   const told: string[] = [];
   const status_ = await status(
-    bed.config(),
-    mode,
+    bed.config(mode),
     offline,
     bed.world(),
     (event) => told.push(event.kind === "notice" ? event.text : event.kind),

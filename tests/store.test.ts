@@ -25,8 +25,14 @@ const NOTHING = { failures: {}, revoked: {}, hold: new Date(0), suggested: new M
 
 /** A configuration over a temporary directory that is removed with it. */
 function configure(...lines: string[][]): Config & Disposable {
+  return configureFor("prod", lines);
+}
+
+function configureFor(mode: "test" | "prod", lines: string[][]): Config & Disposable {
   const directory = Deno.makeTempDirSync({ prefix: "lematt-store-" });
   return {
+    mode,
+    base: join(directory, mode),
     directory,
     accountKey: join(directory, "account.key"),
     rsaTag: "rsa2048",
@@ -34,7 +40,13 @@ function configure(...lines: string[][]): Config & Disposable {
     keyTypes: ["rsa", "ec"],
     reauthorizeDays: 15,
     generateNewCertsAfterDays: 0,
-    lines: lines.map((names, index): Line => ({ line: index + 1, names, sections: [] })),
+    lines: lines.map((names, index): Line => ({
+      line: index + 1,
+      names,
+      sections: [],
+      keyTypes: ["rsa", "ec"],
+      formerNames: [],
+    })),
     [Symbol.dispose]: () => Deno.removeSync(directory, { recursive: true }),
   } as unknown as Config & Disposable;
 }
@@ -57,7 +69,7 @@ const modeOf = (path: string) => Deno.lstatSync(path).mode! & 0o777;
 
 Deno.test("stemOf() joins the names, and shortens what no file name can hold", () => {
   using config = configure();
-  const stem = (...names: string[]) => stemOf(config, "prod", names);
+  const stem = (...names: string[]) => stemOf(config, names);
   assert.equal(stem("example.com"), "example.com");
   assert.equal(stem("example.com", "www.example.com"), "example.com_www.example.com");
   assert.equal(stem("*.example.com", "2001:db8::7"), "_wildcard.example.com_2001-db8--7");
@@ -73,17 +85,17 @@ Deno.test("stemOf() joins the names, and shortens what no file name can hold", (
 Deno.test("a commit makes the original's files, links and modes, whatever the umask", async () => {
   await using ca = await startCa();
   for (const umask of [0o000, 0o022, 0o077]) {
-    using config = configure(["example.com", "www.example.com"]);
+    using config = configureFor("test", [["example.com", "www.example.com"]]);
     const before = Deno.umask(umask);
     try {
-      using store = Store.open(config, "test", NOW);
-      for (const entry of readInventory(config, "test")) {
+      using store = Store.open(config, NOW);
+      for (const entry of readInventory(config)) {
         await store.commit(entry, await issue(ca, entry.line.names, entry.keyType));
       }
     } finally {
       Deno.umask(before);
     }
-    assert.deepEqual(kinds(readInventory(config, "test")), ["present", "present"]);
+    assert.deepEqual(kinds(readInventory(config)), ["present", "present"]);
     const base = join(config.directory, "test");
     assert.equal(modeOf(join(base, "key")), 0o700);
     const stem = "example.com_www.example.com";
@@ -110,11 +122,11 @@ Deno.test("a commit makes the original's files, links and modes, whatever the um
 Deno.test("an inventory tells what is wrong with each pair of files", async () => {
   await using ca = await startCa();
   using config = configure(["example.com"]);
-  const [entry] = readInventory(config, "prod");
-  const files = filesOf(config, "prod", entry!);
-  using store = Store.open(config, "prod", NOW);
+  const [entry] = readInventory(config);
+  const files = filesOf(config, entry!);
+  using store = Store.open(config, NOW);
   const issued = await issue(ca, ["example.com"], "rsa");
-  const finding = () => readInventory(config, "prod")[0]!.finding;
+  const finding = () => readInventory(config)[0]!.finding;
   assert.deepEqual(finding(), { kind: "missing", what: "certificate" });
   await store.commit(entry!, issued);
   assert.equal(finding().kind, "present");
@@ -181,8 +193,8 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
     execFileSync("ls", ["-lR", "--time-style=full-iso", join(base, "key"), join(base, "cert")]);
   const before = listing();
   {
-    using store = Store.open(config, "prod", NOW);
-    const inventory = readInventory(config, "prod");
+    using store = Store.open(config, NOW);
+    const inventory = readInventory(config);
     for (const entry of inventory) store.link(entry);
     const { tasks, kept } = plan(config, inventory, NOW, NOTHING);
     assert.equal(tasks.length, 0);
@@ -194,8 +206,8 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
 Deno.test("a name that has a line of its own keeps its file; of two lines of several, the first has the link", async () => {
   await using ca = await startCa();
   using config = configure(["a.example", "b.example"], ["b.example"], ["c.example", "a.example"]);
-  using store = Store.open(config, "prod", NOW);
-  for (const entry of readInventory(config, "prod").toReversed()) {
+  using store = Store.open(config, NOW);
+  for (const entry of readInventory(config).toReversed()) {
     await store.commit(entry, await issue(ca, entry.line.names, entry.keyType));
   }
   const certs = join(config.directory, "prod/cert");
@@ -208,7 +220,7 @@ Deno.test("a name that has a line of its own keeps its file; of two lines of sev
     "file",
     "c.example_a.example",
   ]);
-  const [rsa] = readInventory(config, "prod");
+  const [rsa] = readInventory(config);
   assert.deepEqual(store.pathsOf(rsa!).certs.map((path) => basename(path)), [
     "a.example_b.example-cert-combined.rsa2048.pem",
     "a.example-cert-combined.rsa2048.pem",
@@ -219,14 +231,17 @@ Deno.test("a link is no key of its own: a name that gets a line of its own gets 
   await using ca = await startCa();
   using before = configure(["example.com", "www.example.com"]);
   {
-    using store = Store.open(before, "prod", NOW);
-    for (const entry of readInventory(before, "prod")) {
+    using store = Store.open(before, NOW);
+    for (const entry of readInventory(before)) {
       await store.commit(entry, await issue(ca, entry.line.names, entry.keyType));
     }
   }
-  const after = { ...before, lines: [{ line: 1, names: ["www.example.com"], sections: [] }] };
-  using store = Store.open(after, "prod", NOW);
-  const [entry] = readInventory(after, "prod");
+  const after: Config = {
+    ...before,
+    lines: [{ line: 1, names: ["www.example.com"], sections: [], keyTypes: ["rsa", "ec"], formerNames: [] }],
+  };
+  using store = Store.open(after, NOW);
+  const [entry] = readInventory(after);
   assert.equal(entry!.finding.kind, "other names");
   assert.equal(store.keyOf(entry!), undefined);
 });
@@ -234,11 +249,11 @@ Deno.test("a link is no key of its own: a name that gets a line of its own gets 
 Deno.test("a run cut off between its two renames is completed by the next, one cut off before is undone", async () => {
   await using ca = await startCa();
   using config = configure(["example.com"]);
-  const [entry] = readInventory(config, "prod");
-  const files = filesOf(config, "prod", entry!);
+  const [entry] = readInventory(config);
+  const files = filesOf(config, entry!);
   const [first, second] = [await issue(ca, ["example.com"], "rsa"), await issue(ca, ["example.com"], "rsa")];
   const fingerprint = () => {
-    const { finding } = readInventory(config, "prod")[0]!;
+    const { finding } = readInventory(config)[0]!;
     return finding.kind === "present" ? finding.certificate.fingerprint : finding.kind;
   };
   const temporaries = () =>
@@ -248,18 +263,18 @@ Deno.test("a run cut off between its two renames is completed by the next, one c
     // a directory where the file should be lets the rename fail, and leaves what a run cut off there would leave
     Deno.removeSync(path);
     Deno.mkdirSync(path);
-    using store = Store.open(config, "prod", NOW);
+    using store = Store.open(config, NOW);
     await assert.rejects(store.commit(entry!, issued));
     Deno.removeSync(path);
   };
   {
-    using store = Store.open(config, "prod", NOW);
+    using store = Store.open(config, NOW);
     await store.commit(entry!, first);
   }
   await failing(files.cert, second);
   assert.equal(temporaries().length, 1);
   assert.equal(fingerprint(), "missing");
-  Store.open(config, "prod", NOW)[Symbol.dispose]();
+  Store.open(config, NOW)[Symbol.dispose]();
   assert.equal(
     fingerprint(),
     second.certificate.fingerprint,
@@ -269,20 +284,20 @@ Deno.test("a run cut off between its two renames is completed by the next, one c
   await failing(files.key, first);
   Deno.writeTextFileSync(files.key, second.keyPem, { mode: 0o600 });
   assert.equal(fingerprint(), second.certificate.fingerprint);
-  Store.open(config, "prod", NOW)[Symbol.dispose]();
+  Store.open(config, NOW)[Symbol.dispose]();
   assert.equal(fingerprint(), first.certificate.fingerprint, "both were complete, so both take their place");
   assert.deepEqual(temporaries(), [basename(files.cert)]);
 
   const lone = join(config.directory, "prod/key/.0123456789abcdef.new");
   Deno.writeTextFileSync(lone, first.keyPem);
-  Store.open(config, "prod", NOW)[Symbol.dispose]();
+  Store.open(config, NOW)[Symbol.dispose]();
   assert.throws(() => Deno.statSync(lone), Deno.errors.NotFound, "half of a pair is removed");
 });
 
 Deno.test("state is kept for the next run; one that cannot be used is set aside and said aloud", async () => {
-  using config = configure(["example.com"]);
+  using config = configureFor("test", [["example.com"]]);
   {
-    using store = Store.open(config, "test", NOW);
+    using store = Store.open(config, NOW);
     store.state.accounts["https://ca key"] = { url: "https://ca/account/1", contact: [], issuers: [] };
     await Promise.all([store.saveState(), store.saveState(), store.saveState()]);
     store.state.accounts["https://ca other"] = { url: "https://ca/account/2", contact: [], issuers: [] };
@@ -292,7 +307,7 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
     "https://ca key": { url: "https://ca/account/1", contact: [], issuers: [] },
     "https://ca other": { url: "https://ca/account/2", contact: [], issuers: [] },
   };
-  assert.deepEqual(readState(config, "test"), { ...emptyState(), accounts });
+  assert.deepEqual(readState(config), { ...emptyState(), accounts });
   const path = join(config.directory, "test/state.json");
   assert.equal(modeOf(path), 0o600);
   const unusable: [string, RegExp][] = [
@@ -305,7 +320,7 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
   ];
   for (const [index, [text, why]] of unusable.entries()) {
     Deno.writeTextFileSync(path, text);
-    using store = Store.open(config, "test", new Date(NOW.getTime() + index));
+    using store = Store.open(config, new Date(NOW.getTime() + index));
     assert.match(store.notices.join(), why);
     assert.deepEqual(store.state, emptyState());
     const aside = /set aside as (\S+),/.exec(store.notices.join())![1]!;
@@ -314,13 +329,13 @@ Deno.test("state is kept for the next run; one that cannot be used is set aside 
 });
 
 Deno.test("the lock keeps a second run out, and goes with its process", () => {
-  using config = configure(["example.com"]);
+  using config = configureFor("test", [["example.com"]]);
   {
-    using _store = Store.open(config, "test", NOW);
-    assert.throws(() => Store.open(config, "test", NOW), { name: "LockedError" });
-    Store.open(config, "prod", NOW)[Symbol.dispose]();
+    using _store = Store.open(config, NOW);
+    assert.throws(() => Store.open(config, NOW), { name: "LockedError" });
+    Store.open({ ...config, mode: "prod", base: join(config.directory, "prod") }, NOW)[Symbol.dispose]();
   }
-  Store.open(config, "test", NOW)[Symbol.dispose]();
+  Store.open(config, NOW)[Symbol.dispose]();
 });
 
 Deno.test("createSecret() never replaces what is there", async () => {

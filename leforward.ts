@@ -1,4 +1,4 @@
-#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q -N -E=SSH_ORIGINAL_COMMAND --v8-flags=--max-semi-space-size=1
+#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt -N -E=SSH_ORIGINAL_COMMAND --v8-flags=--max-semi-space-size=1
 /**
  * leforward: a redirect server for a host that has no web server of its own.
  *

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q -P=lematt --v8-flags=--max-semi-space-size=4
+#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt -P=lematt --v8-flags=--max-semi-space-size=4
 /**
  * lematt: Let's Encrypt automation from one place. Command line, help and exit status; the story is in lib/run.ts.
  */

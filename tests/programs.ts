@@ -11,7 +11,7 @@ export function program(file: string, ...more: readonly string[]): readonly stri
   return [Deno.execPath(), "run", ...flags, ...more, path];
 }
 
-export const LEMATT = program("lematt.ts", "--no-prompt");
+export const LEMATT = program("lematt.ts");
 export const LEFORWARD = program("leforward.ts");
 
 /** A running leforward on a free port; `child.stdin` is open unless told otherwise. */

@@ -12,7 +12,7 @@ const FLOORS = [
   "context acme values x509",
   "preflight dns settings",
   "config",
-  "store verify challenge",
+  "store verify probe challenge",
   "plan deliver account",
   "issue suggest advice alert",
   "report",
@@ -106,7 +106,7 @@ Deno.test("each effect has its owners", () => {
     ["arguments and the end of the process", /\bDeno\.(args|exit)\b|\bprocess\./, ["leforward", "lematt"]],
     ["standard streams", /\bconsole\.|\bDeno\.std(in|out|err)\b/, ["leforward", "lematt"]],
     ["signals to us", /\bDeno\.addSignalListener\b/, ["leforward", "lematt"]],
-    ["other processes", /\bDeno\.(Command|kill)\b|child_process/, ["actions"]],
+    ["other processes", /\bDeno\.(Command|kill)\b|child_process/, ["actions", "probe"]],
     ["randomness", /\bMath\.random\b/, ["context", "lematt"]],
   ];
   for (const [what, pattern, files] of owners) assert.deepEqual(filesWith(pattern), files, what);

@@ -1,0 +1,473 @@
+/**
+ * Which certificate an endpoint serves: at each of its addresses, for each type of key, by TLS or STARTTLS.
+ *
+ * Every address is first knocked at from within, so that a silent host costs a socket and no process. Where something
+ * answers, `openssl s_client` asks for the certificate: nothing else at hand can ask for the RSA or the ECDSA one (Deno's
+ * node:tls ignores `sigalgs` and `ciphers`). Chains are not judged here, and this file knows neither when to probe nor
+ * what follows from what is seen.
+ *
+ * RFC 8446 §4.2.3 (signature algorithms choose the certificate), RFC 5246 §7.4.2 (so does the cipher suite), RFC 6066 §3
+ * (SNI).
+ */
+
+import type { Endpoint, KeyType } from "./config.ts";
+import { type Context, type Destination, limit } from "./context.ts";
+import { isIP } from "./names.ts";
+import { oneLine } from "./text.ts";
+import { type Certificate, readCertificate } from "./x509.ts";
+
+/** What to probe: an endpoint, its words DOMAIN and DOMAINS_ALL replaced, for one type of key. */
+export interface Target {
+  readonly endpoint: Endpoint;
+  readonly keyType: KeyType;
+}
+
+/** What one address serves to those who ask for one type of key. */
+export interface Sight {
+  /** The endpoint as written. */
+  readonly endpoint: string;
+  /** Its IP address, without brackets; empty where the host has none. */
+  readonly address: string;
+  /** What was asked for. */
+  readonly keyType: KeyType;
+  /**
+   * `served`: a certificate, by a server that has its key. `unfinished`: a certificate, but the handshake failed.
+   * `refused`: no certificate of this type. `unreachable`: no answer, or no TLS. `passed over`: not probed, since this
+   * host lacks the family of the address, and the endpoint has addresses of the other.
+   */
+  readonly kind: "served" | "unfinished" | "refused" | "unreachable" | "passed over";
+  /** Present for `served` and `unfinished`. */
+  readonly certificate?: Certificate;
+  /** Why it is not `served`. */
+  readonly detail?: string;
+}
+
+/** There is no usable openssl, so that nothing can be probed. */
+export class ProbeError extends Error {
+  override readonly name = "ProbeError";
+}
+
+/** How long an address may be silent: more than mail servers wait before they greet (postscreen: 6 s). */
+const TIMEOUT_SECONDS = 10;
+/** A service behind so many addresses is not probed through its name; 4,000 addresses would be an attack. */
+const MOST_ADDRESSES = 32;
+/** Of some 8 MB each, in the whole program. */
+const processes = limit(16);
+/** Connections and DNS queries, in the whole program; 1,024 files are open to most programs. */
+const knocks = limit(128);
+/** s_client prints some 10 KB, most of it what the server sent. */
+const OUTPUT_BYTES = 256 * 1024;
+
+/** The parts of a sight that a probe finds out. */
+type Finding = Pick<Sight, "kind" | "certificate" | "detail">;
+
+/** What was found at one address. */
+interface Visit {
+  readonly address: string;
+  /** This host has no route to the address. */
+  readonly unrouted: boolean;
+  readonly findings: ReadonlyMap<KeyType, readonly Finding[]>;
+}
+
+/**
+ * Probes each address of each endpoint for each type of key, whichever targets name it, `times` times in a row: a balancer
+ * gives each of those connections to another server.
+ *
+ * @returns in the order of the targets; several sights of one address and type of key where its answers differ
+ * @throws ProbeError where there is no usable openssl; the reason of the context's signal when that aborts
+ */
+export async function probe(
+  targets: readonly Target[],
+  context: Context,
+  times = 1,
+  timeoutSeconds = TIMEOUT_SECONDS,
+): Promise<Sight[]> {
+  if (targets.length === 0) return [];
+  const round = new Round(context, await findOpenssl(context.signal), times, timeoutSeconds);
+  const services = Map.groupBy(targets, ({ endpoint }) => serviceOf(endpoint));
+  const visits = new Map(
+    await all([...services].map(async ([service, targets]) => {
+      const keyTypes = new Set(targets.map(({ keyType }) => keyType));
+      return [service, await round.visitAll(targets[0]!.endpoint, keyTypes)] as const;
+    })),
+  );
+  const reached = familiesReached([...visits.values()].flat());
+  const sights = new Map<string, Sight[]>(); // keeps the order in which its keys were first set
+  for (const { endpoint, keyType } of targets) {
+    const service = serviceOf(endpoint);
+    const here = visits.get(service)!;
+    const isElsewhere = here.some(({ unrouted }) => !unrouted);
+    const found = here.flatMap(({ address, unrouted, findings }) => {
+      const place = { endpoint: endpoint.text, address, keyType };
+      const passedOver = unrouted && isElsewhere && !reached.has(isIP(address));
+      return findings.get(keyType)!.map((finding) => ({
+        ...place,
+        ...finding,
+        ...(passedOver ? { kind: "passed over" as const } : {}),
+      }));
+    });
+    sights.set(`${service} ${endpoint.text} ${keyType}`, found);
+  }
+  return [...sights.values()].flat();
+}
+
+/** The endpoint with the names of a certificate, primary first, for its words DOMAIN and DOMAINS_ALL; a wildcard is no host. */
+export function placesOf(endpoint: Endpoint, names: readonly string[]): Endpoint[] {
+  const namesFor = (word: string) =>
+    (word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word])
+      .filter((name) => !name.startsWith("*."));
+  return namesFor(endpoint.host).flatMap((host) => {
+    // the same word on both sides means the same name
+    const snis = endpoint.sni === endpoint.host
+      ? [host]
+      : endpoint.sni
+      ? namesFor(endpoint.sni)
+      : [undefined];
+    return snis.map((sni) => {
+      const text = endpoint.text.replace(endpoint.host, host).replace(/#.*/s, sni ? `#${sni}` : "");
+      return { ...endpoint, text, host, sni };
+    });
+  });
+}
+
+/** What is probed, however it is written. */
+function serviceOf(endpoint: Endpoint): string {
+  const { host, port, starttls = "" } = endpoint;
+  return [host, port, starttls, serverName(endpoint)].join(" ");
+}
+
+function serverName({ host, sni }: Endpoint): string | undefined {
+  return sni ?? (isIP(host) ? undefined : host);
+}
+
+/** The families of addresses to which this host has routes, those to itself aside. */
+function familiesReached(visits: readonly Visit[]): Set<number> {
+  const reached = visits.filter(({ address, unrouted }) => !unrouted && !/^(127\.|::1$)/.test(address));
+  return new Set(reached.map(({ address }) => isIP(address)));
+}
+
+/** The probes of one call. */
+class Round {
+  readonly #routes = new Map<string, Promise<readonly Destination[]>>();
+
+  constructor(
+    private readonly context: Context,
+    private readonly openssl: Openssl,
+    private readonly times: number,
+    private readonly seconds: number,
+  ) {}
+
+  /** Visits every address of an endpoint. */
+  async visitAll(endpoint: Endpoint, keyTypes: ReadonlySet<KeyType>): Promise<Visit[]> {
+    const failed = (address: string, detail: string, unrouted = false): Visit => {
+      const finding = { kind: "unreachable" as const, detail };
+      return { address, unrouted, findings: new Map([...keyTypes].map((keyType) => [keyType, [finding]])) };
+    };
+    let destinations: readonly Destination[];
+    try {
+      destinations = await this.#route(endpoint);
+    } catch (error) {
+      this.context.signal.throwIfAborted();
+      return [failed("", `no address: ${oneLine((error as Error).message)}`)];
+    }
+    return await all(destinations.map(async (destination) => {
+      const { address } = destination;
+      const failure = await knocks(() => this.#knock(endpoint, destination));
+      if (failure !== undefined) return failed(address, failure.detail, failure.unrouted);
+      return { address, unrouted: false, findings: await this.#ask(endpoint, destination, keyTypes) };
+    }));
+  }
+
+  /** Where an endpoint is reached; each host and port is resolved once. Throws where that is nowhere. */
+  #route({ host, port }: Endpoint): Promise<readonly Destination[]> {
+    const known = this.#routes.get(`${host} ${port}`);
+    if (known !== undefined) return known;
+    const found = knocks(async () => {
+      if (host.startsWith("*")) throw new Error("a wildcard is no host");
+      using deadline = this.#deadline();
+      const destinations = await Promise.race([this.context.route(host, port), abortion(deadline.signal)]);
+      if (destinations.length === 0) throw new Error("the name has none");
+      if (destinations.length > MOST_ADDRESSES) {
+        this.context.warn(
+          `${host} has ${destinations.length} addresses; ${MOST_ADDRESSES} of them are probed`,
+        );
+      }
+      return destinations.slice(0, MOST_ADDRESSES);
+    });
+    this.#routes.set(`${host} ${port}`, found);
+    return found;
+  }
+
+  #deadline() {
+    return deadlineIn(this.seconds, this.context.signal);
+  }
+
+  /** Waits for the first word of an address, whatever it is; why there is none. */
+  async #knock(
+    endpoint: Endpoint,
+    { address, port }: Destination,
+  ): Promise<{ detail: string; unrouted?: boolean } | undefined> {
+    using deadline = this.#deadline();
+    let connection: Deno.Conn | undefined;
+    const hangUp = () => {
+      try {
+        connection?.close();
+      } catch {
+        // it is closed
+      }
+    };
+    deadline.signal.addEventListener("abort", hangUp);
+    try {
+      const plain = connection = await Deno.connect({ hostname: address, port, signal: deadline.signal });
+      if (endpoint.starttls === undefined) {
+        // whatever comes of the handshake, and is said of the certificate: it is an answer
+        const tls = connection = await Deno.startTls(plain, { hostname: serverName(endpoint) ?? address });
+        deadline.signal.throwIfAborted(); // what it then closed was not this connection
+        await tls.handshake();
+      } else {
+        const first = FIRST_WORD[endpoint.starttls];
+        if (first !== undefined) await plain.write(first);
+        await plain.read(new Uint8Array(1));
+      }
+    } catch (error) {
+      this.context.signal.throwIfAborted();
+      if (deadline.signal.aborted) {
+        return {
+          detail: connection ? `silent for ${this.seconds} s` : `no connection within ${this.seconds} s`,
+        };
+      }
+      if (connection !== undefined) return undefined; // it has answered, though not with what was hoped for
+      const { code = "", message } = error as Error & { code?: string };
+      if (NO_ROUTE.test(code) && !await hasRoute(address)) {
+        return { detail: "this host has no route to the address", unrouted: true };
+      }
+      return { detail: message.replace(/ \(os error \d+\)$/, "") };
+    } finally {
+      hangUp();
+    }
+  }
+
+  /** Asks an address that answers, for one type of key after the other: taking turns might match the turns of a balancer. */
+  async #ask(endpoint: Endpoint, destination: Destination, keyTypes: ReadonlySet<KeyType>) {
+    const findings = new Map<KeyType, Finding[]>();
+    let silent: Finding | undefined;
+    for (const keyType of keyTypes) {
+      const distinct = new Map<string, Finding>();
+      for (let i = 0; i < this.times; i++) {
+        const found = silent ?? await processes(() => this.#askOnce(endpoint, destination, keyType));
+        const finding = found ??
+          (silent = { kind: "unreachable", detail: `no handshake within ${this.seconds} s` });
+        distinct.set(`${finding.kind} ${finding.certificate?.fingerprint} ${finding.detail}`, finding);
+        if (finding.kind === "unreachable") break;
+      }
+      findings.set(keyType, [...distinct.values()]);
+    }
+    return findings;
+  }
+
+  /** Undefined where there was no handshake in time. */
+  async #askOnce(
+    endpoint: Endpoint,
+    { address, port }: Destination,
+    keyType: KeyType,
+  ): Promise<Finding | undefined> {
+    const name = serverName(endpoint);
+    using deadline = this.#deadline();
+    const { stdout, stderr } = await this.openssl([
+      ...["-connect", `${isIP(address) === 6 ? `[${address}]` : address}:${port}`],
+      ...(name === undefined ? ["-noservername"] : ["-servername", name]),
+      ...(endpoint.starttls === undefined ? [] : ["-starttls", endpoint.starttls]),
+      ...ASK_FOR[keyType],
+    ], deadline.signal);
+    this.context.signal.throwIfAborted();
+    return deadline.signal.aborted ? undefined : findingOf(stdout, stderr, endpoint);
+  }
+}
+
+/** What a client says first where the server waits for that: LDAP's StartTLS (RFC 4511 §4.14), PostgreSQL's SSLRequest. */
+const FIRST_WORD: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
+  ldap: Uint8Array.fromHex("301d02010177188016" + "312e332e362e312e342e312e313436362e3230303337"),
+  postgres: Uint8Array.fromHex("0000000804d2162f"),
+};
+
+/**
+ * What connect() says where there is no route: none at all, IPv6 disabled, or a route that is unreachable, prohibited or a
+ * black hole. Each may also come from elsewhere, as from a router before a host that is down.
+ */
+const NO_ROUTE = /^E(NETUNREACH|HOSTUNREACH|ACCES|INVAL|ADDRNOTAVAIL|AFNOSUPPORT)$/;
+
+/** Whether a datagram to this address would leave this host: nobody but its own kernel has a say in that. */
+async function hasRoute(address: string): Promise<boolean> {
+  const { createSocket } = await import("node:dgram");
+  const socket = createSocket(isIP(address) === 6 ? "udp6" : "udp4");
+  try {
+    return await new Promise((resolve) => {
+      socket.on("error", () => resolve(false));
+      socket.send(new Uint8Array(0), 9, address, (error) => resolve(!error)); // port 9: discard (RFC 863)
+    });
+  } finally {
+    socket.close();
+  }
+}
+
+// ---- openssl ---------------------------------------------------------------------------------------
+
+/** s_client with these arguments: what it prints until it ends or the signal aborts. */
+type Openssl = (args: readonly string[], signal: AbortSignal) => Promise<{ stdout: string; stderr: string }>;
+
+/**
+ * What makes a server choose its certificate of one type: the signature algorithms in TLS 1.3, the cipher suites in TLS
+ * 1.2. PKCS#1 signatures are among those of ECDSA for the sake of servers that also ask how the certificate itself was
+ * signed, which may be with the RSA key of a CA; TLS 1.3 uses them for nothing else. At level 0 also what is too weak to
+ * be trusted is seen.
+ */
+const ASK_FOR: Readonly<Record<KeyType, readonly string[]>> = {
+  rsa: [
+    ...["-cipher", "aRSA:@SECLEVEL=0", "-sigalgs"],
+    "RSA-PSS+SHA256:RSA-PSS+SHA384:RSA-PSS+SHA512:RSA+SHA256:RSA+SHA384:RSA+SHA512",
+  ],
+  ec: [
+    ...["-cipher", "aECDSA:@SECLEVEL=0", "-sigalgs"],
+    "ECDSA+SHA256:ECDSA+SHA384:ECDSA+SHA512:RSA+SHA256:RSA+SHA384:RSA+SHA512",
+  ],
+};
+
+/** The openssl of this host. Throws ProbeError where there is none that can ask for a type of key. */
+async function findOpenssl(signal: AbortSignal): Promise<Openssl> {
+  using deadline = deadlineIn(TIMEOUT_SECONDS, signal);
+  const { stdout, stderr } = await run(["s_client", "-help"], deadline.signal);
+  signal.throwIfAborted();
+  const options = new Set((stdout + stderr).match(/(?<=^ +)-[\w-]+/gm));
+  const lacking = ["-sigalgs", "-noservername", "-state"].filter((option) => !options.has(option));
+  if (lacking.length > 0) {
+    const which = `which lacks the options ${lacking.join(" ")} of s_client`;
+    throw new ProbeError(
+      `Cannot probe with this openssl, ${which}: OpenSSL 1.1.1 or newer is needed, not LibreSSL`,
+    );
+  }
+  // to read the trusted roots would take longer than all the rest
+  const rootless = ["-no-CAfile", "-no-CApath", "-no-CAstore"].filter((option) => options.has(option));
+  return (args, signal) => run(["s_client", "-state", ...rootless, ...args], signal);
+}
+
+/** Runs openssl until it ends or the signal aborts. Throws ProbeError where it cannot be run. */
+const run: Openssl = async (args, signal) => {
+  let child: Deno.ChildProcess;
+  try {
+    child = new Deno.Command("openssl", {
+      args: [...args],
+      stdin: "null", // s_client ends after the handshake
+      stdout: "piped",
+      stderr: "piped",
+      signal,
+    }).spawn();
+  } catch (error) {
+    throw new ProbeError(
+      error instanceof Deno.errors.NotFound
+        ? "Cannot find openssl, which probes need"
+        : `Cannot run openssl, which probes need: ${(error as Error).message}`,
+    );
+  }
+  const [stdout, stderr] = await Promise.all([
+    readText(child.stdout, signal),
+    readText(child.stderr, signal),
+    child.status,
+  ]);
+  return { stdout, stderr };
+};
+
+async function readText(
+  stream: ReadableStream<Uint8Array<ArrayBuffer>>,
+  signal: AbortSignal,
+): Promise<string> {
+  const reader = stream.getReader({ mode: "byob" }); // without a buffer of ours there would be one of 64 KB for each chunk
+  const cancel = () => void reader.cancel();
+  signal.addEventListener("abort", cancel);
+  const decoder = new TextDecoder();
+  let text = "";
+  for (let buffer = new Uint8Array(8192);;) {
+    const { value, done } = await reader.read(buffer);
+    if (done || value === undefined) break;
+    if (text.length < OUTPUT_BYTES) text += decoder.decode(value, { stream: true });
+    buffer = new Uint8Array(value.buffer);
+  }
+  signal.removeEventListener("abort", cancel);
+  return text;
+}
+
+/**
+ * What s_client found out. With `-state` it prints each message of the handshake that it has read and found good.
+ *
+ * A server has proven that it has the key where the handshake is finished, and also where it goes on to demand a
+ * certificate of ours, for lack of which it then breaks off: its signature has been checked by then.
+ */
+function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Finding {
+  const hasRead = (message: string) =>
+    new RegExp(`^SSL_connect:(?!error).* read ${message}`, "m").test(stderr);
+  // "<thread>:error:<code>:<library>:<function>:<reason>:<file>:<line>:SSL alert number <n>", the first being the cause
+  const [, reason, rest = ""] = /:error:[^:]*:[^:]*:[^:]*:([^:\n]+)(.*)/.exec(stderr) ?? [];
+  const alert = /SSL alert number (\d+)/.exec(rest)?.[1];
+  const badSignature = /:bad signature:/.test(stderr)
+    ? "signed by another key than the certificate's"
+    : undefined;
+  const pem = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/.exec(stdout)?.[0];
+  const otherType = /^wrong (signature|certificate) type/.test(reason ?? ""); // it was shown one that was not asked for
+  if (pem !== undefined && !otherType) {
+    let certificate: Certificate;
+    try {
+      certificate = readCertificate(pem);
+    } catch (error) {
+      return { kind: "refused", detail: `the certificate cannot be read: ${(error as Error).message}` };
+    }
+    const isProven = hasRead("finished") ||
+      (hasRead("server certificate request") && hasRead("server key exchange"));
+    return isProven ? { kind: "served", certificate } : {
+      kind: "unfinished",
+      certificate,
+      detail: badSignature ?? reason ?? "the handshake was not finished",
+    };
+  }
+  // 40: handshake_failure (RFC 8446 §6.2)
+  if (otherType || alert === "40") return { kind: "refused", detail: "no certificate of this type" };
+  if (alert !== undefined) return { kind: "refused", detail: reason };
+  const isPlain = reason === "wrong version number" || reason === "packet length too long";
+  if (starttls !== undefined && (isPlain || !/^SSL_connect:/m.test(stderr))) {
+    return { kind: "unreachable", detail: "STARTTLS is not offered" };
+  }
+  if (isPlain) return { kind: "unreachable", detail: "does not speak TLS" };
+  return { kind: "unreachable", detail: reason ?? "closes the connection without a word" };
+}
+
+// ---- waiting ---------------------------------------------------------------------------------------
+
+/** The results of all; rejects with the first failure, but only when none is under way any more. */
+async function all<T>(tasks: readonly Promise<T>[]): Promise<T[]> {
+  const settled = await Promise.allSettled(tasks);
+  return settled.map((result) => {
+    if (result.status === "rejected") throw result.reason;
+    return result.value;
+  });
+}
+
+/** A signal that aborts when time is up, or when `parent` does. AbortSignal.timeout() would keep the program from ending. */
+function deadlineIn(seconds: number, parent: AbortSignal): Disposable & { readonly signal: AbortSignal } {
+  parent.throwIfAborted();
+  const controller = new AbortController();
+  const abort = () => controller.abort(parent.reason ?? new Error(`no answer within ${seconds} s`));
+  const timer = setTimeout(abort, seconds * 1000);
+  parent.addEventListener("abort", abort);
+  return {
+    signal: controller.signal,
+    [Symbol.dispose]() {
+      clearTimeout(timer);
+      parent.removeEventListener("abort", abort);
+    },
+  };
+}
+
+/** Rejects when the signal aborts. */
+function abortion(signal: AbortSignal): Promise<never> {
+  return new Promise((_, reject) =>
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true })
+  );
+}

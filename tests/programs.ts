@@ -44,3 +44,32 @@ export async function startLeforward(args: readonly string[], { stdin = "piped",
     },
   };
 }
+
+/** Opens connections to `port` of 127.0.0.1 and resets each before it can be accepted; resolves when it has begun. */
+export async function startResets(port: number, perSecond: number): Promise<AsyncDisposable> {
+  // python3, as Deno has no SO_LINGER
+  const script = `
+import socket, struct, time
+begun, count = time.time(), 0
+while True:
+    if count > (time.time() - begun) * ${perSecond}:
+        time.sleep(0.0005)
+        continue
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.setblocking(False)
+        connection.connect_ex(("127.0.0.1", ${port}))
+    count += 1
+    if count == 20:
+        print("begun", flush=True)
+`;
+  const child = new Deno.Command("python3", { args: ["-c", script], stdin: "null", stdout: "piped" }).spawn();
+  const reader = child.stdout.getReader();
+  await reader.read();
+  return {
+    async [Symbol.asyncDispose]() {
+      child.kill();
+      await Promise.all([reader.cancel(), child.status]);
+    },
+  };
+}

@@ -1,57 +1,73 @@
 #!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt -P=lematt --v8-flags=--max-semi-space-size=4
 /**
- * lematt: Let's Encrypt automation from one place. Command line, help and exit status; the story is in lib/run.ts.
+ * lematt: Let's Encrypt automation from one place. Arguments, help and exit status; the commands are in lib/run.ts.
  */
 
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
-import { systemQuery, systemRoute } from "./lib/context.ts";
-import { errorText, isSystemError, noticeText, Report, revocationText } from "./lib/report.ts";
+import { type Context, systemContext } from "./lib/context.ts";
+import { runCommand } from "./lib/hooks.ts";
+import { errorText, isSystemError, noticeText, planJson, planText, Report } from "./lib/report.ts";
 import {
-  adviceFor,
+  accept,
+  advice,
   preview,
+  prunable,
+  prune,
+  records,
   revocable,
   revoke,
   rollover,
   run,
+  select,
   status,
-  type Tell,
-  type World,
 } from "./lib/run.ts";
 import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
 
-const VERSION = "0.1.0";
+const VERSION = "0.2.0";
 
 const HELP = `lematt ${VERSION}: Let's Encrypt certificates from one place, for all hosts
 
   lematt.ts --test             rehearse everything with the CA's staging service
-  lematt.ts --prod             issue and renew what is due, deliver what is owed
-  lematt.ts --check            look for faults in the configuration, no more
+  lematt.ts --prod             issue and renew what is due, deliver what is
+                               pending, check what is served
+  lematt.ts --check            validate the configuration
 
-with --test or --prod:
-  --plan                       say what a run would do and why; touch nothing
-  --status [--offline]         how all stands, also at the endpoints of verify;
+with --test or --prod, instead of a run:
+  --plan [--json]              what a run would do and why; touches nothing
+  --status [--offline]         certificates, endpoints, problems;
                                --json or --metrics (Prometheus) for machines
-  --revoke NAME                revoke the certificates of NAME's line [--yes];
-                               --reason keyCompromise, superseded, …
-  --rollover                   give the account a new key
-  --retry                      try again now what should wait
-  --cron                       not a word unless something changed or failed
+  --accept WHAT                note as delivered what is already in place
+  --prune [--yes]              move files that belong to no line to orphaned/
+  --revoke WHAT [--yes]        revoke the certificates of a line, or the one in
+                               a file; --reason keyCompromise, superseded, …
+  --rollover [--yes]           give the account a new key
+
+a run, or its --plan, restricted to what is named (may be repeated):
+  --renew NAME [--new-key]     issue this line now
+  --deliver WHAT               deliver again now
+  --only NAME                  this line alone; forces nothing
+
+  --retry                      ignore back-offs
+  --cron                       print nothing unless something changed or failed
+  --verbose                    show what commands print
   --json                       one JSON document instead of lines
   --parallel N                 lines of domains at once (default 10)
   --config PATH                lematt.conf or its directory; default: ./conf,
                                then the conf beside the program
 
-Of the line "example.com www" --prod makes, below the configuration directory,
+NAME is a name in "domains", WHAT a name or a section: --deliver '[mail]'
+
+From the line "example.com www" --prod makes, below the configuration directory,
   prod/key/example.com_www.example.com-key.rsa2048.pem             private key
   prod/cert/example.com_www.example.com-cert-combined.rsa2048.pem  with chain
   prod/csr/example.com_www.example.com-csr.rsa2048.csr             request
 the same with prime256v1 (EC) for rsa2048, and links to them by single names
 (prod/key/www.example.com-key.rsa2048.pem); --test: test/…-key.rsa2048.test.pem
 
-Exit status: 0 all is well; 1 something failed, waits or is owed; 2 usage or
-configuration; 3 another run holds the lock
+Exit status: 0 no problem; 1 something failed, is still pending after a failure,
+or was interrupted; 2 usage or configuration; 3 another run holds the lock
 `;
 
 /** Usage errors, in one line. */
@@ -66,11 +82,18 @@ const OPTIONS = {
   offline: { type: "boolean" },
   metrics: { type: "boolean" },
   revoke: { type: "string" },
-  rollover: { type: "boolean" },
   reason: { type: "string" },
+  rollover: { type: "boolean" },
+  prune: { type: "boolean" },
   yes: { type: "boolean" },
+  renew: { type: "string", multiple: true },
+  "new-key": { type: "boolean" },
+  deliver: { type: "string", multiple: true },
+  accept: { type: "string", multiple: true },
+  only: { type: "string", multiple: true },
   retry: { type: "boolean" },
   cron: { type: "boolean" },
+  verbose: { type: "boolean" },
   json: { type: "boolean" },
   parallel: { type: "string" },
   config: { type: "string" },
@@ -78,93 +101,99 @@ const OPTIONS = {
   version: { type: "boolean" },
 } as const;
 
-/** What each option goes with; one that stands alone is not here. */
-const NEEDS: Readonly<Record<string, string>> = {
-  offline: "status",
-  metrics: "status",
-  reason: "revoke",
-  yes: "revoke",
+type Option = keyof typeof OPTIONS;
+
+/** What takes the place of a run; one at a time. */
+const COMMANDS = ["check", "plan", "status", "revoke", "rollover", "prune", "accept"] as const;
+
+type Command = typeof COMMANDS[number] | "run";
+
+/** The commands that an option goes with; "run" is a run. */
+const GOES_WITH: Partial<Record<Option, readonly Command[]>> = {
+  offline: ["status"],
+  metrics: ["status"],
+  reason: ["revoke"],
+  yes: ["revoke", "rollover", "prune"],
+  renew: ["run", "plan"],
+  "new-key": ["run", "plan"],
+  deliver: ["run", "plan"],
+  only: ["run", "plan"],
+  retry: ["run", "plan"],
+  cron: ["run", "plan", "accept"],
+  verbose: ["run"],
+  json: ["run", "plan", "status"],
+  parallel: ["run", "plan"],
 };
 
-/** RFC 5280 §5.3.1, as far as subscribers may say it (Baseline Requirements §4.9.1.1). */
-const REASONS: Readonly<Record<string, number>> = {
-  unspecified: 0,
-  keyCompromise: 1,
-  affiliationChanged: 3,
-  superseded: 4,
-  cessationOfOperation: 5,
-};
+/** RFC 5280 §5.3.1, as far as subscribers may use it (Baseline Requirements §4.9.1.1). */
+const REASONS: ReadonlyMap<string, number> = new Map([
+  ["unspecified", 0],
+  ["keyCompromise", 1],
+  ["affiliationChanged", 3],
+  ["superseded", 4],
+  ["cessationOfOperation", 5],
+]);
 
 type Arguments = ReturnType<typeof parse>;
 
 function parse(args: readonly string[]) {
   const { values, positionals } = parseArgs({ args: [...args], allowPositionals: true, options: OPTIONS });
-  const { test, prod, check, parallel, reason, plan, status, revoke, rollover, json, metrics } = values;
+  const { test, prod, parallel, reason, json, metrics } = values;
   const paths = [...positionals, ...values.config === undefined ? [] : [values.config]];
   if (paths.length > 1) throw new UsageError(`one configuration at a time, not ${paths.join(" and ")}`);
   if (parallel !== undefined && !/^([1-9]\d?|100)$/.test(parallel)) {
     throw new UsageError(`--parallel takes a number from 1 to 100, not ${JSON.stringify(parallel)}`);
   }
-  if (reason !== undefined && !Object.hasOwn(REASONS, reason)) {
-    throw new UsageError(`--reason takes one of ${Object.keys(REASONS).join(", ")}`);
+  if (reason !== undefined && !REASONS.has(reason)) {
+    throw new UsageError(`--reason takes one of ${[...REASONS.keys()].join(", ")}`);
   }
-  for (const [option, needed] of Object.entries(NEEDS)) {
-    if (option in values && !(needed in values)) throw new UsageError(`--${option} goes with --${needed}`);
+  const commands = COMMANDS.filter((command) => values[command] !== undefined);
+  if (commands.length > 1) throw new UsageError(`--${commands[0]} does not go with --${commands[1]}`);
+  const command: Command = commands[0] ?? "run";
+  for (const [option, allowed] of Object.entries(GOES_WITH)) {
+    if (values[option as Option] === undefined || allowed.includes(command)) continue;
+    const names = allowed.map((one) => one === "run" ? "a run" : `--${one}`);
+    throw new UsageError(`--${option} goes with ${names.join(" or ")}`);
   }
-  if ([check, plan, status, revoke, rollover].filter((one) => one !== undefined).length > 1) {
-    throw new UsageError("one of --check, --plan, --status, --revoke and --rollover at a time");
-  }
-  if (json && (check || rollover || revoke !== undefined)) {
-    throw new UsageError("--json goes with a run, --plan or --status");
-  }
-  if (json && metrics) throw new UsageError("one of --json and --metrics at a time");
+  if (values["new-key"] && values.renew === undefined) throw new UsageError("--new-key goes with --renew");
+  if (json && metrics) throw new UsageError("--json does not go with --metrics");
   const modes = [test, prod].filter((mode) => mode).length;
-  if (!values.help && !values.version && modes !== 1 && !(check && modes === 0)) {
-    throw new UsageError("say either --test or --prod");
+  if (!values.help && !values.version && modes !== 1 && !(command === "check" && modes === 0)) {
+    throw new UsageError(modes === 0 ? "--test or --prod is needed" : "--test does not go with --prod");
   }
   const mode: Mode | undefined = test ? "test" : prod ? "prod" : undefined;
   return {
     ...values,
+    command,
     mode,
     config: paths[0],
     parallel: parallel === undefined ? undefined : Number(parallel),
-    reason: REASONS[reason ?? "unspecified"]!,
+    reason: REASONS.get(reason ?? "unspecified")!,
   };
 }
 
-/** The program; `world` stands in for parts of the outside in tests. Returns the exit status. */
-export async function main(args: readonly string[], world: Partial<World> = {}): Promise<number> {
-  const out = (text: string) => writeAll(Deno.stdout, text);
-  const err = (text: string) => writeAll(Deno.stderr, text);
+/** Errors that say all in one line, and the exit status that they lead to. Anything else is a bug and shows its stack. */
+const KNOWN_ERRORS: ReadonlyMap<string, number> = new Map([
+  ["LockedError", 3],
+  ["SelectionError", 2],
+  ["StateError", 2],
+  ["AcmeError", 1],
+  ["AbortError", 1],
+  ["CommandError", 1],
+  ["ProbeError", 1],
+]);
+
+/** The program; `outside` stands in for parts of the outside in tests. Returns the exit status. */
+export async function main(args: readonly string[], outside: Partial<Context> = {}): Promise<number> {
   let options: Arguments;
   try {
     options = parse(args);
   } catch (error) {
-    err(`lematt: ${(error as Error).message.split("\n")[0]}\ntry --help\n`);
+    err(`lematt: ${(error as Error).message.split(/[\n.]/)[0]}\ntry --help\n`);
     return 2;
   }
   if (options.help || options.version) {
     out(options.help ? HELP : `lematt ${VERSION}\n`);
-    return 0;
-  }
-
-  const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
-  const modes = options.mode === undefined ? ["prod", "test"] as const : [options.mode];
-  let configs: Config[];
-  try {
-    configs = modes.map((mode) => loadConfig(mode, options.config, join(program, "conf")));
-  } catch (error) {
-    if (!(error instanceof ConfigError)) throw error;
-    for (const problem of error.problems) err(`${noticeText(problem)}\n`);
-    return 2;
-  }
-  const config = configs[0]!;
-  if (options.mode === undefined || options.check) {
-    const warnings = configs.flatMap(({ warnings }) => warnings.map(noticeText));
-    for (const warning of new Set(warnings)) out(`${warning}\n`);
-    for (const config of configs) for (const text of await adviceFor(config)) out(`${text}\n`);
-    const count = config.lines.length;
-    out(`${config.file}: ${count} ${count === 1 ? "line" : "lines"} of domains, no faults\n`);
     return 0;
   }
 
@@ -173,97 +202,181 @@ export async function main(args: readonly string[], world: Partial<World> = {}):
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
   try {
-    return await act(options, config, {
-      fetch: httpClient(config),
-      now: () => new Date(),
-      random: Math.random,
-      route: systemRoute,
-      query: systemQuery,
-      userAgent: `lematt/${VERSION}`,
-      signal: stop.signal,
-      ...world,
-    }, { out, err });
+    const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
+    const load = (mode: Mode) => loadConfig(mode, options.config, join(program, "conf"));
+    if (options.command === "check") return await check(options.mode, load, outside);
+    const config = load(options.mode!);
+    const context = contextFor(config, stop.signal, outside);
+    return await act(options, config, context);
   } catch (error) {
-    const { name } = error as Error;
-    const known: Record<string, number> = {
-      LockedError: 3,
-      SelectionError: 2,
-      AcmeError: 1,
-      AbortError: 1,
-      CommandError: 1, // no openssl to look at endpoints with
-    };
-    // what the system refused is said in a line, too; anything else is a bug and shows its stack
-    if (!(name in known) && !isSystemError(error as Error)) throw error;
+    if (error instanceof ConfigError) return await configurationFailed(error, options);
+    const known = KNOWN_ERRORS.get((error as Error).name);
+    if (known === undefined && !isSystemError(error as Error)) throw error;
     err(`lematt: ${errorText(error as Error)}\n`);
-    return known[name] ?? 1;
+    return known ?? 1;
   } finally {
     for (const signal of signals) Deno.removeSignalListener(signal, interrupt);
   }
 }
 
-/** Does what the arguments ask for in one mode, and returns the exit status. */
-async function act(
-  options: Arguments,
-  config: Config,
-  world: World,
-  { out, err }: { out: (text: string) => void; err: (text: string) => void },
+/** Validates the configuration, for one mode or both. */
+async function check(
+  mode: Mode | undefined,
+  load: (mode: Mode) => Config,
+  outside: Partial<Context>,
 ): Promise<number> {
-  const { json = false, plan = false, retry = false } = options;
-  const cron = options.cron === true && !plan; // who asks for a plan wants to see it
-  const terminal = Deno.stdout.isTerminal();
-  const { now } = world;
-  const { mode } = config;
+  const configs = (mode === undefined ? ["prod", "test"] as const : [mode]).map(load);
+  const texts = new Set<string>();
+  for (const config of configs) {
+    for (const warning of config.warnings) texts.add(noticeText(warning));
+    for (const text of await advice(config, contextFor(config, new AbortController().signal, outside))) {
+      texts.add(text);
+    }
+  }
+  for (const text of texts) out(`${text}\n`);
+  const { file, lines } = configs[0]!;
+  out(`${file}: ${lines.length} ${lines.length === 1 ? "line" : "lines"} of domains, no errors\n`);
+  return 0;
+}
+
+/** Prints what is wrong with the configuration; a run that nobody watches alerts as far as that could be read. */
+async function configurationFailed(
+  { problems, alerts }: ConfigError,
+  { cron, mode }: Arguments,
+): Promise<number> {
+  const text = problems.map((problem) => `${noticeText(problem)}\n`).join("");
+  err(text);
+  for (const { commands } of cron ? alerts : []) {
+    for (const command of commands.filter((command) => command.trim() !== "")) {
+      const subject = ["configuration", "not", "valid"];
+      const options = { mode: mode!, timeoutSeconds: 60, stdin: text };
+      await runCommand(command, { SUBJECT: subject, DOMAINS_CN: [], DOMAINS_ALL: [] }, options).catch((
+        error,
+      ) => err(`lematt: ${errorText(error)}\n`));
+    }
+  }
+  return 2;
+}
+
+function contextFor(config: Config, signal: AbortSignal, outside: Partial<Context>): Context {
+  return systemContext({
+    fetch: httpClient(config),
+    userAgent: `lematt/${VERSION}`,
+    signal,
+    warn: (text) => err(`lematt: ${text}\n`),
+    ...outside,
+  });
+}
+
+/** Does what the arguments ask for in one mode, and returns the exit status. */
+async function act(options: Arguments, config: Config, outside: Context): Promise<number> {
+  const { json = false, command, retry = false } = options;
   const report = new Report({
-    mode,
-    cron,
+    mode: config.mode,
+    cron: options.cron ?? false,
     json,
-    terminal: terminal && !json,
+    columns: Deno.stdout.isTerminal() && !json ? Deno.consoleSize().columns : undefined,
     color: Deno.stderr.isTerminal() && !Deno.noColor,
-    now,
+    now: outside.now,
     out,
     err,
   });
-  const tell: Tell = (event) => report.tell(event);
+  const tell = report.tell.bind(report);
+  const context = { ...outside, warn: (text: string) => tell({ kind: "notice", text }) };
+  if (command !== "status") {
+    for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
+  }
+  const selection = select(config, { ...options, newKey: options["new-key"] });
+  const runOptions = {
+    parallel: options.parallel ?? config.parallel,
+    retry,
+    selection,
+    verbose: options.verbose ?? false,
+  };
 
-  if (options.status) {
-    const found = await status(config, options.offline ?? false, world, (event) => {
-      if (event.kind === "notice") err(`lematt: ${event.text}\n`); // not into a document
-    });
-    out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found));
-    return exitStatus(found);
-  }
-  for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
-  if (plan) {
-    report.finish(await preview(config, retry, world, tell));
-    return 0;
-  }
-  if (options.revoke !== undefined) {
-    const entries = revocable(config, options.revoke);
-    out(revocationText(mode, entries));
-    if (!options.yes && !(Deno.stdin.isTerminal() && confirm("Revoke?"))) {
-      err("lematt: nothing was revoked; --yes revokes without asking\n");
-      return 2;
+  switch (command) {
+    case "run":
+      return report.finish(await run(config, runOptions, context, tell));
+    case "plan": {
+      const plan = preview(config, runOptions, context, tell);
+      const toPlace = await records(config, context);
+      out(json ? planJson(config.mode, plan, toPlace) : planText(plan, toPlace, context.now()));
+      return 0;
     }
-    await revoke(config, entries, options.reason, world, tell);
-    out(`revoked; the next run with --${mode} replaces them under new keys\n`);
-    return 0;
+    case "status": {
+      const found = await status(config, options.offline ?? false, context, (event) => {
+        if (event.kind === "notice") err(`lematt: ${event.text}\n`); // not into a document
+      });
+      const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns : 80;
+      out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found, columns));
+      return options.metrics ? 0 : exitStatus(found);
+    }
+    case "accept": {
+      const count = await accept(config, selection!, context, tell);
+      out(`${count} ${count === 1 ? "delivery" : "deliveries"} noted as done; nothing was run\n`);
+      return 0;
+    }
+    case "prune": {
+      const paths = prunable(config);
+      if (paths.length === 0) {
+        out("no file belongs to no line\n");
+        return 0;
+      }
+      out(`Files in ${config.base} that belong to no line; a service may still use them:\n`);
+      out(paths.map((path) => `  ${path}\n`).join(""));
+      if (!agreed("Move them to orphaned/?", options)) return 2;
+      await prune(config, paths, context, tell);
+      out(`moved to ${join(config.base, "orphaned")}\n`);
+      return 0;
+    }
+    case "revoke": {
+      const found = revocable(config, options.revoke!);
+      out(`Certificates of --${config.mode} to be revoked, for good:\n`);
+      for (const { path, certificate: { fingerprint, notAfter, names } } of found) {
+        out(
+          `  ${path}\n    ${fingerprint}, valid until ${notAfter.toISOString()}\n    for ${
+            names.join(" ")
+          }\n`,
+        );
+      }
+      if (!agreed("Revoke them?", options)) return 2;
+      await revoke(config, found, options.reason, context, tell);
+      out(`revoked; the next run with --${config.mode} replaces them under new keys\n`);
+      return 0;
+    }
+    case "rollover":
+      if (!agreed(`Give the account at ${config.directoryUrl} a new key?`, options)) return 2;
+      await rollover(config, context, tell);
+      return 0;
+    case "check": // has been done
+      return 0;
+    default:
+      return command satisfies never;
   }
-  if (options.rollover) {
-    await rollover(config, world, tell);
-    return 0;
-  }
-  return report.finish(
-    await run(config, { parallel: options.parallel ?? config.parallel, retry }, world, tell),
-  );
+}
+
+/** Whether the user agrees, on a terminal or by --yes. Nothing is locked while this asks. */
+function agreed(question: string, { yes }: Arguments): boolean {
+  if (yes || (Deno.stdin.isTerminal() && confirm(question))) return true;
+  err("lematt: nothing was done; --yes does it without asking\n");
+  return false;
 }
 
 /** fetch() that also trusts the roots of `caBundle`; made ready when it is first used. */
-function httpClient({ caBundle }: Config): World["fetch"] {
+function httpClient({ caBundle }: Config): Context["fetch"] {
   let client: Deno.HttpClient | undefined;
   return (url, init) => {
     client ??= Deno.createHttpClient({ caCerts: caBundle === undefined ? [] : [caBundle] });
     return fetch(url, { ...init, client });
   };
+}
+
+function out(text: string): void {
+  writeAll(Deno.stdout, text);
+}
+
+function err(text: string): void {
+  writeAll(Deno.stderr, text);
 }
 
 /**
@@ -277,7 +390,7 @@ function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string
   } catch (error) {
     if (error instanceof Deno.errors.BrokenPipe || Deno.exitCode !== 0) return;
     Deno.exitCode = 1;
-    writeAll(Deno.stderr, `lematt: cannot write what there is to say: ${errorText(error as Error)}\n`);
+    writeAll(Deno.stderr, `lematt: cannot write its output: ${errorText(error as Error)}\n`);
   }
 }
 

@@ -9,14 +9,8 @@
 import defer * as nodeCrypto from "node:crypto";
 import { type AccountKey, AcmeClient, importAccountKey, type Transport } from "./acme.ts";
 import type { Config } from "./config.ts";
-import {
-  accountTemporary,
-  createSecret,
-  readIfPresent,
-  replaceSecret,
-  type State,
-  type Store,
-} from "./store.ts";
+import { readIfPresent, type Store } from "./store.ts";
+import type { State } from "./state.ts";
 import { generateKey } from "./x509.ts";
 
 /** What a conversation with the CA needs. */
@@ -136,7 +130,7 @@ export async function rollOver(connecting: Connecting): Promise<void> {
   await register(client, connecting);
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   const key = await importAccountKey(pem);
-  await createSecret(newKeyPath(config), pem, accountTemporary(config));
+  await store.createSecret(newKeyPath(config), pem);
   try {
     await client.changeKey(key);
   } catch (error) {
@@ -148,12 +142,12 @@ export async function rollOver(connecting: Connecting): Promise<void> {
   await store.saveState();
 }
 
-async function putNewKey({ config, madeKey }: Connecting): Promise<void> {
+async function putNewKey({ config, store, madeKey }: Connecting): Promise<void> {
   using _locked = await lockedKey(config.accountKey);
   const old = readIfPresent(config.accountKey);
   if (old !== undefined) {
     const path = oldKeyPath(config, (await importAccountKey(old)).thumbprint);
-    await replaceSecret(path, old, accountTemporary(config));
+    await store.replaceSecret(path, old);
   }
   Deno.renameSync(newKeyPath(config), config.accountKey);
   madeKey(config.accountKey, "changed");
@@ -186,12 +180,12 @@ async function clientFor(pem: string, { config, store, world }: Connecting): Pro
 }
 
 /** The account key, made where there is none yet. */
-async function accountKey({ config, madeKey }: Connecting): Promise<string> {
+async function accountKey({ config, store, madeKey }: Connecting): Promise<string> {
   const present = readIfPresent(config.accountKey);
   if (present !== undefined) return present;
   const pem = await generateKey({ type: "ec", curve: "P-256" });
   try {
-    await createSecret(config.accountKey, pem, accountTemporary(config));
+    await store.createSecret(config.accountKey, pem);
   } catch (error) {
     if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
     return Deno.readTextFileSync(config.accountKey); // a run of the other mode was quicker

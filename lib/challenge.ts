@@ -16,10 +16,10 @@ import {
   keyAuthorization,
   pause,
 } from "./acme.ts";
-import { commandLines, type PrepareCommands, runCommand } from "./actions.ts";
 import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
 import type { Query } from "./context.ts";
 import { txtFault } from "./dns.ts";
+import { type PrepareCommands, runCommand } from "./hooks.ts";
 import { isIP } from "./names.ts";
 import type { Route } from "./context.ts";
 
@@ -104,10 +104,9 @@ export class Challenges {
   ): Promise<void> {
     const { config, prepare } = this.answering;
     const commands = sectionsOf(config, name).flatMap((section) => section.prepare);
-    const dead = new AbortController();
+    const failed: AbortSignal[] = [];
     for (const command of commands) {
-      const held = stack.use(await prepare.hold(command, { DOMAIN: name }));
-      held.failed.catch((error) => dead.abort(error));
+      failed.push(stack.use(await prepare.start(command, { DOMAIN: name }, config.mode)).failed);
     }
     const path = join(config.challengeDropDir!, challenge.token);
     const note = JSON.stringify({ file: path });
@@ -121,7 +120,7 @@ export class Challenges {
     }/.well-known/acme-challenge/${challenge.token}`;
     await this.#preflight(name, PREFLIGHT_SECONDS, HTTP_PAUSE_MS, async () => {
       const fault = await fetchAsCa(url, content, this.answering.route, this.answering.signal);
-      if (fault !== undefined && config.preflight !== "warn") dead.signal.throwIfAborted();
+      if (fault !== undefined && config.preflight !== "warn") AbortSignal.any(failed).throwIfAborted();
       return fault;
     });
   }
@@ -271,9 +270,12 @@ async function runAll(
   signal?: AbortSignal,
 ): Promise<void> {
   for (const command of commands) {
-    for (const line of commandLines(command, { DOMAIN: name, RECORD: record, VALUE: value })) {
-      await runCommand(line, { timeoutSeconds: config.commandTimeoutSeconds, signal });
-    }
+    const values = { DOMAIN: name, RECORD: record, VALUE: value };
+    await runCommand(command, values, {
+      mode: config.mode,
+      timeoutSeconds: config.commandTimeoutSeconds,
+      signal,
+    });
   }
 }
 

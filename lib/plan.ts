@@ -1,19 +1,87 @@
 /**
- * What to issue and why, what to keep and until when.
+ * What a run has to do and why: the difference between what the configuration wants and what is there.
  *
- * Pure: the configuration, what was found on disk, what earlier runs left and the clock go in, a plan comes out. It reads nothing, asks nobody
- * and makes no sentences.
+ * Pure: configuration, files found, remembered state and the clock go in; certificates to issue, deliveries pending,
+ * endpoints to probe and problems come out. Status, metrics, alerts, `--plan` and the exit status are views of this one
+ * answer, so they cannot disagree. It reads nothing, asks nobody and makes no sentences.
  */
 
-import type { Config, Line } from "./config.ts";
-import type { Entry, Failure, Finding } from "./store.ts";
+import type { Config, Endpoint, KeyType, Line, Section } from "./config.ts";
+import { isIP } from "./names.ts";
+import type { DeliveryFailure, Failure, ProbeRecord, Receipt, Sight, State } from "./state.ts";
+import type { Entry, Finding } from "./store.ts";
+import { sha256 } from "./x509.ts";
 
-/** Why a certificate is due now. */
+/** Everything that there is to do, and everything that is wrong. */
+export interface Plan {
+  /** Lines to issue now: soonest to expire first, lines without a certificate last. */
+  readonly tasks: readonly Task[];
+  /** Lines that have to wait: they failed before, or the CA accepts no orders now. */
+  readonly waiting: readonly Waiting[];
+  readonly kept: readonly Kept[];
+  /** In the order of the sections, `[every]` last. */
+  readonly deliveries: readonly Delivery[];
+  readonly endpoints: readonly EndpointStatus[];
+  readonly problems: readonly Problem[];
+  /** How long it usually takes from one run to the next, in milliseconds. */
+  readonly intervalMs: number;
+  readonly lastRun?: Date;
+}
+
+/** What a plan is made of besides configuration, files, state and clock. */
+export interface PlanOptions {
+  /** Ignores back-offs. */
+  readonly retry?: boolean;
+  readonly selection?: Selection;
+  /** Files of certificates issued in this run. */
+  readonly issued?: ReadonlySet<string>;
+  /** Files of certificates, and names of sections with them, that `--deliver` has had delivered in this run. */
+  readonly delivered?: ReadonlySet<string>;
+  /** The certificates of the other mode. */
+  readonly counterpart?: () => readonly Entry[];
+}
+
+/** To what `--renew`, `--only`, `--deliver` and `--accept` restrict a run, and what they force. */
+export interface Selection {
+  /** Lines that are issued where due, and delivered in all their sections. */
+  readonly lines: ReadonlySet<Line>;
+  /** Sections in which all lines are delivered. */
+  readonly sections: ReadonlySet<string>;
+  /** Lines that are issued whatever their dates. */
+  readonly renew: ReadonlySet<Line>;
+  readonly newKey: boolean;
+  /** Lines and sections that are delivered whatever their receipts. */
+  readonly deliver: ReadonlySet<Line | string>;
+}
+
+/** One line of `domains` of which at least one certificate is due. */
+export interface Task {
+  readonly line: Line;
+  readonly due: readonly Due[];
+  /** How it failed the last time. */
+  readonly failure?: Failure;
+}
+
+export interface Waiting extends Task {
+  readonly until: Date;
+  /** The CA accepts no orders; else it waits since it failed. */
+  readonly limited: boolean;
+}
+
+/** A certificate that is due now. */
+export interface Due {
+  readonly entry: Entry;
+  readonly reason: Reason;
+  /** Since when, as far as that is known. */
+  readonly since?: Date;
+}
+
+/** Why a certificate is due. */
 export type Reason =
   | { readonly kind: "found"; readonly finding: Exclude<Finding, { kind: "present" }> }
-  | { readonly kind: "revoked"; readonly at: Date }
+  | { readonly kind: "asked for" }
   | { readonly kind: "expired"; readonly at: Date }
-  | { readonly kind: "renewal"; readonly since: Date; readonly rule: Rule; readonly explanationUrl?: string };
+  | { readonly kind: "renewal"; readonly at: Date; readonly rule: Rule; readonly explanationUrl?: string };
 
 /** What set the date of a renewal. */
 export type Rule =
@@ -21,20 +89,16 @@ export type Rule =
   | "age"
   /** reauthorizeDays */
   | "expiry"
-  /** reauthorizeDays would renew with more than two thirds of the life left, and was held back to that */
+  /** reauthorizeDays, held back to two thirds of the life left (half, below ten days) */
   | "expiry, capped"
+  /** nothing is configured: a third of the life left (half, below ten days) */
+  | "life"
+  /** early enough for two more runs */
+  | "runs"
   /** the CA suggested it (RFC 9773) */
-  | "ari"
-  /** generateNewCertsAfterDays is longer than the certificate lives, so reauthorizeDays is heeded */
-  | "age beyond life";
+  | "ari";
 
-/** One certificate that is due. */
-export interface Due {
-  readonly entry: Entry;
-  readonly reason: Reason;
-}
-
-/** One certificate that is kept. */
+/** A certificate that is kept. */
 export interface Kept {
   readonly entry: Entry;
   readonly renewAt: Date;
@@ -42,144 +106,761 @@ export interface Kept {
   readonly notAfter: Date;
 }
 
-/** One line of `domains` of which at least one certificate is due. */
-export interface Task {
-  readonly line: Line;
-  readonly due: readonly Due[];
+/** Certificates that a section has to be given. */
+export interface Delivery {
+  readonly section: Section;
+  /** A line is delivered whole: with those pending come the other key types of their lines. */
+  readonly entries: readonly Entry[];
+  readonly pending: readonly { readonly entry: Entry; readonly reason: DeliveryReason }[];
+  /** New certificates and drift go side by side; anything else is a rollout, one section at a time. */
+  readonly urgent: boolean;
+  /** What identifies this very delivery: another one starts without back-off. */
+  readonly key: string;
+  readonly failure?: DeliveryFailure;
+  /** Not to be tried before. */
+  readonly until?: Date;
 }
 
-/** A task that has to wait: its line failed before, or the CA wants no orders now. */
-export interface Waiting extends Task {
-  readonly until: Date;
-  readonly failure?: Failure;
+export type DeliveryReason =
+  | "new certificate"
+  | "drift"
+  | "commands changed"
+  | "never delivered"
+  | "asked for";
+
+/** A place to probe for one key type, and what is known of it. */
+export interface EndpointStatus extends Target {
+  /** What it is remembered by: `host:port/starttls#name keyType`. */
+  readonly key: string;
+  /** The sections that name it. */
+  readonly sections: readonly Section[];
+  /** The certificates of which one must be served. */
+  readonly wanted: readonly Entry[];
+  readonly record?: ProbeRecord;
+  /** What each address served when it was last probed. */
+  readonly sights: readonly (Sight & { readonly verdict: Verdict })[];
+  /** Whether this run has to probe it. */
+  readonly due: boolean;
+}
+
+/** An endpoint with its placeholders replaced, and the type of key that is asked for. */
+export interface Target {
+  readonly endpoint: Endpoint;
+  readonly keyType: KeyType;
+}
+
+/** What a sight means. The first three are drift: certainly ours and certainly wrong. */
+export type Verdict =
+  /** an earlier certificate of the line, from the same CA */
+  | "older"
+  /** expired or self-signed, for the right names */
+  | "invalid"
+  /** lematt's own staging certificate */
+  | "staging"
+  | "current"
+  /** valid for the name, but newer or from elsewhere */
+  | "foreign"
+  /** for other names */
+  | "mismatched"
+  /** the server has no certificate of this key type */
+  | "refused"
+  /** the server showed a certificate and did not finish the handshake */
+  | "unfinished"
+  | "unreachable"
+  /** this host lacks the address family */
+  | "passed over";
+
+const DRIFT: readonly Verdict[] = ["older", "invalid", "staging"];
+
+/** Something that is wrong. `key` stays the same for as long as it lasts. */
+export type Problem = ProblemKind & {
+  readonly key: string;
+  /** Whether an alert goes out for it. */
+  readonly alert: boolean;
+  /** The sections that it concerns; `[every]` hears of everything. */
+  readonly sections: readonly string[];
+  /** The lines that it concerns. */
+  readonly lines: readonly Line[];
+};
+
+export type ProblemKind =
+  | { readonly kind: "CA"; readonly failure: Failure }
+  | { readonly kind: "failing"; readonly failure: Failure; readonly notAfter?: Date }
+  | { readonly kind: "rate-limited"; readonly until: Date }
+  | { readonly kind: "overdue"; readonly entry: Entry; readonly notAfter: Date }
+  | { readonly kind: "delivery"; readonly delivery: Delivery; readonly failure: DeliveryFailure }
+  | {
+    readonly kind: "endpoint";
+    readonly endpoint: EndpointStatus;
+    readonly sight: Sight & { readonly verdict: Verdict };
+    readonly since: Date;
+  }
+  | { readonly kind: "not run"; readonly since: Date };
+
+const HOUR_MS = 3_600_000;
+const DAY_MS = 24 * HOUR_MS;
+/** Nothing waits longer, so that a nightly run is never skipped: two runs may be a little less than a day apart. */
+export const LONGEST_PAUSE_MS = 20 * HOUR_MS;
+
+// ---------------------------------------------------------------------------------------------- the whole
+
+/** Decides everything. */
+export function plan(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  options: PlanOptions = {},
+): Plan {
+  const intervalMs = usualInterval(state.runs);
+  const lastRun = state.runs.length > 0 ? new Date(state.runs.at(-1)!) : undefined;
+  const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
+  const endpoints = planEndpoints(config, config.sections, inventory, state, now, options);
+  const deliveries = planDeliveries(config, inventory, state, now, endpoints, options);
+  const rest = { ...issuing, endpoints, deliveries, intervalMs, lastRun };
+  return { ...rest, problems: findProblems(config, rest, now) };
 }
 
 /**
- * Everything of the inventory is in a task, waits or is kept. Tasks are sorted: soonest to expire first, new lines
- * last.
+ * How long it usually takes from one full run to the next: the second longest interval between the last six, so that one
+ * outage does not count; a day where it is not known.
  */
-export interface Plan {
-  readonly tasks: readonly Task[];
-  readonly waiting: readonly Waiting[];
-  readonly kept: readonly Kept[];
+export function usualInterval(runs: readonly string[]): number {
+  const times = runs.slice(-6).map((run) => Date.parse(run));
+  const intervals = times.slice(1).map((time, index) => time - times[index]!).sort((a, b) => b - a);
+  return intervals[1] ?? DAY_MS;
 }
 
-/** What earlier runs left for this one to heed. */
-export interface Memory {
-  readonly failures: Readonly<Record<string, Failure>>;
-  readonly revoked: Readonly<Record<string, string>>;
-  /** Until when the CA wants no orders; epoch or earlier where it takes them. */
-  readonly hold: Date;
-  /** identifier of a certificate -> the moment drawn from the renewal window that the CA suggests */
-  readonly suggested: ReadonlyMap<string, Suggestion>;
-  /** When the next run is to be expected; a suggestion before that is due now (RFC 9773 §4.2). */
-  readonly nextRun: Date;
-}
+// ---------------------------------------------------------------------------------------------- issuing
 
-/** A moment in the CA's renewal window. */
-export interface Suggestion {
-  readonly at: Date;
-  readonly explanationUrl?: string;
-}
-
-const DAY_MS = 86_400_000;
-/** While more of its life than this is left, reauthorizeDays does not renew a certificate. */
-const MOST_LIFE_LEFT = 2 / 3;
-/** The same of one that lives for less than ten days, which Let's Encrypt wants to be renewed at half its life. */
-const MOST_SHORT_LIFE_LEFT = 1 / 2;
-const SHORT_LIFE_DAYS = 10;
-/** An age at which fewer days are left is too late to be tried more than once by a nightly run. */
-const FEWEST_DAYS_LEFT = 3;
-/** Where reauthorizeDays is not configured. */
-const USUAL_DAYS_LEFT = 15;
-
-/** Decides for every certificate of the inventory. */
-export function plan(config: Config, inventory: readonly Entry[], now: Date, memory: Memory): Plan {
+function planIssuing(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  intervalMs: number,
+  { retry = false, selection }: PlanOptions,
+): Pick<Plan, "tasks" | "waiting" | "kept"> {
   const dues = new Map<Line, Due[]>();
   const kept: Kept[] = [];
   for (const entry of inventory) {
-    const verdict = judge(config, entry, now, memory);
+    const asked = selection?.renew.has(entry.line) ?? false;
+    const verdict = asked
+      ? { entry, reason: { kind: "asked for" } as const }
+      : judge(config, entry, state, now, intervalMs);
     if ("renewAt" in verdict) {
       kept.push(verdict);
       continue;
     }
+    if (selection !== undefined && !selection.lines.has(entry.line)) continue;
     const due = dues.get(entry.line);
     if (due === undefined) dues.set(entry.line, [verdict]);
     else due.push(verdict);
   }
   const sorted = [...dues].map(([line, due]) => ({ line, due, expiry: soonestExpiry(due) }))
     .sort((a, b) => a.expiry - b.expiry || a.line.line - b.line.line);
+  const hold = moment(retry ? undefined : state.holds[config.directoryUrl]);
   const tasks: Task[] = [];
   const waiting: Waiting[] = [];
   for (const { line, due } of sorted) {
-    const failure = memory.failures[due[0]!.entry.stem];
-    const until = new Date(Math.max(memory.hold.getTime(), Date.parse(failure?.retryAt ?? "1970-01-01")));
-    if (until > now) waiting.push({ line, due, until, failure });
-    else tasks.push({ line, due });
+    const failure = state.failures[due[0]!.entry.stem];
+    const ignored = retry || (selection?.renew.has(line) ?? false);
+    const backOff = ignored ? undefined : moment(failure?.retryAt);
+    if (hold !== undefined && hold > now) waiting.push({ line, due, failure, until: hold, limited: true });
+    else if (backOff !== undefined && backOff > now) {
+      waiting.push({ line, due, failure, until: backOff, limited: false });
+    } else tasks.push({ line, due, failure });
   }
   return { tasks, waiting, kept };
 }
 
-function judge(config: Config, entry: Entry, now: Date, { revoked, suggested, nextRun }: Memory): Due | Kept {
+function judge(config: Config, entry: Entry, state: State, now: Date, intervalMs: number): Due | Kept {
   const { finding } = entry;
   if (finding.kind !== "present") return { entry, reason: { kind: "found", finding } };
   const { notBefore, notAfter, id } = finding.certificate;
-  const revokedAt = isEmpty(revoked) ? undefined : revoked[finding.certificate.fingerprint];
-  if (revokedAt !== undefined) return { entry, reason: { kind: "revoked", at: new Date(revokedAt) } };
-  if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter } };
-  const { renewAt, rule } = renewal(config, notBefore, notAfter);
-  const suggestion = id === undefined ? undefined : suggested.get(id);
+  if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter }, since: notAfter };
+  const { renewAt, rule } = renewal(config, entry.issuedAt ?? notBefore, notAfter, intervalMs);
+  const suggestion = id === undefined || !config.ari ? undefined : suggested(state, id, now);
   if (suggestion !== undefined && suggestion.at < renewAt && renewAt > now) {
     const { at, explanationUrl } = suggestion;
-    if (at > nextRun) return { entry, renewAt: at, rule: "ari", notAfter };
-    return { entry, reason: { kind: "renewal", since: at, rule: "ari", explanationUrl } };
+    // RFC 9773 §4.2: now, if the moment comes before the next run
+    if (at.getTime() > now.getTime() + intervalMs) return { entry, renewAt: at, rule: "ari", notAfter };
+    return { entry, reason: { kind: "renewal", at, rule: "ari", explanationUrl }, since: at };
   }
-  if (renewAt <= now) return { entry, reason: { kind: "renewal", since: renewAt, rule } };
+  if (renewAt <= now) return { entry, reason: { kind: "renewal", at: renewAt, rule }, since: renewAt };
   return { entry, renewAt, rule, notAfter };
 }
 
-/** Whether there is nothing to look up, which saves the fingerprints of all certificates on most days. */
-function isEmpty(record: Readonly<Record<string, unknown>>): boolean {
-  for (const _key in record) return false;
-  return true;
+/** The moment that was drawn from the CA's renewal window, unless that led to this very certificate within a day. */
+function suggested(state: State, id: string, now: Date): { at: Date; explanationUrl?: string } | undefined {
+  const { window, suggestedAt } = state.renewals[id] ?? {};
+  const rests = suggestedAt !== undefined && now.getTime() - Date.parse(suggestedAt) < DAY_MS;
+  return window === undefined || rests
+    ? undefined
+    : { at: new Date(window.at), explanationUrl: window.explanationUrl };
 }
+
+/** Lives below this are renewed when half is left. https://letsencrypt.org/docs/integration-guide/#when-to-renew */
+const SHORT_LIFE_MS = 10 * DAY_MS;
 
 /**
- * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10 and 100 minutes, then
- * daily. https://letsencrypt.org/docs/integration-guide/#retrying-failures
+ * When a certificate is renewed, and by which rule: as configured, or with a third of its life left (half, below ten
+ * days); but early enough for two more runs, if that leaves it the first third of its life.
  */
-export function retryAfterFailure(count: number, now: Date): Date {
-  return new Date(now.getTime() + Math.min(60_000 * 10 ** (count - 1), DAY_MS));
-}
-
-/** When a certificate of this life is renewed, and by which setting. */
 export function renewal(
   config: Pick<Config, "reauthorizeDays" | "generateNewCertsAfterDays">,
   notBefore: Date,
   notAfter: Date,
+  intervalMs: number,
 ): { renewAt: Date; rule: Rule } {
   const [start, end] = [notBefore.getTime(), notAfter.getTime()];
-  const byAge = start + config.generateNewCertsAfterDays * DAY_MS;
-  const tooOld = end - FEWEST_DAYS_LEFT * DAY_MS;
-  if (config.generateNewCertsAfterDays > 0 && byAge <= tooOld) {
-    return { renewAt: new Date(byAge), rule: "age" };
+  const life = end - start;
+  const runs = Math.max(end - 3 * intervalMs, start + life / 3);
+  const short = life < SHORT_LIFE_MS;
+  const { reauthorizeDays, generateNewCertsAfterDays: age } = config;
+  let wanted: { at: number; rule: Rule };
+  if (age > 0 && start + age * DAY_MS < end) {
+    wanted = { at: start + age * DAY_MS, rule: "age" };
+  } else if (reauthorizeDays !== undefined) {
+    const earliest = end - life * (short ? 1 / 2 : 2 / 3);
+    const at = end - reauthorizeDays * DAY_MS;
+    wanted = at < earliest ? { at: earliest, rule: "expiry, capped" } : { at, rule: "expiry" };
+  } else {
+    wanted = { at: end - life * (short ? 1 / 2 : 1 / 3), rule: "life" };
   }
-  const byExpiry = end - (config.reauthorizeDays ?? USUAL_DAYS_LEFT) * DAY_MS;
-  const mostLeft = end - start < SHORT_LIFE_DAYS * DAY_MS ? MOST_SHORT_LIFE_LEFT : MOST_LIFE_LEFT;
-  const earliest = end - (end - start) * mostLeft;
-  const capped = byExpiry < earliest;
-  const rule = config.generateNewCertsAfterDays > 0
-    ? "age beyond life"
-    : capped
-    ? "expiry, capped"
-    : "expiry";
-  return { renewAt: new Date(capped ? earliest : byExpiry), rule };
+  const late = runs < wanted.at;
+  return { renewAt: new Date(late ? runs : wanted.at), rule: late ? "runs" : wanted.rule };
+}
+
+/** Whether certificates of this life can be renewed in time by runs that are so far apart: two of them must fit. */
+export function fitsRuns(lifeMs: number, intervalMs: number): boolean {
+  return lifeMs >= 2 * intervalMs;
+}
+
+/**
+ * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10 and 100 minutes, then 20
+ * hours, but after at most an eighth of what is left of its certificate.
+ * https://letsencrypt.org/docs/integration-guide/#retrying-failures
+ */
+export function retryLineAt(count: number, now: Date, notAfter?: Date): Date {
+  return backOff(60_000 * 10 ** (count - 1), now, notAfter);
+}
+
+/** The same of a delivery, which the next run tries again once, then after 1, 2, 4, … hours. */
+export function retryDeliveryAt(count: number, now: Date, notAfter?: Date): Date | undefined {
+  return count < 2 ? undefined : backOff(HOUR_MS * 2 ** (count - 2), now, notAfter);
+}
+
+function backOff(ms: number, now: Date, notAfter?: Date): Date {
+  const left = notAfter === undefined || notAfter <= now ? Infinity : notAfter.getTime() - now.getTime();
+  return new Date(now.getTime() + Math.min(ms, LONGEST_PAUSE_MS, left / 8));
 }
 
 /** Epoch milliseconds; a line without any certificate has nothing to lose and comes last. */
 function soonestExpiry(due: readonly Due[]): number {
-  const expiries = due.map(({ entry: { finding } }) =>
-    "certificate" in finding ? finding.certificate.notAfter.getTime() : Infinity
+  return Math.min(...due.map(({ entry }) => lastsUntil(entry)?.getTime() ?? Infinity));
+}
+
+/** The end of the certificate that is in use for an entry, be it for the names that the line had before. */
+export function lastsUntil({ finding, former }: Entry): Date | undefined {
+  return ("certificate" in finding ? finding.certificate : former?.certificate)?.notAfter;
+}
+
+// ---------------------------------------------------------------------------------------------- deliveries
+
+/** Whether a section has anything to run for a certificate. */
+export function delivers({ uploadCerts, uploadKeys, uploadEach, update }: Section): boolean {
+  return uploadCerts.length + uploadKeys.length + uploadEach.length + update.length > 0;
+}
+
+/** What a receipt says that has been run: the four lists as parsed. The same in every version of lematt. */
+export function listsDigest(section: Section, mode: Config["mode"]): string {
+  const { uploadCerts, uploadKeys, uploadEach, update, rehearse } = section;
+  const each = mode === "prod" || rehearse ? uploadEach : []; // not run in a rehearsal
+  return sha256(JSON.stringify([uploadCerts, uploadKeys, each, update])).slice(0, 16);
+}
+
+/** The receipts of a section; where it is new, those of vanished sections with the same lists: it was renamed. */
+function receiptsOf(section: Section, digest: string, config: Config, state: State) {
+  const own = state.receipts[section.name];
+  if (own !== undefined) return own;
+  const names = new Set(config.sections.map(({ name }) => name));
+  const inherited: State["receipts"][string] = Object.create(null);
+  for (const [name, receipts] of Object.entries(state.receipts)) {
+    if (names.has(name)) continue;
+    for (const [file, receipt] of Object.entries(receipts)) {
+      if (receipt.digest === digest) inherited[file] = receipt;
+    }
+  }
+  return inherited;
+}
+
+/** Gives sections that were renamed the receipts that they had under their old name. */
+export function adoptReceipts(config: Config, state: State): void {
+  for (const section of config.sections) {
+    if (state.receipts[section.name] !== undefined || !delivers(section)) continue;
+    const inherited = receiptsOf(section, listsDigest(section, config.mode), config, state);
+    if (Object.keys(inherited).length > 0) state.receipts[section.name] = inherited;
+  }
+}
+
+/**
+ * Forgets what is remembered of lines, certificates, sections and endpoints that are no more. Receipts stay for as long
+ * as their certificate is on disk: a line or section that is away for one run is not delivered again. `orphans` lists
+ * the base names of certificates that belong to no line.
+ */
+export function forgetUnknown(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  orphans: () => ReadonlySet<string>,
+): void {
+  const keep = (entries: Record<string, unknown>, isKnown: (key: string) => boolean) => {
+    for (const key of Object.keys(entries)) if (!isKnown(key)) delete entries[key];
+  };
+  const ids = new Set(
+    inventory.map(({ finding }) => finding.kind === "present" ? finding.certificate.id : undefined),
   );
-  return Math.min(...expiries);
+  keep(state.renewals, (id) => ids.has(id));
+  const stems = new Set(inventory.map(({ stem }) => stem));
+  keep(state.failures, (stem) => stems.has(stem));
+  const files = new Set(inventory.map(({ file }) => file));
+  keep(state.orders, (file) => files.has(file));
+  for (const receipts of Object.values(state.receipts)) {
+    keep(receipts, (file) => files.has(file) || orphans().has(file));
+  }
+  keep(state.receipts, (name) => Object.keys(state.receipts[name]!).length > 0);
+  const sections = new Map(config.sections.map((section) => [section.name, section]));
+  keep(state.deliveries, (name) => sections.has(name));
+  keep(state.alerts, (name) => (sections.get(name)?.alert.length ?? 0) > 0);
+  if (Object.keys(state.probes).length > 0) {
+    const endpoints = new Set(
+      planEndpoints(config, config.sections, inventory, state, now, {}).map(({ key }) => key),
+    );
+    keep(state.probes, (key) => endpoints.has(key));
+  }
+}
+
+/** How often the commands are repeated for drift at once; then once in 20 hours. */
+const MOST_REPAIRS = 3;
+
+function planDeliveries(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  endpoints: readonly EndpointStatus[],
+  options: PlanOptions,
+): Delivery[] {
+  const entriesOf = groupBy(
+    inventory.flatMap((entry) => entry.line.sections.map((of) => [of, entry] as const)),
+  );
+  const drift = driftSeen(endpoints);
+  const deliveries = config.sections.map((section) =>
+    planDelivery(section, entriesOf.get(section) ?? [], config, state, now, drift.get(section), options)
+  ).filter((delivery) => delivery !== undefined);
+  const isEvery = ({ section }: Delivery) => Number(section.name === "every");
+  return deliveries.sort((a, b) => isEvery(a) - isEvery(b));
+}
+
+/** What one section has to be given, and which of its endpoints are to be probed; `entries` are those of its lines. */
+export function planSection(
+  section: Section,
+  entries: readonly Entry[],
+  config: Config,
+  state: State,
+  now: Date,
+  options: PlanOptions = {},
+): { delivery?: Delivery; endpoints: readonly EndpointStatus[] } {
+  const endpoints = planEndpoints(config, [section], entries, state, now, options);
+  const drift = driftSeen(endpoints).get(section);
+  return { endpoints, delivery: planDelivery(section, entries, config, state, now, drift, options) };
+}
+
+function planDelivery(
+  section: Section,
+  all: readonly Entry[],
+  config: Config,
+  state: State,
+  now: Date,
+  drift: ReadonlyMap<Entry, number> = new Map(),
+  { retry = false, selection, issued, delivered }: PlanOptions,
+): Delivery | undefined {
+  const entries = all.filter(({ finding, keyType }) =>
+    finding.kind === "present" && section.keyTypes.includes(keyType)
+  );
+  if (entries.length === 0 || !delivers(section)) return undefined;
+  const digest = listsDigest(section, config.mode);
+  const receipts = receiptsOf(section, digest, config, state);
+  const pending: { entry: Entry; reason: DeliveryReason; until?: Date }[] = [];
+  for (const entry of entries) {
+    const { line, file, finding } = entry;
+    if (!inScope(selection, line, section) || finding.kind !== "present") continue;
+    const receipt = receipts[file];
+    const asked = selection?.deliver.has(line) || selection?.deliver.has(section.name);
+    if (asked && !delivered?.has(`${section.name}/${file}`)) pending.push({ entry, reason: "asked for" });
+    else if (receipt === undefined) {
+      pending.push({ entry, reason: issued?.has(file) ? "new certificate" : "never delivered" });
+    } else if (receipt.fingerprint !== finding.certificate.fingerprint) {
+      pending.push({ entry, reason: "new certificate" });
+    } else if (receipt.digest !== digest) pending.push({ entry, reason: "commands changed" });
+    else if ((drift.get(entry) ?? -Infinity) > Date.parse(receipt.at)) {
+      const rests = (receipt.repairs ?? 0) >= MOST_REPAIRS;
+      const until = rests ? new Date(Date.parse(receipt.at) + LONGEST_PAUSE_MS) : undefined;
+      pending.push({ entry, reason: "drift", until });
+    }
+  }
+  if (pending.length === 0) return undefined;
+  const lines = new Set(pending.map(({ entry }) => entry.line));
+  const key = deliveryKey(section, digest, pending.map(({ entry }) => entry));
+  const last = state.deliveries[section.name];
+  const failure = last?.key === key ? last : undefined;
+  const rollout: readonly DeliveryReason[] = ["never delivered", "commands changed"];
+  const rests = pending.every(({ until }) => until !== undefined);
+  const until = rests
+    ? pending.map(({ until }) => until!).reduce((a, b) => a < b ? a : b)
+    : moment(failure?.retryAt);
+  const waits = !retry && until !== undefined && until > now &&
+    !pending.some(({ reason }) => reason === "asked for");
+  return {
+    section,
+    entries: entries.filter(({ line }) => lines.has(line)),
+    pending,
+    urgent: failure?.urgent === true || pending.some(({ reason }) => !rollout.includes(reason)),
+    key,
+    failure,
+    until: waits ? until : undefined,
+  };
+}
+
+/** Whether a run that is restricted delivers this line in this section. */
+function inScope(selection: Selection | undefined, line: Line, section: Section): boolean {
+  return selection === undefined || selection.lines.has(line) || selection.sections.has(section.name);
+}
+
+function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
+  const groups = new Map<K, V[]>();
+  for (const [key, value] of pairs) {
+    const group = groups.get(key);
+    if (group === undefined) groups.set(key, [value]);
+    else group.push(value);
+  }
+  return groups;
+}
+
+/** What identifies a delivery: its lists, its endpoints and its certificates. */
+function deliveryKey({ verify }: Section, digest: string, entries: readonly Entry[]): string {
+  const fingerprints = entries.map(({ finding }) =>
+    "certificate" in finding && finding.certificate.fingerprint
+  );
+  return sha256(JSON.stringify([digest, verify.map(({ text }) => text), fingerprints])).slice(0, 16);
+}
+
+/** Section -> certificate -> when an endpoint was last seen to serve something else that is certainly wrong. */
+function driftSeen(endpoints: readonly EndpointStatus[]): Map<Section, Map<Entry, number>> {
+  const seen = new Map<Section, Map<Entry, number>>();
+  for (const { sections, wanted, sights, record } of endpoints) {
+    if (record?.confirmed !== true || !sights.some(({ verdict }) => DRIFT.includes(verdict))) continue;
+    for (const section of sections) {
+      const entries = seen.get(section) ?? new Map<Entry, number>();
+      seen.set(section, entries);
+      for (const entry of wanted) {
+        entries.set(entry, Math.max(entries.get(entry) ?? -Infinity, Date.parse(record.at)));
+      }
+    }
+  }
+  return seen;
+}
+
+// ---------------------------------------------------------------------------------------------- endpoints
+
+/** After so long a good probe has to be repeated. */
+const GOOD_PROBE_MS = 6 * HOUR_MS;
+
+function planEndpoints(
+  config: Config,
+  sections: readonly Section[],
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  { selection, counterpart }: PlanOptions,
+): EndpointStatus[] {
+  const verifying = sections.filter(({ verify }) => verify.length > 0);
+  if (verifying.length === 0) return [];
+  const entriesOf = groupBy(inventory.map((entry) => [entry.line, entry]));
+  const lines = [...entriesOf.keys()];
+  const linesOf = groupBy(lines.flatMap((line) => line.names.map((name) => [name, line])));
+  const ownersOf = (name: string) => linesOf.get(name) ?? linesOf.get(wildcardOf(name)) ?? [];
+  const found = new Map<string, { target: Target; sections: Section[]; wanted: Entry[] }>();
+  for (const section of verifying) {
+    const own = lines.filter((line) => line.sections.includes(section) && inScope(selection, line, section));
+    for (const place of own.flatMap((line) => placesOf(section, line, ownersOf))) {
+      for (const keyType of section.keyTypes) {
+        const key = `${place.text} ${keyType}`;
+        const known = found.get(key);
+        if (known !== undefined) {
+          if (!known.sections.includes(section)) known.sections.push(section);
+          continue;
+        }
+        const wanted = ownersOf(place.sni ?? place.host).flatMap((line) => entriesOf.get(line) ?? [])
+          .filter((entry) => entry.keyType === keyType && inUse(entry) !== undefined);
+        if (wanted.length === 0) continue;
+        found.set(key, { target: { endpoint: place, keyType }, sections: [section], wanted });
+      }
+    }
+  }
+  return [...found].map(([key, { target, sections, wanted }]) => {
+    const record = state.probes[key];
+    const sights = (record?.sights ?? []).map((sight) => ({
+      ...sight,
+      verdict: verdictOn(sight, target, wanted, config, now, counterpart),
+    }));
+    const isGoodNow = sights.length > 0 && sights.every(({ verdict }) => isGood(verdict));
+    const due = !isGoodNow || now.getTime() - Date.parse(record!.at) > GOOD_PROBE_MS;
+    return { ...target, key, sections, wanted, record, sights, due };
+  });
+}
+
+export function isGood(verdict: Verdict): boolean {
+  return verdict === "current" || verdict === "passed over";
+}
+
+export function isDrift(verdict: Verdict): boolean {
+  return DRIFT.includes(verdict);
+}
+
+/** The certificate that may be served for an entry. */
+function inUse({ finding, former }: Entry) {
+  return finding.kind === "present" ? finding.certificate : former?.certificate;
+}
+
+function wildcardOf(name: string): string {
+  return name.replace(/^[^.]+/, "*");
+}
+
+/**
+ * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. One that bears the name of no line is
+ * probed with the line's first name.
+ */
+function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Endpoint[] {
+  const names = line.names.filter((name) => !name.startsWith("*."));
+  const primary = names[0] ?? line.names[0]!.replace("*", "www"); // any name that the wildcard covers
+  const namesFor = (word: string) =>
+    word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word];
+  return section.verify.flatMap((endpoint) =>
+    namesFor(endpoint.host).flatMap((host) => {
+      // the same word on both sides means the same name
+      const snis = endpoint.sni === undefined
+        ? [undefined]
+        : endpoint.sni === endpoint.host
+        ? [host]
+        : namesFor(endpoint.sni);
+      return snis.flatMap((given) => {
+        const name = given ?? host;
+        const known = ownersOf(name).length > 0;
+        const sni = known ? given : isIP(primary) ? undefined : primary;
+        const bracketed = isIP(host) === 6 ? `[${host}]` : host;
+        const text = `${bracketed}:${endpoint.port}${
+          endpoint.starttls === undefined ? "" : `/${endpoint.starttls}`
+        }${sni === undefined ? "" : `#${sni}`}`;
+        return [{ ...endpoint, text, host, sni }];
+      });
+    })
+  );
+}
+
+/** What it means that an endpoint serves this. */
+export function verdictOn(
+  sight: Sight,
+  { endpoint }: Target,
+  wanted: readonly Entry[],
+  { mode }: Pick<Config, "mode">,
+  now: Date,
+  counterpart: () => readonly Entry[] = () => [],
+): Verdict {
+  if (sight.kind !== "served") return sight.kind;
+  const served = sight.certificate!;
+  const right = wanted.map(inUse).filter((certificate) => certificate !== undefined);
+  const isOurs = right.some(({ fingerprint }) => fingerprint === served.fingerprint);
+  const other = () => counterpart().map(inUse).filter((certificate) => certificate !== undefined);
+  if (mode === "test") {
+    // endpoints go on serving production; the staging certificate is wrong where production's belongs
+    const lines = new Set(wanted.map(({ line }) => line.names.join()));
+    const production = () =>
+      counterpart().some((entry) => lines.has(entry.line.names.join()) && inUse(entry) !== undefined);
+    return isOurs && production() ? "staging" : "current";
+  }
+  if (isOurs) return "current";
+  if (other().some(({ fingerprint }) => fingerprint === served.fingerprint)) return "staging";
+  const name = endpoint.sni ?? endpoint.host;
+  const covers = served.names.includes(name) || served.names.includes(wildcardOf(name)) || isIP(name) > 0;
+  if (!covers) return "mismatched";
+  if (served.selfSigned || new Date(served.notAfter) <= now) return "invalid";
+  const older = right.some((certificate) =>
+    certificate.issuer === served.issuer && new Date(served.notBefore) < certificate.notBefore
+  );
+  return older ? "older" : "foreign";
+}
+
+/** What is remembered of a probe; `confirmed`: what is not right was seen twice. */
+export function recordOf(
+  { record, wanted, ...target }: EndpointStatus,
+  sights: readonly Sight[],
+  config: Config,
+  now: Date,
+  { confirmed, afterDelivery, counterpart }: {
+    confirmed: boolean;
+    afterDelivery: boolean;
+    counterpart?: () => readonly Entry[];
+  },
+): ProbeRecord {
+  const at = now.toISOString();
+  const verdicts = sights.map((sight) => verdictOn(sight, target, wanted, config, now, counterpart));
+  if (verdicts.every(isGood)) return { at, sights: [...sights] };
+  const broken = record?.brokenByDelivery === true ||
+    (afterDelivery && record?.badSince === undefined && verdicts.includes("unreachable"));
+  return {
+    at,
+    badSince: record?.badSince ?? at,
+    ...(confirmed && { confirmed }),
+    ...(broken && { brokenByDelivery: true }),
+    sights: [...sights],
+  };
+}
+
+// ---------------------------------------------------------------------------------------------- problems
+
+/** How often a line has to fail, and how long a delivery or an endpoint has to be bad, before an alert goes out. */
+const ALERT_FAILURES = 3;
+const ALERT_AFTER_MS = 20 * HOUR_MS;
+/** Production that has not run for this many usual intervals, and for two days, does not run any more. */
+const MISSED_RUNS = 3;
+
+function findProblems(config: Config, decided: Omit<Plan, "problems">, now: Date): Problem[] {
+  const { tasks, waiting, deliveries, endpoints, intervalMs, lastRun } = decided;
+  const problems: Problem[] = [];
+  const add = (
+    problem: ProblemKind,
+    key: string,
+    alert: boolean,
+    lines: readonly Line[],
+    sections?: readonly Section[],
+  ) =>
+    problems.push({
+      ...problem,
+      key,
+      alert,
+      lines,
+      sections: (sections ?? [...new Set(lines.flatMap((line) => line.sections))]).map(({ name }) => name),
+    });
+  const isOld = (since: Date) => now.getTime() - since.getTime() >= ALERT_AFTER_MS;
+
+  const limited = waiting.filter(({ limited }) => limited);
+  if (limited.length > 0) {
+    const { until } = limited[0]!;
+    add({ kind: "rate-limited", until }, "rate-limited", false, limited.map(({ line }) => line));
+  }
+  // a CA that is down is one cause, however many lines it keeps from being issued
+  const down = [...tasks, ...waiting].filter(({ failure }) => failure?.shared);
+  if (down.length > 0) {
+    const failure = down.map(({ failure }) => failure!).reduce((a, b) => a.count >= b.count ? a : b);
+    add({ kind: "CA", failure }, "CA", failure.count >= ALERT_FAILURES, down.map(({ line }) => line));
+  }
+  for (const { line, due, failure } of [...tasks, ...waiting]) {
+    if (failure !== undefined && !failure.shared) {
+      const expiry = soonestExpiry(due);
+      const notAfter = Number.isFinite(expiry) ? new Date(expiry) : undefined;
+      const key = `failing ${line.names.join(" ")}`;
+      add({ kind: "failing", failure, notAfter }, key, failure.count >= ALERT_FAILURES, [line]);
+    }
+    for (const { entry, since } of due) {
+      const notAfter = lastsUntil(entry);
+      if (notAfter === undefined) continue; // one that could never be issued is failing, not overdue
+      const late = since !== undefined && now.getTime() - since.getTime() > 2 * intervalMs;
+      if (late || notAfter <= now) {
+        add({ kind: "overdue", entry, notAfter }, `overdue ${entry.file}`, true, [line]);
+      }
+    }
+  }
+  for (const delivery of deliveries) {
+    const { section, failure, pending } = delivery;
+    if (failure === undefined) continue;
+    const lines = [...new Set(pending.map(({ entry }) => entry.line))];
+    const key = `delivery ${section.name}`;
+    add({ kind: "delivery", delivery, failure }, key, isOld(new Date(failure.since)), lines, [section]);
+  }
+  for (const endpoint of endpoints) {
+    const { sights, record, sections, wanted } = endpoint;
+    const lines = [...new Set(wanted.map(({ line }) => line))];
+    for (const sight of sights) {
+      if (isGood(sight.verdict) || record === undefined) continue;
+      const since = new Date(record.badSince ?? record.at);
+      const expired = sight.certificate !== undefined && new Date(sight.certificate.notAfter) <= now;
+      const alert = expired || sight.verdict === "mismatched" || record.brokenByDelivery === true ||
+        isOld(since);
+      const key = `endpoint ${endpoint.key} ${sight.address}`;
+      add({ kind: "endpoint", endpoint, sight, since }, key, alert, lines, sections);
+    }
+  }
+  if (config.mode === "prod" && lastRun !== undefined) {
+    const silence = now.getTime() - lastRun.getTime();
+    if (silence > Math.max(MISSED_RUNS * intervalMs, 2 * DAY_MS)) {
+      add({ kind: "not run", since: lastRun }, "not run", true, []);
+    }
+  }
+  return problems;
+}
+
+/** One alert of one section. */
+export interface Alert {
+  readonly section: Section;
+  /** Those of which this section was not alerted in the last 20 hours. */
+  readonly problems: readonly Problem[];
+  /** What is well again. */
+  readonly resolved: readonly string[];
+}
+
+/** The alerts that are to be sent now: each problem once in 20 hours, and once when it is well again. */
+export function dueAlerts(
+  { sections }: Config,
+  problems: readonly Problem[],
+  state: State,
+  now: Date,
+): Alert[] {
+  const present = new Set(problems.map(({ key }) => key));
+  return sections.filter(({ alert }) => alert.length > 0).flatMap((section) => {
+    const sent = state.alerts[section.name] ?? {};
+    const due = problems.filter(({ key, alert, sections }) => {
+      const last = sent[key];
+      return alert && (section.name === "every" || sections.includes(section.name)) &&
+        (last === undefined || now.getTime() - Date.parse(last.at) >= LONGEST_PAUSE_MS);
+    });
+    const resolved = Object.entries(sent).filter(([key]) => !present.has(key)).map(([, { what }]) => what);
+    return due.length + resolved.length > 0 ? [{ section, problems: due, resolved }] : [];
+  });
+}
+
+/**
+ * Makes receipts of what version 1 of the state remembered: everything that it did not hold to be pending had been
+ * delivered.
+ */
+export function takeOver(config: Config, inventory: readonly Entry[], state: State, now: Date): void {
+  const { owed } = state;
+  if (owed === undefined) return;
+  delete state.owed;
+  for (const { line, file, finding } of inventory) {
+    for (const section of line.sections) {
+      if (finding.kind !== "present" || !delivers(section)) continue;
+      if (Object.hasOwn(owed, section.name) && Object.hasOwn(owed[section.name]!, file)) continue;
+      const receipts = state.receipts[section.name] ??= Object.create(null) as Record<string, Receipt>;
+      const digest = listsDigest(section, config.mode);
+      receipts[file] = { digest, fingerprint: finding.certificate.fingerprint, at: now.toISOString() };
+    }
+  }
+}
+
+/** A remembered moment; that it does not lie in a wrong clock's future was made sure of when the state was read. */
+function moment(text: string | undefined): Date | undefined {
+  return text === undefined ? undefined : new Date(text);
 }

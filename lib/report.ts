@@ -1,76 +1,69 @@
 /**
- * Events and summaries become lines, JSON and a progress line: the only place where sentences for people are made.
+ * What is said of a run: lines while it goes on, its end, the plan, alerts, and the JSON documents of run and plan.
  *
- * Knows no files and no network. What came from outside has been cleaned where it came in (acme.ts, actions.ts).
+ * Knows no files and no network. What came from outside has been made safe to print where it came in.
  */
 
-import type { Mode, Notice } from "./config.ts";
-import type { Delivery } from "./deliver.ts";
-import type { Alert } from "./alert.ts";
-import type { Due, Kept, Plan, Reason, Rule, Task, Waiting } from "./plan.ts";
-import type { Debt, Entry } from "./store.ts";
-import type { Served } from "./verify.ts";
-import type { Certificate } from "./x509.ts";
+import type { Config, Mode, Notice } from "./config.ts";
+import type { Delivered } from "./deliver.ts";
+import type { IssueEvent } from "./issuer.ts";
+import {
+  type Alert,
+  type Delivery,
+  type Due,
+  type EndpointStatus,
+  isGood,
+  type Kept,
+  type Plan,
+  type Problem,
+  type Reason,
+  type Rule,
+  type Task,
+  type Verdict,
+} from "./plan.ts";
+import type { Sight } from "./state.ts";
+import type { Entry } from "./store.ts";
 
 /** What happens in a run, as it happens. */
 export type Event =
-  /** `changed`: something is not as it was, which is worth a word even under --cron. */
+  | IssueEvent
+  /** `changed`: something is not as it was, which is worth a line even under --cron. */
   | { readonly kind: "notice"; readonly text: string; readonly changed?: boolean }
-  | { readonly kind: "account key"; readonly path: string; readonly how: "made" | "changed" }
-  | {
-    readonly kind: "plan";
-    readonly plan: Plan;
-    readonly owed: Readonly<Record<string, Debt>>;
-    /** DNS records that must stand, as lines of a zone file. */
-    readonly records: readonly string[];
-  }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
-  | { readonly kind: "task"; readonly task: Task }
-  | { readonly kind: "no CA"; readonly error: Error; readonly tasks: readonly Task[] }
-  | {
-    readonly kind: "issued";
-    readonly due: Due;
-    readonly certificate: Certificate;
-    readonly seconds: number;
-  }
-  | { readonly kind: "failed"; readonly due: readonly Due[]; readonly error: Error }
-  | { readonly kind: "end"; readonly task: Task }
-  | { readonly kind: "delivery"; readonly delivery: Delivery }
-  | {
-    readonly kind: "alert";
-    readonly section: string;
-    readonly causes: Alert["causes"];
-    readonly error?: Error;
-  };
+  | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
+  | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
+  | { readonly kind: "delivered"; readonly delivered: Delivered }
+  | { readonly kind: "output"; readonly section: string; readonly text: string }
+  | { readonly kind: "alert"; readonly section: string; readonly text: string; readonly error?: Error };
 
-/** How a run ended, or in what state it would find everything. */
-export interface Summary {
-  /** Certificates that a run would issue now; 0 after one. */
-  readonly due: number;
-  readonly issued: number;
-  readonly failed: number;
-  readonly kept: readonly Kept[];
-  readonly waiting: readonly Waiting[];
-  readonly owed: Readonly<Record<string, Debt>>;
-}
-
-/** How to speak. */
-export interface Manner {
+/** How to print. */
+export interface OutputOptions {
   readonly mode: Mode;
   /** Nothing unless something changed or failed. */
   readonly cron: boolean;
   readonly json: boolean;
-  /** Standard output is a terminal: a progress line is of use there. */
-  readonly terminal: boolean;
+  /** Width of the terminal where standard output is one: there is room for a progress line. */
+  readonly columns?: number;
   readonly color: boolean;
   readonly now: () => Date;
   readonly out: (text: string) => void;
   readonly err: (text: string) => void;
 }
 
-const DAY_MS = 86_400_000;
+/** The end of a run. */
+export interface Ended {
+  readonly plan: Plan;
+  readonly issued: number;
+  readonly delivered: number;
+  readonly known: ReadonlySet<string>;
+}
 
-/** `lematt.conf:12: Cannot …`, and the hint on a line of its own. */
+const HOUR_MS = 3_600_000;
+const DAY_MS = 24 * HOUR_MS;
+
+// ---- words ------------------------------------------------------------------------------------------------
+
+/** `lematt.conf:12: …`, and the hint on a line of its own. */
 export function noticeText({ file, line, text, hint }: Notice): string {
   const where = line === undefined ? file : `${file}:${line}`;
   return `${where}: ${text}${hint === undefined ? "" : `\n  hint: ${hint}`}`;
@@ -78,12 +71,44 @@ export function noticeText({ file, line, text, hint }: Notice): string {
 
 /** A certificate's names, short: the primary and how many more there are. */
 export function nameText(names: readonly string[]): string {
+  if (names.length === 0) return "no name";
   return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
 }
 
-/** The certificates of one line, with their key types. */
-function keyTypesText(due: readonly Due[]): string {
-  return `${nameText(due[0]!.entry.line.names)} (${due.map(({ entry }) => entry.keyType).join(", ")})`;
+/** `www.example.com +1 (rsa, ec)` */
+function subjectText(names: readonly string[], keyTypes: readonly string[]): string {
+  return `${nameText(names)} (${keyTypes.join(", ")})`;
+}
+
+function entryText({ line, keyType }: Entry): string {
+  return subjectText(line.names, [keyType]);
+}
+
+/** The day, in UTC. */
+export function dateText(date: Date): string {
+  return date.toISOString().slice(0, 10);
+}
+
+/** The minute, in UTC. */
+export function timeText(date: Date): string {
+  return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
+}
+
+/** `12 days`, `5 hours`, `20 minutes`: in the unit that is fine enough. */
+export function durationText(ms: number): string {
+  const of = (number: number, unit: string) => `${number} ${unit}${number === 1 ? "" : "s"}`;
+  if (ms >= 3 * DAY_MS) return of(Math.floor(ms / DAY_MS), "day");
+  if (ms >= 2 * HOUR_MS) return of(Math.floor(ms / HOUR_MS), "hour");
+  return of(Math.max(0, Math.floor(ms / 60_000)), "minute");
+}
+
+/** The moment, to the day where it is far enough. */
+function untilText(date: Date, now: Date): string {
+  return Math.abs(date.getTime() - now.getTime()) >= 10 * DAY_MS ? dateText(date) : timeText(date);
+}
+
+export function count(number: number, thing: string, things = `${thing}s`): string {
+  return `${number} ${number === 1 ? thing : things}`;
 }
 
 /** Why a certificate is issued. */
@@ -99,27 +124,27 @@ export function reasonText(reason: Reason): string {
         case "other names":
           return `the names changed, it was for ${finding.certificate.names.join(" ")}`;
         case "other key":
-          return "it did not match its key";
+          return "it does not match its key";
+        case "revoked":
+          return "its key was revoked";
         default:
           return finding satisfies never;
       }
     }
-    case "revoked":
-      return `revoked ${dateText(reason.at)}`;
+    case "asked for":
+      return "--renew";
     case "expired":
-      return `expired ${dateText(reason.at)}`;
-    case "renewal":
-      if (reason.rule === "ari") {
-        const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
-        return `the CA suggests ${dateText(reason.since)}${why}`;
-      }
-      return `due since ${dateText(reason.since)} by ${ruleText(reason.rule)}`;
+      return `expired ${timeText(reason.at)}`;
+    case "renewal": {
+      const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
+      return `due since ${dateText(reason.at)}: ${ruleText(reason.rule)}${why}`;
+    }
     default:
       return reason satisfies never;
   }
 }
 
-/** Which setting decides, in the configuration's words. */
+/** What decides on a renewal, in the words of the configuration. */
 export function ruleText(rule: Rule): string {
   switch (rule) {
     case "age":
@@ -128,33 +153,103 @@ export function ruleText(rule: Rule): string {
       return "reauthorizeDays";
     case "expiry, capped":
       return "reauthorizeDays, capped";
+    case "life":
+      return "its lifetime";
+    case "runs":
+      return "early enough for two more runs";
     case "ari":
-      return "the CA's suggestion";
-    case "age beyond life":
-      return "reauthorizeDays, since it does not live as long as generateNewCertsAfterDays";
+      return "renewal information of the CA";
     default:
       return rule satisfies never;
   }
 }
 
-/** The day, in UTC. */
-export function dateText(date: Date): string {
-  return date.toISOString().slice(0, 10);
+/** What an address serves. */
+export function sightText(sight: Sight & { verdict: Verdict }): string {
+  const { verdict, certificate, detail, address } = sight;
+  const at = address === "" ? "" : ` at ${address}`;
+  const until = certificate === undefined ? "" : `, valid until ${timeText(new Date(certificate.notAfter))}`;
+  switch (verdict) {
+    case "current":
+      return `serves the newest certificate${at}${until}`;
+    case "older":
+      return `serves an older certificate${at}${until}`;
+    case "invalid":
+      return `serves ${certificate?.selfSigned ? "a self-signed" : "an expired"} certificate${at}${until}`;
+    case "staging":
+      return `serves the certificate of --test${at}${until}`;
+    case "foreign":
+      return `serves a certificate that lematt did not deliver${at}, issued by ${
+        certificate?.issuer || "an unnamed CA"
+      }${until}`;
+    case "mismatched":
+      return `serves a certificate for ${nameText(certificate?.names ?? [])}${at}${until}`;
+    case "refused":
+      return `has no certificate of this key type${at}${detail === undefined ? "" : `: ${detail}`}`;
+    case "unfinished":
+      return `does not finish the handshake${at}${detail === undefined ? "" : `: ${detail}`}`;
+    case "unreachable":
+      return `unreachable${at}: ${detail ?? "no answer"}`;
+    case "passed over":
+      return `not probed${at}: this host has no route to that address family`;
+    default:
+      return verdict satisfies never;
+  }
 }
 
-/** The minute, in UTC. */
-export function timeText(date: Date): string {
-  return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
-}
-
-function daysText(from: Date, to: Date): string {
-  const days = (to.getTime() - from.getTime()) / DAY_MS;
-  const count = days < 10 ? Math.round(days * 10) / 10 : Math.round(days);
-  return `${count} ${count === 1 ? "day" : "days"}`;
-}
-
-function count(number: number, thing: string, things = `${thing}s`): string {
-  return `${number} ${number === 1 ? thing : things}`;
+/** A problem in a sentence; `short` names it without its cause. */
+export function problemText(problem: Problem, form: "short" | "long" = "long"): string {
+  const long = form === "long";
+  switch (problem.kind) {
+    case "CA": {
+      const { failure } = problem;
+      const lines = count(problem.lines.length, "line");
+      const times = failure.count === 1
+        ? ""
+        : `, ${failure.count} times since ${timeText(new Date(failure.since))}`;
+      return long ? `${lines} not issued${times}: ${failure.error}` : `issuance of ${lines}`;
+    }
+    case "failing": {
+      const name = nameText(problem.lines[0]!.names);
+      if (!long) return `issuance of ${name}`;
+      const { count, error, retryAt } = problem.failure;
+      const times = count === 1 ? "failed" : `failed ${count} times in a row`;
+      const next = retryAt === undefined
+        ? ""
+        : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
+      const until = problem.notAfter === undefined
+        ? ""
+        : `; its certificate expires ${timeText(problem.notAfter)}`;
+      return `${name} ${times}: ${error}${next}${until}`;
+    }
+    case "rate-limited":
+      return `${count(problem.lines.length, "line")} rate-limited by the CA` +
+        (long ? ` until ${timeText(problem.until)} (--retry: now)` : "");
+    case "overdue": {
+      const name = entryText(problem.entry);
+      return long
+        ? `${name} is overdue for renewal and expires ${timeText(problem.notAfter)}`
+        : `renewal of ${name}`;
+    }
+    case "delivery": {
+      const { delivery: { section, pending }, failure } = problem;
+      const what = `[${section.name}] delivery of ${count(pending.length, "certificate")}`;
+      if (!long) return what;
+      const next = failure.retryAt === undefined
+        ? ""
+        : `; tried again from ${timeText(new Date(failure.retryAt))} (--retry: now)`;
+      return `${what} pending since ${timeText(new Date(failure.since))}: ${failure.error}${next}`;
+    }
+    case "endpoint": {
+      const { endpoint, sight, since } = problem;
+      const what = `${endpoint.endpoint.text} (${endpoint.keyType})`;
+      return long ? `${what} ${sightText(sight)}, since ${timeText(since)}` : what;
+    }
+    case "not run":
+      return long ? `lematt --prod has not run since ${timeText(problem.since)}` : "runs of lematt";
+    default:
+      return problem satisfies never;
+  }
 }
 
 /** Errors whose message says all. */
@@ -164,7 +259,8 @@ const KNOWN_ERRORS = [
   "CommandError",
   "LockedError",
   "SelectionError",
-  "VerificationError",
+  "StateError",
+  "ProbeError",
 ];
 
 /** An error as a person should see it: the CA's words with their step; a bug with its stack. */
@@ -182,94 +278,58 @@ export function isSystemError(error: Error): boolean {
     /\(os error \d+\)/.test(error.message);
 }
 
-/** What an alert says: a line for each cause, or that there is none any more in this section. */
-export function alertText(section: string, causes: Alert["causes"]): string {
-  if (causes.length === 0) return `[${section}] all is well again\n`;
-  const lines = causes.map((cause) => {
-    switch (cause.kind) {
-      case "failing":
-        return `${nameText(cause.line.names)} failed ${cause.times} times in a row: ${cause.error}`;
-      case "expiring": {
-        const { line, keyType } = cause.entry;
-        return `${nameText(line.names)} (${keyType}) expires ${
-          timeText(cause.notAfter)
-        } and is not renewed yet`;
-      }
-      case "owed": {
-        const error = cause.error === undefined ? "" : `: ${cause.error}`;
-        return `[${cause.section}] owes a delivery since ${timeText(cause.since)}${error}`;
-      }
-      default:
-        return cause satisfies never;
-    }
+/** What an alert says: subject as words, and the text. */
+export function alertOf(
+  { mode }: Config,
+  { problems, resolved }: Alert,
+): { subject: string[]; text: string } {
+  const first = problems[0];
+  const about = first === undefined ? undefined : first.lines[0]?.names[0] ?? "lematt";
+  const subject = first === undefined
+    ? ["well", "again"]
+    : [String(problems.length), problems.length === 1 ? "problem:" : "problems:", about!];
+  const texts = problems.map((problem) => {
+    const output = problem.kind === "delivery" ? outputOf(problem.failure.output ?? "") : [];
+    return [problemText(problem), ...output].join("\n  ");
   });
-  return `${lines.join("\n")}\n`;
-}
-
-/** What a revocation is going to revoke. */
-export function revocationText(mode: Mode, entries: readonly Entry[]): string {
-  const lines = entries.map(({ line, keyType, finding }) => {
-    if (!("certificate" in finding)) return "";
-    const { fingerprint, notAfter } = finding.certificate;
-    return `  ${keyType.padEnd(3)} ${fingerprint.slice(0, 16)}, until ${dateText(notAfter)}, for ${
-      line.names.join(" ")
-    }\n`;
-  });
-  return `These certificates of --${mode} are to be revoked for good:\n${lines.join("")}`;
-}
-
-/** What an endpoint serves, in words. */
-export function servedText({ state, address, certificate, detail }: Served): string {
-  const at = address === "" ? "" : ` at ${address}`;
-  if (certificate === undefined) return `${state}${at}: ${detail ?? "no certificate"}`;
-  const whose = state === "other" ? ` for ${nameText(certificate.names)}` : "";
-  return `${state}${at}: ${certificate.fingerprint.slice(0, 16)}${whose}, until ${
-    dateText(certificate.notAfter)
-  }`;
+  const lines = [...texts, ...resolved.map((what) => `well again: ${what}`)];
+  return { subject, text: `${lines.join("\n")}\n\nlematt --${mode} --status shows all of it.\n` };
 }
 
 /** What a failed command printed, set off from our own words. */
-function outputOf(error: Error): string[] {
-  const { output } = error as Error & { output?: string };
-  return (output ?? "").trimEnd().split("\n").filter((line) => line !== "").slice(-20).map((line) =>
-    `| ${line}`
-  );
+function outputOf(output: string): string[] {
+  return output.trimEnd().split("\n").filter((line) => line !== "").slice(-20).map((line) => `| ${line}`);
 }
 
-/** Speaks of a run while it goes on, and sums it up. */
+// ---- lines ------------------------------------------------------------------------------------------------
+
+/** Prints a run while it goes on, and its end. */
 export class Report {
   /** Standard output that waits, under --cron, for something worth being read. */
   #held: string[] = [];
   #quiet: boolean;
   #progress = { tasks: 0, begun: 0, done: 0, failed: 0 };
   #progressShown = false;
-  /** Of lines that are not done yet. */
   #issued: Extract<Event, { kind: "issued" }>[] = [];
   readonly #events: Event[] = [];
-  readonly #told = new Set<unknown>();
-  /** What waits and what is owed has been told with the plan. */
-  #planned = false;
+  /** Problems whose failure has been printed as it happened. */
+  readonly #printed = new Set<string>();
 
-  constructor(private readonly manner: Manner) {
-    this.#quiet = manner.cron;
+  constructor(private readonly options: OutputOptions) {
+    this.#quiet = options.cron;
   }
 
-  /** Takes in one event and says of it what there is to say. */
+  /** Takes one event and prints what there is to say. */
   tell(event: Event): void {
-    if (this.manner.json) this.#events.push(event);
+    if (this.options.json) this.#events.push(event);
     this.#clearProgress();
     switch (event.kind) {
       case "notice":
-        if (event.changed) this.#sayAloud(`note    ${event.text}`);
-        else this.#say(`note    ${event.text}`);
+        if (event.changed) this.#sayAloud(`note      ${event.text}`);
+        else this.#say(`note      ${event.text}`);
         break;
       case "account key":
-        this.#sayAloud(`${event.how.padEnd(8)}${event.path}, the account key (P-256); keep a copy of it`);
-        break;
-      case "plan":
-        this.#planned = true;
-        this.#sayPlan(event.plan, event.owed);
-        for (const record of event.records) this.#say(`place   ${record}`);
+        this.#sayAloud(`${event.how.padEnd(10)}${event.path}, the account key (P-256); keep a copy of it`);
         break;
       case "begin":
         this.#progress.tasks = event.tasks.length;
@@ -278,33 +338,44 @@ export class Report {
         this.#progress.begun++;
         break;
       case "no CA": {
-        const [first] = event.tasks;
-        const lines = `${count(event.tasks.length, "line")} of domains, from ${
-          nameText(first!.line.names)
-        } on`;
-        this.#fail(lines, event.error);
+        this.#printed.add("CA");
+        this.#fail(`${count(event.tasks.length, "line")} of domains`, [event.error]);
         break;
       }
       case "issued":
         this.#issued.push(event);
         break;
-      case "failed":
+      case "failed": {
         this.#progress.failed++;
-        this.#fail(keyTypesText(event.due), event.error);
+        const { line } = event.due[0]!.entry;
+        this.#printed.add(`failing ${line.names.join(" ")}`);
+        this.#fail(subjectText(line.names, event.due.map(({ entry }) => entry.keyType)), [event.error]);
         break;
+      }
       case "end":
         this.#progress.done++;
         this.#sayIssued(event.task);
         break;
-      case "delivery":
-        this.#sayDelivery(event.delivery);
+      case "drift":
+        for (const { endpoint, keyType, sights } of event.endpoints) {
+          for (const sight of sights.filter(({ verdict }) => !isGood(verdict))) {
+            this.#sayAloud(`drift     [${event.section}] ${endpoint.text} (${keyType}) ${sightText(sight)}`);
+          }
+        }
+        break;
+      case "delivered":
+        this.#sayDelivered(event.delivered);
+        break;
+      case "output":
+        for (const line of event.text.trimEnd().split("\n")) {
+          this.#say(`          [${event.section}] | ${line}`);
+        }
         break;
       case "alert":
-        if (event.error !== undefined) this.#fail(`[${event.section}] alert`, event.error);
-        else {
-          const text = alertText(event.section, event.causes);
-          this.#sayAloud(`alert   ${text.trimEnd().replaceAll("\n", "\n        ")}`);
-        }
+        if (event.error !== undefined) this.#fail(`[${event.section}] alert`, [event.error]);
+        else {this.#sayAloud(
+            `alert     [${event.section}] ${event.text.trimEnd().replaceAll("\n", "\n          ")}`,
+          );}
         break;
       default:
         event satisfies never;
@@ -315,239 +386,329 @@ export class Report {
   /** One line for the certificates of a line of domains, where the same can be said of them. */
   #sayIssued(task: Task): void {
     const texts = new Map<string, string[]>();
-    for (const { due, certificate } of this.#issued.filter(({ due }) => due.entry.line === task.line)) {
-      const text = `until ${dateText(certificate.notAfter)} (${reasonText(due.reason)})`;
+    const own = this.#issued.filter(({ due }) => due.entry.line === task.line);
+    for (const { due, certificate: { finding } } of own) {
+      if (finding.kind !== "present") continue;
+      const text = `until ${untilText(finding.certificate.notAfter, this.options.now())}: ${
+        reasonText(due.reason)
+      }`;
       texts.set(text, [...texts.get(text) ?? [], due.entry.keyType]);
     }
-    this.#issued = this.#issued.filter(({ due }) => due.entry.line !== task.line);
+    this.#issued = this.#issued.filter((one) => !own.includes(one));
     for (const [text, keyTypes] of texts) {
-      this.#sayAloud(`issued  ${this.#subject(task.line.names, keyTypes.toSorted().toReversed())}  ${text}`);
+      this.#sayAloud(`issued    ${subjectText(task.line.names, keyTypes.toSorted().toReversed())} ${text}`);
     }
   }
 
-  #sayDelivery({ section, commands, served, error }: Delivery): void {
-    for (const { template, outcome } of commands) {
-      if (this.#told.has(outcome)) continue; // shared with another section
-      this.#told.add(outcome);
-      this.#sayAloud(`ran     [${section}] ${template} (${outcome.seconds.toFixed(1)} s)`);
+  #sayDelivered(
+    { delivery: { section, pending, entries: all }, entries, commands, errors, endpoints }: Delivered,
+  ): void {
+    for (const { template, seconds } of commands) {
+      this.#sayAloud(`ran       [${section.name}] ${template} (${seconds.toFixed(1)} s)`);
     }
-    for (const each of served) {
-      const text = `[${section}] ${each.endpoint} ${each.keyType}  ${servedText(each)}`;
-      if (each.state === "current") this.#sayAloud(`serves  ${text}`);
-      else this.#sayError(`WRONG   ${text}; expected ${each.expected.fingerprint.slice(0, 16)}`);
-    }
-    if (error === undefined || this.#told.has(error)) return;
-    this.#told.add(error);
-    this.#fail(`[${section}]`, error);
-  }
-
-  #sayPlan(plan: Plan, owed: Readonly<Record<string, Debt>>): void {
-    for (const { line, due } of plan.tasks) {
-      for (const { entry, reason } of due) {
-        this.#say(`issue   ${this.#subject(line.names, [entry.keyType])}  ${reasonText(reason)}`);
-      }
-    }
-    for (const { line, due, until, failure } of plan.waiting) {
-      const why = failure === undefined
-        ? "the CA wants no orders before"
-        : `it failed (${failure.error}), not before`;
-      for (const { entry, reason } of due) {
-        this.#say(
-          `wait    ${this.#subject(line.names, [entry.keyType])}  ${reasonText(reason)}; ${why} ${
-            timeText(until)
-          }`,
-        );
-      }
-    }
-    for (const { entry, renewAt, rule, notAfter } of plan.kept) {
-      const when = `${dateText(renewAt)}, in ${daysText(this.manner.now(), renewAt)}`;
-      this.#say(
-        `keep    ${this.#subject(entry.line.names, [entry.keyType])}  ` +
-          `until ${when} (${ruleText(rule)}); expires ${dateText(notAfter)}`,
+    if (errors.length > 0) {
+      this.#printed.add(`delivery ${section.name}`);
+      this.#fail(
+        `[${section.name}] delivery of ${count(all.length - entries.length, "certificate")}`,
+        errors,
       );
+    } else {
+      const reasons = [...new Set(pending.map(({ reason }) => reason))].join(", ");
+      this.#sayAloud(`delivered [${section.name}] ${count(entries.length, "certificate")}: ${reasons}`);
     }
-    for (const [section, debt] of Object.entries(owed)) this.#say(`deliver ${this.#owedText(section, debt)}`);
+    for (const { key, endpoint, keyType, sights } of endpoints) {
+      for (const sight of sights) {
+        const text = `[${section.name}] ${endpoint.text} (${keyType}) ${sightText(sight)}`;
+        if (isGood(sight.verdict)) this.#sayAloud(`verified  ${text}`);
+        else {
+          this.#printed.add(`endpoint ${key} ${sight.address}`);
+          this.#sayError(`WRONG     ${text}`);
+        }
+      }
+    }
   }
 
-  #owedText(section: string, { certificates, since, retryAt, lastError }: Debt): string {
-    const next = retryAt === undefined
-      ? "next run"
-      : `not before ${retryAt.slice(0, 16).replace("T", " ")} UTC`;
-    const what = count(Object.keys(certificates).length, "certificate");
-    return `[${section}] owes ${what} since ${since.slice(0, 10)}, tried again: ${next}` +
-      (lastError === undefined ? "" : `; ${lastError}`);
-  }
-
-  #subject(names: readonly string[], keyTypes: readonly string[]): string {
-    return `${nameText(names).padEnd(28)} ${keyTypes.join(" ").padEnd(6)}`;
-  }
-
-  /** Sums up and returns the exit status: 1 where something failed or is owed. */
-  finish(summary: Summary): 0 | 1 {
+  /** Prints the end of a run and returns the exit status: 1 where there is a problem. */
+  finish({ plan, issued, delivered, known }: Ended): 0 | 1 {
     this.#clearProgress();
-    const { due, issued, failed, kept, waiting, owed } = summary;
-    const debts = Object.entries(owed);
-    const capped = kept.filter(({ rule }) => rule === "expiry, capped").length;
-    if (capped > 0) {
-      this.#say(
-        `note    reauthorizeDays is capped for ${count(capped, "certificate")}: none is renewed ` +
-          `with more than two thirds of its life left (half, if that is under ten days)`,
-      );
+    const { problems, kept, tasks, waiting } = plan;
+    for (const problem of problems) {
+      if (this.#printed.has(problem.key) || (this.options.cron && known.has(problem.key))) continue;
+      this.#sayError(`problem   ${problemText(problem)}`);
     }
-    if (!this.#planned) {
-      this.#sayWaiting(waiting);
-      for (const [section, debt] of debts) this.#sayError(`owed    ${this.#owedText(section, debt)}`);
-    }
-    const next = kept.reduce<Kept | undefined>(
-      (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
-      undefined,
-    );
+    const next = soonest(kept);
     const parts = [
-      due > 0 ? `${due} due` : issued > 0 ? `${issued} issued` : failed > 0 ? "" : "nothing due",
-      failed > 0 ? `${failed} failed` : "",
-      waiting.length > 0 ? `${count(waiting.length, "line")} waiting` : "",
+      issued > 0 ? `${issued} issued` : tasks.length + waiting.length === 0 ? "nothing due" : "",
+      delivered > 0 ? `${count(delivered, "section")} delivered` : "",
       `${kept.length} kept`,
-      debts.length > 0 ? `${count(debts.length, "delivery", "deliveries")} owed` : "",
+      problems.length > 0 ? count(problems.length, "problem") : "",
       next === undefined
         ? ""
-        : `next renewal ${dateText(next.renewAt)} (${nameText(next.entry.line.names)} ${next.entry.keyType})`,
+        : `next renewal ${untilText(next.renewAt, this.options.now())} (${entryText(next.entry)})`,
     ];
     this.#say(parts.filter((part) => part !== "").join(", "));
-    const status = failed > 0 || waiting.length > 0 || debts.length > 0 ? 1 : 0;
-    if (this.manner.json && !(this.#quiet && status === 0)) {
-      this.manner.out(JSON.stringify(document(this.manner.mode, this.#events, summary), undefined, 2) + "\n");
+    if (this.options.json && !(this.#quiet && problems.every(({ key }) => known.has(key)))) {
+      this.options.out(runJson(this.options.mode, this.#events, plan));
     }
-    return status;
-  }
-
-  /** Lines that wait, one by one where each has its own reason, together where the CA wants no orders. */
-  #sayWaiting(waiting: readonly Waiting[]): void {
-    const held = waiting.filter(({ failure }) => failure === undefined);
-    if (held.length > 0) {
-      const until = timeText(held[0]!.until);
-      this.#sayError(
-        `waiting ${count(held.length, "line")}: the CA wants no orders before ${until} (--retry asks now)`,
-      );
-    }
-    for (const { line, until, failure } of waiting) {
-      if (failure === undefined) continue;
-      const again = `tried again from ${timeText(until)} (--retry tries now)`;
-      this.#sayError(
-        `waiting ${nameText(line.names)}: failed ${
-          failure.count === 1 ? "once" : `${failure.count} times`
-        }, ${again}`,
-      );
-    }
+    return problems.length > 0 ? 1 : 0;
   }
 
   #sayError(text: string): void {
-    this.manner.err(`${text}\n`);
+    this.options.err(`${text}\n`);
   }
 
   /** Standard output for people; held back under --cron until something has changed. */
   #say(text: string): void {
-    if (this.manner.json) return; // told by the document
+    if (this.options.json) return; // the document has it
     if (this.#quiet) this.#held.push(text);
-    else this.manner.out(`${text}\n`);
+    else this.options.out(`${text}\n`);
   }
 
   /** Something changed: this, and whatever was held back, is worth being read. */
   #sayAloud(text: string): void {
     this.#quiet = false;
-    for (const line of this.#held.splice(0)) this.manner.out(`${line}\n`);
+    for (const line of this.#held.splice(0)) this.options.out(`${line}\n`);
     this.#say(text);
   }
 
-  #fail(subject: string, error: Error): void {
-    const label = this.manner.color ? "\x1b[31mFAILED\x1b[0m" : "FAILED";
-    const lines = [...errorText(error).split("\n"), ...outputOf(error)];
-    this.manner.err(`${label}  ${subject}\n${lines.map((line) => `        ${line}\n`).join("")}`);
+  #fail(subject: string, errors: readonly Error[]): void {
+    const label = this.options.color ? "\x1b[31mFAILED\x1b[0m" : "FAILED";
+    const lines = errors.flatMap((error) => [
+      ...errorText(error).split("\n"),
+      ...outputOf((error as Error & { output?: string }).output ?? ""),
+    ]);
+    this.options.err(`${label}    ${subject}\n${lines.map((line) => `          ${line}\n`).join("")}`);
   }
 
   #showProgress(): void {
     const { tasks, begun, done, failed } = this.#progress;
-    if (!this.manner.terminal || this.manner.cron || tasks < 2 || done === tasks) return;
-    const counts = `${done} of ${count(tasks, "line")} done, ${begun - done} in flight, ${failed} failed`;
-    this.manner.out(counts);
+    const { columns, cron } = this.options;
+    if (columns === undefined || cron || tasks < 2 || done === tasks) return;
+    const text = `${done} of ${tasks} lines done, ${begun - done} in progress, ${failed} failed`;
+    this.options.out(text.slice(0, Math.max(0, columns - 1)));
     this.#progressShown = true;
   }
 
   #clearProgress(): void {
-    if (this.#progressShown) this.manner.out("\r\x1b[K");
+    if (this.#progressShown) this.options.out("\r\x1b[K");
     this.#progressShown = false;
   }
 }
 
-/** The `--json` document. Dates are ISO 8601, fingerprints SHA-256 in hexadecimal. */
-function document(mode: Mode, events: readonly Event[], { kept, waiting, owed }: Summary): object {
+function soonest(kept: readonly Kept[]): Kept | undefined {
+  return kept.reduce<Kept | undefined>(
+    (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
+    undefined,
+  );
+}
+
+// ---- plan -------------------------------------------------------------------------------------------------
+
+/** How many members of a group are named. */
+const MOST_NAMED = 10;
+
+/** What a run would do, grouped by reason. */
+export function planText(plan: Plan, records: readonly string[], now: Date): string {
+  const lines: string[] = [];
+  const group = (
+    verb: string,
+    members: readonly (readonly [reason: string, what: string])[],
+    noun: string,
+  ) => {
+    const groups = new Map<string, string[]>();
+    for (const [reason, what] of members) groups.set(reason, [...groups.get(reason) ?? [], what]);
+    for (const [reason, whats] of groups) {
+      if (whats.length === 1) {
+        lines.push(`${verb.padEnd(9)} ${whats[0]}: ${reason}`);
+        continue;
+      }
+      const more = whats.length > MOST_NAMED ? [`and ${whats.length - MOST_NAMED} more`] : [];
+      lines.push(`${verb.padEnd(9)} ${count(whats.length, noun)}: ${reason}`);
+      for (const what of [...whats.slice(0, MOST_NAMED), ...more]) lines.push(`            ${what}`);
+    }
+  };
+  const dues = (tasks: readonly Task[]) =>
+    tasks.flatMap(({ line, due }) => {
+      const reasons = Map.groupBy(due, ({ reason }) => reasonText(reason));
+      return [...reasons].map(([reason, due]) =>
+        [reason, subjectText(line.names, due.map(({ entry }) => entry.keyType))] as const
+      );
+    });
+  group("issue", dues(plan.tasks), "line");
+  for (const task of plan.waiting) {
+    const why = task.limited ? "rate-limited by the CA" : `failed (${task.failure?.error})`;
+    group(
+      "wait",
+      dues([task]).map(([reason, what]) => [`${reason}; ${why}, until ${timeText(task.until)}`, what]),
+      "line",
+    );
+  }
+  const isNow = ({ until }: Delivery) => until === undefined;
+  const sections = (deliveries: readonly Delivery[]) =>
+    deliveries.map(({ section, pending, until }) => {
+      const reason = [...new Set(pending.map(({ reason }) => reason))].join(", ");
+      return [
+        until === undefined ? reason : `${reason}; until ${timeText(until)}`,
+        `[${section.name}]`,
+      ] as const;
+    });
+  group("deliver", sections(plan.deliveries.filter((one) => isNow(one) && one.urgent)), "section");
+  group("roll out", sections(plan.deliveries.filter((one) => isNow(one) && !one.urgent)), "section");
+  group("wait", sections(plan.deliveries.filter((one) => !isNow(one))), "section");
+  const due = plan.endpoints.filter(({ due }) => due);
+  group(
+    "probe",
+    due.map(({ endpoint, keyType, record }) => [
+      record === undefined
+        ? "not probed yet"
+        : record.badSince === undefined
+        ? "probed more than six hours ago"
+        : "not right",
+      `${endpoint.text} (${keyType})`,
+    ]),
+    "endpoint",
+  );
+  group(
+    "keep",
+    plan.kept.map(({ entry, renewAt, rule }) => [
+      `renewed ${untilText(renewAt, now)}: ${ruleText(rule)}`,
+      entryText(entry),
+    ]),
+    "certificate",
+  );
+  for (const record of records) lines.push(`place     ${record}`);
+  for (const problem of plan.problems) lines.push(`problem   ${problemText(problem)}`);
+  if (lines.length === 0) lines.push("nothing to do");
+  return `${lines.join("\n")}\n`;
+}
+
+// ---- JSON -------------------------------------------------------------------------------------------------
+
+/** Version of the JSON documents; their keys stay. Dates are ISO 8601, fingerprints SHA-256 in hexadecimal. */
+export const JSON_VERSION = 1;
+
+export function jsonText(document: object): string {
+  return `${JSON.stringify({ version: JSON_VERSION, ...document }, undefined, 2)}\n`;
+}
+
+/** The one form of a certificate; what is unknown is absent. */
+export function certificateJson({ line, keyType, files, finding, former }: Entry): object {
+  const certificate = "certificate" in finding ? finding.certificate : former?.certificate;
+  return {
+    names: line.names,
+    keyType,
+    state: finding.kind,
+    files,
+    notBefore: certificate?.notBefore,
+    notAfter: certificate?.notAfter,
+    fingerprint: certificate?.fingerprint,
+    issuer: certificate?.issuer,
+  };
+}
+
+export function problemJson(problem: Problem): object {
+  const { kind, key, alert, sections, lines } = problem;
+  return { kind, key, text: problemText(problem), alert, sections, names: lines.map(({ names }) => names) };
+}
+
+export function deliveryJson({ section, pending, urgent, until, failure }: Delivery): object {
+  return {
+    section: section.name,
+    certificates: pending.map(({ entry, reason }) => ({
+      names: entry.line.names,
+      keyType: entry.keyType,
+      reason,
+    })),
+    urgent,
+    until,
+    failure: failure && { count: failure.count, since: failure.since, at: failure.at, error: failure.error },
+  };
+}
+
+export function endpointJson({ endpoint, keyType, sections, sights, record, due }: EndpointStatus): object {
+  return {
+    endpoint: endpoint.text,
+    keyType,
+    sections: sections.map(({ name }) => name),
+    probedAt: record?.at,
+    badSince: record?.badSince,
+    due,
+    addresses: sights.map(({ address, verdict, certificate, detail }) => ({
+      address,
+      state: verdict,
+      fingerprint: certificate?.fingerprint,
+      notAfter: certificate?.notAfter,
+      detail,
+    })),
+  };
+}
+
+const dueJson = ({ entry, reason }: Due) => ({ ...certificateJson(entry), reason: reasonText(reason) });
+
+/** The plan as a document. */
+export function planJson(mode: Mode, plan: Plan, records: readonly string[]): string {
+  return jsonText({
+    command: "plan",
+    mode,
+    issue: plan.tasks.flatMap(({ due }) => due.map(dueJson)),
+    waiting: plan.waiting.flatMap(({ due, until, failure }) =>
+      due.map((one) => ({ ...dueJson(one), until, failure: failure?.error }))
+    ),
+    keep: plan.kept.map(({ entry, renewAt, rule }) => ({ ...certificateJson(entry), renewAt, rule })),
+    deliver: plan.deliveries.map(deliveryJson),
+    probe: plan.endpoints.filter(({ due }) => due).map(endpointJson),
+    records,
+    problems: plan.problems.map(problemJson),
+  });
+}
+
+/** A run as a document. */
+function runJson(mode: Mode, events: readonly Event[], plan: Plan): string {
   const of = <K extends Event["kind"]>(kind: K) =>
     events.filter((event) => event.kind === kind) as Extract<Event, { kind: K }>[];
-  const failure = (error: Error) => ({
+  const errorJson = (error: Error) => ({
     error: errorText(error),
     problem: (error as { problem?: unknown }).problem,
   });
-  return {
+  const failed = [
+    ...of("failed").map(({ due, error }) => ({ due, error })),
+    ...of("no CA").flatMap(({ tasks, error }) => tasks.map(({ due }) => ({ due, error }))),
+  ];
+  return jsonText({
+    command: "run",
     mode,
     notes: of("notice").map(({ text }) => text),
-    due: of("plan").flatMap(({ plan }) => plan.tasks).flatMap(({ due }) => due).map(({ entry, reason }) => ({
-      names: entry.line.names,
-      keyType: entry.keyType,
-      reason: reasonText(reason),
-    })),
     issued: of("issued").map(({ due, certificate, seconds }) => ({
-      names: due.entry.line.names,
-      keyType: due.entry.keyType,
+      ...certificateJson(certificate),
       reason: reasonText(due.reason),
-      notAfter: certificate.notAfter,
-      fingerprint: certificate.fingerprint,
       seconds,
     })),
-    failed: [
-      ...of("failed").map(({ due, error }) => ({
-        names: due[0]!.entry.line.names,
-        keyTypes: due.map(({ entry }) => entry.keyType),
-        ...failure(error),
-      })),
-      ...of("no CA").flatMap(({ tasks, error }) =>
-        tasks.map(({ line, due }) => ({
-          names: line.names,
-          keyTypes: due.map(({ entry }) => entry.keyType),
-          ...failure(error),
-        }))
-      ),
-    ],
-    kept: kept.map(({ entry, renewAt, rule, notAfter }) => ({
-      names: entry.line.names,
-      keyType: entry.keyType,
-      renewAt,
-      rule,
-      notAfter,
-    })),
-    waiting: waiting.map(({ line, due, until, failure }) => ({
-      names: line.names,
+    failed: failed.map(({ due, error }) => ({
+      names: due[0]!.entry.line.names,
       keyTypes: due.map(({ entry }) => entry.keyType),
-      until,
-      failure,
+      ...errorJson(error),
     })),
-    deliveries: of("delivery").map(({ delivery: { section, entries, commands, served, error } }) => ({
+    delivered: of("delivered").map(({ delivered: { delivery, entries, commands, errors, endpoints } }) => ({
+      section: delivery.section.name,
+      reasons: [...new Set(delivery.pending.map(({ reason }) => reason))],
+      certificates: entries.map(certificateJson),
+      commands: commands.map(({ template, seconds }) => ({ command: template, seconds })),
+      errors: errors.map((error) => ({ ...errorJson(error), output: error.output })),
+      endpoints: endpoints.map(endpointJson),
+    })),
+    drift: of("drift").flatMap(({ section, endpoints }) =>
+      endpoints.map((endpoint) => ({ section, ...endpointJson(endpoint) }))
+    ),
+    alerts: of("alert").map(({ section, text, error }) => ({
       section,
-      certificates: entries.map(({ line, keyType }) => ({ names: line.names, keyType })),
-      commands: commands.map(({ outcome: { command, seconds } }) => ({ command, seconds })),
-      endpoints: served.map(({ endpoint, address, keyType, state, certificate, detail }) => ({
-        endpoint,
-        address,
-        keyType,
-        state,
-        fingerprint: certificate?.fingerprint,
-        detail,
-      })),
-      ...(error !== undefined && failure(error)),
+      text,
+      ...(error && errorJson(error)),
     })),
-    alerts: of("alert").map(({ section, causes, error }) => ({
-      section,
-      text: alertText(section, causes),
-      ...(error !== undefined && failure(error)),
-    })),
-    owed,
-  };
+    keep: plan.kept.map(({ entry, renewAt, rule }) => ({ ...certificateJson(entry), renewAt, rule })),
+    waiting: plan.waiting.flatMap(({ due, until, failure }) =>
+      due.map((one) => ({ ...dueJson(one), until, failure: failure?.error }))
+    ),
+    pending: plan.deliveries.map(deliveryJson),
+    problems: plan.problems.map(problemJson),
+  });
 }

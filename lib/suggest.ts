@@ -5,20 +5,15 @@
  * What follows from a moment is for plan.ts to say.
  */
 
-import { type AcmeClient, AcmeError } from "./acme.ts";
-import type { Suggestion } from "./plan.ts";
-import type { Entry, Renewal, State } from "./store.ts";
+import type { AcmeClient } from "./acme.ts";
+import type { Renewal, State } from "./state.ts";
+import type { Entry } from "./store.ts";
 import type { Certificate } from "./x509.ts";
 
 /** RFC 9773 §4.3.2: Retry-After is heeded within these bounds, and is six hours where the CA says nothing. */
 const SOONEST_MS = 60_000;
 const LATEST_MS = 86_400_000;
 const USUAL_MS = 6 * 3_600_000;
-/** A certificate that the CA's suggestion led to heeds no other for a day, whatever the CA says. */
-const REST_MS = 86_400_000;
-/** How long until the next run, where the last one does not tell: a nightly cron. */
-const USUAL_INTERVAL_MS = 86_400_000;
-const SHORTEST_INTERVAL_MS = 3_600_000;
 
 /** A certificate of the inventory with its identifier. */
 export interface Identified {
@@ -65,7 +60,7 @@ export function toAsk(
  * what it said before stays remembered.
  */
 export async function ask(
-  { id, certificate: { notBefore, notAfter } }: Identified,
+  { id }: Identified,
   client: AcmeClient,
   state: State,
   now: Date,
@@ -74,11 +69,6 @@ export async function ask(
   const renewal: Renewal = state.renewals[id] ??= {};
   renewal.askAt = new Date(now.getTime() + USUAL_MS).toISOString();
   const { start, end, explanationUrl, retryAfter } = await client.renewalInfo(id);
-  // one that is over says "now", whenever it began
-  if (end > now && end.getTime() - start.getTime() > notAfter.getTime() - notBefore.getTime()) {
-    const text = "the renewal window is longer than the certificate's life";
-    throw new AcmeError("ask when to renew", text, client.directory.renewalInfo!);
-  }
   const wait = retryAfter === undefined ? USUAL_MS : retryAfter.getTime() - now.getTime();
   renewal.askAt = new Date(now.getTime() + Math.min(Math.max(wait, SOONEST_MS), LATEST_MS)).toISOString();
   const window = { start: start.toISOString(), end: end.toISOString() };
@@ -87,26 +77,4 @@ export async function ask(
     ? renewal.window.at
     : new Date(start.getTime() + random * (end.getTime() - start.getTime())).toISOString();
   renewal.window = { ...window, at: drawn, explanationUrl };
-}
-
-/** The moments that are remembered for these certificates, by identifier. */
-export function suggestions(
-  certificates: readonly Identified[],
-  state: State,
-  now: Date,
-): ReadonlyMap<string, Suggestion> {
-  const moments = new Map<string, Suggestion>();
-  for (const { id } of certificates) {
-    const { window, suggestedAt } = state.renewals[id] ?? {};
-    const rests = suggestedAt !== undefined && now.getTime() - Date.parse(suggestedAt) < REST_MS;
-    if (window === undefined || rests) continue;
-    moments.set(id, { at: new Date(window.at), explanationUrl: window.explanationUrl });
-  }
-  return moments;
-}
-
-/** When the next run is to be expected: after as long as it took from the last one to this. */
-export function nextRun(lastRun: Date | undefined, now: Date): Date {
-  const interval = lastRun === undefined ? USUAL_INTERVAL_MS : now.getTime() - lastRun.getTime();
-  return new Date(now.getTime() + Math.min(Math.max(interval, SHORTEST_INTERVAL_MS), USUAL_INTERVAL_MS));
 }

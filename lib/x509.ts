@@ -31,7 +31,10 @@ export interface Certificate {
   readonly id?: string;
   /** SHA-256 of the DER, lower-case hexadecimal without colons. */
   readonly fingerprint: string;
-  readonly der: Uint8Array;
+  /** Issuer and subject are the same. */
+  readonly selfSigned: boolean;
+  /** The organization that issued it, or its common name where it names none. */
+  readonly issuer: string;
 }
 
 /** A chain from the CA that is not what was asked for; the message says in which respect. */
@@ -67,9 +70,56 @@ export function pemBlocks(text: string): PemBlock[] {
   return blocks;
 }
 
-/** The first certificate in `pem`. Throws where there is none that can be read. */
+/** What the first certificate in `pem` says of itself. Throws where there is none that can be read. */
 export function readCertificate(pem: string): Certificate {
-  return describeCertificate(certificateDer(pem), () => pem);
+  const der = certificateDer(pem);
+  const { serial, issuer, validity, subject, extensions } = certificateFields(der);
+  const [notBefore, notAfter] = children(der, validity).map((time) => timeOf(der, time));
+  if (notBefore === undefined || notAfter === undefined) throw new Error("a certificate without dates");
+  const names = extensionOf(der, extensions, SUBJECT_ALT_NAME);
+  return {
+    names: names === undefined ? [] : children(der, names).map((name) => generalName(der, name)),
+    notBefore,
+    notAfter,
+    id: certificateId(der, serial, extensions),
+    fingerprint: sha256(der),
+    selfSigned: hexOf(der, issuer) === hexOf(der, subject),
+    issuer: attributeOf(der, issuer, ORGANIZATION) ?? attributeOf(der, issuer, COMMON_NAME) ?? "",
+  };
+}
+
+/** SHA-256 in lower-case hexadecimal. */
+export function sha256(data: string | Uint8Array): string {
+  return nodeCrypto.createHash("sha256").update(data).digest("hex");
+}
+
+/** SHA-256 of the public key (SubjectPublicKeyInfo) of a certificate or a private key, in hexadecimal. */
+export function publicKeyHash(pem: string): string {
+  const key = pem.includes(PEM_BEGIN)
+    ? new nodeCrypto.X509Certificate(pem).publicKey
+    : nodeCrypto.createPublicKey(pem);
+  return sha256(key.export({ type: "spki", format: "der" }));
+}
+
+function hexOf(der: Uint8Array, { start, end }: Element): string {
+  return der.subarray(start, end).toHex();
+}
+
+/** The last octets of id-at-commonName (2.5.4.3) and id-at-organizationName (2.5.4.10). */
+const COMMON_NAME = 3, ORGANIZATION = 10;
+
+/** The first attribute of a kind in a name (RFC 5280 §4.1.2.4), harmless for a terminal. */
+function attributeOf(der: Uint8Array, name: Element, last: number): string | undefined {
+  for (const attribute of children(der, name).flatMap((set) => children(der, set))) {
+    const [oid, value] = children(der, attribute);
+    const { start, end } = oid!;
+    if (end - start === 3 && der[start] === 0x55 && der[start + 1] === 4 && der[start + 2] === last) {
+      return new TextDecoder().decode(der.subarray(value!.start, value!.end)).replace(/\p{C}/gu, "?").slice(
+        0,
+        100,
+      );
+    }
+  }
 }
 
 /** DER of the first certificate in `pem`. Throws where there is none in base64. */
@@ -78,42 +128,6 @@ export function certificateDer(pem: string): Uint8Array {
   const end = pem.indexOf(PEM_END, start);
   if (start < 0 || end < 0) throw new Error("not a PEM certificate");
   return Uint8Array.fromBase64(pem.slice(start + PEM_BEGIN.length, end));
-}
-
-/**
- * What a certificate in DER says of itself. A run keeps these facts of every certificate, but needs the bytes of few:
- * they are read again, by `reload`, when somebody asks for them. Throws where it cannot be parsed.
- */
-export function describeCertificate(der: Uint8Array, reload: () => string): Certificate {
-  const { serial, validity, extensions } = certificateFields(der);
-  const [notBefore, notAfter] = children(der, validity).map((time) => timeOf(der, time));
-  if (notBefore === undefined || notAfter === undefined) throw new Error("a certificate without dates");
-  const names = extensionOf(der, extensions, SUBJECT_ALT_NAME);
-  return new Facts(
-    names === undefined ? [] : children(der, names).map((name) => generalName(der, name)),
-    notBefore,
-    notAfter,
-    certificateId(der, serial, extensions),
-    reload,
-  );
-}
-
-class Facts implements Certificate {
-  constructor(
-    readonly names: readonly string[],
-    readonly notBefore: Date,
-    readonly notAfter: Date,
-    readonly id: string | undefined,
-    private readonly reload: () => string,
-  ) {}
-
-  get der(): Uint8Array {
-    return certificateDer(this.reload());
-  }
-
-  get fingerprint(): string {
-    return nodeCrypto.createHash("sha256").update(this.der).digest("hex");
-  }
 }
 
 /** RFC 5280 §4.2.1.6; harmless for a terminal, since any stranger's certificate may be read here. */
@@ -156,15 +170,15 @@ export function coversExactly(certificate: Certificate, names: readonly string[]
  * looking for them decides almost always; only where they are absent is the key itself built, which costs a hundred
  * times more.
  */
-export function isKeyOf(keyPem: string, certificateDer: Uint8Array): boolean {
-  const fields = certificateFields(certificateDer);
-  const spki = fields.publicKey;
-  if (privateKeyDer(keyPem).includes(publicBits(certificateDer, spki))) return true;
+export function isKeyOf(keyPem: string, certPem: string): boolean {
+  const der = certificateDer(certPem);
+  const spki = certificateFields(der).publicKey;
+  if (privateKeyDer(keyPem).includes(publicBits(der, spki))) return true;
   const own = nodeCrypto.createPublicKey(nodeCrypto.createPrivateKey(keyPem)).export({
     type: "spki",
     format: "der",
   });
-  return own.equals(certificateDer.subarray(spki.offset, spki.end));
+  return own.equals(der.subarray(spki.offset, spki.end));
 }
 
 /** The curves by their identifiers (SEC 2 §A.2, in hexadecimal) and by OpenSSL's names. */
@@ -218,17 +232,24 @@ export function isPrivateKey(pem: string): boolean {
 /** The parts of a certificate that are needed here (RFC 5280 §4.1). */
 function certificateFields(
   der: Uint8Array,
-): { serial: Element; validity: Element; publicKey: Element; extensions?: Element } {
+): {
+  serial: Element;
+  issuer: Element;
+  validity: Element;
+  subject: Element;
+  publicKey: Element;
+  extensions?: Element;
+} {
   const certificate = element(der, 0);
   const fields = children(der, element(der, certificate.start));
   // the version, tagged [0], may be left out; the fields up to the public key may not
   const first = fields[0]?.tag === 0xa0 ? 1 : 0;
-  const [serial, validity, publicKey] = [fields[first], fields[first + 3], fields[first + 5]];
-  if (serial === undefined || validity === undefined || publicKey === undefined) {
+  const [serial, , issuer, validity, subject, publicKey] = fields.slice(first);
+  if (serial === undefined || !issuer || !validity || !subject || publicKey === undefined) {
     throw new Error("not a certificate");
   }
   const tagged = fields.find(({ tag }) => tag === 0xa3);
-  return { serial, validity, publicKey, extensions: tagged && element(der, tagged.start) };
+  return { serial, issuer, validity, subject, publicKey, extensions: tagged && element(der, tagged.start) };
 }
 
 /** The last octets of id-ce-subjectAltName (2.5.29.17) and id-ce-authorityKeyIdentifier (2.5.29.35). */
@@ -413,7 +434,7 @@ export function checkChain(
   const chain = readChain(text);
   const chainPem = chain.map(({ raw }) => pem("CERTIFICATE", raw)).join("");
   const leaf = readCertificate(chainPem);
-  if (!isKeyOf(keyPem, leaf.der)) throw new ChainError("the certificate is for another key");
+  if (!isKeyOf(keyPem, chainPem)) throw new ChainError("the certificate is for another key");
   if (!coversExactly(leaf, names)) {
     throw new ChainError(`the certificate is for other names: ${leaf.names.join(" ")}`);
   }

@@ -17,10 +17,10 @@ import { createPrivateKey, createPublicKey } from "node:crypto";
 import { isIP } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import type { Transport } from "../lib/acme.ts";
 import { type Config, loadConfig, type Mode } from "../lib/config.ts";
 import { type Event, Report } from "../lib/report.ts";
-import { run, type World } from "../lib/run.ts";
+import type { Context } from "../lib/context.ts";
+import { run, select } from "../lib/run.ts";
 import { readInventory, Store } from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
 import {
@@ -50,7 +50,7 @@ export interface Texts {
 }
 
 /** The world of a run in this process. */
-export type TestWorld = World & Pick<Transport, "sleep">;
+export type TestWorld = Context;
 
 /** What came of the program. */
 export interface Ended {
@@ -123,7 +123,7 @@ export class Bed implements AsyncDisposable {
   async plant({ mode = "test", age = 0, life = 90 }: { mode?: Mode; age?: number; life?: number } = {}) {
     const config = this.config(mode);
     const notBefore = new Date(this.ca.now.getTime() - age * DAY);
-    using store = Store.open(config, this.ca.now);
+    using store = await Store.open(config, this.ca.now);
     for (const entry of readInventory(config)) {
       const keyPem = await generateKey(
         entry.keyType === "rsa"
@@ -162,11 +162,13 @@ export class Bed implements AsyncDisposable {
     return {
       fetch: (url, init) => fetch(url, { ...init, client: this.#http }),
       now: () => ca.now,
-      async sleep(ms, signal) {
+      async sleep(ms) {
+        const signal = changes.signal;
         waits.push(ms);
         await delay(ms * HASTE, undefined, { signal }).catch(() => signal!.throwIfAborted());
         ca.advance(ms);
       },
+      warn: () => {},
       random: Math.random,
       route: () => Promise.resolve([{ address: "127.0.0.1", port: web.port }]),
       query: () => Promise.reject(new Error("no name server in this bed")),
@@ -176,11 +178,18 @@ export class Bed implements AsyncDisposable {
     };
   }
 
-  /** A run in this process, told as to a pipe. */
+  /** A run in this process, printed as to a pipe. */
   async run(
-    { mode = "test", parallel, retry = false, cron = false, json = false, ...world }:
-      & { mode?: Mode; parallel?: number; retry?: boolean; cron?: boolean; json?: boolean }
-      & Partial<TestWorld> = {},
+    { mode = "test", parallel, retry = false, cron = false, json = false, named = {}, ...context }:
+      & {
+        mode?: Mode;
+        parallel?: number;
+        retry?: boolean;
+        cron?: boolean;
+        json?: boolean;
+        named?: Parameters<typeof select>[1];
+      }
+      & Partial<Context> = {},
   ): Promise<Ran> {
     const { ca } = this;
     const [begun, events, out, err] = [ca.log.length, [] as Event[], [] as string[], [] as string[]];
@@ -188,21 +197,21 @@ export class Bed implements AsyncDisposable {
       mode,
       cron,
       json,
-      terminal: false,
       color: false,
       now: () => ca.now,
       out: (text) => out.push(text),
       err: (text) => err.push(text),
     });
     const config = this.config(mode);
+    const tell = (event: Event) => {
+      events.push(event);
+      report.tell(event);
+    };
     const summary = await run(
       config,
-      { parallel: parallel ?? config.parallel, retry },
-      this.world(world),
-      (event) => {
-        events.push(event);
-        report.tell(event);
-      },
+      { parallel: parallel ?? config.parallel, retry, selection: select(config, named) },
+      this.world({ warn: (text) => tell({ kind: "notice", text }), ...context }),
+      tell,
     );
     const code = report.finish(summary);
     const requests = ca.log.slice(begun);

@@ -10,7 +10,8 @@ import { generateKeyPairSync, type KeyObject } from "node:crypto";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { type KeyType, loadConfig } from "../lib/config.ts";
-import { emptyState, filesOf, readInventory, type Renewal } from "../lib/store.ts";
+import { emptyState, type Renewal } from "../lib/state.ts";
+import { readInventory } from "../lib/store.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { certify, createAuthority, pem } from "./ca-x509.ts";
 import {
@@ -107,7 +108,7 @@ function makeTree(conf: string, lines: number): string {
   const renewals: Record<string, Renewal> = {};
   for (const entry of readInventory(config)) {
     const { chainPem, keyPem } = forge(entry.line.names[0]!.split(".")[0]!, entry.keyType);
-    const files = filesOf(config, entry);
+    const files = entry.files;
     writeFileSync(files.cert, chainPem);
     writeFileSync(files.key, keyPem, { mode: 0o600 });
     renewals[readCertificate(chainPem).id!] = { account: ACCOUNT, window, askAt: at(now + DAY / 4) };

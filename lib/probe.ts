@@ -111,25 +111,6 @@ export async function probe(
   return [...sights.values()].flat();
 }
 
-/** The endpoint with the names of a certificate, primary first, for its words DOMAIN and DOMAINS_ALL; a wildcard is no host. */
-export function placesOf(endpoint: Endpoint, names: readonly string[]): Endpoint[] {
-  const namesFor = (word: string) =>
-    (word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word])
-      .filter((name) => !name.startsWith("*."));
-  return namesFor(endpoint.host).flatMap((host) => {
-    // the same word on both sides means the same name
-    const snis = endpoint.sni === endpoint.host
-      ? [host]
-      : endpoint.sni
-      ? namesFor(endpoint.sni)
-      : [undefined];
-    return snis.map((sni) => {
-      const text = endpoint.text.replace(endpoint.host, host).replace(/#.*/s, sni ? `#${sni}` : "");
-      return { ...endpoint, text, host, sni };
-    });
-  });
-}
-
 /** What is probed, however it is written. */
 function serviceOf(endpoint: Endpoint): string {
   const { host, port, starttls = "" } = endpoint;
@@ -184,7 +165,8 @@ class Round {
     if (known !== undefined) return known;
     const found = knocks(async () => {
       if (host.startsWith("*")) throw new Error("a wildcard is no host");
-      const destinations = await Promise.race([this.context.route(host, port), abortion(this.#deadline())]);
+      using deadline = this.#deadline();
+      const destinations = await Promise.race([this.context.route(host, port), abortion(deadline.signal)]);
       if (destinations.length === 0) throw new Error("the name has none");
       if (destinations.length > MOST_ADDRESSES) {
         this.context.warn(
@@ -197,9 +179,8 @@ class Round {
     return found;
   }
 
-  #deadline(): AbortSignal {
-    this.context.signal.throwIfAborted();
-    return AbortSignal.any([this.context.signal, AbortSignal.timeout(this.seconds * 1000)]);
+  #deadline() {
+    return deadlineIn(this.seconds, this.context.signal);
   }
 
   /** Waits for the first word of an address, whatever it is; why there is none. */
@@ -207,7 +188,7 @@ class Round {
     endpoint: Endpoint,
     { address, port }: Destination,
   ): Promise<{ detail: string; unrouted?: boolean } | undefined> {
-    const deadline = this.#deadline();
+    using deadline = this.#deadline();
     let connection: Deno.Conn | undefined;
     const hangUp = () => {
       try {
@@ -216,12 +197,13 @@ class Round {
         // it is closed
       }
     };
-    deadline.addEventListener("abort", hangUp);
+    deadline.signal.addEventListener("abort", hangUp);
     try {
-      const plain = connection = await Deno.connect({ hostname: address, port, signal: deadline });
+      const plain = connection = await Deno.connect({ hostname: address, port, signal: deadline.signal });
       if (endpoint.starttls === undefined) {
         // whatever comes of the handshake, and is said of the certificate: it is an answer
         const tls = connection = await Deno.startTls(plain, { hostname: serverName(endpoint) ?? address });
+        deadline.signal.throwIfAborted(); // what it then closed was not this connection
         await tls.handshake();
       } else {
         const first = FIRST_WORD[endpoint.starttls];
@@ -230,19 +212,18 @@ class Round {
       }
     } catch (error) {
       this.context.signal.throwIfAborted();
-      if (deadline.aborted) {
+      if (deadline.signal.aborted) {
         return {
           detail: connection ? `silent for ${this.seconds} s` : `no connection within ${this.seconds} s`,
         };
       }
       if (connection !== undefined) return undefined; // it has answered, though not with what was hoped for
       const { code = "", message } = error as Error & { code?: string };
-      if (NO_ROUTE.has(code) && !await hasRoute(address)) {
+      if (NO_ROUTE.test(code) && !await hasRoute(address)) {
         return { detail: "this host has no route to the address", unrouted: true };
       }
       return { detail: message.replace(/ \(os error \d+\)$/, "") };
     } finally {
-      deadline.removeEventListener("abort", hangUp);
       hangUp();
     }
   }
@@ -272,15 +253,15 @@ class Round {
     keyType: KeyType,
   ): Promise<Finding | undefined> {
     const name = serverName(endpoint);
-    const deadline = this.#deadline();
+    using deadline = this.#deadline();
     const { stdout, stderr } = await this.openssl([
       ...["-connect", `${isIP(address) === 6 ? `[${address}]` : address}:${port}`],
       ...(name === undefined ? ["-noservername"] : ["-servername", name]),
       ...(endpoint.starttls === undefined ? [] : ["-starttls", endpoint.starttls]),
       ...ASK_FOR[keyType],
-    ], deadline);
+    ], deadline.signal);
     this.context.signal.throwIfAborted();
-    return deadline.aborted ? undefined : findingOf(stdout, stderr, endpoint);
+    return deadline.signal.aborted ? undefined : findingOf(stdout, stderr, endpoint);
   }
 }
 
@@ -294,14 +275,7 @@ const FIRST_WORD: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
  * What connect() says where there is no route: none at all, IPv6 disabled, or a route that is unreachable, prohibited or a
  * black hole. Each may also come from elsewhere, as from a router before a host that is down.
  */
-const NO_ROUTE = new Set([
-  "ENETUNREACH",
-  "EHOSTUNREACH",
-  "EACCES",
-  "EINVAL",
-  "EADDRNOTAVAIL",
-  "EAFNOSUPPORT",
-]);
+const NO_ROUTE = /^E(NETUNREACH|HOSTUNREACH|ACCES|INVAL|ADDRNOTAVAIL|AFNOSUPPORT)$/;
 
 /** Whether a datagram to this address would leave this host: nobody but its own kernel has a say in that. */
 async function hasRoute(address: string): Promise<boolean> {
@@ -341,8 +315,8 @@ const ASK_FOR: Readonly<Record<KeyType, readonly string[]>> = {
 
 /** The openssl of this host. Throws ProbeError where there is none that can ask for a type of key. */
 async function findOpenssl(signal: AbortSignal): Promise<Openssl> {
-  const deadline = AbortSignal.any([signal, AbortSignal.timeout(TIMEOUT_SECONDS * 1000)]);
-  const { stdout, stderr } = await run(["s_client", "-help"], deadline);
+  using deadline = deadlineIn(TIMEOUT_SECONDS, signal);
+  const { stdout, stderr } = await run(["s_client", "-help"], deadline.signal);
   signal.throwIfAborted();
   const options = new Set((stdout + stderr).match(/(?<=^ +)-[\w-]+/gm));
   const lacking = ["-sigalgs", "-noservername", "-state"].filter((option) => !options.has(option));
@@ -414,6 +388,9 @@ function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Find
   // "<thread>:error:<code>:<library>:<function>:<reason>:<file>:<line>:SSL alert number <n>", the first being the cause
   const [, reason, rest = ""] = /:error:[^:]*:[^:]*:[^:]*:([^:\n]+)(.*)/.exec(stderr) ?? [];
   const alert = /SSL alert number (\d+)/.exec(rest)?.[1];
+  const badSignature = /:bad signature:/.test(stderr)
+    ? "signed by another key than the certificate's"
+    : undefined;
   const pem = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/.exec(stdout)?.[0];
   const otherType = /^wrong (signature|certificate) type/.test(reason ?? ""); // it was shown one that was not asked for
   if (pem !== undefined && !otherType) {
@@ -425,9 +402,11 @@ function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Find
     }
     const isProven = hasRead("finished") ||
       (hasRead("server certificate request") && hasRead("server key exchange"));
-    return isProven
-      ? { kind: "served", certificate }
-      : { kind: "unfinished", certificate, detail: reason ?? "the handshake was not finished" };
+    return isProven ? { kind: "served", certificate } : {
+      kind: "unfinished",
+      certificate,
+      detail: badSignature ?? reason ?? "the handshake was not finished",
+    };
   }
   // 40: handshake_failure (RFC 8446 §6.2)
   if (otherType || alert === "40") return { kind: "refused", detail: "no certificate of this type" };
@@ -437,7 +416,8 @@ function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Find
     return { kind: "unreachable", detail: "STARTTLS is not offered" };
   }
   if (isPlain) return { kind: "unreachable", detail: "does not speak TLS" };
-  return { kind: "unreachable", detail: reason ?? "closes the connection without a word" };
+  const isClosed = reason === undefined || reason.startsWith("unexpected eof");
+  return { kind: "unreachable", detail: isClosed ? "closes the connection in the handshake" : reason };
 }
 
 // ---- waiting ---------------------------------------------------------------------------------------
@@ -449,6 +429,22 @@ async function all<T>(tasks: readonly Promise<T>[]): Promise<T[]> {
     if (result.status === "rejected") throw result.reason;
     return result.value;
   });
+}
+
+/** A signal that aborts when time is up, or when `parent` does. AbortSignal.timeout() would keep the program from ending. */
+function deadlineIn(seconds: number, parent: AbortSignal): Disposable & { readonly signal: AbortSignal } {
+  parent.throwIfAborted();
+  const controller = new AbortController();
+  const abort = () => controller.abort(parent.reason ?? new Error(`no answer within ${seconds} s`));
+  const timer = setTimeout(abort, seconds * 1000);
+  parent.addEventListener("abort", abort);
+  return {
+    signal: controller.signal,
+    [Symbol.dispose]() {
+      clearTimeout(timer);
+      parent.removeEventListener("abort", abort);
+    },
+  };
 }
 
 /** Rejects when the signal aborts. */

@@ -10,18 +10,20 @@ import { idle } from "./bench-idle.ts";
 import { latency, throughput } from "./bench-issue.ts";
 import { limits } from "./bench-limits.ts";
 import { Lacking, missedTargets, which } from "./bench-measure.ts";
+import { probes } from "./bench-probe.ts";
 
 const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
   latency: { what: "10 names, RSA and EC, 10 at once, a CA 150 ms away", run: latency },
   throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
   idle: { what: "nothing due", run: idle },
   limits: { what: "2,000 new lines at a CA with limits", run: limits },
+  probe: { what: "500 endpoints with RSA and EC certificates", run: probes },
   forward: { what: "leforward, a connection a request", run: forward },
 };
 
 /** What is compared: each program with its version, as itself or Debian's packages have it. */
 async function versions(): Promise<string> {
-  const asked = { lego: "--version", pebble: "-version", nginx: "-v", wrk: "-v" };
+  const asked = { lego: "--version", pebble: "-version", nginx: "-v", wrk: "-v", openssl: "version" };
   const found = [`deno ${Deno.version.deno}`];
   for (const [name, flag] of Object.entries(asked)) {
     const path = which(name);

@@ -1,0 +1,426 @@
+/**
+ * Goal: what an endpoint serves is seen as it is, for each address and type of key, and nothing that an endpoint does keeps
+ * probes from ending in time.
+ */
+
+import assert from "node:assert/strict";
+import { connect, type Socket } from "node:net";
+import { join } from "node:path";
+import { type Context, type Destination, systemContext } from "../lib/context.ts";
+import { probe, type Sight, type Target } from "../lib/probe.ts";
+import type { Certificate } from "../lib/x509.ts";
+import { which } from "./bench-measure.ts";
+import { freePort, makeCertificate, startNginx, startServer, tcpServer } from "./tls.ts";
+
+const NEEDS_NGINX = { ignore: which("nginx") === undefined };
+const NEEDS_NAMESPACES = {
+  ignore: Deno.uid() !== 0 || which("ip") === undefined ||
+    !new Deno.Command("unshare", { args: ["-n", "true"] })
+      .outputSync().success,
+};
+
+/** The certificates of these tests, made once: RSA keys take their time. */
+const directory = await Deno.makeTempDir({ prefix: "lematt-probe-" });
+addEventListener("unload", () => Deno.removeSync(directory, { recursive: true }));
+const certificates: Record<string, Certificate> = {};
+await Promise.all(
+  ([["rsa", "rsa"], ["ec", "ec"], ["old-ec", "ec"], ["no-san", "ec"]] as const).map(
+    async ([file, keyType]) => {
+      certificates[file] = await makeCertificate(
+        directory,
+        file,
+        keyType,
+        file === "no-san" ? [] : ["www.example.com"],
+      );
+    },
+  ),
+);
+
+function targets(
+  host: string,
+  port: number,
+  more: Partial<Target["endpoint"]> = {},
+  keyTypes = ["rsa", "ec"],
+) {
+  const endpoint = { text: `${host}:${port}`, host, port, ...more };
+  return keyTypes.map((keyType) => ({ endpoint, keyType }) as Target);
+}
+
+function context(changes: Partial<Context> = {}): Context {
+  const warn = (text: string) => assert.fail(text);
+  return systemContext({ fetch, userAgent: "", signal: new AbortController().signal, warn, ...changes });
+}
+
+/** Sights in few words: "127.0.0.1 rsa served rsa". */
+function brief(sights: readonly Sight[]): string[] {
+  return sights.map(({ address, keyType, kind, certificate, detail }) => {
+    const file = Object.keys(certificates).find((file) =>
+      certificates[file]!.fingerprint === certificate?.fingerprint
+    );
+    return [address, keyType, kind, file, detail].filter(Boolean).join(" ");
+  });
+}
+
+/** nginx on loopback with one server for each list of files. */
+async function web(...files: string[][]) {
+  const ports = files.map(() => freePort());
+  const server = await startNginx(
+    directory,
+    ports[0]!,
+    (pair) =>
+      ports.map((port, i) => `server { listen 127.0.0.1:${port} ssl; ${pair(...files[i]!)} }`).join("\n"),
+  );
+  return { ports, port: ports[0]!, [Symbol.asyncDispose]: () => server[Symbol.asyncDispose]() };
+}
+
+async function sServer(file: string, ...more: string[]) {
+  const port = freePort();
+  const args = [
+    "s_server",
+    "-accept",
+    `127.0.0.1:${port}`,
+    "-cert",
+    `${file}.pem`,
+    "-key",
+    `${file}.key`,
+    "-quiet",
+  ];
+  const server = await startServer("openssl", [...args, ...more], port, { cwd: directory });
+  return { port, [Symbol.asyncDispose]: () => server[Symbol.asyncDispose]() };
+}
+
+for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
+  Deno.test(`probe() sees both certificates of a server with ${protocol} (nginx)`, NEEDS_NGINX, async () => {
+    const port = freePort();
+    await using _ = await startNginx(
+      directory,
+      port,
+      (pair) => `ssl_protocols ${protocol}; server { listen 127.0.0.1:${port} ssl; ${pair("rsa", "ec")} }`,
+    );
+    const sights = await probe(targets("127.0.0.1", port, { text: "as written" }), context());
+    assert.deepEqual(brief(sights), ["127.0.0.1 rsa served rsa", "127.0.0.1 ec served ec"]);
+    assert.equal(sights[0]!.endpoint, "as written");
+  });
+
+  Deno.test(`probe() sees which certificate a server with ${protocol} does not have (s_server)`, async () => {
+    await using server = await sServer("ec", protocol === "TLSv1.2" ? "-tls1_2" : "-tls1_3");
+    assert.deepEqual(brief(await probe(targets("127.0.0.1", server.port), context())), [
+      "127.0.0.1 rsa refused no certificate of this type",
+      "127.0.0.1 ec served ec",
+    ]);
+  });
+}
+
+Deno.test("a server that demands a certificate of ours serves its own, if it has shown that it has the key", async () => {
+  const verify = ["-Verify", "1", "-verify_return_error"];
+  for (
+    const [args, expected] of [
+      [["-tls1_3"], "served rsa"],
+      [["-tls1_2"], "served rsa"],
+      [["-tls1_2", "-cipher", "kRSA"], "unfinished rsa sslv3 alert handshake failure"],
+    ] as const
+  ) {
+    await using server = await sServer("rsa", ...verify, ...args);
+    const [sight] = brief(await probe(targets("127.0.0.1", server.port, {}, ["rsa"]), context()));
+    assert.equal(sight?.replace(/(ssl\/tls|sslv3) alert/, "sslv3 alert"), `127.0.0.1 rsa ${expected}`);
+  }
+});
+
+Deno.test("a certificate that is shown without its key is not served (s_server behind a forger)", async () => {
+  for (const file of ["rsa", "ec"]) {
+    await using server = await sServer(file, "-tls1_2");
+    await using forger = await tcpServer((socket) => {
+      const behind = connect(server.port, "127.0.0.1").on("error", () => socket.destroy());
+      socket.pipe(behind);
+      behind.on("data", (data) => {
+        // the last octet before ServerHelloDone (RFC 5246 §7.4.5) is the last of the signature
+        const done = data.indexOf(Uint8Array.fromHex("16030300040e000000"));
+        if (done > 0) data[done - 1]! ^= 1;
+        socket.write(data);
+      });
+    });
+    assert.deepEqual(brief(await probe(targets("127.0.0.1", forger.port, {}, [file]), context())), [
+      `127.0.0.1 ${file} unfinished ${file} signed by another key than the certificate's`,
+    ]);
+  }
+});
+
+Deno.test("probe() sees every address of a name, and asks for the name (nginx)", NEEDS_NGINX, async () => {
+  const port = freePort();
+  await using _ = await startNginx(directory, port, (pair) => `
+    server { listen 127.0.0.1:${port} ssl; listen [::1]:${port} ssl; ${pair("old-ec")} }
+    server { listen 127.0.0.1:${port} ssl; server_name www.example.com; ${pair("ec")} }
+    server { listen [::1]:${port} ssl; server_name www.example.com; ${pair("no-san")} }`);
+  const route = (host: string): Promise<Destination[]> =>
+    Promise.resolve(
+      (host.startsWith("127") ? [host] : ["127.0.0.1", "::1"]).map((address) => ({ address, port })),
+    );
+  const see = async (host: string, sni?: string) =>
+    brief(await probe(targets(host, 443, { sni }, ["ec"]), context({ route })));
+  assert.deepEqual(await see("www.example.com"), ["127.0.0.1 ec served ec", "::1 ec served no-san"]);
+  assert.deepEqual(await see("mail.example.com"), ["127.0.0.1 ec served old-ec", "::1 ec served old-ec"]);
+  assert.deepEqual(await see("mail.example.com", "www.example.com"), await see("www.example.com"));
+  assert.deepEqual(await see("127.0.0.1"), ["127.0.0.1 ec served old-ec"]);
+  assert.deepEqual(await see("127.0.0.1", "www.example.com"), ["127.0.0.1 ec served ec"]);
+  const literal = brief(await probe(targets("::1", port, { sni: "www.example.com" }, ["ec"]), context()));
+  assert.deepEqual(literal, ["::1 ec served no-san"]);
+});
+
+Deno.test("three probes see both servers behind a balancer, one does not (nginx)", NEEDS_NGINX, async () => {
+  await using servers = await web(["rsa", "ec"], ["rsa", "old-ec"]);
+  let turn = 0;
+  await using balancer = await tcpServer((socket) => relay(socket, servers.ports[turn++ % 2]!));
+  assert.deepEqual(brief(await probe(targets("127.0.0.1", balancer.port), context(), 3)), [
+    "127.0.0.1 rsa served rsa",
+    "127.0.0.1 ec served ec",
+    "127.0.0.1 ec served old-ec",
+  ]);
+  assert.equal((await probe(targets("127.0.0.1", balancer.port), context())).length, 2);
+});
+
+Deno.test(
+  "what several targets name is probed once, and its name is resolved once (nginx)",
+  NEEDS_NGINX,
+  async () => {
+    await using server = await web(["rsa", "ec"]);
+    const connections: number[] = [], resolved: string[] = [];
+    await using door = await tcpServer((socket) => {
+      connections.push(1);
+      relay(socket, server.port);
+    });
+    const route = (host: string) => {
+      resolved.push(host);
+      return Promise.resolve([{ address: "127.0.0.1", port: door.port }]);
+    };
+    const named = [
+      ...targets("www.example.com", 443),
+      ...targets("www.example.com", 443),
+      ...targets("www.example.com", 443, { text: "with its name", sni: "www.example.com" }),
+    ];
+    const sights = await probe(named, context({ route }));
+    assert.deepEqual(sights.map(({ endpoint, keyType, kind }) => `${endpoint} ${keyType} ${kind}`), [
+      "www.example.com:443 rsa served",
+      "www.example.com:443 ec served",
+      "with its name rsa served",
+      "with its name ec served",
+    ]);
+    assert.deepEqual(resolved, ["www.example.com"]);
+    assert.equal(connections.length, 3, "a knock and one probe for each type of key");
+  },
+);
+
+/** An SMTP server, as far as STARTTLS; what follows it is for the TLS server at `tlsPort`. */
+function smtpServer(tlsPort: number, offers: string) {
+  return tcpServer((socket) => {
+    socket.write("220 mail.example.com ESMTP\r\n");
+    socket.on("data", function answer(line) {
+      const [verb] = line.toString().trim().split(" ");
+      if (verb === "EHLO") socket.write(`250-mail.example.com\r\n250 ${offers}\r\n`);
+      else if (verb === "STARTTLS" && offers === verb) {
+        socket.off("data", answer);
+        socket.write("220 go ahead\r\n");
+        relay(socket, tlsPort);
+      } else socket.write("502 what?\r\n");
+    });
+  });
+}
+
+function relay(socket: Socket, port: number) {
+  socket.pipe(connect(port, "127.0.0.1").on("error", () => socket.destroy())).pipe(socket);
+}
+
+Deno.test(
+  "probe() speaks STARTTLS, and sees where it is not offered (nginx behind SMTP)",
+  NEEDS_NGINX,
+  async () => {
+    await using server = await web(["rsa", "ec"]);
+    await using smtp = await smtpServer(server.port, "STARTTLS");
+    await using without = await smtpServer(server.port, "PIPELINING");
+    await using refusing = await tcpServer((socket) => socket.on("data", () => socket.write("N"))); // as PostgreSQL does
+    const see = async (port: number, starttls: "smtp" | "postgres" | "ldap") =>
+      brief(await probe(targets("127.0.0.1", port, { starttls }, ["ec"]), context()));
+    assert.deepEqual(await see(smtp.port, "smtp"), ["127.0.0.1 ec served ec"]);
+    const notOffered = ["127.0.0.1 ec unreachable STARTTLS is not offered"];
+    assert.deepEqual(await see(without.port, "smtp"), notOffered);
+    assert.deepEqual(await see(refusing.port, "postgres"), notOffered);
+    assert.deepEqual(await see(refusing.port, "ldap"), notOffered);
+  },
+);
+
+Deno.test("probe() says why an endpoint cannot be reached", async () => {
+  await using http = await tcpServer((socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
+  await using closing = await tcpServer((socket) => socket.end());
+  await using silent = await tcpServer(() => {});
+  /** Speaks once, so that it is asked, and then no more. */
+  await using halting = await tcpServer((socket) => socket.write("220 mail.example.com ESMTP\r\n"));
+  const route = (host: string, port: number) =>
+    host === "nowhere.example.com"
+      ? Promise.reject(new Error("ENOTFOUND"))
+      : host === "lost.example.com"
+      ? new Promise<Destination[]>(() => {})
+      : Promise.resolve(host === "empty.example.com" ? [] : [{ address: host, port }]);
+  const see = async (...args: Parameters<typeof targets>) => {
+    const begun = performance.now();
+    const sights = brief(await probe(targets(...args), context({ route }), 3, 0.5));
+    assert(performance.now() - begun < 3000);
+    assert.equal(sights.length, 2);
+    assert.equal(sights[0]!.replace("rsa ", "ec "), sights[1]);
+    return sights[1]!.replace(/^.*ec unreachable /, "");
+  };
+  assert.equal(await see("127.0.0.1", freePort()), "Connection refused");
+  assert.equal(await see("127.0.0.1", silent.port), "silent for 0.5 s");
+  assert.equal(await see("127.0.0.1", silent.port, { starttls: "smtp" }), "silent for 0.5 s");
+  assert.equal(await see("127.0.0.1", silent.port, { starttls: "ldap" }), "silent for 0.5 s");
+  assert.equal(await see("127.0.0.1", halting.port, { starttls: "smtp" }), "no handshake within 0.5 s");
+  assert.equal(await see("127.0.0.1", http.port), "does not speak TLS");
+  assert.equal(await see("127.0.0.1", closing.port), "closes the connection in the handshake");
+  assert.equal(await see("nowhere.example.com", 443), "no address: ENOTFOUND");
+  assert.equal(await see("empty.example.com", 443), "no address: the name has none");
+  assert.equal(await see("lost.example.com", 443), "no address: no answer within 0.5 s");
+  assert.equal(await see("*.example.com", 443), "no address: a wildcard is no host");
+});
+
+Deno.test("many silent endpoints take one time-out together", async () => {
+  await using silent = await tcpServer(() => {}, "0.0.0.0");
+  const all = Array.from({ length: 60 }, (_, i) => targets(`127.0.0.${i + 1}`, silent.port)).flat();
+  const begun = performance.now();
+  const sights = await probe(all, context(), 3, 1);
+  assert.deepEqual(
+    new Set(sights.map(({ kind, detail }) => `${kind} ${detail}`)),
+    new Set(["unreachable silent for 1 s"]),
+  );
+  assert(performance.now() - begun < 2500);
+});
+
+Deno.test("of 4,000 addresses behind a name some are probed, and the rest is said", async () => {
+  const port = freePort();
+  const route = () =>
+    Promise.resolve(
+      Array.from({ length: 4000 }, (_, i) => ({ address: `127.1.${i >> 8}.${i & 255}`, port })),
+    );
+  const warnings: string[] = [];
+  const sights = await probe(
+    targets("www.example.com", 443),
+    context({ route, warn: (text) => warnings.push(text) }),
+  );
+  assert.equal(sights.length, 2 * 32);
+  assert.deepEqual(warnings, ["www.example.com has 4000 addresses; 32 of them are probed"]);
+});
+
+Deno.test("probe() ends at once when its signal aborts, whatever it waits for", async () => {
+  for (const waiting of ["knock", "openssl"]) {
+    const controller = new AbortController();
+    let connections = 0;
+    await using server = await tcpServer((socket) => {
+      if (waiting === "openssl") socket.write("220 mail.example.com ESMTP\r\n");
+      if (++connections === (waiting === "knock" ? 1 : 2)) controller.abort(new Error("interrupted"));
+    });
+    const begun = performance.now();
+    const { signal } = controller;
+    await assert.rejects(
+      probe(targets("127.0.0.1", server.port, { starttls: "smtp" }), context({ signal })),
+      { message: "interrupted" },
+    );
+    assert(performance.now() - begun < 3000);
+  }
+});
+
+/** What a program prints that has `probe`, `targets` and `context` and lives in another process. */
+async function elsewhere(
+  script: string,
+  env: Record<string, string> = {},
+  within: string[] = [],
+): Promise<string> {
+  const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
+  const program = join(directory, `${crypto.randomUUID()}.ts`);
+  await Deno.writeTextFile(
+    program,
+    `import { probe } from ${url("../lib/probe.ts")}; import { systemContext } from ${
+      url("../lib/context.ts")
+    };
+const context = (changes = {}) =>
+  systemContext({ fetch, userAgent: "", signal: new AbortController().signal, warn: console.log, ...changes });
+const targets = (host, port) => [{ endpoint: { text: host, host, port }, keyType: "ec" }];
+${script}`,
+  );
+  const config = new URL("../deno.json", import.meta.url).pathname;
+  const [command, ...args] = [...within, Deno.execPath()]
+    .concat("run", "-q", "--no-check", "--no-prompt", "-P=tests", "--config", config, program);
+  const { stdout, stderr } = await new Deno.Command(command!, { args, env, stdin: "null" }).output();
+  return new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+}
+
+/** A directory for PATH with this openssl in it. */
+async function withOpenssl(script?: string): Promise<Record<string, string>> {
+  const bin = await Deno.makeTempDir({ dir: directory });
+  if (script !== undefined) {
+    await Deno.writeTextFile(join(bin, "openssl"), `#!/bin/sh\n${script}\n`, { mode: 0o755 });
+  }
+  return { PATH: script === undefined ? bin : `${bin}:${Deno.env.get("PATH")}` };
+}
+
+Deno.test("probe() says that there is no openssl, or that it is not one that will do", async () => {
+  const script =
+    `await probe(targets("127.0.0.1", 1), context()).catch((error) => console.log(error.name, error.message));`;
+  assert.equal(
+    await elsewhere(script, await withOpenssl()),
+    "ProbeError Cannot find openssl, which probes need\n",
+  );
+  const libre =
+    "echo ' -connect host:port Who to connect to\n -no_servername  no SNI\n -state  Print states' >&2; exit 1";
+  assert.match(
+    await elsewhere(script, await withOpenssl(libre)),
+    /^ProbeError .*lacks the options -sigalgs -noservername of s_client.* not LibreSSL\n$/,
+  );
+});
+
+Deno.test("at most 16 openssl run at once, however many calls there are (nginx)", NEEDS_NGINX, async () => {
+  await using server = await web(["ec"]);
+  const running = await Deno.makeTempDir({ dir: directory });
+  const counting = `mkdir ${running}/$$; ls ${running} | wc -l >> ${running}.log
+${which("openssl")} "$@"; status=$?; rmdir ${running}/$$; exit $status`;
+  const script = `
+const calls = [1, 2, 3, 4].map((call) => Array.from({ length: 10 }, (_, i) => targets(\`127.0.\${call}.\${i}\`, ${server.port})));
+const route = () => Promise.resolve([{ address: "127.0.0.1", port: ${server.port} }]);
+const sights = await Promise.all(calls.map((call) => probe(call.flat().map((target) =>
+  ({ ...target, endpoint: { ...target.endpoint, host: target.endpoint.host + ".example" } })), context({ route }))));
+console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
+  assert.equal(await elsewhere(script, await withOpenssl(counting)), "40\n");
+  const most = Math.max(...(await Deno.readTextFile(`${running}.log`)).trim().split("\n").map(Number));
+  assert(most > 8 && most <= 16, `${most} at once`);
+});
+
+Deno.test(
+  "an address family that this host lacks is passed over, one that it has is not",
+  NEEDS_NAMESPACES,
+  async () => {
+    const script = `
+const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });
+(async () => { for await (const connection of server) connection.close(); })();
+const see = async (...addresses) => {
+  const route = () => Promise.resolve(addresses.map((address) => ({ address, port: 4433 })));
+  const sights = await probe(targets("www.example.com", 443), context({ route }));
+  return sights.map(({ address, kind }) => address + " " + kind).join(", ");
+};
+for (const seen of await Promise.all([see("127.0.0.1", "2001:db8::1"), see("2001:db8::1")])) console.log(seen);
+Deno.exit();`;
+    const reachable = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; " +
+      "ip -6 addr add 2001:db8::2/64 dev v0 nodad; ";
+    const lacking = "127.0.0.1 unreachable, 2001:db8::1 passed over\n2001:db8::1 unreachable\n";
+    const down = "127.0.0.1 unreachable, 2001:db8::1 unreachable\n2001:db8::1 unreachable\n";
+    const worlds: readonly (readonly [string, string])[] = [
+      ["true", lacking],
+      ["sysctl -qw net.ipv6.conf.all.disable_ipv6=1", lacking],
+      ...["unreachable", "prohibit", "blackhole"].map((type) =>
+        [`ip -6 route add ${type} default`, lacking] as const
+      ),
+      [`${reachable} ip -6 neigh add 2001:db8::1 dev v0 nud failed`, down],
+    ];
+    const seen = await Promise.all(
+      worlds.map(([setup]) =>
+        elsewhere(script, {}, ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"])
+      ),
+    );
+    for (const [i, [setup, expected]] of worlds.entries()) assert.equal(seen[i], expected, setup);
+  },
+);

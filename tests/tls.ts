@@ -1,0 +1,118 @@
+/**
+ * Servers with certificates on loopback: certificates made by openssl, programs that listen, and TCP servers of a few lines.
+ */
+
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import { createServer, type Socket } from "node:net";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { type Certificate, readCertificate } from "../lib/x509.ts";
+import { which } from "./bench-measure.ts";
+
+/** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; what its certificate says. */
+export async function makeCertificate(
+  directory: string,
+  file: string,
+  keyType: "rsa" | "ec",
+  names: readonly string[],
+): Promise<Certificate> {
+  const path = join(directory, file);
+  const newKey = keyType === "rsa" ? ["rsa:2048"] : ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
+  const san = names.length === 0
+    ? []
+    : ["-addext", `subjectAltName=${names.map((name) => `DNS:${name}`).join(",")}`];
+  const { success, stderr } = await new Deno.Command("openssl", {
+    args: ["req", "-x509", "-newkey", ...newKey, "-nodes", "-keyout", `${path}.key`, "-out", `${path}.pem`]
+      .concat("-days", "30", "-subj", "/CN=test", san),
+    stdin: "null",
+  }).output();
+  assert(success, new TextDecoder().decode(stderr));
+  return readCertificate(await Deno.readTextFile(`${path}.pem`));
+}
+
+export function freePort(hostname = "127.0.0.1"): number {
+  using listener = Deno.listen({ hostname, port: 0 });
+  return listener.addr.port;
+}
+
+/** Starts a program and waits until something listens at the port. It is ended with TERM. */
+export async function startServer(
+  command: string,
+  args: readonly string[],
+  port: number,
+  options: Pick<Deno.CommandOptions, "uid" | "gid" | "cwd"> = {},
+): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
+  const child = new Deno.Command(command, {
+    args: [...args],
+    stdin: "null",
+    stdout: "null",
+    stderr: "piped",
+    ...options,
+  }).spawn();
+  const said = new Response(child.stderr).text();
+  let ended = false;
+  child.status.then(() => ended = true);
+  for (const deadline = Date.now() + 10_000; !await accepts(port);) {
+    if (ended || Date.now() > deadline) {
+      if (!ended) child.kill("SIGKILL");
+      throw new Error(`Cannot start ${command}: ${await said}`);
+    }
+    await delay(20);
+  }
+  return {
+    child,
+    async [Symbol.asyncDispose]() {
+      if (!ended) child.kill("SIGTERM");
+      await Promise.all([child.status, said]);
+    },
+  };
+}
+
+async function accepts(port: number): Promise<boolean> {
+  return await Deno.connect({ hostname: "127.0.0.1", port }).then(
+    (connection) => (connection.close(), true),
+    () => false,
+  );
+}
+
+/** nginx with these server blocks; `pair("x")` names the files x.pem and x.key of the directory. */
+export async function startNginx(
+  directory: string,
+  port: number,
+  servers: (pair: (...files: string[]) => string) => string,
+) {
+  const prefix = await Deno.makeTempDir({ dir: directory });
+  const pair = (...files: string[]) =>
+    files.map((file) => `ssl_certificate ../${file}.pem; ssl_certificate_key ../${file}.key;`).join(" ");
+  const own = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((what) =>
+    `${what}_temp_path ${what};`
+  );
+  await Deno.writeTextFile(
+    join(prefix, "nginx.conf"),
+    `daemon off; worker_processes 1; pid nginx.pid; error_log error.log; events { worker_connections 4096; }
+http { access_log off; ${own.join(" ")} ${servers(pair)} }\n`,
+  );
+  return await startServer(which("nginx")!, ["-p", prefix, "-c", "nginx.conf", "-e", "error.log"], port);
+}
+
+/** A TCP server on loopback that gives every connection to `serve`. */
+export async function tcpServer(serve: (socket: Socket) => void, hostname = "127.0.0.1") {
+  const sockets = new Set<Socket>();
+  const server = createServer((socket) => {
+    sockets.add(socket);
+    socket.on("error", () => socket.destroy());
+    socket.on("close", () => sockets.delete(socket));
+    serve(socket);
+  });
+  server.listen(0, hostname);
+  await once(server, "listening");
+  return {
+    port: (server.address() as { port: number }).port,
+    async [Symbol.asyncDispose]() {
+      for (const socket of sockets) socket.destroy();
+      server.close();
+      await once(server, "close");
+    },
+  };
+}

@@ -1,0 +1,456 @@
+// Goal: a hook command is what its line says with the values put in, and nothing of it outlives its use. Every command here is
+// a real /bin/sh with real children; nothing is slept for.
+
+import assert from "node:assert/strict";
+import process from "node:process";
+import {
+  CommandError,
+  type CommandOptions,
+  placeholdersIn,
+  PrepareCommands,
+  runCommand,
+  type Values,
+} from "../lib/hooks.ts";
+import { until } from "./bed.ts";
+
+async function run(template: string, values: Values = {}, options: Partial<CommandOptions> = {}) {
+  return await runCommand(template, values, { mode: "test", timeoutSeconds: 20, ...options });
+}
+
+async function failureOf(promise: Promise<unknown>): Promise<CommandError> {
+  const error = await promise.then(() => assert.fail("succeeded"), (error) => error);
+  assert.ok(error instanceof CommandError, error);
+  return error;
+}
+
+function isRunning(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** What has ended may be seen for a while where process 1 reaps late. */
+async function ended(...pids: number[]): Promise<void> {
+  await until(`the end of ${pids}`, () => !pids.some(isRunning), 5);
+}
+
+function text(path: string): string {
+  try {
+    return new TextDecoder().decode(Deno.readFileSync(path));
+  } catch {
+    return "";
+  }
+}
+
+async function temporaryDirectory() {
+  const path = await Deno.makeTempDir();
+  return { path, log: `${path}/log`, [Symbol.asyncDispose]: () => Deno.remove(path, { recursive: true }) };
+}
+
+// ---- what is put in ----------------------------------------------------------------------------------------------
+
+const VALUES = {
+  DOMAIN: "example.com",
+  DOMAINS_CN: ["a.example", "b.example"],
+  DOMAINS_ALL: ["a.example", "*.b.example"],
+  CERTS: ["/etc/ssl/a,b:c@d+e%f.pem", "/srv/müller/DOMAIN.pem"],
+  VALUE: "-x_DOMAIN",
+  SUBJECT: "lematt: [web] is unreachable",
+  NONE: [],
+};
+
+for (
+  const [what, template, printed] of [
+    ["a word", "printf '<%s>' DOMAIN", "<example.com>"],
+    ["a part of a word", "printf '<%s>' /etc/DOMAIN.pem:DOMAIN", "</etc/example.com.pem:example.com>"],
+    ["the longest name", "echo DOMAINS_CN DOMAIN", "a.example b.example example.com\n"],
+    ["whole words only", "echo XDOMAIN DOMAINS DOMAIN_ DOMAIN2", "XDOMAIN DOMAINS DOMAIN_ DOMAIN2\n"],
+    [
+      "no variable of the shell",
+      'echo "$DOMAIN" ${DOMAIN-y} "$LEMATT_DOMAIN"',
+      " y example.com\n",
+    ],
+    ["nothing behind a backslash", "echo \\DOMAIN '\\DOMAIN'", "DOMAIN \\DOMAIN\n"],
+    ["no name without a value", "echo RECORD constructor toString", "RECORD constructor toString\n"],
+    ["no name in a value", "echo CERTS VALUE", "/etc/ssl/a,b:c@d+e%f.pem /srv/müller/DOMAIN.pem -x_DOMAIN\n"],
+    ["a list by words", "printf '<%s>' CERTS", "</etc/ssl/a,b:c@d+e%f.pem></srv/müller/DOMAIN.pem>"],
+    ["an empty list by no word", "printf '<%s>' a NONE b 'NONE'", "<a><b><>"],
+    ["a wildcard, which is no glob", "printf '<%s>' DOMAINS_ALL", "<a.example><*.b.example>"],
+    ["a list in single quotes", "printf '<%s>' 'lematt: DOMAINS_ALL'", "<lematt: a.example *.b.example>"],
+    ["a list in double quotes", `printf '<%s>' "it's \\"DOMAINS_ALL"`, `<it's "a.example *.b.example>`],
+    [
+      "a wildcard behind quotes",
+      `printf '<%s>' "it's" 'a"b' \\" \\' DOMAINS_ALL`,
+      `<it's><a"b><"><'><a.example><*.b.example>`,
+    ],
+    ["a subject, as one word", `printf '<%s>' SUBJECT "SUBJECT"`, "<lematt: [web] is unreachable>".repeat(2)],
+    [
+      "values in substitutions",
+      'echo `echo DOMAIN` "$(echo "DOMAIN")" ${x:-DOMAIN}',
+      "example.com example.com example.com\n",
+    ],
+    [
+      "values in a shell in quotes",
+      `sh -c 'for file in CERTS; do printf "<%s>" "$file"; done'`,
+      "</etc/ssl/a,b:c@d+e%f.pem></srv/müller/DOMAIN.pem>",
+    ],
+    ["values for the shell of another host", `sh -c "printf '<%s>' DOMAINS_ALL"`, "<a.example><*.b.example>"],
+    ["values on every line", "echo DOMAIN\necho 'DOMAIN\nDOMAIN'", "example.com\n".repeat(3)],
+  ] as const
+) {
+  Deno.test(`runCommand() replaces ${what}`, async () => {
+    await using directory = await temporaryDirectory();
+    Deno.writeTextFileSync(`${directory.path}/w.b.example`, ""); // which "*.b.example" would match
+    const here = template.startsWith('sh -c "') ? "" : `cd ${directory.path}; `;
+    assert.equal((await run(here + template, VALUES)).output, printed);
+  });
+}
+
+Deno.test("placeholdersIn() gives the names that are replaced", () => {
+  const template = "ssh DOMAIN 'echo CERTS' $KEYS ${RECORD} \\VALUE XDOMAINS_CN";
+  const names = ["DOMAIN", "DOMAINS_CN", "CERTS", "KEYS", "RECORD", "VALUE"];
+  assert.deepEqual(placeholdersIn(template, names), ["DOMAIN", "CERTS"]);
+});
+
+Deno.test("a value that is not harmless is a bug, and reaches no command line", async () => {
+  const values = [
+    "",
+    "a;b",
+    "a\nb",
+    "$(id)",
+    "`id`",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "a|b",
+    "a&b",
+    "a>b",
+    "~",
+    "a=b",
+    "(a)",
+    "a#",
+    "a!",
+    "a\u00a0b",
+  ];
+  for (const value of values) {
+    for (const template of ["echo DOMAIN", "echo 'DOMAIN'", 'echo "DOMAIN"']) {
+      const expected = { name: "Error", message: `${JSON.stringify(value)} must not reach a command line` };
+      await assert.rejects(run(template, { DOMAIN: value }), expected);
+      await assert.rejects(run(template, { DOMAIN: ["a", value] }), expected);
+    }
+  }
+});
+
+// ---- parts -------------------------------------------------------------------------------------------------------
+
+for (
+  const [what, template] of [
+    [
+      "in its line",
+      "printf '%s\\n' CERTS >> LOG.1; printf '%s\\n' $LEMATT_CERTS >> LOG.2; echo $LEMATT_KEYS >> LOG.3; echo x >> LOG.4",
+    ],
+    [
+      "in its environment alone",
+      "printf '%s\\n' $LEMATT_CERTS | tee -a LOG.1 >> LOG.2; echo $LEMATT_KEYS >> LOG.3; echo x >> LOG.4",
+    ],
+  ] as const
+) {
+  Deno.test(`4,000 paths reach a command that has them ${what}, in parts that have nothing in common`, async () => {
+    await using directory = await temporaryDirectory();
+    const CERTS = Array.from({ length: 4000 }, (_, n) => `/etc/${"x".repeat(60)}/${n}.pem`);
+    const KEYS = CERTS.map((path) => path.replace("etc", "key"));
+    await run(template.replaceAll("LOG", directory.log), { CERTS, KEYS, DOMAINS_CN: ["example.com"] });
+    assert.deepEqual(text(`${directory.log}.1`).trimEnd().split("\n"), CERTS);
+    assert.deepEqual(text(`${directory.log}.2`).trimEnd().split("\n"), CERTS);
+    assert.deepEqual(text(`${directory.log}.3`).trimEnd().split(/[ \n]/), KEYS);
+    assert.equal(text(`${directory.log}.4`), "x\n".repeat(4));
+  });
+}
+
+Deno.test("runCommand() ends at the first part that fails, and shows its line", async () => {
+  const CERTS = Array.from({ length: 4000 }, (_, n) => `/${"x".repeat(60)}/${n}.pem`);
+  const error = await failureOf(run("set CERTS; echo $1; exit 1", { CERTS }));
+  assert.equal(error.output, `${CERTS[0]}\n`);
+  assert.ok(error.command.length < 128 * 1024);
+  assert.match(error.message, /^Cannot run "set .{196}…": exit status 1$/);
+});
+
+Deno.test("a line that cannot be divided fails with the system's reason", async () => {
+  const error = await failureOf(run("echo DOMAIN", { DOMAIN: "x".repeat(200_000) }));
+  assert.match(error.message, /^Cannot run "echo x{195}…": .*Argument list too long/);
+  assert.equal(error.exitCode, null);
+});
+
+// ---- running -----------------------------------------------------------------------------------------------------
+
+Deno.test("runCommand() gives what was printed on both streams, cleaned for a terminal", async () => {
+  const shown: string[] = [];
+  const { output, seconds } = await run(
+    `printf 'a\\033[31mb\\007\\033]0;title\\007\\tc\\r\\n\\302\\233x'; echo end >&2`,
+    {},
+    { onOutput: (text) => shown.push(text) },
+  );
+  assert.equal(output, "ab\tc\nxend\n");
+  assert.equal(shown.join(""), output);
+  assert.ok(seconds > 0 && seconds < 20);
+});
+
+Deno.test("runCommand() is plain /bin/sh, with our environment, directory and the values", async () => {
+  assert.equal((await run("false | cat; echo $UNSET_VARIABLE-; false; echo on")).output, "-\non\n");
+  const { output } = await run(
+    'echo "$PATH"; pwd; echo "$LEMATT_MODE $LEMATT_DOMAINS_CN $LEMATT_SUBJECT MODE"',
+    VALUES,
+  );
+  const values = "test a.example b.example lematt: [web] is unreachable MODE";
+  assert.equal(output, `${Deno.env.get("PATH")}\n${Deno.cwd()}\n${values}\n`);
+});
+
+Deno.test("runCommand() passes over an empty command", async () => {
+  assert.equal((await run("")).output, "");
+  assert.equal((await run(" \n")).output, "");
+});
+
+Deno.test("runCommand() gives a command its standard input, or none, and does not mind one that is not read", async () => {
+  assert.equal((await run("cat", {}, { stdin: "report\n" })).output, "report\n");
+  assert.equal((await run("cat; readlink /proc/self/fd/0", {}, { stdin: "" })).output, "/dev/null\n");
+  assert.equal((await run("echo done", {}, { stdin: "x".repeat(5_000_000) })).output, "done\n");
+});
+
+for (
+  const [command, reason, expected] of [
+    ["echo why >&2; exit 3", "exit status 3", { exitCode: 3, output: /^why\n$/ }],
+    ["no-such-command-here", "exit status 127 (command not found)", { exitCode: 127, output: /not found/ }],
+    ["/dev/null", "exit status 126 (not executable)", { exitCode: 126, output: /denied/ }],
+    ["echo 'open", "exit status 2", { exitCode: 2, output: /[Uu]nterminated|EOF/ }],
+    ["kill -9 $$", "ended by SIGKILL", { exitCode: null, signal: "SIGKILL", output: /^$/ }],
+    ["sleep 30 & kill -TERM 0", "ended by SIGTERM", { exitCode: null, signal: "SIGTERM", output: /^$/ }],
+    ["exec >&- 2>&-; exit 4", "exit status 4", { exitCode: 4, output: /^$/ }],
+  ] as const
+) {
+  Deno.test(`runCommand() reports: ${reason}, of ${command}`, async () => {
+    const error = await failureOf(run(command));
+    assert.equal(error.message, `Cannot run ${JSON.stringify(command)}: ${reason}`);
+    assert.equal(error.exitCode, expected.exitCode);
+    assert.equal(error.signal, "signal" in expected ? expected.signal : undefined);
+    assert.equal(error.timedOut, false);
+    assert.match(error.output, expected.output);
+  });
+}
+
+Deno.test("what ignores TERM is killed, with everything that it started", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const stubborn =
+    `sh -c 'trap "" TERM; echo $$ >> ${log}; sleep 60' & sleep 60 & echo $! >> ${log}; echo began; wait`;
+  const begun = performance.now();
+  await using prepare = new PrepareCommands(assert.fail);
+  const running = await prepare.start(`true; ${stubborn}`, {}, "test");
+  await until("the prepare command runs", () => text(log).split("\n").length === 3);
+  const [error] = await Promise.all([
+    failureOf(run(stubborn, {}, { timeoutSeconds: 0.5 })),
+    running[Symbol.asyncDispose](),
+  ]);
+  assert.equal(error.message, `Cannot run ${JSON.stringify(stubborn)}: timed out after 0.5 s`);
+  assert.equal(error.timedOut, true);
+  assert.equal(error.output, "began\n");
+  const pids = text(log).trim().split("\n").map(Number);
+  assert.equal(pids.length, 4);
+  assert.ok(performance.now() - begun < 12_000);
+  await ended(...pids);
+});
+
+Deno.test("what gets TERM has time to clean up, also behind a shell that ends at once", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const inner =
+    `sh -c 'trap "sleep 0.2; echo closed >> ${log}; exit" TERM; echo open >> ${log}; while :; do sleep 0.05; done' >/dev/null 2>&1`;
+  for (const command of [inner, `${inner} & wait`]) {
+    await failureOf(run(command, {}, { timeoutSeconds: 0.5 }));
+    assert.equal(text(log), "open\nclosed\n");
+    Deno.removeSync(log);
+  }
+});
+
+Deno.test("runCommand() ends the group when its signal aborts, and throws the signal's reason", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const controller = new AbortController();
+  const { signal } = controller;
+  const running = run(`echo $$ > ${log}; exec sleep 60`, {}, { timeoutSeconds: 60, signal });
+  await until("the command runs", () => text(log).endsWith("\n"));
+  controller.abort(new Error("interrupted"));
+  await assert.rejects(running, { message: "interrupted" });
+  assert.equal(isRunning(Number(text(log))), false);
+  await assert.rejects(run(`echo again > ${log}`, {}, { signal }), { message: "interrupted" });
+  assert.notEqual(text(log), "again\n");
+});
+
+Deno.test("runCommand() reads a gigabyte, keeps its end and little memory", async () => {
+  const before = Deno.memoryUsage().rss;
+  const { output } = await run("echo first; yes abcdefg | head -c 1000000000; echo last");
+  assert.ok(output.length <= 64 * 1024 + 10);
+  assert.match(output, /^\[…\]\nabcdefg\n[^]*\nabcdefg\nlast\n$/);
+  assert.ok(Deno.memoryUsage().rss - before < 400e6);
+});
+
+Deno.test("runCommand() keeps the end of a long line", async () => {
+  const { output } = await run("head -c 300000 /dev/zero | tr '\\0' x; printf end");
+  assert.match(output, /^\[…\]\nx+end$/);
+  assert.ok(output.length <= 64 * 1024 + 10);
+});
+
+Deno.test("runCommand() does not wait for a daemon that holds its output, and lets it live", async () => {
+  const { output, seconds } = await run("sleep 60 & echo $!");
+  assert.ok(seconds < 5);
+  assert.equal(isRunning(Number(output)), true);
+  process.kill(Number(output));
+});
+
+// ---- prepare -----------------------------------------------------------------------------------------------------
+
+Deno.test("identical prepare commands are one process, ended with its last user", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const command = `echo $$ DOMAIN $LEMATT_DOMAIN $LEMATT_MODE >> ${log}; exec sleep 60`;
+  await using prepare = new PrepareCommands(assert.fail);
+  const start = (name: string, template = command) => prepare.start(template, { DOMAIN: name }, "test");
+  const [first, second] = await Promise.all([start("a.example"), start("a.example")]);
+  const other = await start("b.example");
+  await until("both commands run", () => text(log).split("\n").length === 3);
+  const pidOf = (name: string) => Number(RegExp(`^(\\d+) ${name} ${name} test$`, "m").exec(text(log))![1]);
+  const [ofA, ofB] = [pidOf("a.example"), pidOf("b.example")];
+
+  await first![Symbol.asyncDispose]();
+  await first![Symbol.asyncDispose](); // twice is once
+  assert.deepEqual([isRunning(ofA), isRunning(ofB)], [true, true]);
+  await second![Symbol.asyncDispose]();
+  assert.deepEqual([isRunning(ofA), isRunning(ofB)], [false, true]);
+  await other[Symbol.asyncDispose]();
+  assert.equal(isRunning(ofB), false);
+});
+
+Deno.test("a prepare command that any name may share has no LEMATT_DOMAIN", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  await using prepare = new PrepareCommands(assert.fail);
+  const command = `echo "\${LEMATT_DOMAIN-none}" >> ${log}; exec cat`;
+  for (const name of ["a.example", "b.example"]) await prepare.start(command, { DOMAIN: name }, "test");
+  await until("it runs", () => text(log) !== "");
+  assert.equal(text(log), "none\n");
+});
+
+Deno.test("a prepare command that is wanted while it ends is started again after that", async () => {
+  await using directory = await temporaryDirectory();
+  const { path, log } = directory;
+  // It has the "port" until it has ended, and fails where the port is taken
+  const command = `trap 'sleep 0.3; rmdir ${path}/port; exit' TERM; mkdir ${path}/port || exit 1
+    echo up >> ${log}; while :; do sleep 0.05; done`;
+  await using prepare = new PrepareCommands(assert.fail);
+  const start = () => prepare.start(command, {}, "test");
+  const first = await start();
+  await until("it runs", () => text(log) === "up\n");
+  const stopping = first[Symbol.asyncDispose]();
+  await Promise.all([start(), start()]);
+  await stopping;
+  await until("it runs again", () => text(log) === "up\nup\n");
+});
+
+Deno.test("a prepare command that dies fails for all its users, is warned of once, and is started anew for the next", async () => {
+  await using directory = await temporaryDirectory();
+  const { path, log } = directory;
+  const command =
+    `echo run >> ${log}; until test -e ${path}/go; do sleep 0.02; done; echo port taken >&2; exit 7`;
+  const warnings: string[] = [];
+  await using prepare = new PrepareCommands((text) => warnings.push(text));
+  const start = () => prepare.start(command, {}, "test");
+  const both = [await start(), await start()];
+  await until("it runs", () => text(log) === "run\n");
+  await Deno.writeTextFile(`${path}/go`, "");
+  for (const { failed } of both) {
+    await until("it has failed", () => failed.aborted);
+    assert.ok(failed.reason instanceof CommandError);
+    assert.equal(failed.reason.exitCode, 7);
+    assert.equal(failed.reason.output, "port taken\n");
+  }
+  assert.equal(warnings.length, 1);
+  assert.match(warnings[0]!, /^prepare: Cannot run "echo run .*": exit status 7: port taken$/);
+  const { failed } = await start();
+  await until("it has failed again", () => failed.aborted);
+  assert.equal(text(log), "run\nrun\n");
+});
+
+Deno.test("a prepare command that is done, like opening a port, is kept until its last user is done", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  await using prepare = new PrepareCommands(assert.fail);
+  const start = () => prepare.start(`(sleep 60 & echo $! >> ${log}); exit 0`, {}, "test");
+  const first = await start();
+  await until("it ran", () => text(log).endsWith("\n"));
+  const second = await start();
+  await first[Symbol.asyncDispose]();
+  assert.equal(isRunning(Number(text(log))), true);
+  await second[Symbol.asyncDispose]();
+  await ended(Number(text(log)));
+});
+
+/** Runs a program that imports hooks.ts, and hands it to `during`; it does not outlive that. */
+async function withProgram(code: string, during: (child: Deno.ChildProcess) => Promise<void>): Promise<void> {
+  const names = "CommandError, killAll, PrepareCommands, runCommand";
+  const file = await Deno.makeTempFile({ suffix: ".js" });
+  await Deno.writeTextFile(
+    file,
+    `import { ${names} } from "${import.meta.resolve("../lib/hooks.ts")}";\n${code}`,
+  );
+  const config = new URL("../deno.json", import.meta.url).pathname;
+  await using child = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-q", "--no-prompt", "--config", config, "-P=lematt", file],
+    stdout: "piped",
+  }).spawn();
+  await during(child);
+  await Deno.remove(file);
+}
+
+Deno.test("a prepare command ends when lematt is killed, though it never looks at its input", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const code = `await new PrepareCommands().start("echo $$ > ${log}; sleep 1000", {}, "test");`;
+  await withProgram(code, async (child) => {
+    await until("it runs", () => text(log).endsWith("\n"));
+    assert.equal(isRunning(Number(text(log))), true);
+    child.kill("SIGKILL");
+    await child.stdout.cancel();
+    await ended(Number(text(log)));
+  });
+});
+
+Deno.test("killAll() ends what runs at once, also while it is being ended, and has nothing start any more", async () => {
+  await using directory = await temporaryDirectory();
+  const { path, log } = directory;
+  const code = `
+    const stubborn = "trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done";
+    const options = { mode: "test", timeoutSeconds: 60 };
+    const commands = [runCommand(stubborn, {}, options)];
+    commands.push(runCommand(stubborn, {}, { ...options, timeoutSeconds: 0.3 }));
+    const prepare = new PrepareCommands(console.log);
+    const running = await prepare.start(stubborn, {}, "test");
+    Deno.addSignalListener("SIGINT", async () => {
+      killAll();
+      commands.push(runCommand("touch ${path}/new", {}, options), prepare.start("touch ${path}/new", {}, "test"));
+      for (const { reason } of await Promise.allSettled(commands)) console.log(reason.name, reason.message);
+      await running[Symbol.asyncDispose]();
+      Deno.exit();
+    });`;
+  await withProgram(code, async (child) => {
+    await until("all run", () => text(log).split("\n").length === 4);
+    const begun = performance.now();
+    child.kill("SIGINT");
+    const { stdout } = await child.output();
+    assert.equal(new TextDecoder().decode(stdout), "AbortError interrupted\n".repeat(4));
+    assert.ok(performance.now() - begun < 3000);
+    await ended(...text(log).trim().split("\n").map(Number));
+    assert.equal(text(`${path}/new`), "");
+  });
+});

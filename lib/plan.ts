@@ -539,7 +539,8 @@ function inScope(selection: Selection | undefined, line: Line, section: Section)
   return selection === undefined || selection.lines.has(line) || selection.sections.has(section.name);
 }
 
-function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
+/** Map.groupBy() of pairs: key and member. */
+export function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
   const groups = new Map<K, V[]>();
   for (const [key, value] of pairs) {
     const group = groups.get(key);

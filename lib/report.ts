@@ -515,9 +515,9 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
     members: readonly (readonly [reason: string, what: string])[],
     noun: string,
   ) => {
-    const groups = new Map<string, string[]>();
-    for (const [reason, what] of members) groups.set(reason, [...groups.get(reason) ?? [], what]);
-    for (const [reason, whats] of groups) {
+    const groups = Map.groupBy(members, ([reason]) => reason);
+    for (const [reason, group] of groups) {
+      const whats = group.map(([, what]) => what);
       if (whats.length === 1) {
         lines.push(`${verb.padEnd(9)} ${whats[0]}: ${reason}`);
         continue;

@@ -19,6 +19,7 @@ import {
   type EndpointStatus,
   fitsRuns,
   forgetUnknown,
+  groupBy,
   isGood,
   type Plan,
   plan,
@@ -85,7 +86,7 @@ export async function run(
     counterpart: counterpartOf(config),
   };
 
-  const entries = new Map<Line, Entry[]>();
+  const entries = groupBy(readInventory(config).map((entry) => [entry.line, entry] as const));
   for (const entry of readInventory(config)) {
     entries.set(entry.line, [...entries.get(entry.line) ?? [], entry]);
   }
@@ -211,10 +212,9 @@ class Sections {
   /** Delivers what is pending and probes what is due; `[every]` when all others are done. */
   async attend({ tasks, deliveries, endpoints }: Plan): Promise<void> {
     for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
-    const linesOf = new Map<Section, Line[]>();
-    for (const { line } of tasks) {
-      for (const section of line.sections) linesOf.set(section, [...linesOf.get(section) ?? [], line]);
-    }
+    const linesOf = groupBy(
+      tasks.flatMap(({ line }) => line.sections.map((section) => [section, line] as const)),
+    );
     const busy = new Set<Section>([
       ...linesOf.keys(),
       ...deliveries.map(({ section }) => section),

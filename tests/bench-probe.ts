@@ -2,12 +2,15 @@
  * Probes of 500 endpoints beside the same number of bare `openssl s_client`, and what 50 silent ones among them cost.
  */
 
+import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { systemContext } from "../lib/context.ts";
 import { probe, type Target } from "../lib/probe.ts";
 import { megabytes, need, seconds, tell, times } from "./bench-measure.ts";
+import { program } from "./programs.ts";
 import { freePort, makeCertificate, startNginx, tcpServer } from "./tls.ts";
 
+const ROOT = join(import.meta.dirname!, "..");
 const ENDPOINTS = 500;
 const SILENT = 50;
 /** As after a delivery. */
@@ -31,7 +34,7 @@ export async function probes(): Promise<void> {
     await using silent = await tcpServer(() => {}, "0.0.0.0");
 
     const bare = await bareOpenssl(port);
-    const right = await round(targets(port, port));
+    const right = await round(port, port);
     tell(
       `${ENDPOINTS} right ones, ${TIMES} times`,
       seconds(right.took),
@@ -47,7 +50,7 @@ export async function probes(): Promise<void> {
       found: right.peak,
       atMost: 250,
     });
-    const slow = await round(targets(port, silent.port));
+    const slow = await round(port, silent.port);
     const longer = slow.took - right.took;
     tell(`${SILENT} of them silent`, seconds(slow.took), `${seconds(longer)} longer`, {
       found: longer,
@@ -71,33 +74,48 @@ function targets(port: number, other: number): Target[] {
   }).flat();
 }
 
-/** Seconds for one round; the most openssl processes and the most megabytes, theirs and ours, that were seen at once. */
-async function round(targets: readonly Target[]) {
-  const signal = new AbortController().signal;
-  const context = systemContext({ fetch, userAgent: "", signal, warn: console.log });
+/** Probes in a process like lematt's: seconds, the most openssl processes and the most megabytes, theirs and its own, at once. */
+async function round(port: number, other: number) {
+  const [command, ...rest] = program("lematt.ts").slice(0, -1);
+  const child = new Deno.Command(command!, {
+    args: [...rest, "--config", join(ROOT, "deno.json"), import.meta.filename!, `${port}`, `${other}`],
+    stdin: "null",
+    stdout: "piped",
+  }).spawn();
   let [ended, processes, peak] = [false, 0, 0];
   const watching = (async () => {
     while (!ended) {
-      const { stdout } = await new Deno.Command("ps", { args: ["--ppid", `${Deno.pid}`, "-o", "rss=,comm="] })
-        .output();
-      const sizes = new TextDecoder().decode(stdout).match(/\d+(?= openssl)/g)?.map(Number) ?? [];
-      processes = Math.max(processes, sizes.length);
-      peak = Math.max(peak, sizes.reduce((sum, size) => sum + size / 1024, Deno.memoryUsage().rss / 2 ** 20));
+      const args = ["--pid", `${child.pid}`, "--ppid", `${child.pid}`, "-o", "pid=,rss=,comm="];
+      const { stdout } = await new Deno.Command("ps", { args }).output();
+      const all = [...new TextDecoder().decode(stdout).matchAll(/(\d+) +(\d+) (\w+)/g)];
+      // a child that is not openssl yet still shares the memory of its parent
+      const those = all.filter(([, pid, , name]) => Number(pid) === child.pid || name === "openssl");
+      processes = Math.max(processes, those.length - 1);
+      peak = Math.max(peak, those.reduce((sum, [, , size]) => sum + Number(size) / 1024, 0));
       await delay(100);
     }
   })();
-  const begun = performance.now();
-  const sights = await probe(targets, context, TIMES, TIMEOUT_SECONDS);
-  const took = (performance.now() - begun) / 1000;
+  const { stdout } = await child.output();
   ended = true;
   await watching;
+  const { took, sights, wrong } = JSON.parse(new TextDecoder().decode(stdout));
+  if (sights !== 2 * ENDPOINTS || wrong.length > 0) {
+    throw new Error(`Cannot measure: ${sights} sights, ${wrong}`);
+  }
+  return { took, processes, peak };
+}
+
+if (import.meta.main) {
+  const [port, other] = Deno.args.map(Number);
+  const signal = new AbortController().signal;
+  const context = systemContext({ fetch, userAgent: "", signal, warn: console.error });
+  const begun = performance.now();
+  const sights = await probe(targets(port!, other!), context, TIMES, TIMEOUT_SECONDS);
+  const took = (performance.now() - begun) / 1000;
   const wrong = sights.filter(({ kind, detail }) =>
     kind !== "served" && detail !== `silent for ${TIMEOUT_SECONDS} s`
   );
-  if (sights.length !== targets.length || wrong.length > 0) {
-    throw new Error(`Cannot measure: ${sights.length} sights, ${JSON.stringify(wrong.slice(0, 3))}`);
-  }
-  return { took, processes, peak };
+  console.log(JSON.stringify({ took, sights: sights.length, wrong: wrong.map(({ detail }) => detail) }));
 }
 
 async function bareOpenssl(port: number): Promise<number> {

@@ -87,9 +87,6 @@ export async function run(
   };
 
   const entries = groupBy(readInventory(config).map((entry) => [entry.line, entry] as const));
-  for (const entry of readInventory(config)) {
-    entries.set(entry.line, [...entries.get(entry.line) ?? [], entry]);
-  }
   const inventory = () => [...entries.values()].flat();
   takeOver(config, inventory(), state, begun);
   adoptReceipts(config, state);

@@ -149,7 +149,7 @@ function remember(
   writeReceipts(section, entries, delivery, config, state, now);
   for (const { entry } of pending) {
     if (entries.includes(entry)) {
-      (options.delivered as Set<string> | undefined)?.add(`${section.name}/${entry.file}`);
+      options.delivered?.add(`${section.name}/${entry.file}`);
     }
   }
   delete state.deliveries[section.name];

@@ -36,7 +36,9 @@ export interface PlanOptions {
   /** Files of certificates issued in this run. */
   readonly issued?: ReadonlySet<string>;
   /** Files of certificates, and names of sections with them, that `--deliver` has had delivered in this run. */
-  readonly delivered?: ReadonlySet<string>;
+  readonly delivered?: Set<string>;
+  /** Why nothing can be remembered or put in place. */
+  readonly writeError?: () => Error | undefined;
   /** The certificates of the other mode. */
   readonly counterpart?: () => readonly Entry[];
 }
@@ -184,11 +186,18 @@ export type Problem = ProblemKind & {
 };
 
 export type ProblemKind =
-  | { readonly kind: "CA"; readonly failure: Failure }
+  | { readonly kind: "CA"; readonly failure: Failure; readonly notAfter?: Date }
+  | { readonly kind: "disk"; readonly error: Error }
   | { readonly kind: "failing"; readonly failure: Failure; readonly notAfter?: Date }
   | { readonly kind: "rate-limited"; readonly until: Date }
   | { readonly kind: "overdue"; readonly entry: Entry; readonly notAfter: Date }
-  | { readonly kind: "delivery"; readonly delivery: Delivery; readonly failure: DeliveryFailure }
+  | {
+    readonly kind: "delivery";
+    readonly delivery: Delivery;
+    readonly failure: DeliveryFailure;
+    /** When the first certificate expires that its endpoints still serve. */
+    readonly servedUntil?: Date;
+  }
   | {
     readonly kind: "endpoint";
     readonly endpoint: EndpointStatus;
@@ -218,7 +227,7 @@ export function plan(
   const endpoints = planEndpoints(config, config.sections, inventory, state, now, options);
   const deliveries = planDeliveries(config, inventory, state, now, endpoints, options);
   const rest = { ...issuing, endpoints, deliveries, intervalMs, lastRun };
-  return { ...rest, problems: findProblems(config, rest, now) };
+  return { ...rest, problems: findProblems(config, rest, now, options.writeError?.()) };
 }
 
 /**
@@ -275,8 +284,12 @@ function planIssuing(
 }
 
 function judge(config: Config, entry: Entry, state: State, now: Date, intervalMs: number): Due | Kept {
-  const { finding } = entry;
-  if (finding.kind !== "present") return { entry, reason: { kind: "found", finding } };
+  const { finding, former } = entry;
+  if (finding.kind !== "present") {
+    const before = finding.kind === "missing" ? former?.certificate : undefined;
+    const changed = before && { kind: "other names" as const, certificate: before };
+    return { entry, reason: { kind: "found", finding: changed ?? finding } };
+  }
   const { notBefore, notAfter, id } = finding.certificate;
   if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter }, since: notAfter };
   const { renewAt, rule } = renewal(config, entry.issuedAt ?? notBefore, notAfter, intervalMs);
@@ -738,7 +751,12 @@ const ALERT_AFTER_MS = 20 * HOUR_MS;
 /** Production that has not run for this many usual intervals, and for two days, does not run any more. */
 const MISSED_RUNS = 3;
 
-function findProblems(config: Config, decided: Omit<Plan, "problems">, now: Date): Problem[] {
+function findProblems(
+  config: Config,
+  decided: Omit<Plan, "problems">,
+  now: Date,
+  writeError: Error | undefined,
+): Problem[] {
   const { tasks, waiting, deliveries, endpoints, intervalMs, lastRun } = decided;
   const problems: Problem[] = [];
   const add = (
@@ -757,6 +775,14 @@ function findProblems(config: Config, decided: Omit<Plan, "problems">, now: Date
     });
   const isOld = (since: Date) => now.getTime() - since.getTime() >= ALERT_AFTER_MS;
 
+  const firstOf = (dates: readonly (Date | undefined)[]) =>
+    dates.filter((date) => date !== undefined).reduce<Date | undefined>(
+      (a, b) => a === undefined || b < a ? b : a,
+      undefined,
+    );
+  const expiryOf = (due: readonly Due[]) => firstOf(due.map(({ entry }) => lastsUntil(entry)));
+
+  if (writeError !== undefined) add({ kind: "disk", error: writeError }, "disk", true, []);
   const limited = waiting.filter(({ limited }) => limited);
   if (limited.length > 0) {
     const { until } = limited[0]!;
@@ -770,8 +796,7 @@ function findProblems(config: Config, decided: Omit<Plan, "problems">, now: Date
   }
   for (const { line, due, failure } of [...tasks, ...waiting]) {
     if (failure !== undefined && !failure.shared) {
-      const expiry = soonestExpiry(due);
-      const notAfter = Number.isFinite(expiry) ? new Date(expiry) : undefined;
+      const notAfter = expiryOf(due);
       const key = `failing ${line.names.join(" ")}`;
       add({ kind: "failing", failure, notAfter }, key, failure.count >= ALERT_FAILURES, [line]);
     }
@@ -789,7 +814,15 @@ function findProblems(config: Config, decided: Omit<Plan, "problems">, now: Date
     if (failure === undefined) continue;
     const lines = [...new Set(pending.map(({ entry }) => entry.line))];
     const key = `delivery ${section.name}`;
-    add({ kind: "delivery", delivery, failure }, key, isOld(new Date(failure.since)), lines, [section]);
+    const served = endpoints.filter(({ sections }) => sections.includes(section)).flatMap(({ sights }) =>
+      sights
+    );
+    const servedUntil = firstOf(
+      served.map(({ certificate }) => certificate && new Date(certificate.notAfter)),
+    );
+    add({ kind: "delivery", delivery, failure, servedUntil }, key, isOld(new Date(failure.since)), lines, [
+      section,
+    ]);
   }
   for (const endpoint of endpoints) {
     const { sights, record, sections, wanted } = endpoint;

@@ -197,18 +197,25 @@ export function sightText(sight: Sight & { verdict: Verdict }): string {
   }
 }
 
+function expiryText(what: string, notAfter: Date | undefined): string {
+  return notAfter === undefined ? "" : `; ${what} expires ${timeText(notAfter)}`;
+}
+
 /** A problem in a sentence; `short` names it without its cause. */
 export function problemText(problem: Problem, form: "short" | "long" = "long"): string {
   const long = form === "long";
   switch (problem.kind) {
     case "CA": {
-      const { failure } = problem;
+      const { failure, notAfter } = problem;
       const lines = count(problem.lines.length, "line");
+      if (!long) return `issuance of ${lines}`;
       const times = failure.count === 1
         ? ""
         : `, ${failure.count} times since ${timeText(new Date(failure.since))}`;
-      return long ? `${lines} not issued${times}: ${failure.error}` : `issuance of ${lines}`;
+      return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
     }
+    case "disk":
+      return long ? `cannot write files, so nothing is issued: ${problem.error.message}` : "writing files";
     case "failing": {
       const name = nameText(problem.lines[0]!.names);
       if (!long) return `issuance of ${name}`;
@@ -217,9 +224,7 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
       const next = retryAt === undefined
         ? ""
         : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
-      const until = problem.notAfter === undefined
-        ? ""
-        : `; its certificate expires ${timeText(problem.notAfter)}`;
+      const until = expiryText("its certificate", problem.notAfter);
       return `${name} ${times}: ${error}${next}${until}`;
     }
     case "rate-limited":
@@ -232,13 +237,14 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
         : `renewal of ${name}`;
     }
     case "delivery": {
-      const { delivery: { section, pending }, failure } = problem;
+      const { delivery: { section, pending }, failure, servedUntil } = problem;
       const what = `[${section.name}] delivery of ${count(pending.length, "certificate")}`;
       if (!long) return what;
       const next = failure.retryAt === undefined
         ? ""
         : `; tried again from ${timeText(new Date(failure.retryAt))} (--retry: now)`;
-      return `${what} pending since ${timeText(new Date(failure.since))}: ${failure.error}${next}`;
+      return `${what} pending since ${timeText(new Date(failure.since))}: ${failure.error}${next}` +
+        expiryText("the certificate that is served", servedUntil);
     }
     case "endpoint": {
       const { endpoint, sight, since } = problem;
@@ -314,6 +320,8 @@ export class Report {
   readonly #events: Event[] = [];
   /** Problems whose failure has been printed as it happened. */
   readonly #printed = new Set<string>();
+  /** Under --cron: failures that are printed at the end, unless they were printed in the last 20 hours. */
+  readonly #heldFailures: { readonly key: string; readonly text: string }[] = [];
 
   constructor(private readonly options: OutputOptions) {
     this.#quiet = options.cron;
@@ -338,8 +346,7 @@ export class Report {
         this.#progress.begun++;
         break;
       case "no CA": {
-        this.#printed.add("CA");
-        this.#fail(`${count(event.tasks.length, "line")} of domains`, [event.error]);
+        this.#fail("CA", `${count(event.tasks.length, "line")} of domains`, [event.error]);
         break;
       }
       case "issued":
@@ -348,8 +355,8 @@ export class Report {
       case "failed": {
         this.#progress.failed++;
         const { line } = event.due[0]!.entry;
-        this.#printed.add(`failing ${line.names.join(" ")}`);
-        this.#fail(subjectText(line.names, event.due.map(({ entry }) => entry.keyType)), [event.error]);
+        const subject = subjectText(line.names, event.due.map(({ entry }) => entry.keyType));
+        this.#fail(`failing ${line.names.join(" ")}`, subject, [event.error]);
         break;
       }
       case "end":
@@ -372,7 +379,7 @@ export class Report {
         }
         break;
       case "alert":
-        if (event.error !== undefined) this.#fail(`[${event.section}] alert`, [event.error]);
+        if (event.error !== undefined) this.#fail("", `[${event.section}] alert`, [event.error]);
         else {this.#sayAloud(
             `alert     [${event.section}] ${event.text.trimEnd().replaceAll("\n", "\n          ")}`,
           );}
@@ -407,8 +414,8 @@ export class Report {
       this.#sayAloud(`ran       [${section.name}] ${template} (${seconds.toFixed(1)} s)`);
     }
     if (errors.length > 0) {
-      this.#printed.add(`delivery ${section.name}`);
       this.#fail(
+        `delivery ${section.name}`,
         `[${section.name}] delivery of ${count(all.length - entries.length, "certificate")}`,
         errors,
       );
@@ -421,8 +428,7 @@ export class Report {
         const text = `[${section.name}] ${endpoint.text} (${keyType}) ${sightText(sight)}`;
         if (isGood(sight.verdict)) this.#sayAloud(`verified  ${text}`);
         else {
-          this.#printed.add(`endpoint ${key} ${sight.address}`);
-          this.#sayError(`WRONG     ${text}`);
+          this.#sayFailure(`endpoint ${key} ${sight.address}`, `WRONG     ${text}\n`);
         }
       }
     }
@@ -432,6 +438,7 @@ export class Report {
   finish({ plan, issued, delivered, known }: Ended): 0 | 1 {
     this.#clearProgress();
     const { problems, kept, tasks, waiting } = plan;
+    for (const { key, text } of this.#heldFailures) if (!known.has(key)) this.options.err(text);
     for (const problem of problems) {
       if (this.#printed.has(problem.key) || (this.options.cron && known.has(problem.key))) continue;
       this.#sayError(`problem   ${problemText(problem)}`);
@@ -471,13 +478,20 @@ export class Report {
     this.#say(text);
   }
 
-  #fail(subject: string, errors: readonly Error[]): void {
+  /** `key` is that of the problem that this leads to. */
+  #fail(key: string, subject: string, errors: readonly Error[]): void {
     const label = this.options.color ? "\x1b[31mFAILED\x1b[0m" : "FAILED";
     const lines = errors.flatMap((error) => [
       ...errorText(error).split("\n"),
       ...outputOf((error as Error & { output?: string }).output ?? ""),
     ]);
-    this.options.err(`${label}    ${subject}\n${lines.map((line) => `          ${line}\n`).join("")}`);
+    this.#sayFailure(key, `${label}    ${subject}\n${lines.map((line) => `          ${line}\n`).join("")}`);
+  }
+
+  #sayFailure(key: string, text: string): void {
+    this.#printed.add(key);
+    if (this.options.cron && key !== "") this.#heldFailures.push({ key, text });
+    else this.options.err(text);
   }
 
   #showProgress(): void {

@@ -84,6 +84,7 @@ export async function run(
     issued,
     delivered: new Set(),
     counterpart: counterpartOf(config),
+    writeError: () => store.writeError,
   };
 
   const entries = groupBy(readInventory(config).map((entry) => [entry.line, entry] as const));
@@ -127,6 +128,7 @@ export async function run(
   for (const result of results) if (result.status === "rejected") await endWith(result.reason, store);
 
   if (options.selection === undefined) state.runs = [...state.runs, begun.toISOString()].slice(-RUNS);
+  await store.saveState();
   const final = plan(config, inventory(), state, context.now(), planOptions);
   await sendAlerts(final, config, store, context, tell);
   const known = reportedBefore(final, state, context.now());
@@ -136,7 +138,7 @@ export async function run(
 
 /** An error that ends a run: what has been done is remembered all the same. */
 async function endWith(reason: unknown, store: Store): Promise<never> {
-  await store.saveState().catch(() => {});
+  await store.saveState();
   throw reason;
 }
 

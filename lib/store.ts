@@ -390,6 +390,7 @@ export class Store implements Disposable {
     }
     this.kept = undefined;
     await this.saveState();
+    if (this.writeError !== undefined) throw this.writeError;
   }
 
   /** Makes the links by which each name of a line of several finds the bundle, where they are not right already. */
@@ -432,13 +433,22 @@ export class Store implements Disposable {
     return known !== undefined && known.split("\n").includes(publicKeyHash(keyPem));
   }
 
-  /** Keeps `state` as it is now. Whoever asks while it is being written shares the next writing. */
+  /**
+   * Keeps `state` as it is now. Whoever asks while it is being written shares the next writing. That it cannot be written
+   * ends no run, since deliveries and alerts go on without: see `writeError`.
+   */
   saveState(): Promise<void> {
-    return this.#waiting ??= this.#written.catch(() => {}).then(() => {
+    return this.#waiting ??= this.#written.then(() => {
       this.#waiting = undefined;
-      return this.#written = this.#writeState();
+      return this.#written = this.#writeState().then(
+        () => void (this.writeError = undefined),
+        (error) => void (this.writeError = error),
+      );
     });
   }
+
+  /** Why the state could not be written the last time. */
+  writeError: Error | undefined;
 
   async #writeState(): Promise<void> {
     const text = JSON.stringify(this.state, undefined, 1) + "\n";

@@ -53,6 +53,8 @@ export interface Challenge {
   readonly status: "pending" | "processing" | "valid" | "invalid";
   readonly token: string;
   readonly issuerDomainNames: readonly string[];
+  /** Of dns-persist-01: the account that its record has to name, where that is not the account's URL. */
+  readonly accountUri?: string;
   readonly error?: Problem;
 }
 
@@ -583,6 +585,7 @@ export class AcmeClient {
         status: oneOf(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
         token: TOKEN_TYPES.includes(entry?.type) ? checkToken(step, url, entry.token) : "",
         issuerDomainNames: texts(entry?.["issuer-domain-names"]),
+        accountUri: isHttps(entry?.accounturi) ? entry.accounturi : undefined,
         error: problemOf(entry?.error),
       })),
     };

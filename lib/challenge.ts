@@ -1,257 +1,394 @@
 /**
  * Makes challenges answerable and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01
- * (§8.4) by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist) by a record that stays.
+ * (§8.4) by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a record that stays.
  *
- * Tokens reach this file checked for base64url (acme.ts), so they can be file names. Whatever is made is noted first;
- * the next run undoes what a run that was cut off could not.
+ * Tokens reach this file checked for base64url (acme.ts), so they can be file names. What is published is noted first;
+ * the next run removes what a run that was cut off could not.
  */
 
 import defer * as nodeCrypto from "node:crypto";
-import { basename, dirname, join } from "node:path";
-import {
-  type AccountKey,
-  type Authorization,
-  type Challenge,
-  type Clock,
-  keyAuthorization,
-  pause,
-} from "./acme.ts";
-import { challengeOf, type Config, type Section, sectionsOf } from "./config.ts";
-import type { Query } from "./context.ts";
-import { txtFault } from "./dns.ts";
-import { type PrepareCommands, runCommand } from "./hooks.ts";
+import { join } from "node:path";
+import { type AccountKey, type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
+import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
+import { type Context, limit, settled, within } from "./context.ts";
+import { PrepareCommands, runCommand } from "./hooks.ts";
 import { isIP } from "./names.ts";
-import type { Route } from "./context.ts";
-
-/** A challenge that the CA can check until this is disposed of. */
-export interface Answer extends AsyncDisposable {
-  readonly challenge: Challenge;
-}
+import type { Verdict } from "./selfcheck.ts";
 
 /** A challenge that could not be made answerable; nothing was asked of the CA. */
 export class ChallengeError extends Error {
   override readonly name = "ChallengeError";
 }
 
-/** What answering challenges needs of the run. */
-export interface Answering extends Clock {
-  readonly config: Config;
-  readonly prepare: PrepareCommands;
-  readonly route: Route;
-  readonly query: Query;
-  /** Remembers what has to be undone even if this run is cut off; see `Store.note`. */
-  note(text: string): void;
-  /** Called when it has been undone. */
-  forget(text: string): void;
-  /** Told of what is odd but stops nothing. */
-  warn(text: string): void;
+/** Challenges that the CA can check until this is disposed of. */
+export interface Presented extends AsyncDisposable {
+  readonly answers: readonly { readonly authorization: Authorization; readonly challenge: Challenge }[];
+  /**
+   * To be presented when those have been validated and disposed of: their TXT record is in use, and its provider may keep
+   * one value a name. Never all of them.
+   */
+  readonly later: readonly Authorization[];
 }
 
-/** A TXT record of dns-01, to be placed for one name. */
-interface Placed {
+/** What is published and has to be removed: a file in the drop directory, or the value that proves a name by dns-01. */
+export type Published = { readonly token: string } | { readonly name: string; readonly value: string };
+
+/** Where it stands what is published, in case that the run is killed: the store. */
+interface Journal {
+  readonly state: { readonly published: Published[] };
+  saveState(): Promise<void>;
+}
+
+/** An authorization with the one of its challenges that the configuration wants. */
+interface Wanted {
+  readonly authorization: Authorization;
+  readonly challenge: Challenge;
   readonly name: string;
-  readonly record: string;
-  readonly value: string;
+  /** The key authorization of http-01, the TXT value of dns-01. */
+  readonly content: string;
+  /** Of dns-01. */
+  readonly record?: string;
+  readonly published?: Published;
 }
 
-/** What the CA gets to see is looked at for this long before it is asked to look. */
-const PREFLIGHT_SECONDS = 30;
-/** A file name in the drop directory, RFC 8555 §8.3. */
-const TOKEN = /^[A-Za-z0-9_-]+$/;
-/** Pauses between looks: of a web server, and of name servers, which answer from caches for a while. */
+/** How long a file of http-01 is waited for; `prepare` commands make it visible by ssh, in a second or two. */
+const HTTP_WAIT_SECONDS = 30;
+/** One self-check: two tries of a resolver take 10 s (resolv.conf(5)). */
+const CHECK_SECONDS = 15;
+/** Pauses between self-checks: of a web server, and of name servers, which answer from caches for a while. */
 const HTTP_PAUSE_MS = 250;
 const DNS_PAUSE_MS = 2_000;
+/** Names that `--check --challenges` checks at once. */
+const MOST_CHECKS = 20;
+/** A file name in the drop directory, RFC 8555 §8.3. */
+const TOKEN = /^[A-Za-z0-9_-]+$/;
 
 /** Answers challenges as the configuration says. */
 export class Challenges {
-  /** Record -> the last command at it: several values at one name are placed one after the other. */
-  readonly #busy = new Map<string, Promise<unknown>>();
+  /** TXT record -> settles when the line that has values there has removed them. */
+  readonly #inUse = new Map<string, Promise<void>>();
+  readonly #oneHook = limit(1);
 
-  constructor(private readonly answering: Answering) {}
+  constructor(
+    private readonly config: Config,
+    private readonly context: Context,
+    private readonly prepare: PrepareCommands,
+    private readonly journal: Journal,
+  ) {}
 
-  /** Makes the configured challenge of an authorization answerable, and makes sure of it. */
-  async present(authorization: Authorization, key: AccountKey, accountUrl: string): Promise<Answer> {
-    const { name } = authorization;
-    const wanted = challengeOf(this.answering.config, name);
-    const challenge = authorization.challenges.find(({ type }) => type === wanted);
+  /**
+   * Makes the configured challenges answerable, and makes sure of it: of all authorizations but those that are `later`.
+   * Throws ChallengeError or CommandError where one cannot be; then none is.
+   */
+  async present(
+    authorizations: readonly Authorization[],
+    account: { readonly key: AccountKey; readonly url: string },
+  ): Promise<Presented> {
+    const { journal, context } = this;
+    const all = authorizations.map((authorization) => this.#wanted(authorization, account.key));
+    await using stack = new AsyncDisposableStack();
+    const now = await this.#claim(all, stack);
+    const entries = now.flatMap(({ published }) => published ?? []);
+    journal.state.published.push(...entries);
+    stack.defer(() => journal.saveState().catch((error) => context.warn((error as Error).message)));
+    await journal.saveState();
+
+    const groups = Map.groupBy(now, ({ record, authorization }) => record ?? authorization.url);
+    const displaced = await settled([...groups.values()].map(async (group) => {
+      const [wanted] = group as [Wanted];
+      if (wanted.record !== undefined) return await this.#presentRecords(wanted.record, group, stack);
+      if (wanted.published !== undefined) await this.#presentFile(wanted, stack);
+      else await this.#checkPersistentRecord(wanted, account.url);
+      return [];
+    }));
+    const answers = now.filter((wanted) => !displaced.flat().includes(wanted));
+    const later = all.filter((wanted) => !answers.includes(wanted)).map(({ authorization }) => authorization);
+    const ready = stack.move();
+    return { answers, later, [Symbol.asyncDispose]: () => ready.disposeAsync() };
+  }
+
+  #wanted(authorization: Authorization, key: AccountKey): Wanted {
+    const { name, challenges } = authorization;
+    const wanted = challengeOf(this.config, name);
+    const challenge = challenges.find(({ type }) => type === wanted);
     if (challenge === undefined || (challenge.token === "" && wanted !== "dns-persist-01")) {
-      const offered = authorization.challenges.map(({ type }) => type).join(", ");
+      const offered = challenges.map(({ type }) => type).join(", ");
       throw new ChallengeError(`the CA does not offer ${wanted} for ${name}, only ${offered || "nothing"}`);
     }
-    await using stack = new AsyncDisposableStack();
+    const { token } = challenge;
+    const content = keyAuthorization(token, key);
     switch (wanted) {
       case "http-01":
-        await this.#presentFile(name, challenge, keyAuthorization(challenge.token, key), stack);
-        break;
-      case "dns-01":
-        await this.#presentRecord(name, keyAuthorization(challenge.token, key), stack);
-        break;
+        return { authorization, challenge, name, content, published: { token } };
+      case "dns-01": {
+        const value = nodeCrypto.createHash("sha256").update(content).digest("base64url");
+        const published = { name, value };
+        return { authorization, challenge, name, content: value, record: recordOf(name), published };
+      }
       case "dns-persist-01":
-        await this.#checkStandingRecord(name, challenge, accountUrl);
-        break;
-      default:
-        wanted satisfies never;
+        return { authorization, challenge, name, content };
     }
-    const ready = stack.move();
-    return { challenge, [Symbol.asyncDispose]: () => ready.disposeAsync() };
+  }
+
+  /**
+   * Those whose record is free, which it is not then until the stack is disposed of; waits until there is one. No line has
+   * a record while it waits for another, so that lines never wait for each other.
+   */
+  async #claim(all: readonly Wanted[], stack: AsyncDisposableStack): Promise<readonly Wanted[]> {
+    const shared = (name: string) => dnsSections(this.config, name).every(({ dnsParallel }) => dnsParallel);
+    for (;;) {
+      const claimed = new Set<string>();
+      const free = all.filter(({ record, name }) => {
+        if (record === undefined || shared(name)) return true;
+        // without a self-check nobody sees whether the second value displaces the first
+        if (this.#inUse.has(record) || (this.config.preflight === "no" && claimed.has(record))) return false;
+        claimed.add(record);
+        return true;
+      });
+      for (const record of claimed) {
+        const { promise, resolve } = Promise.withResolvers<void>();
+        this.#inUse.set(record, promise);
+        stack.defer(() => {
+          this.#inUse.delete(record);
+          resolve();
+        });
+      }
+      if (free.length > 0 || all.length === 0) return free;
+      await within(this.context.signal, Promise.race(all.map(({ record }) => this.#inUse.get(record!))));
+    }
   }
 
   async #presentFile(
-    name: string,
-    challenge: Challenge,
-    content: string,
+    { name, challenge: { token }, content, published }: Wanted,
     stack: AsyncDisposableStack,
   ): Promise<void> {
-    const { config, prepare } = this.answering;
-    const commands = sectionsOf(config, name).flatMap((section) => section.prepare);
-    const failed: AbortSignal[] = [];
-    for (const command of commands) {
-      failed.push(stack.use(await prepare.start(command, { DOMAIN: name }, config.mode)).failed);
-    }
-    const path = join(config.challengeDropDir!, challenge.token);
-    const note = JSON.stringify({ file: path });
-    this.answering.note(note);
-    stack.defer(() => this.#undo(note, path, () => removeIfThere(path)));
-    dropFile(path, content);
-    if (commands.length === 0) return;
-    const { fetchAsCa } = await import("./preflight.ts"); // http and TLS, which most runs do without
-    const url = `http://${
-      isIP(name) === 6 ? `[${name}]` : name
-    }/.well-known/acme-challenge/${challenge.token}`;
-    await this.#preflight(name, PREFLIGHT_SECONDS, HTTP_PAUSE_MS, async () => {
-      const fault = await fetchAsCa(url, content, this.answering.route, this.answering.signal);
-      if (fault !== undefined && config.preflight !== "warn") AbortSignal.any(failed).throwIfAborted();
-      return fault;
+    const { config, context } = this;
+    const failed = await startPrepare(name, config, this.prepare, stack);
+    stack.defer(() => this.#remove(published!));
+    dropFile(join(config.challengeDropDir!, token), content);
+    if (failed === undefined) return;
+    await this.#selfCheck(name, HTTP_WAIT_SECONDS, HTTP_PAUSE_MS, async (signal) => {
+      const { checkFile } = await import("./selfcheck.ts");
+      const verdict = await checkFile(urlOf(name, token), content, context, signal);
+      if (verdict.fault !== undefined && config.preflight !== "warn") failed.throwIfAborted();
+      return verdict;
     });
   }
 
-  async #presentRecord(name: string, content: string, stack: AsyncDisposableStack): Promise<void> {
-    const { config } = this.answering;
-    const record = `_acme-challenge.${name.replace(/^\*\./, "")}`;
-    const value = nodeCrypto.createHash("sha256").update(content).digest("base64url");
-    const placed = { name, record, value };
-    const sections = dnsSections(config, name);
-    const note = JSON.stringify({ dns: placed });
-    this.answering.note(note);
-    stack.defer(() =>
-      this.#undo(note, record, () => this.#alone(record, () => remove(sections, placed, config)))
-    );
-    const { signal } = this.answering;
-    const present = sections.flatMap(({ dnsPresent }) => dnsPresent);
-    await this.#alone(record, () => runAll(present, placed, config, signal));
-    await this.#preflight(
-      name,
-      config.dnsWaitSeconds,
-      DNS_PAUSE_MS,
-      () => txtFault(record, (text) => text === value, this.answering.query),
-    );
-  }
-
-  async #checkStandingRecord(name: string, challenge: Challenge, accountUrl: string): Promise<void> {
-    const issuers = challenge.issuerDomainNames;
-    const { record, value } = standingRecord(name, issuers[0] ?? "", accountUrl);
-    const proves = (text: string) =>
-      issuers.some((issuer) => isStanding(text, name, issuer, accountUrl, this.answering.now()));
-    await this.#preflight(name, 0, DNS_PAUSE_MS, async () => {
-      const fault = await txtFault(record, proves, this.answering.query);
-      return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
+  /** Returns those whose value the last one has displaced, for the provider keeps one a name. */
+  async #presentRecords(
+    record: string,
+    group: readonly Wanted[],
+    stack: AsyncDisposableStack,
+  ): Promise<readonly Wanted[]> {
+    const { config, context } = this;
+    const placed = new Set<Wanted>();
+    stack.defer(async () => {
+      for (const { published } of placed) await this.#remove(published!);
     });
-  }
-
-  /** Undoes what was noted; what cannot be undone stays noted, for the next run. */
-  async #undo(note: string, what: string, undo: () => void | Promise<void>): Promise<void> {
-    try {
-      await undo();
-      this.answering.forget(note);
-    } catch (error) {
-      this.answering.warn(`cannot clean up ${what}: ${(error as Error).message}`);
+    for (const wanted of group) {
+      placed.add(wanted);
+      await runHooks("dnsPresent", wanted.name, wanted.content, config, this.#oneHook, context.signal);
     }
-  }
-
-  /** Looks again and again until nothing is wrong or time is up; then `preflight` says whether that stops the line. */
-  async #preflight(
-    name: string,
-    seconds: number,
-    pauseMs: number,
-    look: () => Promise<string | undefined>,
-  ): Promise<void> {
-    const { config, warn } = this.answering;
-    if (config.preflight === "no") return;
-    const deadline = this.answering.now().getTime() + seconds * 1000;
-    for (;;) {
-      const fault = await look();
-      if (fault === undefined) return;
-      if (this.answering.now().getTime() >= deadline) {
-        const text = `the CA would not see the challenge of ${name}: ${fault}`;
-        if (config.preflight !== "warn") throw new ChallengeError(text);
-        return warn(text);
-      }
-      await pause(pauseMs, this.answering);
+    const last = group.at(-1)!;
+    let displaced: readonly Wanted[] = [];
+    await this.#selfCheck(last.name, config.dnsWaitSeconds, DNS_PAUSE_MS, async (signal) => {
+      const { checkRecords, faultOf } = await import("./selfcheck.ts");
+      return await checkRecords(
+        record,
+        (records) => {
+          const lacks = ({ content }: Wanted) => faultOf(records, (text) => text === content);
+          const isNowhere = ({ content }: Wanted) =>
+            records.answers.every(({ texts }) => !texts.includes(content));
+          displaced = lacks(last) === undefined ? group.filter(isNowhere) : [];
+          const fault = group.filter((wanted) => !displaced.includes(wanted)).map(lacks).find(Boolean);
+          return fault && `${fault}; if the CA sees another DNS than this host, set preflight: warn`;
+        },
+        context,
+        signal,
+      );
+    });
+    for (const wanted of displaced) {
+      placed.delete(wanted); // many a hook would remove what has taken its place
+      this.#forget(wanted.published!);
     }
+    return displaced;
   }
 
-  /** Runs one thing at a time for each record. */
-  #alone<T>(record: string, task: () => Promise<T>): Promise<T> {
-    const turn = (this.#busy.get(record) ?? Promise.resolve()).then(task, task);
-    this.#busy.set(record, turn.catch(() => {}));
-    return turn;
+  async #checkPersistentRecord({ name, challenge }: Wanted, accountUrl: string): Promise<void> {
+    const uri = challenge.accountUri ?? accountUrl;
+    const check = persistentCheck(name, challenge.issuerDomainNames, uri, this.context);
+    await this.#selfCheck(name, 0, DNS_PAUSE_MS, check);
   }
+
+  /** Checks until nothing is wrong or time is up; then `preflight` says whether that stops the line. */
+  async #selfCheck(name: string, seconds: number, pauseMs: number, check: Check): Promise<void> {
+    const { config: { preflight }, context } = this;
+    if (preflight === "no") return;
+    const { fault, note } = await untilRight(seconds, pauseMs, check, context);
+    const what = `self-check of the challenge for ${name}`;
+    if (fault !== undefined && preflight !== "warn") throw new ChallengeError(`${what} failed: ${fault}`);
+    if (fault !== undefined) context.warn(`${what} failed: ${fault}`);
+    else if (note !== undefined) context.warn(`${what}: ${note}`);
+  }
+
+  async #remove(entry: Published): Promise<void> {
+    if (await unpublish(entry, this.config, this.context, this.#oneHook)) this.#forget(entry);
+  }
+
+  #forget(entry: Published): void {
+    const { published } = this.journal.state;
+    published.splice(published.indexOf(entry), 1);
+  }
+}
+
+/** Removes what runs before this one were killed over. */
+export async function removeLeftovers(config: Config, context: Context, journal: Journal): Promise<void> {
+  const { published } = journal.state;
+  if (published.length === 0) return;
+  const left: Published[] = [];
+  for (const entry of published) {
+    // a file can be tried again, a record may never have been placed
+    if (!await unpublish(entry, config, context, limit(1)) && "token" in entry) left.push(entry);
+  }
+  published.splice(0, published.length, ...left);
+  await journal.saveState();
+}
+
+// ---- checking without a CA ---------------------------------------------------------------------------------------
+
+/** One name as `--check --challenges` sees it. */
+export interface ChallengeFinding {
+  readonly name: string;
+  readonly challenge: ChallengeType;
+  /** Why the CA would not find a challenge of it. */
+  readonly problem?: string;
+  /** What could not be seen fully. */
+  readonly note?: string;
 }
 
 /**
- * The record by which dns-persist-01 proves a name for as long as it stands, in the form of the draft that Pebble
- * implements (draft-ietf-acme-dns-persist-00 §3): an issue-value of RFC 8659 that names CA and account.
+ * Looks whether the CA would find the challenges of all names: fetches a file in the drop directory through each name of
+ * http-01, with its `prepare` commands running; looks for the records of dns-persist-01, and for the name servers of
+ * dns-01, whose hooks are not run. Asks no CA. `account` as far as it is known.
  */
-export function standingRecord(
-  name: string,
-  issuerDomainName: string,
-  accountUrl: string,
-): { readonly record: string; readonly value: string } {
-  const wildcard = name.startsWith("*.");
-  return {
-    record: `_validation-persist.${wildcard ? name.slice(2) : name}`,
-    value: `${issuerDomainName}; accounturi=${accountUrl}${wildcard ? "; policy=wildcard" : ""}`,
-  };
-}
-
-/** Whether a record that was found is such a one, which may also say until when it holds. */
-function isStanding(text: string, name: string, issuer: string, accountUrl: string, now: Date): boolean {
-  const [found, ...parameters] = text.split(";").map((part) => part.trim());
-  const values = new Map(parameters.map((parameter) => {
-    const [, tag = "", value = ""] = /^(.*?)\s*=\s*(.*)$/.exec(parameter) ?? [];
-    return [tag.toLowerCase(), value];
-  }));
-  const policy = values.get("policy")?.toLowerCase();
-  const until = Number(values.get("persistuntil") ?? Infinity) * 1000;
-  return found === issuer && values.get("accounturi") === accountUrl && until >= now.getTime() &&
-    (policy === "wildcard" || !name.startsWith("*."));
-}
-
-/** Undoes what an earlier run has noted and could not undo; false where it is to be tried again. */
-export async function cleanUp(config: Config, note: string, warn: Answering["warn"]): Promise<boolean> {
-  const { file, dns } = parseNote(note);
-  try {
-    if (dns !== undefined) await remove(dnsSections(config, dns.name), dns, config);
-    // believed only as far as this program could have written it
-    if (file !== undefined && dirname(file) === config.challengeDropDir && TOKEN.test(basename(file))) {
-      removeIfThere(file);
+export async function checkChallenges(
+  config: Config,
+  context: Context,
+  account?: { readonly url: string; readonly issuers: readonly string[] },
+): Promise<ChallengeFinding[]> {
+  const { checkFile, checkRecords } = await import("./selfcheck.ts"); // with http and TLS, which most runs do without
+  const atOnce = limit(MOST_CHECKS);
+  await using stack = new AsyncDisposableStack();
+  const prepare = stack.use(new PrepareCommands(context.warn));
+  const names = [...new Set(config.lines.flatMap(({ names }) => names))];
+  const token = `lematt-check-${nodeCrypto.randomBytes(16).toString("base64url")}`;
+  const content = nodeCrypto.randomBytes(32).toString("base64url");
+  let unwritable: string | undefined;
+  if (names.some((name) => challengeOf(config, name) === "http-01")) {
+    const path = join(config.challengeDropDir!, token);
+    stack.defer(() => removeIfThere(path));
+    try {
+      dropFile(path, content);
+    } catch (error) {
+      unwritable = `cannot write to challengeDropDir: ${(error as Error).message}`;
     }
-    return true;
-  } catch (error) {
-    warn(`cannot clean up ${dns?.record ?? file}: ${(error as Error).message}`);
-    return dns !== undefined; // which may never have been placed
+  }
+
+  async function check(name: string, challenge: ChallengeType): Promise<Verdict> {
+    switch (challenge) {
+      case "http-01": {
+        if (unwritable !== undefined) return { fault: unwritable };
+        await using commands = new AsyncDisposableStack();
+        const failed = await startPrepare(name, config, prepare, commands);
+        const { fault, note } = await untilRight(
+          failed ? HTTP_WAIT_SECONDS : 0,
+          HTTP_PAUSE_MS,
+          async (signal) => {
+            const verdict = await checkFile(urlOf(name, token), content, context, signal);
+            if (verdict.fault !== undefined) failed?.throwIfAborted();
+            return verdict;
+          },
+          context,
+        );
+        return { fault: fault && `not served from ${config.challengeDropDir}: ${fault}`, note };
+      }
+      case "dns-01":
+        return await untilRight(
+          0,
+          0,
+          (signal) => checkRecords(recordOf(name), () => undefined, context, signal),
+          context,
+        );
+      case "dns-persist-01":
+        if (account === undefined) {
+          return { fault: "its record names the account, which the first run makes" };
+        }
+        return await untilRight(0, 0, persistentCheck(name, account.issuers, account.url, context), context);
+    }
+  }
+  return await settled(names.map((name) =>
+    atOnce(async () => {
+      const challenge = challengeOf(config, name);
+      try {
+        const { fault, note } = await check(name, challenge);
+        return { name, challenge, problem: fault, note };
+      } catch (error) {
+        context.signal.throwIfAborted();
+        return { name, challenge, problem: (error as Error).message };
+      }
+    })
+  ));
+}
+
+// ---- parts -------------------------------------------------------------------------------------------------------
+
+/** One self-check, which ends with the signal. */
+type Check = (signal: AbortSignal) => Promise<Verdict>;
+
+/** Checks again and again until nothing is wrong or `seconds` are over; with 0 once. */
+async function untilRight(
+  seconds: number,
+  pauseMs: number,
+  check: Check,
+  context: Context,
+): Promise<Verdict> {
+  const deadline = context.now().getTime() + seconds * 1000;
+  const left = () => deadline - context.now().getTime();
+  let seen: Verdict | undefined;
+  for (;;) {
+    const cut = AbortSignal.timeout(Math.min(seconds === 0 ? Infinity : left(), CHECK_SECONDS * 1000));
+    const verdict = await check(AbortSignal.any([context.signal, cut]));
+    context.signal.throwIfAborted();
+    if (verdict.fault === undefined) return verdict;
+    // a check that was cut short says less than one that was not
+    if (!cut.aborted) seen = verdict;
+    if (left() <= pauseMs) return seen ?? verdict;
+    await context.sleep(pauseMs);
   }
 }
 
-/** A note as it was written; one that was cut off in the middle, or is none of ours, says nothing. */
-function parseNote(note: string): { file?: string; dns?: Placed } {
-  try {
-    const { file, dns } = JSON.parse(note);
-    const texts = dns === undefined ? [file] : [dns.name, dns.record, dns.value];
-    return texts.every((text) => typeof text === "string") ? { file, dns } : {};
-  } catch {
-    return {};
+/** Starts the `prepare` commands of a name; the signal aborts when one has failed. Undefined where there are none. */
+async function startPrepare(
+  name: string,
+  config: Config,
+  prepare: PrepareCommands,
+  stack: AsyncDisposableStack,
+): Promise<AbortSignal | undefined> {
+  const failed: AbortSignal[] = [];
+  for (const command of sectionsOf(config, name).flatMap((section) => section.prepare)) {
+    failed.push(stack.use(await prepare.start(command, { DOMAIN: name }, config.mode)).failed);
   }
+  return failed.length > 0 ? AbortSignal.any(failed) : undefined;
+}
+
+function urlOf(name: string, token: string): string {
+  return `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
+}
+
+/** Where dns-01 looks for the value of a name. */
+function recordOf(name: string): string {
+  return `_acme-challenge.${name.replace(/^\*\./, "")}`;
 }
 
 /** The sections whose commands prove a name by dns-01. */
@@ -259,23 +396,101 @@ function dnsSections(config: Config, name: string): readonly Section[] {
   return sectionsOf(config, name).filter(({ challenge }) => challenge === "dns-01");
 }
 
-function remove(sections: readonly Section[], placed: Placed, config: Config): Promise<void> {
-  return runAll(sections.flatMap(({ dnsCleanup }) => dnsCleanup), placed, config);
-}
-
-async function runAll(
-  commands: readonly string[],
-  { name, record, value }: Placed,
+/** Runs the hooks of all sections of a name, within `oneHook` where they may not run side by side. */
+async function runHooks(
+  key: "dnsPresent" | "dnsCleanup",
+  name: string,
+  value: string,
   config: Config,
+  oneHook: ReturnType<typeof limit>,
   signal?: AbortSignal,
 ): Promise<void> {
-  for (const command of commands) {
-    const values = { DOMAIN: name, RECORD: record, VALUE: value };
-    await runCommand(command, values, {
-      mode: config.mode,
-      timeoutSeconds: config.commandTimeoutSeconds,
+  const values = { DOMAIN: name, RECORD: recordOf(name), VALUE: value };
+  const options = { mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal };
+  for (const section of dnsSections(config, name)) {
+    const run = async () => {
+      for (const command of section[key]) await runCommand(command, values, options);
+    };
+    await (section.dnsParallel ? run() : oneHook(run));
+  }
+}
+
+/**
+ * The record by which dns-persist-01 proves a name for as long as it stands: an issue-value of RFC 8659 that names CA and
+ * account (draft-ietf-acme-dns-persist-01 §3). `accountUri` is the challenge's, or the account's URL.
+ */
+export function persistentRecord(
+  name: string,
+  issuerDomainName: string,
+  accountUri: string,
+): { readonly record: string; readonly value: string } {
+  const wildcard = name.startsWith("*.");
+  return {
+    record: `_validation-persist.${wildcard ? name.slice(2) : name}`,
+    value: `${issuerDomainName}; accounturi=${accountUri}${wildcard ? "; policy=wildcard" : ""}`,
+  };
+}
+
+function persistentCheck(
+  name: string,
+  issuers: readonly string[],
+  accountUri: string,
+  context: Context,
+): Check {
+  const { record, value } = persistentRecord(name, issuers[0] ?? "", accountUri);
+  return async (signal) => {
+    const { checkRecords, faultOf } = await import("./selfcheck.ts");
+    return await checkRecords(
+      record,
+      (records) => {
+        const fault = faultOf(
+          records,
+          (text) => isPersistent(text, name, issuers, accountUri, context.now()),
+        );
+        return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
+      },
+      context,
       signal,
-    });
+    );
+  };
+}
+
+/** Whether a record that was found is such a one, which may also say until when it holds. */
+function isPersistent(
+  text: string,
+  name: string,
+  issuers: readonly string[],
+  accountUri: string,
+  now: Date,
+): boolean {
+  const [issuer = "", ...parameters] = text.split(";").map((part) => part.trim());
+  const values = new Map<string, string>();
+  for (const parameter of parameters) {
+    const [, tag, value] = /^([^\s=]+)[ \t]*=[ \t]*([\x21-\x7e]*)$/.exec(parameter) ?? [];
+    if (tag === undefined || values.has(tag.toLowerCase())) return false;
+    values.set(tag.toLowerCase(), value!);
+  }
+  const until = values.get("persistuntil");
+  return issuers.includes(issuer) && values.get("accounturi") === accountUri &&
+    (until === undefined || (/^\d+$/.test(until) && Number(until) * 1000 >= now.getTime())) &&
+    (values.get("policy")?.toLowerCase() === "wildcard" || !name.startsWith("*."));
+}
+
+/** Whether that could be done; what could not stays in the journal, for the next run. */
+async function unpublish(
+  entry: Published,
+  config: Config,
+  context: Context,
+  oneHook: ReturnType<typeof limit>,
+): Promise<boolean> {
+  try {
+    if ("value" in entry) await runHooks("dnsCleanup", entry.name, entry.value, config, oneHook);
+    else if (TOKEN.test(entry.token)) removeIfThere(join(config.challengeDropDir!, entry.token));
+    return true;
+  } catch (error) {
+    const what = "value" in entry ? recordOf(entry.name) : entry.token;
+    context.warn(`cannot clean up ${what}: ${(error as Error).message}`);
+    return false;
   }
 }
 

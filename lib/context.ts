@@ -33,11 +33,15 @@ export interface Destination {
 /** Where `port` of a host is reached. Throws where the host has no address. */
 export type Route = (host: string, port: number) => Promise<readonly Destination[]>;
 
-/** Records of one type at a name, the parts of a TXT joined; empty where there are none. Throws where nobody answers. */
+/**
+ * Records of one type at a name: the parts of a TXT joined, of an SOA the primary. Empty where there are none, and where a
+ * server answers with an error (Deno makes no difference). Throws where nobody answers, or the signal's reason.
+ */
 export type Query = (
   name: string,
   type: "A" | "AAAA" | "CNAME" | "NS" | "SOA" | "TXT",
   server?: Destination,
+  signal?: AbortSignal,
 ) => Promise<string[]>;
 
 /** The outside as it is; `fetch`, `userAgent`, `signal` and `warn` are the program's. */
@@ -66,17 +70,76 @@ export const systemRoute: Route = async (host, port) => {
 };
 
 /** Asks the system's resolver, or one server. */
-export const systemQuery: Query = async (name, type, server) => {
-  const options = server && { nameServer: { ipAddr: server.address, port: server.port } };
+export const systemQuery: Query = async (name, type, server, signal) => {
+  const nameServer = server && { ipAddr: server.address, port: server.port };
   try {
+    const options = { nameServer, signal };
+    if (type === "SOA") return (await Deno.resolveDns(`${name}.`, type, options)).map(({ mname }) => mname);
     const records = await Deno.resolveDns(`${name}.`, type as "TXT", options);
-    // a TXT record is a list of strings, an SOA an object of which only the presence counts
-    return records.map((record: unknown) => [record].flat().join(""));
+    return records.map((record) => [record].flat().join(""));
   } catch (error) {
     if (error instanceof Deno.errors.NotFound) return [];
+    // Deno gives up where resolv.conf has an option that it does not know, such as no-aaaa of glibc 2.36
+    if (server === undefined && (error as Error).message.includes("resolv.conf")) {
+      const text = await Deno.readTextFile("/etc/resolv.conf");
+      const [, address] = /^nameserver\s+([\da-f.:]+)/im.exec(text) ?? [];
+      if (address !== undefined) return await systemQuery(name, type, { address, port: 53 }, signal);
+    }
     throw error;
   }
 };
+
+/** What connect() says for lack of a route; a router may say some of it of a host that is down, so it is asked twice. */
+const NO_ROUTE = [
+  "ENETUNREACH",
+  "EHOSTUNREACH",
+  "EADDRNOTAVAIL",
+  "EAFNOSUPPORT",
+  "EINVAL",
+  "EACCES",
+  "EPERM",
+];
+
+/**
+ * Whether it was for lack of a route from this host that nobody could connect to an address: as to all IPv6 addresses
+ * where there is no IPv6, where it is disabled, or where its routes are unreachable or prohibited.
+ */
+export async function isUnrouted(address: string, error: unknown): Promise<boolean> {
+  if (!NO_ROUTE.includes((error as { code?: string }).code ?? "")) return false;
+  const { createSocket } = await import("node:dgram");
+  const socket = createSocket(isIP(address) === 6 ? "udp6" : "udp4");
+  try {
+    return await new Promise((resolve) => {
+      socket.on("error", () => resolve(true));
+      // nobody but the kernel has a say in whether a datagram leaves; port 9 is discard (RFC 863)
+      socket.send(new Uint8Array(0), 9, address, (error) => resolve(error !== null));
+    });
+  } finally {
+    socket.close();
+  }
+}
+
+/** What a promise comes to, unless the signal aborts before: its reason then. What cannot be aborted goes on unheard. */
+export async function within<T>(signal: AbortSignal, promise: Promise<T>): Promise<T> {
+  const { promise: aborted, reject } = Promise.withResolvers<never>();
+  const abort = () => reject(signal.reason);
+  signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
+  try {
+    return await Promise.race([aborted, promise]);
+  } finally {
+    signal.removeEventListener("abort", abort);
+  }
+}
+
+/** All of the values, or the first error once every promise has come to its end, so that nothing goes on behind it. */
+export async function settled<T>(promises: readonly Promise<T>[]): Promise<T[]> {
+  const results = await Promise.allSettled(promises);
+  return results.map((result) => {
+    if (result.status === "rejected") throw result.reason;
+    return result.value;
+  });
+}
 
 /** Has at most `most` tasks run at once; the others wait for their turn, in order. */
 export function limit(most: number): <T>(task: () => Promise<T>) => Promise<T> {

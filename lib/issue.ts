@@ -7,9 +7,17 @@
  * what was asked for; putting it in place is not done here.
  */
 
-import { type AcmeClient, AcmeError, type Authorization, describe, type Order } from "./acme.ts";
+import {
+  type AcmeClient,
+  AcmeError,
+  type Authorization,
+  describe,
+  type Order,
+  ORDER_DEADLINE_MS,
+} from "./acme.ts";
 import type { Challenges } from "./challenge.ts";
 import type { Line } from "./config.ts";
+import { type Context, settled } from "./context.ts";
 import type { Due, Task } from "./plan.ts";
 import type { Issued } from "./store.ts";
 import { ChainError, checkChain, rootOf } from "./x509.ts";
@@ -24,15 +32,13 @@ export interface KeyAndCsr {
 export interface Issuing {
   readonly client: AcmeClient;
   readonly challenges: Challenges;
-  now(): Date;
+  readonly context: Context;
   /** What is handed to the CA for a certificate. */
   request(due: Due): Promise<KeyAndCsr>;
   /** Identifier of the certificate that this one replaces (RFC 9773 §5), where the same account ordered it. */
   replaces(due: Due): string | undefined;
   /** Common name of the root whose chain is wanted; without it the CA's default. */
   readonly preferredChain?: string;
-  /** Told of what is odd but stops nothing. */
-  warn(text: string): void;
 }
 
 /** Starts the certificates of one line; one promise for each that is due, in that order. */
@@ -51,26 +57,47 @@ export function issueLine(task: Task, issuing: Issuing): Promise<Issued>[] {
 }
 
 /** An order whose names have all been proven. */
-async function readyOrder(line: Line, due: Due, { client, challenges, replaces }: Issuing): Promise<Order> {
+async function readyOrder(
+  line: Line,
+  due: Due,
+  { client, challenges, context, replaces }: Issuing,
+): Promise<Order> {
   let order = await client.newOrder(line.names, { profile: line.profile, replaces: replaces(due) });
-  if (order.status === "pending") {
-    await using answers = new AsyncDisposableStack();
-    const account = await client.account();
-    const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
-    const pending = authorizations.filter((authorization) => isPending(authorization, line));
+  if (order.status !== "pending") return order;
+  const account = { key: client.key, url: await client.account() };
+  const authorizations = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
+  let pending: readonly Authorization[] = authorizations.filter((authorization) =>
+    isPending(authorization, line)
+  );
+  do {
     // the CA is told of none before all are there: where one cannot be made so, the others vanish with it, and a CA
     // that was looking for them by then would count failures
-    const answered = await settled(pending.map(async (authorization) => {
-      const { challenge } = answers.use(await challenges.present(authorization, client.key, account));
-      return { authorization, challenge };
-    }));
+    await using presented = await challenges.present(pending, account);
+    const { answers, later } = presented;
     await settled(
-      answered.map(({ authorization, challenge }) => client.respondToChallenge(authorization, challenge)),
+      answers.map(({ authorization, challenge }) => client.respondToChallenge(authorization, challenge)),
     );
-    order = await client.awaitValidation(order);
-    if (order.status === "invalid") throw await validationError(order, client);
-  }
+    if (later.length === 0) order = await client.awaitValidation(order);
+    else await settled(answers.map(({ authorization }) => validated(authorization, client, context)));
+    pending = later;
+  } while (pending.length > 0);
+  if (order.status === "invalid") throw await validationError(order, client);
   return order;
+}
+
+/** Waits until an authorization is valid, with others of its order still to be proven. */
+async function validated({ url, name }: Authorization, client: AcmeClient, context: Context): Promise<void> {
+  const deadline = context.now().getTime() + ORDER_DEADLINE_MS;
+  for (let pause = 250;; pause = Math.min(2 * pause, 5_000)) {
+    const { status, challenges } = await client.getAuthorization(url);
+    if (status === "valid") return;
+    const { error } = challenges.find(({ error }) => error !== undefined) ?? {};
+    if (status !== "pending" || context.now().getTime() > deadline) {
+      const why = error ? describe(error) : `the authorization is ${status}`;
+      throw new AcmeError("validate", `${name}: ${why}`, url, { problem: error, spent: true });
+    }
+    await context.sleep(pause);
+  }
 }
 
 function isPending(authorization: Authorization, line: Line): boolean {
@@ -112,7 +139,7 @@ async function certificate(
   { keyPem, csr }: KeyAndCsr,
   issuing: Issuing,
 ): Promise<Issued> {
-  const { client, now } = issuing;
+  const { client, context } = issuing;
   let order = ready;
   if (order.status === "ready") order = await client.finalizeOrder(order, csr.der);
   switch (order.status) {
@@ -131,7 +158,7 @@ async function certificate(
   }
   const received = await chainOf(order, line, issuing);
   try {
-    const { leaf, chainPem } = checkChain(received, line.names, keyPem, now());
+    const { leaf, chainPem } = checkChain(received, line.names, keyPem, context.now());
     return { keyPem, csrPem: csr.pem, chainPem, certificate: leaf };
   } catch (error) {
     if (!(error instanceof ChainError)) throw error;
@@ -140,7 +167,11 @@ async function certificate(
 }
 
 /** The chain that leads to the preferred root, or the default one. */
-async function chainOf(order: Order, line: Line, { client, preferredChain, warn }: Issuing): Promise<string> {
+async function chainOf(
+  order: Order,
+  line: Line,
+  { client, preferredChain, context }: Issuing,
+): Promise<string> {
   let first: string | undefined;
   let why = "";
   try {
@@ -154,15 +185,6 @@ async function chainOf(order: Order, line: Line, { client, preferredChain, warn 
     why = ` (${error.message})`;
   }
   const wanted = JSON.stringify(preferredChain);
-  warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
+  context.warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
   return first!;
-}
-
-/** All of the values, or the first error once every promise has come to its end, so that nothing goes on behind it. */
-async function settled<T>(promises: readonly Promise<T>[]): Promise<T[]> {
-  const results = await Promise.allSettled(promises);
-  return results.map((result) => {
-    if (result.status === "rejected") throw result.reason;
-    return result.value;
-  });
 }

@@ -125,15 +125,8 @@ export class Issuer {
     const account = accountName(config, client.key);
     const issuing: Issuing = {
       client,
-      challenges: new Challenges({
-        ...context,
-        config,
-        prepare,
-        note: (text) => store.note(text),
-        forget: (text) => store.forget(text),
-        warn: context.warn,
-      }),
-      now: context.now,
+      challenges: new Challenges(config, context, prepare, store),
+      context,
       request: (due) => early.get(due) ?? this.#requestFor(due),
       replaces: ({ entry: { finding } }) => {
         const id = "certificate" in finding ? finding.certificate.id : undefined;
@@ -141,7 +134,6 @@ export class Issuer {
         return offered && id !== undefined && store.state.renewals[id]?.account === account ? id : undefined;
       },
       preferredChain: config.preferredChain,
-      warn: context.warn,
     };
     const remember = async (due: Due, issued: Issued, seconds: number) => {
       const { id } = issued.certificate;
@@ -163,7 +155,6 @@ export class Issuer {
     ));
     context.signal.throwIfAborted();
     await register(client, this.#connecting); // the CA may have forgotten the account, and been told anew
-    await store.keepNotes();
   }
 
   async #issueTask(

@@ -11,7 +11,7 @@
  */
 
 import type { Endpoint, KeyType } from "./config.ts";
-import { type Context, type Destination, limit } from "./context.ts";
+import { type Context, type Destination, isUnrouted, limit } from "./context.ts";
 import { isIP } from "./names.ts";
 import { oneLine } from "./text.ts";
 import { type Certificate, readCertificate } from "./x509.ts";
@@ -218,11 +218,10 @@ class Round {
         };
       }
       if (connection !== undefined) return undefined; // it has answered, though not with what was hoped for
-      const { code = "", message } = error as Error & { code?: string };
-      if (NO_ROUTE.test(code) && !await hasRoute(address)) {
+      if (await isUnrouted(address, error)) {
         return { detail: "this host has no route to the address", unrouted: true };
       }
-      return { detail: message.replace(/ \(os error \d+\)$/, "") };
+      return { detail: (error as Error).message.replace(/ \(os error \d+\)$/, "") };
     } finally {
       hangUp();
     }
@@ -270,26 +269,6 @@ const FIRST_WORD: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
   ldap: Uint8Array.fromHex("301d02010177188016" + "312e332e362e312e342e312e313436362e3230303337"),
   postgres: Uint8Array.fromHex("0000000804d2162f"),
 };
-
-/**
- * What connect() says where there is no route: none at all, IPv6 disabled, or a route that is unreachable, prohibited or a
- * black hole. Each may also come from elsewhere, as from a router before a host that is down.
- */
-const NO_ROUTE = /^E(NETUNREACH|HOSTUNREACH|ACCES|INVAL|ADDRNOTAVAIL|AFNOSUPPORT)$/;
-
-/** Whether a datagram to this address would leave this host: nobody but its own kernel has a say in that. */
-async function hasRoute(address: string): Promise<boolean> {
-  const { createSocket } = await import("node:dgram");
-  const socket = createSocket(isIP(address) === 6 ? "udp6" : "udp4");
-  try {
-    return await new Promise((resolve) => {
-      socket.on("error", () => resolve(false));
-      socket.send(new Uint8Array(0), 9, address, (error) => resolve(!error)); // port 9: discard (RFC 863)
-    });
-  } finally {
-    socket.close();
-  }
-}
 
 // ---- openssl ---------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@
  */
 
 import { basename } from "node:path";
-import { cleanUp, standingRecord } from "./challenge.ts";
+import { persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, type Line, loadConfig, type Section } from "./config.ts";
 import { type Context, limit } from "./context.ts";
 import { deliver, drifted, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
@@ -146,10 +146,7 @@ async function openStore(config: Config, context: Context, tell: Tell): Promise<
   const store = await Store.open(config, context.now());
   try {
     for (const text of store.notices) tell({ kind: "notice", text, changed: true });
-    for (const note of store.notes()) {
-      if (await cleanUp(config, note, (text) => tell({ kind: "notice", text }))) store.forget(note);
-    }
-    await store.keepNotes();
+    await removeLeftovers(config, context, store);
     return store;
   } catch (error) {
     store[Symbol.dispose]();
@@ -358,7 +355,7 @@ export async function records(config: Config, context: Context): Promise<string[
   return [...all].filter((name) => !all.has(`*.${name}`)).map((name) => {
     const issuer = account?.issuers[0] ?? "<domain name of the CA, known after the first run>";
     const url = account?.url ?? "<URL of the account, known after the first run>";
-    const { record, value } = standingRecord(name, issuer, url);
+    const { record, value } = persistentRecord(name, issuer, url);
     return `${record}. IN TXT "${value}"`;
   });
 }

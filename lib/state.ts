@@ -31,6 +31,8 @@ export interface State {
   alerts: Record<string, Record<string, SentAlert>>;
   /** key of a problem -> when `--cron` last printed it */
   reported: Record<string, string>;
+  /** Challenges that are published and to be removed: files by their token, TXT values by the name that they prove. */
+  published: ({ token: string } | { name: string; value: string })[];
   /** When the last full runs began, at most seven. */
   runs: string[];
   /** Of version 1, until taken over: section -> base name of a certificate file -> fingerprint not delivered yet. */
@@ -168,7 +170,7 @@ const RECORDS = [
 /** The state of a mode that never ran. */
 export function emptyState(): State {
   const records = Object.fromEntries(RECORDS.map((key) => [key, record({})]));
-  return { version: 2, runs: [], ...records } as unknown as State;
+  return { version: 2, published: [], runs: [], ...records } as unknown as State;
 }
 
 /**
@@ -288,6 +290,8 @@ const CERTIFICATE = shape({
   selfSigned: isFlag,
   issuer: isText,
 });
+const isFile = shape({ token: isText });
+const isRecordValue = shape({ name: isText, value: isText });
 const STATE = shape({
   version: (version) => version === 2,
   accounts: optional(recordOf(shape({ url: isText, contact: listOf(isText), issuers: listOf(isText) }))),
@@ -324,6 +328,7 @@ const STATE = shape({
   }))),
   alerts: optional(recordOf(recordOf(shape({ at: isDate, what: isText })))),
   reported: optional(recordOf(isDate)),
+  published: optional(listOf((entry) => isFile(entry) || isRecordValue(entry))),
   runs: optional(listOf(isDate)),
   owed: optional(recordOf(recordOf(isText))),
 });

@@ -287,7 +287,6 @@ export class Store implements Disposable {
   #written: Promise<void> = Promise.resolve();
   #waiting: Promise<void> | undefined;
   readonly #owners: Map<string, Line>;
-  readonly #notes: Set<string>;
 
   private constructor(
     private readonly config: Config,
@@ -300,7 +299,6 @@ export class Store implements Disposable {
     readonly notices: string[],
   ) {
     this.#owners = linkOwners(config);
-    this.#notes = new Set((readIfPresent(this.#notesPath) ?? "").split("\n").filter((line) => line !== ""));
   }
 
   /**
@@ -478,33 +476,6 @@ export class Store implements Disposable {
   /** Puts a secret in a file, whole or not at all. */
   async replaceSecret(path: string, text: string): Promise<void> {
     await this.#replace(path, text, 0o600);
-  }
-
-  /** What has been noted and not forgotten, by this run or by one before it that was cut off. */
-  notes(): string[] {
-    return [...this.#notes];
-  }
-
-  /** Remembers, before it is done, something outside that must be undone even if this run is cut off. One line of text. */
-  note(text: string): void {
-    // in a line of its own, even after one that a full disk has cut short
-    Deno.writeTextFileSync(this.#notesPath, `\n${text}\n`, { append: true, mode: 0o600 });
-    this.#notes.add(text);
-  }
-
-  /** Forgets a note, for what it names has been undone. */
-  forget(text: string): void {
-    this.#notes.delete(text);
-  }
-
-  /** Keeps for the next run what is still noted. */
-  async keepNotes(): Promise<void> {
-    if (this.#notes.size === 0) removeIfThere(this.#notesPath);
-    else await this.#replace(this.#notesPath, [...this.#notes, ""].join("\n"), 0o600);
-  }
-
-  get #notesPath(): string {
-    return join(this.config.base, ".cleanup");
   }
 
   async #replace(path: string, text: string, mode: number): Promise<void> {

@@ -10,7 +10,7 @@ const FLOORS = [
   "text",
   "ini names",
   "context values x509",
-  "preflight dns settings",
+  "selfcheck settings",
   "config",
   "hooks probe state acme http",
   "store challenge",

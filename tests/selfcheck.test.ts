@@ -1,0 +1,243 @@
+/** Goal: a file is looked for as a CA looks for it, within limits, and what is wrong is said with the hop where it is. */
+
+import assert from "node:assert/strict";
+import { generateKeyPairSync } from "node:crypto";
+import { type Route, systemContext } from "../lib/context.ts";
+import { checkFile } from "../lib/selfcheck.ts";
+import { until } from "./bed.ts";
+import { certify, createAuthority } from "./ca-x509.ts";
+
+const PATH = "/.well-known/acme-challenge/token";
+const EXPECTED = "token.thumbprint";
+const URL_80 = `http://example.com${PATH}`;
+
+type Handler = (request: Request) => Response;
+
+const right: Handler = () => new Response(EXPECTED);
+const redirect = (location: string, status = 302): Handler => () =>
+  new Response(null, { status, headers: { location } });
+
+/** One check of `url`. */
+function check(route: Route, { url = URL_80, signal = AbortSignal.timeout(10_000) } = {}) {
+  const unused = () => assert.fail("not asked for");
+  const context = systemContext({ fetch: unused, userAgent: "", signal, warn: unused, route });
+  return checkFile(url, EXPECTED, context, signal);
+}
+
+const faultOf = async (...args: Parameters<typeof check>) => (await check(...args)).fault;
+
+/** A web server on loopback; with `tls` under a certificate that is expired and for another name. */
+function serve(handler: Handler, { hostname = "127.0.0.1", tls = false } = {}) {
+  const server = Deno.serve({ hostname, port: 0, onListen: () => {}, ...(tls && selfSigned()) }, handler);
+  return { port: server.addr.port, [Symbol.asyncDispose]: () => server.shutdown() };
+}
+
+function selfSigned() {
+  const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
+  const identifiers = [{ type: "dns", value: "other.example" } as const];
+  const contents = { publicKey, identifiers, notBefore: new Date(0), notAfter: new Date(1e12) };
+  const key = privateKey.export({ format: "pem", type: "pkcs8" }).toString();
+  return { cert: certify(contents, createAuthority("nobody")), key };
+}
+
+/** Every host at 127.0.0.1, its ports 80 and 443 at these. */
+const all = (http: number, https = 0): Route => (_host, port) =>
+  Promise.resolve([{ address: "127.0.0.1", port: port === 80 ? http : https }]);
+
+/** Every host at these places. */
+const at = (...places: [address: string, port: number][]): Route => () =>
+  Promise.resolve(places.map(([address, port]) => ({ address, port })));
+
+/** Answers each connection with the same bytes and closes it; without any, stays silent until disposed of. */
+function serveBytes(bytes?: Uint8Array<ArrayBuffer>) {
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const open: Deno.TcpConn[] = [];
+  const accepting = (async () => {
+    for await (const connection of listener) {
+      open.push(connection);
+      if (bytes === undefined) continue;
+      await connection.read(new Uint8Array(4096));
+      await connection.write(bytes);
+      connection.closeWrite();
+    }
+  })();
+  return {
+    port: listener.addr.port,
+    connected: open,
+    async [Symbol.asyncDispose]() {
+      listener.close();
+      await accepting;
+      for (const connection of open) connection.close();
+    },
+  };
+}
+
+/** A port of `hostname` where nobody listens. */
+async function closedPort(hostname = "127.0.0.1") {
+  const server = serve(right, { hostname });
+  await server[Symbol.asyncDispose]();
+  return server.port;
+}
+
+Deno.test("the right answer is right, under the Host of the name, with or without space at its end", async () => {
+  const seen = new Set<string>();
+  for (const space of ["", "\n", " \r\n\t"]) {
+    await using web = serve((request) => {
+      seen.add(`${request.method} ${request.headers.get("host")} ${new URL(request.url).pathname}`);
+      return new Response(EXPECTED + space);
+    });
+    assert.deepEqual(await check(all(web.port)), {});
+  }
+  assert.deepEqual([...seen], [`GET example.com ${PATH}`]);
+});
+
+for (
+  const [what, handler, answered] of [
+    ["404", () => new Response("no", { status: 404 }), " answered 404"],
+    ["500", () => new Response(EXPECTED, { status: 500 }), " answered 500"],
+    ["another 2xx", () => new Response(EXPECTED, { status: 201 }), " answered 201"],
+    ["another token's answer", () => new Response("other.thumbprint"), " answered 200 with something else"],
+    [
+      "a page around the answer",
+      () => new Response(`<p>${EXPECTED}</p>`),
+      " answered 200 with something else",
+    ],
+    ["a redirect to nowhere", () => new Response(null, { status: 301 }), " answered 301"],
+    ["ten megabytes", () => new Response(EXPECTED + " ".repeat(10 << 20)), ": more than 4096 bytes"],
+  ] as [string, Handler, string][]
+) {
+  Deno.test(`${what} is reported as what it is, with URL and address`, async () => {
+    await using web = serve(handler);
+    assert.equal(await faultOf(all(web.port)), `${URL_80} at 127.0.0.1${answered}`);
+  });
+}
+
+// ---- redirects ---------------------------------------------------------------------------------------------------
+
+Deno.test("ten redirects are followed, and not one more", async () => {
+  await using web = serve((request) => {
+    const left = Number(new URL(request.url).pathname.slice(1));
+    return left > 0 ? redirect(`/${left - 1}`)(request) : right(request);
+  });
+  assert.equal(await faultOf(all(web.port), { url: "http://example.com/10" }), undefined);
+  const fault = await faultOf(all(web.port), { url: "http://example.com/11" });
+  assert.equal(fault, "http://example.com/11: more than 10 redirects");
+});
+
+Deno.test("every kind of redirect is followed, to other hosts and to https, whatever the certificate and the page with it", async () => {
+  for (const status of [301, 302, 303, 307, 308]) {
+    const location = `https://elsewhere.example${PATH}`;
+    await using web = serve(() => new Response("x".repeat(100_000), { status, headers: { location } }));
+    const isElsewhere = ({ headers }: Request) => headers.get("host") === "elsewhere.example";
+    await using secure = serve((request) => new Response(isElsewhere(request) ? EXPECTED : ""), {
+      tls: true,
+    });
+    assert.equal(await faultOf(all(web.port, secure.port)), undefined);
+  }
+});
+
+for (
+  const [location, asked] of [
+    ["http://elsewhere.example:443/x", "elsewhere.example:443"],
+    ["https://elsewhere.example:80/x", "elsewhere.example:80"],
+    ["//elsewhere.example/x", "elsewhere.example:80"],
+    ["http://[::1]/x", "::1:80"],
+    ["http://elsewhere.example:8080/x", undefined],
+    ["http://elsewhere.example:22/", undefined],
+    ["ftp://elsewhere.example/x", undefined],
+    ["file:///etc/passwd", undefined],
+    ["http://[nonsense/x", undefined],
+  ] as const
+) {
+  Deno.test(`a redirect to ${location} ${asked ? `leads to ${asked}` : "is not followed"}`, async () => {
+    await using web = serve(redirect(location));
+    const hosts: string[] = [];
+    const fault = await faultOf((host, port) => {
+      if (hosts.push(`${host}:${port}`) > 1) throw new Error("far enough");
+      return all(web.port)(host, port);
+    });
+    assert.deepEqual(hosts, ["example.com:80", ...(asked ? [asked] : [])]);
+    const where = `${URL_80} at 127.0.0.1 redirects to`;
+    if (asked) assert.match(fault!, /^http:\S+ at 127\.0\.0\.1 redirects to \S+, but \S+ has no address$/);
+    else assert.equal(fault, `${where} ${location}, where the CA does not follow`);
+  });
+}
+
+// ---- connections -------------------------------------------------------------------------------------------------
+
+Deno.test("what cannot be reached, breaks off or is no HTTP is reported with its reason", async () => {
+  const refused = await faultOf(all(await closedPort()));
+  assert.match(refused!, /^http:\S+ at 127\.0\.0\.1: .*refused.*; .*hairpin.*preflight: warn$/i);
+  const short = `HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n${EXPECTED}`;
+  for (const text of ["", "SSH-2.0-OpenSSH_9.2\r\n", short]) {
+    await using web = serveBytes(new TextEncoder().encode(text));
+    assert.match(await faultOf(all(web.port)) ?? "", /^http:\S+ at 127\.0\.0\.1: ./, JSON.stringify(text));
+  }
+  const nowhere = await faultOf(() => Promise.reject(new Error("ENOTFOUND")));
+  assert.equal(nowhere, "example.com has no address");
+});
+
+Deno.test("one deadline ends a check, however many silent addresses and redirects there are", async () => {
+  await using silent = serveBytes();
+  await using web = serve(redirect(`https://example.com${PATH}`));
+  const places = Array.from({ length: 4000 }, (): [string, number] => ["127.0.0.1", silent.port]);
+  for (const route of [all(silent.port), all(web.port, silent.port), at(...places)]) {
+    const before = silent.connected.length;
+    const stop = new AbortController();
+    const checking = faultOf(route, { signal: stop.signal });
+    await until("connected", () => silent.connected.length > before);
+    const begun = Date.now();
+    stop.abort();
+    assert.match((await checking)!, /no answer in time; .*hairpin/);
+    assert(Date.now() - begun < 2000);
+  }
+  assert(silent.connected.length <= 6, "few addresses of a family are asked");
+  const unanswered = await faultOf(() => new Promise(() => {}), { signal: AbortSignal.timeout(50) });
+  assert.equal(unanswered, "example.com could not be looked up in time");
+});
+
+Deno.test("every address must show the challenge, since the CA may choose any", async () => {
+  await using four = serve(right);
+  await using six = serve(right, { hostname: "::1" });
+  await using wrong = serve(() => new Response("default page"), { hostname: "::1" });
+  const [closed4, closed6] = [await closedPort(), await closedPort("::1")];
+  for (
+    const [places, fault] of [
+      [[["127.0.0.1", four.port], ["::1", six.port]], undefined],
+      [[["::1", six.port]], undefined],
+      [[["127.0.0.1", four.port], ["127.0.0.1", closed4]], /at 127\.0\.0\.1: .*refused/i],
+      [[["127.0.0.1", four.port], ["::1", wrong.port]], /at ::1 answered 200 with something else$/],
+      [[["::1", six.port], ["::1", wrong.port]], /at ::1 answered 200 with something else$/],
+      [[["127.0.0.1", four.port], ["::1", closed6]], /at ::1: .*refused/i],
+    ] as [[string, number][], RegExp | undefined][]
+  ) {
+    const found = await faultOf(at(...places));
+    if (fault === undefined) assert.equal(found, undefined);
+    else assert.match(found ?? "", fault);
+  }
+});
+
+Deno.test("a page to which several addresses redirect is fetched once", async () => {
+  let count = 0;
+  await using central = serve((request) => (count++, right(request)));
+  await using web = serve(redirect(`http://central.example${PATH}`));
+  const places = [1, 2, 3].map((): [string, number] => ["127.0.0.1", web.port]);
+  const fault = await faultOf((host) =>
+    host === "example.com" ? at(...places)(host, 80) : all(central.port)(host, 80)
+  );
+  assert.deepEqual([fault, count], [undefined, 1]);
+});
+
+Deno.test("an IPv6 address is looked for under its own name", async () => {
+  await using web = serve(
+    ({ headers }) => new Response(headers.get("host") === "[2001:db8::7]" ? EXPECTED : ""),
+    {
+      hostname: "::1",
+    },
+  );
+  const route: Route = (host, port) => {
+    assert.deepEqual([host, port], ["2001:db8::7", 80]);
+    return at(["::1", web.port])(host, port);
+  };
+  assert.equal(await faultOf(route, { url: `http://[2001:db8::7]${PATH}` }), undefined);
+});

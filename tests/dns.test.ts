@@ -240,8 +240,7 @@ for (
     await using at = await dnsBed({ settings: "dnsWait: 20" });
     const ran = await at.bed.run({ query: asking(at.dns, ask) });
     assert.deepEqual([ran.code, asked(ran), at.placed()], [1, 0, []]);
-    const line = `FAILED  ${NAME} (ec)\n        self-check of the challenge for ${NAME} failed: ${fault}`;
-    assert(ran.stderr.startsWith(line), ran.stderr);
+    assert(ran.stderr.includes(`self-check of the challenge for ${NAME} failed: ${fault}`), ran.stderr);
     assert.equal(at.bed.waits.reduce((sum, ms) => sum + ms, 0), 18_000);
   });
 }
@@ -264,7 +263,7 @@ Deno.test("where no name server can be asked the system's resolver is, and that 
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
   assert.match(
     ran.stdout,
-    /^note {4}self-check of the challenge for example\.com: no name server of example\.com answers for it \(ns1/m,
+    /^note +self-check of the challenge for example\.com: no name server of example\.com answers for it \(ns1/m,
   );
 });
 
@@ -301,7 +300,7 @@ Deno.test("preflight: warn asks the CA all the same, preflight: no looks at noth
   assert.equal(warned.code, 0, warned.stderr);
   assert.match(
     warned.stdout,
-    /^note {4}self-check of the challenge for example\.com failed: .* is in no zone that has name servers, and /m,
+    /^note +self-check of the challenge for example\.com failed: .* is in no zone that has name servers, and /m,
   );
 
   at.bed.configure({ settings: "keyTypes: ec\npreflight: no", domains: `*.${NAME}` });
@@ -324,7 +323,7 @@ Deno.test("what the CA does not find is told in its own words, and taken away", 
 
 for (
   const [what, present, told] of [
-    ["fails", `${PRESENT}; echo "no such \x1b[2Jzone" >&2; exit 3`, /: exit status 3\n {8}\| no such zone\n/],
+    ["fails", `${PRESENT}; echo "no such \x1b[2Jzone" >&2; exit 3`, /: exit status 3\n *\| no such zone\n/],
     ["does not exist", "nsupdate-with-a-typo RECORD VALUE", /: exit status 127 \(command not found\)\n/],
     ["hangs", `${PRESENT} && sleep 600`, /: timed out after 1 s\n/],
   ] as const
@@ -348,7 +347,7 @@ Deno.test("a cleanup that fails is told, and costs no certificate", async () => 
   await using at = await dnsBed({ cleanup: "echo cleanup >> HOME/log; exit 4" });
   const ran = await at.bed.run({ query: at.query });
   assert.deepEqual([ran.code, ran.stderr, at.bed.ca.issued.length], [0, "", 1]);
-  assert.match(ran.stdout, /^note {4}cannot clean up _acme-challenge\.example\.com: .*: exit status 4$/m);
+  assert.match(ran.stdout, /^note +cannot clean up _acme-challenge\.example\.com: .*: exit status 4$/m);
 });
 
 Deno.test("an interrupted run waits for no hook that hangs, and takes away what it may have placed", async () => {
@@ -357,7 +356,7 @@ Deno.test("an interrupted run waits for no hook that hangs, and takes away what 
   const running = at.bed.run({ query: at.query, signal: stop.signal });
   await until("the hook hangs", () => existsSync(join(at.bed.home, "hanging")));
   stop.abort(new DOMException("interrupted", "AbortError"));
-  assert.equal((await running).code, 1);
+  await assert.rejects(running, { name: "AbortError" });
   assert.deepEqual(at.placed(), []);
 });
 
@@ -397,7 +396,7 @@ Deno.test("dns-persist-01 needs the one record that --plan and --check print, an
     /has no TXT record at _validation-persist\.example\.com; place this one: _validation/,
   );
 
-  const place = /^place {3}(\S+)\. IN TXT "([^"]*)"/gm;
+  const place = /^.*place:? +(\S+)\. IN TXT "([^"]*)"/gm;
   const told = await Promise.all(["--plan", "--check"].map(async (option) => {
     const { code, stdout, stderr } = await bed.lematt("--test", option);
     assert.deepEqual([code, stderr], [0, ""]);

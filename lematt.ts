@@ -7,7 +7,7 @@ import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
 import { type Context, systemContext } from "./lib/context.ts";
-import { runCommand } from "./lib/hooks.ts";
+import { killAll, runCommand } from "./lib/hooks.ts";
 import { errorText, isSystemError, noticeText, planJson, planText, Report } from "./lib/report.ts";
 import {
   accept,
@@ -198,7 +198,10 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
   }
 
   const stop = new AbortController();
-  const interrupt = () => stop.abort(new DOMException("interrupted", "AbortError"));
+  const interrupt = () => {
+    if (stop.signal.aborted) killAll(); // asked twice: clean-up commands are not waited for
+    stop.abort(new DOMException("interrupted", "AbortError"));
+  };
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
   try {

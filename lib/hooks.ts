@@ -51,7 +51,9 @@ export class CommandError extends Error {
     ending: { exitCode?: number | null; signal?: string | null; timedOut?: boolean; output?: string } = {},
   ) {
     const line = ownLines(command);
-    super(`Cannot run ${JSON.stringify(line.length > 200 ? `${line.slice(0, 200)}…` : line)}: ${reason}`);
+    // both ends: the host that an upload is for stands last
+    const short = line.length > 200 ? `${line.slice(0, 100)} … ${line.slice(-100)}` : line;
+    super(`cannot run ${JSON.stringify(short)}: ${reason}`);
     this.exitCode = ending.exitCode ?? null;
     this.signal = ending.signal ?? undefined;
     this.timedOut = ending.timedOut ?? false;

@@ -302,7 +302,7 @@ async function findOpenssl(signal: AbortSignal): Promise<Openssl> {
   if (lacking.length > 0) {
     const which = `which lacks the options ${lacking.join(" ")} of s_client`;
     throw new ProbeError(
-      `Cannot probe with this openssl, ${which}: OpenSSL 1.1.1 or newer is needed, not LibreSSL`,
+      `cannot probe with this openssl, ${which}: OpenSSL 1.1.1 or newer is needed, not LibreSSL`,
     );
   }
   // to read the trusted roots would take longer than all the rest
@@ -324,8 +324,8 @@ const run: Openssl = async (args, signal) => {
   } catch (error) {
     throw new ProbeError(
       error instanceof Deno.errors.NotFound
-        ? "Cannot find openssl, which probes need"
-        : `Cannot run openssl, which probes need: ${(error as Error).message}`,
+        ? "cannot find openssl, which probes need"
+        : `cannot run openssl, which probes need: ${(error as Error).message}`,
     );
   }
   const [stdout, stderr] = await Promise.all([

@@ -175,12 +175,12 @@ Deno.test("runCommand() ends at the first part that fails, and shows its line", 
   const error = await failureOf(run("set CERTS; echo $1; exit 1", { CERTS }));
   assert.equal(error.output, `${CERTS[0]}\n`);
   assert.ok(error.command.length < 128 * 1024);
-  assert.match(error.message, /^Cannot run "set .{196}…": exit status 1$/);
+  assert.match(error.message, /^cannot run "set .{96} … .{100}": exit status 1$/);
 });
 
 Deno.test("a line that cannot be divided fails with the system's reason", async () => {
   const error = await failureOf(run("echo DOMAIN", { DOMAIN: "x".repeat(200_000) }));
-  assert.match(error.message, /^Cannot run "echo x{195}…": .*Argument list too long/);
+  assert.match(error.message, /^cannot run "echo x{95} … .{100}": .*Argument list too long/);
   assert.equal(error.exitCode, null);
 });
 
@@ -232,7 +232,7 @@ for (
 ) {
   Deno.test(`runCommand() reports: ${reason}, of ${command}`, async () => {
     const error = await failureOf(run(command));
-    assert.equal(error.message, `Cannot run ${JSON.stringify(command)}: ${reason}`);
+    assert.equal(error.message, `cannot run ${JSON.stringify(command)}: ${reason}`);
     assert.equal(error.exitCode, expected.exitCode);
     assert.equal(error.signal, "signal" in expected ? expected.signal : undefined);
     assert.equal(error.timedOut, false);
@@ -253,7 +253,7 @@ Deno.test("what ignores TERM is killed, with everything that it started", async 
     failureOf(run(stubborn, {}, { timeoutSeconds: 0.5 })),
     running[Symbol.asyncDispose](),
   ]);
-  assert.equal(error.message, `Cannot run ${JSON.stringify(stubborn)}: timed out after 0.5 s`);
+  assert.equal(error.message, `cannot run ${JSON.stringify(stubborn)}: timed out after 0.5 s`);
   assert.equal(error.timedOut, true);
   assert.equal(error.output, "began\n");
   const pids = text(log).trim().split("\n").map(Number);
@@ -376,7 +376,7 @@ Deno.test("a prepare command that dies fails for all its users, is warned of onc
     assert.equal(failed.reason.output, "port taken\n");
   }
   assert.equal(warnings.length, 1);
-  assert.match(warnings[0]!, /^prepare: Cannot run "echo run .*": exit status 7: port taken$/);
+  assert.match(warnings[0]!, /^prepare: cannot run "echo run .*": exit status 7: port taken$/);
   const { failed } = await start();
   await until("it has failed again", () => failed.aborted);
   assert.equal(text(log), "run\nrun\n");

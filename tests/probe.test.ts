@@ -364,7 +364,7 @@ Deno.test("probe() says that there is no openssl, or that it is not one that wil
     `await probe(targets("127.0.0.1", 1), context()).catch((error) => console.log(error.name, error.message));`;
   assert.equal(
     await elsewhere(script, await withOpenssl()),
-    "ProbeError Cannot find openssl, which probes need\n",
+    "ProbeError cannot find openssl, which probes need\n",
   );
   const libre =
     "echo ' -connect host:port Who to connect to\n -no_servername  no SNI\n -state  Print states' >&2; exit 1";

@@ -8,9 +8,9 @@ import { type Context, limit } from "./context.ts";
 import { CommandError, runCommand, type Values } from "./hooks.ts";
 import {
   type Alert,
+  type ByLine,
   type Delivery,
   type EndpointStatus,
-  isDrift,
   isGood,
   listsDigest,
   type PlanOptions,
@@ -39,8 +39,8 @@ export interface Delivering {
   readonly config: Config;
   readonly store: Store;
   readonly context: Context;
-  /** The certificates of the lines of a section, as they are on disk now. */
-  readonly entriesOf: (section: Section) => readonly Entry[];
+  /** As they are on disk at any moment. */
+  readonly certificates: ByLine;
   readonly options: PlanOptions;
   /** Takes what commands print. */
   readonly onOutput?: (section: string, text: string) => void;
@@ -142,7 +142,7 @@ function remember(
   delivery: Delivery,
   entries: readonly Entry[],
   error: CommandError | undefined,
-  { config, store: { state }, context, entriesOf, options }: Delivering,
+  { config, store: { state }, context, certificates, options }: Delivering,
 ): void {
   const { section, pending, failure } = delivery;
   const now = context.now();
@@ -155,7 +155,7 @@ function remember(
   delete state.deliveries[section.name];
   if (error === undefined) return;
   const count = (failure?.count ?? 0) + 1;
-  const left = planSection(section, entriesOf(section), config, state, now, options).delivery ?? delivery;
+  const left = planSection(section, certificates, config, state, now, options).delivery ?? delivery;
   state.deliveries[section.name] = {
     key: left.key,
     count,
@@ -208,9 +208,9 @@ async function verify(
   entries: readonly Entry[],
   delivering: Delivering,
 ): Promise<readonly EndpointStatus[]> {
-  const { config, store: { state }, context, entriesOf, options } = delivering;
+  const { config, store: { state }, context, certificates, options } = delivering;
   const concerned = () =>
-    planSection(section, entriesOf(section), config, state, context.now(), options).endpoints
+    planSection(section, certificates, config, state, context.now(), options).endpoints
       .filter(({ wanted }) => wanted.some(({ line }) => entries.some((entry) => entry.line === line)));
   const deadline = context.now().getTime() + section.verifyWaitSeconds * 1000;
   for (let pause = FIRST_PAUSE_MS;; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
@@ -268,13 +268,6 @@ export async function probeAll(
     const again = second.get(endpoint.key);
     state.probes[endpoint.key] = judge(endpoint, again ?? first.get(endpoint.key)!, again !== undefined);
   }
-}
-
-/** Endpoints that are certainly ours and certainly wrong, among those that have just been probed. */
-export function drifted(endpoints: readonly EndpointStatus[]): EndpointStatus[] {
-  return endpoints.filter(({ record, sights }) =>
-    record?.confirmed === true && sights.some(({ verdict }) => isDrift(verdict))
-  );
 }
 
 /** Key of an endpoint -> what its addresses serve. */

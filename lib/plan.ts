@@ -223,9 +223,10 @@ export function plan(
 ): Plan {
   const intervalMs = usualInterval(state.runs);
   const lastRun = state.runs.length > 0 ? new Date(state.runs.at(-1)!) : undefined;
+  const entries = groupBy(inventory.map((entry) => [entry.line, entry]));
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
-  const endpoints = planEndpoints(config, config.sections, inventory, state, now, options);
-  const deliveries = planDeliveries(config, inventory, state, now, endpoints, options);
+  const endpoints = planEndpoints(config, config.sections, entries, state, now, options);
+  const deliveries = planDeliveries(config, entries, state, now, endpoints, options);
   const rest = { ...issuing, endpoints, deliveries, intervalMs, lastRun };
   return { ...rest, problems: findProblems(config, rest, now, options.writeError?.()) };
 }
@@ -448,8 +449,9 @@ export function forgetUnknown(
   keep(state.deliveries, (name) => sections.has(name));
   keep(state.alerts, (name) => (sections.get(name)?.alert.length ?? 0) > 0);
   if (Object.keys(state.probes).length > 0) {
+    const certificates = groupBy(inventory.map((entry) => [entry.line, entry]));
     const endpoints = new Set(
-      planEndpoints(config, config.sections, inventory, state, now, {}).map(({ key }) => key),
+      planEndpoints(config, config.sections, certificates, state, now, {}).map(({ key }) => key),
     );
     keep(state.probes, (key) => endpoints.has(key));
   }
@@ -460,49 +462,45 @@ const MOST_REPAIRS = 3;
 
 function planDeliveries(
   config: Config,
-  inventory: readonly Entry[],
+  entries: ByLine,
   state: State,
   now: Date,
   endpoints: readonly EndpointStatus[],
   options: PlanOptions,
 ): Delivery[] {
-  const entriesOf = groupBy(
-    inventory.flatMap((entry) => entry.line.sections.map((of) => [of, entry] as const)),
-  );
-  const drift = driftSeen(endpoints);
+  const drift = driftSeen(endpoints, config);
   const deliveries = config.sections.map((section) =>
-    planDelivery(section, entriesOf.get(section) ?? [], config, state, now, drift.get(section), options)
+    planDelivery(section, entries, config, state, now, drift.get(section), options)
   ).filter((delivery) => delivery !== undefined);
   const isEvery = ({ section }: Delivery) => Number(section.name === "every");
   return deliveries.sort((a, b) => isEvery(a) - isEvery(b));
 }
 
-/** What one section has to be given, and which of its endpoints are to be probed; `entries` are those of its lines. */
+/** What one section has to be given, and which of its endpoints are to be probed. */
 export function planSection(
   section: Section,
-  entries: readonly Entry[],
+  entries: ByLine,
   config: Config,
   state: State,
   now: Date,
   options: PlanOptions = {},
 ): { delivery?: Delivery; endpoints: readonly EndpointStatus[] } {
   const endpoints = planEndpoints(config, [section], entries, state, now, options);
-  const drift = driftSeen(endpoints).get(section);
+  const drift = driftSeen(endpoints, config).get(section);
   return { endpoints, delivery: planDelivery(section, entries, config, state, now, drift, options) };
 }
 
 function planDelivery(
   section: Section,
-  all: readonly Entry[],
+  byLine: ByLine,
   config: Config,
   state: State,
   now: Date,
   drift: ReadonlyMap<Entry, number> = new Map(),
   { retry = false, selection, issued, delivered }: PlanOptions,
 ): Delivery | undefined {
-  const entries = all.filter(({ finding, keyType }) =>
-    finding.kind === "present" && section.keyTypes.includes(keyType)
-  );
+  const entries = linesOf(config, section).flatMap((line) => byLine.get(line) ?? [])
+    .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
   if (entries.length === 0 || !delivers(section)) return undefined;
   const digest = listsDigest(section, config.mode);
   const receipts = receiptsOf(section, digest, config, state);
@@ -553,6 +551,32 @@ function inScope(selection: Selection | undefined, line: Line, section: Section)
 }
 
 /** Map.groupBy() of pairs: key and member. */
+/** The certificates of each line, as they are on disk. */
+export type ByLine = ReadonlyMap<Line, readonly Entry[]>;
+
+interface Index {
+  readonly byName: ReadonlyMap<string, readonly Line[]>;
+  readonly bySection: ReadonlyMap<Section, readonly Line[]>;
+}
+
+/** A configuration never changes, and may have thousands of lines. */
+const indexes = new WeakMap<Config["lines"], Index>();
+
+function indexOf({ lines }: Config): Index {
+  const known = indexes.get(lines);
+  if (known !== undefined) return known;
+  const index = {
+    byName: groupBy(lines.flatMap((line) => line.names.map((name) => [name, line] as const))),
+    bySection: groupBy(lines.flatMap((line) => line.sections.map((section) => [section, line] as const))),
+  };
+  indexes.set(lines, index);
+  return index;
+}
+
+function linesOf(config: Config, section: Section): readonly Line[] {
+  return indexOf(config).bySection.get(section) ?? [];
+}
+
 export function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
   const groups = new Map<K, V[]>();
   for (const [key, value] of pairs) {
@@ -571,16 +595,25 @@ function deliveryKey({ verify }: Section, digest: string, entries: readonly Entr
   return sha256(JSON.stringify([digest, verify.map(({ text }) => text), fingerprints])).slice(0, 16);
 }
 
+/**
+ * Endpoints that certainly serve what is ours and wrong, seen twice. A rehearsal repairs nothing: where it has put its
+ * certificate in the place of production's, the next run with --prod does.
+ */
+export function drifted(endpoints: readonly EndpointStatus[], { mode }: Config): EndpointStatus[] {
+  return endpoints.filter(({ record, sights }) =>
+    mode === "prod" && record?.confirmed === true && sights.some(({ verdict }) => DRIFT.includes(verdict))
+  );
+}
+
 /** Section -> certificate -> when an endpoint was last seen to serve something else that is certainly wrong. */
-function driftSeen(endpoints: readonly EndpointStatus[]): Map<Section, Map<Entry, number>> {
+function driftSeen(endpoints: readonly EndpointStatus[], config: Config): Map<Section, Map<Entry, number>> {
   const seen = new Map<Section, Map<Entry, number>>();
-  for (const { sections, wanted, sights, record } of endpoints) {
-    if (record?.confirmed !== true || !sights.some(({ verdict }) => DRIFT.includes(verdict))) continue;
+  for (const { sections, wanted, record } of drifted(endpoints, config)) {
     for (const section of sections) {
       const entries = seen.get(section) ?? new Map<Entry, number>();
       seen.set(section, entries);
       for (const entry of wanted) {
-        entries.set(entry, Math.max(entries.get(entry) ?? -Infinity, Date.parse(record.at)));
+        entries.set(entry, Math.max(entries.get(entry) ?? -Infinity, Date.parse(record!.at)));
       }
     }
   }
@@ -595,36 +628,32 @@ const GOOD_PROBE_MS = 6 * HOUR_MS;
 function planEndpoints(
   config: Config,
   sections: readonly Section[],
-  inventory: readonly Entry[],
+  entries: ByLine,
   state: State,
   now: Date,
   { selection, counterpart }: PlanOptions,
 ): EndpointStatus[] {
-  const verifying = sections.filter(({ verify }) => verify.length > 0);
-  if (verifying.length === 0) return [];
-  const entriesOf = groupBy(inventory.map((entry) => [entry.line, entry]));
-  const lines = [...entriesOf.keys()];
-  const linesOf = groupBy(lines.flatMap((line) => line.names.map((name) => [name, line])));
-  const ownersOf = (name: string) => linesOf.get(name) ?? linesOf.get(wildcardOf(name)) ?? [];
-  const found = new Map<string, { target: Target; sections: Section[]; wanted: Entry[] }>();
-  for (const section of verifying) {
-    const own = lines.filter((line) => line.sections.includes(section) && inScope(selection, line, section));
-    for (const place of own.flatMap((line) => placesOf(section, line, ownersOf))) {
+  const { byName } = indexOf(config);
+  const ownersOf = (name: string) => [name, wildcardOf(name)].flatMap((known) => byName.get(known) ?? []);
+  const found = new Map<string, { target: Target; sections: Set<Section>; wanted: Set<Entry> }>();
+  for (const section of sections.filter(({ verify }) => verify.length > 0)) {
+    const own = linesOf(config, section).filter((line) => inScope(selection, line, section));
+    for (const { endpoint, lines } of own.flatMap((line) => placesOf(section, line, ownersOf))) {
       for (const keyType of section.keyTypes) {
-        const key = `${place.text} ${keyType}`;
-        const known = found.get(key);
-        if (known !== undefined) {
-          if (!known.sections.includes(section)) known.sections.push(section);
-          continue;
-        }
-        const wanted = ownersOf(place.sni ?? place.host).flatMap((line) => entriesOf.get(line) ?? [])
+        const wanted = lines.flatMap((line) => entries.get(line) ?? [])
           .filter((entry) => entry.keyType === keyType && inUse(entry) !== undefined);
         if (wanted.length === 0) continue;
-        found.set(key, { target: { endpoint: place, keyType }, sections: [section], wanted });
+        const key = `${endpoint.text} ${keyType}`;
+        const known = found.get(key) ??
+          { target: { endpoint, keyType }, sections: new Set(), wanted: new Set() };
+        found.set(key, known);
+        known.sections.add(section);
+        for (const entry of wanted) known.wanted.add(entry);
       }
     }
   }
-  return [...found].map(([key, { target, sections, wanted }]) => {
+  return [...found].map(([key, { target, ...sets }]) => {
+    const [sections, wanted] = [[...sets.sections], [...sets.wanted]];
     const record = state.probes[key];
     const sights = (record?.sights ?? []).map((sight) => ({
       ...sight,
@@ -640,26 +669,31 @@ export function isGood(verdict: Verdict): boolean {
   return verdict === "current" || verdict === "passed over";
 }
 
-export function isDrift(verdict: Verdict): boolean {
-  return DRIFT.includes(verdict);
-}
-
 /** The certificate that may be served for an entry. */
 function inUse({ finding, former }: Entry) {
   return finding.kind === "present" ? finding.certificate : former?.certificate;
+}
+
+function covers(names: readonly string[], name: string): boolean {
+  return names.includes(name) || names.includes(wildcardOf(name));
 }
 
 function wildcardOf(name: string): string {
   return name.replace(/^[^.]+/, "*");
 }
 
+/** Where to probe, and the lines of which a certificate must be served there. */
+interface Place {
+  readonly endpoint: Endpoint;
+  readonly lines: readonly Line[];
+}
+
 /**
  * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. One that bears the name of no line is
  * probed with the line's first name.
  */
-function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Endpoint[] {
+function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Place[] {
   const names = line.names.filter((name) => !name.startsWith("*."));
-  const primary = names[0] ?? line.names[0]!.replace("*", "www"); // any name that the wildcard covers
   const namesFor = (word: string) =>
     word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word];
   return section.verify.flatMap((endpoint) =>
@@ -670,18 +704,27 @@ function placesOf(section: Section, line: Line, ownersOf: (name: string) => read
         : endpoint.sni === endpoint.host
         ? [host]
         : namesFor(endpoint.sni);
-      return snis.flatMap((given) => {
-        const name = given ?? host;
-        const known = ownersOf(name).length > 0;
-        const sni = known ? given : isIP(primary) ? undefined : primary;
+      return snis.map((given) => {
+        const owners = ownersOf(given ?? host);
+        const bears = owners.length > 0;
+        const name = bears ? given : serverNameFor(line);
+        const sni = name === undefined || isIP(name) ? undefined : name; // RFC 6066 §3
+        const { port, starttls } = endpoint;
         const bracketed = isIP(host) === 6 ? `[${host}]` : host;
-        const text = `${bracketed}:${endpoint.port}${
-          endpoint.starttls === undefined ? "" : `/${endpoint.starttls}`
-        }${sni === undefined ? "" : `#${sni}`}`;
-        return [{ ...endpoint, text, host, sni }];
+        const text = `${bracketed}:${port}${starttls === undefined ? "" : `/${starttls}`}${
+          sni === undefined ? "" : `#${sni}`
+        }`;
+        const lines = bears ? owners : sni === undefined ? [line] : ownersOf(sni);
+        return { endpoint: { ...endpoint, text, host, sni }, lines };
       });
     })
   );
+}
+
+/** A name by which a server finds the certificate of a line; none where it has addresses alone. */
+function serverNameFor({ names }: Line): string | undefined {
+  const all = names.filter((name) => !isIP(name));
+  return all.find((name) => !name.startsWith("*.")) ?? all[0]?.replace("*", "www");
 }
 
 /** What it means that an endpoint serves this. */
@@ -708,8 +751,9 @@ export function verdictOn(
   if (isOurs) return "current";
   if (other().some(({ fingerprint }) => fingerprint === served.fingerprint)) return "staging";
   const name = endpoint.sni ?? endpoint.host;
-  const covers = served.names.includes(name) || served.names.includes(wildcardOf(name)) || isIP(name) > 0;
-  if (!covers) return "mismatched";
+  const lines = wanted.map(({ line }) => line);
+  const names = lines.some((line) => covers(line.names, name)) ? [name] : lines.flatMap(({ names }) => names);
+  if (!names.some((name) => covers(served.names, name))) return "mismatched";
   if (served.selfSigned || new Date(served.notAfter) <= now) return "invalid";
   const older = right.some((certificate) =>
     certificate.issuer === served.issuer && new Date(served.notBefore) < certificate.notBefore

@@ -9,12 +9,13 @@ import { basename } from "node:path";
 import { persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, type Line, loadConfig, type Section } from "./config.ts";
 import { type Context, limit } from "./context.ts";
-import { deliver, drifted, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
+import { deliver, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
 import { Issuer, rememberedAccount } from "./issuer.ts";
 import {
   adoptReceipts,
   delivers,
   type Delivery,
+  drifted,
   dueAlerts,
   type EndpointStatus,
   fitsRuns,
@@ -264,7 +265,10 @@ class Sections {
     if (certain || due.length === 0) return first.delivery;
     await this.#probe(due);
     const then = this.#plan(section);
-    const wrong = drifted(then.endpoints.filter(({ key }) => due.some((one) => one.key === key)));
+    const wrong = drifted(
+      then.endpoints.filter(({ key }) => due.some((one) => one.key === key)),
+      this.config,
+    );
     if (wrong.length > 0) this.tell({ kind: "drift", section: section.name, endpoints: wrong });
     return then.delivery;
   }
@@ -289,7 +293,7 @@ class Sections {
       store,
       context,
       options,
-      entriesOf: (section) => this.#entriesOf(section),
+      certificates: this.entries,
       onOutput: this.verbose ? (section, text) => tell({ kind: "output", section, text }) : undefined,
     });
     if (delivered.errors.length === 0) this.delivered++;
@@ -300,13 +304,7 @@ class Sections {
 
   #plan(section: Section) {
     const { config, store: { state }, context, options } = this;
-    return planSection(section, this.#entriesOf(section), config, state, context.now(), options);
-  }
-
-  #entriesOf(section: Section): readonly Entry[] {
-    return [...this.entries].filter(([line]) => line.sections.includes(section)).flatMap(([, entries]) =>
-      entries
-    );
+    return planSection(section, this.entries, config, state, context.now(), options);
   }
 }
 

@@ -74,7 +74,7 @@ export interface Waiting extends Task {
 export interface Due {
   readonly entry: Entry;
   readonly reason: Reason;
-  /** Since when, as far as that is known. */
+  /** Since when by its dates: a window of the CA may begin long before it is known. */
   readonly since?: Date;
 }
 
@@ -173,6 +173,8 @@ export type Verdict =
   | "passed over";
 
 const DRIFT: readonly Verdict[] = ["older", "invalid", "staging"];
+/** No TLS for those who ask for this type of key. */
+const SILENT: readonly Verdict[] = ["refused", "unfinished", "unreachable"];
 
 /** Something that is wrong. `key` stays the same for as long as it lasts. */
 export type Problem = ProblemKind & {
@@ -236,7 +238,7 @@ export function plan(
  * outage does not count; a day where it is not known.
  */
 export function usualInterval(runs: readonly string[]): number {
-  const times = runs.slice(-6).map((run) => Date.parse(run));
+  const times = runs.map((run) => Date.parse(run)).sort((a, b) => a - b).slice(-6);
   const intervals = times.slice(1).map((time, index) => time - times[index]!).sort((a, b) => b - a);
   return intervals[1] ?? DAY_MS;
 }
@@ -249,12 +251,12 @@ function planIssuing(
   state: State,
   now: Date,
   intervalMs: number,
-  { retry = false, selection }: PlanOptions,
+  { retry = false, selection, issued }: PlanOptions,
 ): Pick<Plan, "tasks" | "waiting" | "kept"> {
   const dues = new Map<Line, Due[]>();
   const kept: Kept[] = [];
   for (const entry of inventory) {
-    const asked = selection?.renew.has(entry.line) ?? false;
+    const asked = selection?.renew.has(entry.line) && !issued?.has(entry.file);
     const verdict = asked
       ? { entry, reason: { kind: "asked for" } as const }
       : judge(config, entry, state, now, intervalMs);
@@ -299,7 +301,7 @@ function judge(config: Config, entry: Entry, state: State, now: Date, intervalMs
     const { at, explanationUrl } = suggestion;
     // RFC 9773 §4.2: now, if the moment comes before the next run
     if (at.getTime() > now.getTime() + intervalMs) return { entry, renewAt: at, rule: "ari", notAfter };
-    return { entry, reason: { kind: "renewal", at, rule: "ari", explanationUrl }, since: at };
+    return { entry, reason: { kind: "renewal", at, rule: "ari", explanationUrl } };
   }
   if (renewAt <= now) return { entry, reason: { kind: "renewal", at: renewAt, rule }, since: renewAt };
   return { entry, renewAt, rule, notAfter };
@@ -353,7 +355,7 @@ export function fitsRuns(lifeMs: number, intervalMs: number): boolean {
 
 /**
  * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10 and 100 minutes, then 20
- * hours, but after at most an eighth of what is left of its certificate.
+ * hours, but after at most an eighth of what is left of its certificate, and an hour where that has expired.
  * https://letsencrypt.org/docs/integration-guide/#retrying-failures
  */
 export function retryLineAt(count: number, now: Date, notAfter?: Date): Date {
@@ -366,8 +368,8 @@ export function retryDeliveryAt(count: number, now: Date, notAfter?: Date): Date
 }
 
 function backOff(ms: number, now: Date, notAfter?: Date): Date {
-  const left = notAfter === undefined || notAfter <= now ? Infinity : notAfter.getTime() - now.getTime();
-  return new Date(now.getTime() + Math.min(ms, LONGEST_PAUSE_MS, left / 8));
+  const left = notAfter === undefined ? Infinity : notAfter.getTime() - now.getTime();
+  return new Date(now.getTime() + Math.min(ms, LONGEST_PAUSE_MS, left > 0 ? left / 8 : HOUR_MS));
 }
 
 /** Epoch milliseconds; a line without any certificate has nothing to lose and comes last. */
@@ -382,16 +384,19 @@ export function lastsUntil({ finding, former }: Entry): Date | undefined {
 
 // ---------------------------------------------------------------------------------------------- deliveries
 
+/** The lists that deliver a certificate; `uploadEach` runs in no rehearsal that does not ask for it. */
+function listsOf({ uploadCerts, uploadKeys, uploadEach, update, rehearse }: Section, mode: Config["mode"]) {
+  return [uploadCerts, uploadKeys, mode === "prod" || rehearse ? uploadEach : [], update];
+}
+
 /** Whether a section has anything to run for a certificate. */
-export function delivers({ uploadCerts, uploadKeys, uploadEach, update }: Section): boolean {
-  return uploadCerts.length + uploadKeys.length + uploadEach.length + update.length > 0;
+export function delivers(section: Section, mode: Config["mode"]): boolean {
+  return listsOf(section, mode).flat().some((command) => command.trim() !== "");
 }
 
 /** What a receipt says that has been run: the four lists as parsed. The same in every version of lematt. */
 export function listsDigest(section: Section, mode: Config["mode"]): string {
-  const { uploadCerts, uploadKeys, uploadEach, update, rehearse } = section;
-  const each = mode === "prod" || rehearse ? uploadEach : []; // not run in a rehearsal
-  return sha256(JSON.stringify([uploadCerts, uploadKeys, each, update])).slice(0, 16);
+  return sha256(JSON.stringify(listsOf(section, mode))).slice(0, 16);
 }
 
 /** The receipts of a section; where it is new, those of vanished sections with the same lists: it was renamed. */
@@ -412,7 +417,7 @@ function receiptsOf(section: Section, digest: string, config: Config, state: Sta
 /** Gives sections that were renamed the receipts that they had under their old name. */
 export function adoptReceipts(config: Config, state: State): void {
   for (const section of config.sections) {
-    if (state.receipts[section.name] !== undefined || !delivers(section)) continue;
+    if (state.receipts[section.name] !== undefined || !delivers(section, config.mode)) continue;
     const inherited = receiptsOf(section, listsDigest(section, config.mode), config, state);
     if (Object.keys(inherited).length > 0) state.receipts[section.name] = inherited;
   }
@@ -439,7 +444,9 @@ export function forgetUnknown(
   keep(state.renewals, (id) => ids.has(id));
   const stems = new Set(inventory.map(({ stem }) => stem));
   keep(state.failures, (stem) => stems.has(stem));
-  const files = new Set(inventory.map(({ file }) => file));
+  const files = new Set(
+    inventory.flatMap(({ file, former }) => former === undefined ? file : [file, former.file]),
+  );
   keep(state.orders, (file) => files.has(file));
   for (const receipts of Object.values(state.receipts)) {
     keep(receipts, (file) => files.has(file) || orphans().has(file));
@@ -501,7 +508,7 @@ function planDelivery(
 ): Delivery | undefined {
   const entries = linesOf(config, section).flatMap((line) => byLine.get(line) ?? [])
     .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
-  if (entries.length === 0 || !delivers(section)) return undefined;
+  if (entries.length === 0 || !delivers(section, config.mode)) return undefined;
   const digest = listsDigest(section, config.mode);
   const receipts = receiptsOf(section, digest, config, state);
   const pending: { entry: Entry; reason: DeliveryReason; until?: Date }[] = [];
@@ -529,11 +536,12 @@ function planDelivery(
   const failure = last?.key === key ? last : undefined;
   const rollout: readonly DeliveryReason[] = ["never delivered", "commands changed"];
   const rests = pending.every(({ until }) => until !== undefined);
-  const until = rests
-    ? pending.map(({ until }) => until!).reduce((a, b) => a < b ? a : b)
-    : moment(failure?.retryAt);
-  const waits = !retry && until !== undefined && until > now &&
-    !pending.some(({ reason }) => reason === "asked for");
+  const moments = [
+    failure?.retryAt === undefined ? 0 : Date.parse(failure.retryAt),
+    rests ? Math.min(...pending.map(({ until }) => until!.getTime())) : 0,
+  ];
+  const until = new Date(Math.max(...moments));
+  const waits = !retry && until > now && !pending.some(({ reason }) => reason === "asked for");
   return {
     section,
     entries: entries.filter(({ line }) => lines.has(line)),
@@ -776,8 +784,9 @@ export function recordOf(
   const at = now.toISOString();
   const verdicts = sights.map((sight) => verdictOn(sight, target, wanted, config, now, counterpart));
   if (verdicts.every(isGood)) return { at, sights: [...sights] };
-  const broken = record?.brokenByDelivery === true ||
-    (afterDelivery && record?.badSince === undefined && verdicts.includes("unreachable"));
+  const wasRight = record !== undefined && record.badSince === undefined;
+  const isSilent = verdicts.some((verdict) => SILENT.includes(verdict));
+  const broken = record?.brokenByDelivery === true || (afterDelivery && wasRight && isSilent);
   return {
     at,
     badSince: record?.badSince ?? at,
@@ -929,7 +938,7 @@ export function takeOver(config: Config, inventory: readonly Entry[], state: Sta
   delete state.owed;
   for (const { line, file, finding } of inventory) {
     for (const section of line.sections) {
-      if (finding.kind !== "present" || !delivers(section)) continue;
+      if (finding.kind !== "present" || !delivers(section, config.mode)) continue;
       if (Object.hasOwn(owed, section.name) && Object.hasOwn(owed[section.name]!, file)) continue;
       const receipts = state.receipts[section.name] ??= Object.create(null) as Record<string, Receipt>;
       const digest = listsDigest(section, config.mode);

@@ -458,7 +458,7 @@ export async function accept(
   takeOver(config, inventory, store.state, context.now());
   adoptReceipts(config, store.state);
   let count = 0;
-  for (const section of config.sections.filter(delivers)) {
+  for (const section of config.sections.filter((section) => delivers(section, config.mode))) {
     const entries = inventory.filter(({ line, finding, keyType }) =>
       finding.kind === "present" && line.sections.includes(section) && section.keyTypes.includes(keyType) &&
       (selection.lines.has(line) || selection.sections.has(section.name))

@@ -30,7 +30,7 @@ export interface Entry {
   readonly file: string;
   readonly finding: Finding;
   /** The certificate that the first name of the line still links to, from before its names changed. */
-  readonly former?: { readonly certificate: Certificate; readonly cert: string };
+  readonly former?: { readonly certificate: Certificate; readonly file: string };
   /** When it was put in place, where its life is so short that a CA's back-dating matters. */
   readonly issuedAt?: Date;
 }
@@ -139,12 +139,21 @@ export function readInventory(config: Config): Entry[] {
   const revoked = new Set(
     (readIfPresent(revokedPath(config)) ?? "").split("\n").filter((line) => line !== ""),
   );
-  return config.lines.flatMap((line) =>
-    line.keyTypes.map((keyType) => readEntry(config, line, keyType, revoked))
-  );
+  const owners = linkOwners(config);
+  return config.lines.flatMap((line) => {
+    const isOwner = owners.get(line.names[0]!) === line;
+    return line.keyTypes.map((keyType) => readEntry(config, line, keyType, revoked, isOwner));
+  });
 }
 
-function readEntry(config: Config, line: Line, keyType: KeyType, revoked: ReadonlySet<string>): Entry {
+/** `isOwner`: what its first name finds is this line's, and no other's. */
+function readEntry(
+  config: Config,
+  line: Line,
+  keyType: KeyType,
+  revoked: ReadonlySet<string>,
+  isOwner: boolean,
+): Entry {
   const stem = stemOf(config, line.names);
   const files = filesOf(config, stem, keyType);
   const finding = inspect(files, line.names, revoked);
@@ -154,7 +163,8 @@ function readEntry(config: Config, line: Line, keyType: KeyType, revoked: Readon
       const files = filesOf(config, older, keyType);
       return entryOf(line, keyType, older, files, inspect(files, line.names, revoked));
     }
-    return { ...entryOf(line, keyType, stem, files, finding), former: formerOf(config, line, keyType) };
+    const former = isOwner ? formerOf(config, line, keyType) : undefined;
+    return { ...entryOf(line, keyType, stem, files, finding), former };
   }
   return entryOf(line, keyType, stem, files, finding);
 }
@@ -187,7 +197,8 @@ function olderSpelling(config: Config, line: Line, keyType: KeyType): string | u
 function formerOf(config: Config, line: Line, keyType: KeyType): Entry["former"] {
   const { cert } = filesOf(config, stemOf(config, line.names.slice(0, 1)), keyType);
   try {
-    return { certificate: readCertificate(Deno.readTextFileSync(cert)), cert: Deno.realPathSync(cert) };
+    const file = basename(linkTarget(cert) ?? cert);
+    return { certificate: readCertificate(Deno.readTextFileSync(cert)), file };
   } catch {
     return undefined;
   }
@@ -232,9 +243,10 @@ export function orphans(config: Config, inventory: readonly Entry[]): string[] {
     for (const { key, csr, cert } of [entry.files, ...linksOf(config, entry, owners)]) {
       known.add(key).add(csr).add(cert);
     }
-    const former = entry.former?.cert;
-    if (former === undefined) continue;
-    known.add(former).add(former.replace("/cert/", "/key/").replace("-cert-combined.", "-key."));
+    const end = fileNames(config, "", entry.keyType).cert;
+    if (!entry.former?.file.endsWith(end)) continue;
+    const { key, csr, cert } = filesOf(config, entry.former.file.slice(0, -end.length), entry.keyType);
+    known.add(key).add(csr).add(cert);
   }
   return ["cert", "csr", "key"].flatMap((directory) =>
     listing(join(config.base, directory))

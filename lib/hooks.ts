@@ -9,6 +9,7 @@
 import { Buffer } from "node:buffer";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ProcessPromise } from "zx";
+import type { Mode } from "./config.ts";
 import { oneLine, ownLines } from "./text.ts";
 
 /** Placeholder -> what it stands for. A list becomes words. */
@@ -16,7 +17,7 @@ export type Values = Readonly<Record<string, string | readonly string[]>>;
 
 export interface CommandOptions {
   /** Becomes LEMATT_MODE. */
-  readonly mode: "test" | "prod";
+  readonly mode: Mode;
   readonly timeoutSeconds: number;
   /** Ends the command when it aborts. */
   readonly signal?: AbortSignal;
@@ -78,25 +79,19 @@ const LONGEST_DELAY_MS = 2 ** 31 - 1;
 
 /** Whole words. Behind `$`, `{` or a backslash they are the shell's. */
 const WORD = /(?<![\w$\\{])\w+/g;
-/** A word, or what keeps words from being words of their own: a string in quotes, a character behind a backslash. */
-const PART = /(\\.|'[^']*'|"(?:\\.|[^"\\])*"|(?<![\w$\\{])\w+)/s;
+/** A word outside quotes, or what is passed over to find it: a string in quotes, what is behind a backslash. */
+const PART = /(\\(?:\w+|.)|'[^']*'|"(?:\\.|[^"\\])*"|(?<![\w$\\{])\w+)/s;
 /** Means itself everywhere in a command line, even in one that this line hands to another shell. */
-const PLAIN = /^[\p{L}\p{M}\p{N}_./:@%+,-]+$/u;
+const PLAIN = /^[\w./:@%+,-]+$/;
 /** Means itself in quotes: wildcards, and the blanks and brackets of an alert's subject. */
-const PLAIN_IN_QUOTES = /^[\p{L}\p{M}\p{N}_./:@%+,*[\] -]+$/u;
-
-/** Those of `names` that are replaced in a command line. */
-export function placeholdersIn(template: string, names: readonly string[]): string[] {
-  const words = new Set<string>(template.match(WORD));
-  return names.filter((name) => words.has(name));
-}
+const PLAIN_IN_QUOTES = /^[\w./:@%+,*[\] -]+$/;
 
 /** A command line as zx takes it: the pieces of its text, and the values that stand between them. */
 function split(template: string, values: Values): { pieces: string[]; words: Values[string][] } {
   const pieces = [""];
   const words: Values[string][] = [];
-  for (const part of template.split(PART)) {
-    if (Object.hasOwn(values, part)) {
+  for (const [at, part] of template.split(PART).entries()) {
+    if (at % 2 === 1 && Object.hasOwn(values, part)) {
       words.push(values[part]!);
       pieces.push("");
     } else {
@@ -109,6 +104,12 @@ function split(template: string, values: Values): { pieces: string[]; words: Val
   function inQuotes(word: string): string {
     return Object.hasOwn(values, word) ? [values[word]!].flat().map(checked).join(" ") : word;
   }
+}
+
+/** The values whose placeholders are in a command line. */
+function usedIn(template: string, values: Values): Values {
+  const words = new Set<string>(template.match(WORD));
+  return Object.fromEntries(Object.entries(values).filter(([name]) => words.has(name)));
 }
 
 /** What zx puts in for one word. */
@@ -157,7 +158,7 @@ export function killAll(): void {
 async function make(
   template: string,
   values: Values,
-  mode: "test" | "prod",
+  mode: Mode,
   stdin: { text?: string } | "open",
 ): Promise<ProcessPromise[]> {
   const { $ } = await import("zx");
@@ -350,9 +351,8 @@ export class PrepareCommands implements AsyncDisposable {
   constructor(private readonly warn: (text: string) => void) {}
 
   /** Resolves as soon as the command has been started: the self-check of the challenge shows whether it works. */
-  async start(template: string, values: Values, mode: "test" | "prod"): Promise<Running> {
-    const own = placeholdersIn(template, Object.keys(values)).map((name) => [name, values[name]!]);
-    const [command] = await make(template, Object.fromEntries(own), mode, "open");
+  async start(template: string, values: Values, mode: Mode): Promise<Running> {
+    const [command] = await make(template, usedIn(template, values), mode, "open");
     const line = command!.cmd;
     while (this.#shared.get(line)?.stopped) await this.#shared.get(line)!.stopped; // whose port it may need
     const shared = this.#shared.get(line) ?? this.#start(line, command!);

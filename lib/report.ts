@@ -6,7 +6,7 @@
 
 import type { Config, Mode, Notice } from "./config.ts";
 import type { Delivered } from "./deliver.ts";
-import type { IssueEvent } from "./issuer.ts";
+import type { IssueEvent } from "./issue.ts";
 import {
   type Alert,
   type Delivery,

@@ -10,7 +10,7 @@ import { persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, type Line, loadConfig, type Section } from "./config.ts";
 import { type Context, limit } from "./context.ts";
 import { deliver, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
-import { Issuer, rememberedAccount } from "./issuer.ts";
+import { Issuer, rememberedAccount } from "./issue.ts";
 import {
   adoptReceipts,
   delivers,

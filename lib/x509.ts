@@ -2,23 +2,42 @@
  * Keys, certificate signing requests, and the facts that a certificate states.
  *
  * Works on text and bytes alone: it knows neither files nor the network. A run reads all certificates and mostly has
- * nothing else to do, so what stands in them is read here, byte by byte; whether it is true, and all that keys do, is
- * left to `node:crypto` and to `@peculiar/x509`, which no other file imports; both are loaded when they are first needed.
+ * nothing else to do, so what stands in them is read here, byte by byte: `node:crypto` takes as long to load as an empty
+ * program runs, and its X509Certificate, which takes twice as long for each, does not know the authority's key identifier.
+ * Whether what is read is true, and all that keys do, is left to `node:crypto` and to `@peculiar/x509`, which no other
+ * file imports; both are loaded when they are first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
 
 import type { KeyObject } from "node:crypto";
 import defer * as nodeCrypto from "node:crypto";
+import { limit } from "./context.ts";
 import { isIP, toIPv6 } from "./names.ts";
 
-/** What key to make. */
+/** What kind of key. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
   readonly type: "ec";
-  readonly curve: "P-256" | "P-384" | "P-521";
+  readonly curve: typeof CURVES[number]["curve"];
 };
 
-/** What a certificate says of itself. */
+/**
+ * The curves under each name that they have here: NIST's, the object identifier (SEC 2 §A.2, in hexadecimal), OpenSSL's and
+ * the SEC's; with the digest that goes with each (FIPS 186-5) and the algorithm of its signatures (RFC 7518 §3.4).
+ */
+export const CURVES = [
+  {
+    curve: "P-256",
+    id: "2a8648ce3d030107",
+    names: ["prime256v1", "secp256r1"],
+    hash: "SHA-256",
+    alg: "ES256",
+  },
+  { curve: "P-384", id: "2b81040022", names: ["secp384r1"], hash: "SHA-384", alg: "ES384" },
+  { curve: "P-521", id: "2b81040023", names: ["secp521r1"], hash: "SHA-512", alg: "ES512" },
+] as const;
+
+/** What a certificate says of itself, read once. */
 export interface Certificate {
   /** DNS names and IP addresses of the subjectAltName, lower-case, in the certificate's order. */
   readonly names: readonly string[];
@@ -31,6 +50,8 @@ export interface Certificate {
   readonly id?: string;
   /** SHA-256 of the DER, lower-case hexadecimal without colons. */
   readonly fingerprint: string;
+  /** Absent where its key is of another kind. */
+  readonly keySpec?: KeySpec;
   /** Issuer and subject are the same. */
   readonly selfSigned: boolean;
   /** The organization that issued it, or its common name where it names none. */
@@ -40,14 +61,31 @@ export interface Certificate {
 /** A chain from the CA that is not what was asked for; the message says in which respect. */
 export class ChainError extends Error {
   override readonly name = "ChainError";
+  /** `isDated`: one of the two clocks may be wrong. */
+  constructor(message: string, readonly isDated = false) {
+    super(message);
+  }
 }
 
 const PEM_BEGIN = "-----BEGIN CERTIFICATE-----";
 const PEM_END = "-----END CERTIFICATE-----";
-const PEM_PRIVATE_KEY = /-----BEGIN ((?:RSA |EC )?PRIVATE KEY)-----([^-]+)-----END \1-----/;
 
+/** Of a DNS name 253 characters are possible (RFC 1035 §3.1), of an organization 64 (RFC 5280 A.1). */
+const LONGEST_NAME = 300;
+/** An EC point of P-256, compressed. */
+const SHORTEST_KEY = 33;
+/** Let's Encrypt's longest chains have had four certificates. */
+const LONGEST_CHAIN = 10;
+/** What cannot be delivered everywhere before it expires is of no use. */
+const LEAST_LIFE_MINUTES = 5;
 /** How far the CA's clock may be ahead of ours: an hour, which is what Let's Encrypt back-dates by. */
-const CLOCK_SKEW_MS = 3600_000;
+const CLOCK_SKEW_MINUTES = 60;
+/** id-kp-serverAuth and anyExtendedKeyUsage (RFC 5280 §4.2.1.12), in hexadecimal. */
+const FOR_SERVERS = ["2b06010505070301", "551d2500"];
+/** RSA with SHA-1 and with MD5, ECDSA with SHA-1 (RFC 3279 §2.2), in hexadecimal. */
+const WEAK_SIGNATURES = ["2a864886f70d010105", "2a864886f70d010104", "2a8648ce3d0401"];
+
+// ---- PEM ---------------------------------------------------------------------------------------------------------
 
 /** One block of a PEM text (RFC 7468), `pem` from its first marker to its last, which begins at `start`. */
 export interface PemBlock {
@@ -70,10 +108,37 @@ export function pemBlocks(text: string): PemBlock[] {
   return blocks;
 }
 
+/** DER of the first certificate in `pem`. Throws where there is none in base64. */
+export function certificateDer(pem: string): Uint8Array {
+  const start = pem.indexOf(PEM_BEGIN); // pemBlocks() takes three times as long
+  const end = pem.indexOf(PEM_END, start);
+  if (start < 0 || end < 0) throw new Error("not a PEM certificate");
+  return Uint8Array.fromBase64(pem.slice(start + PEM_BEGIN.length, end));
+}
+
+/** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
+function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array): boolean } {
+  const block = pemBlocks(pem).find(({ label }) => /^(?:RSA |EC )?PRIVATE KEY$/.test(label));
+  if (block === undefined) throw new Error("not an unencrypted PEM private key");
+  const der = Buffer.from(block.pem.replace(/-----.*?-----/g, ""), "base64");
+  if (der[0] !== 0x30 || element(der, 0).end !== der.length) throw new Error("truncated private key");
+  return der as ReturnType<typeof privateKeyDer>;
+}
+
+function toPem(label: string, der: ArrayBuffer | Uint8Array): string {
+  const lines = Buffer.from(der as ArrayBuffer).toString("base64").match(/.{1,64}/g) ?? [];
+  return `-----BEGIN ${label}-----\n${lines.join("\n")}\n-----END ${label}-----\n`;
+}
+
+// ---- certificates ------------------------------------------------------------------------------------------------
+
 /** What the first certificate in `pem` says of itself. Throws where there is none that can be read. */
 export function readCertificate(pem: string): Certificate {
-  const der = certificateDer(pem);
-  const { serial, issuer, validity, subject, extensions } = certificateFields(der);
+  return factsOf(certificateDer(pem));
+}
+
+function factsOf(der: Uint8Array): Certificate {
+  const { serial, issuer, validity, subject, publicKey, extensions } = certificateFields(der);
   const [notBefore, notAfter] = children(der, validity).map((time) => timeOf(der, time));
   if (notBefore === undefined || notAfter === undefined) throw new Error("a certificate without dates");
   const names = extensionOf(der, extensions, SUBJECT_ALT_NAME);
@@ -83,56 +148,15 @@ export function readCertificate(pem: string): Certificate {
     notAfter,
     id: certificateId(der, serial, extensions),
     fingerprint: sha256(der),
+    keySpec: publicKeySpec(der, publicKey),
     selfSigned: hexOf(der, issuer) === hexOf(der, subject),
     issuer: attributeOf(der, issuer, ORGANIZATION) ?? attributeOf(der, issuer, COMMON_NAME) ?? "",
   };
 }
 
-/** SHA-256 in lower-case hexadecimal. */
-export function sha256(data: string | Uint8Array): string {
-  return nodeCrypto.createHash("sha256").update(data).digest("hex");
-}
-
-/** SHA-256 of the public key (SubjectPublicKeyInfo) of a certificate or a private key, in hexadecimal. */
-export function publicKeyHash(pem: string): string {
-  const key = pem.includes(PEM_BEGIN)
-    ? new nodeCrypto.X509Certificate(pem).publicKey
-    : nodeCrypto.createPublicKey(pem);
-  return sha256(key.export({ type: "spki", format: "der" }));
-}
-
-function hexOf(der: Uint8Array, { start, end }: Element): string {
-  return der.subarray(start, end).toHex();
-}
-
-/** The last octets of id-at-commonName (2.5.4.3) and id-at-organizationName (2.5.4.10). */
-const COMMON_NAME = 3, ORGANIZATION = 10;
-
-/** The first attribute of a kind in a name (RFC 5280 §4.1.2.4), harmless for a terminal. */
-function attributeOf(der: Uint8Array, name: Element, last: number): string | undefined {
-  for (const attribute of children(der, name).flatMap((set) => children(der, set))) {
-    const [oid, value] = children(der, attribute);
-    const { start, end } = oid!;
-    if (end - start === 3 && der[start] === 0x55 && der[start + 1] === 4 && der[start + 2] === last) {
-      return new TextDecoder().decode(der.subarray(value!.start, value!.end)).replace(/\p{C}/gu, "?").slice(
-        0,
-        100,
-      );
-    }
-  }
-}
-
-/** DER of the first certificate in `pem`. Throws where there is none in base64. */
-export function certificateDer(pem: string): Uint8Array {
-  const start = pem.indexOf(PEM_BEGIN);
-  const end = pem.indexOf(PEM_END, start);
-  if (start < 0 || end < 0) throw new Error("not a PEM certificate");
-  return Uint8Array.fromBase64(pem.slice(start + PEM_BEGIN.length, end));
-}
-
 /** RFC 5280 §4.2.1.6; harmless for a terminal, since any stranger's certificate may be read here. */
 function generalName(der: Uint8Array, { tag, start, end }: Element): string {
-  const bytes = der.subarray(start, end);
+  const bytes = der.subarray(start, Math.min(end, start + LONGEST_NAME));
   if (tag === 0x82) {
     return ascii(bytes).replace(/[^!-~]/g, (char) => `\\u{${char.charCodeAt(0).toString(16)}}`).toLowerCase();
   }
@@ -153,8 +177,25 @@ function timeOf(der: Uint8Array, { tag, start, end }: Element): Date {
   return time;
 }
 
-function ascii(bytes: Uint8Array): string {
-  return String.fromCharCode(...bytes);
+/** See `Certificate.id`. */
+function certificateId(der: Uint8Array, serial: Element, extensions?: Element): string | undefined {
+  const base64url = ({ start, end }: Element) =>
+    der.subarray(start, end).toBase64({ alphabet: "base64url", omitPadding: true });
+  const authority = extensionOf(der, extensions, AUTHORITY_KEY_IDENTIFIER);
+  const identifier = authority && children(der, authority).find(({ tag }) => tag === 0x80);
+  return identifier && `${base64url(identifier)}.${base64url(serial)}`;
+}
+
+const decoder = new TextDecoder();
+
+/** The first attribute of a kind in a name (RFC 5280 §4.1.2.4), harmless for a terminal. */
+function attributeOf(der: Uint8Array, name: Element, id: string): string | undefined {
+  for (const attribute of children(der, name).flatMap((set) => children(der, set))) {
+    const [oid, value] = children(der, attribute);
+    if (oid === undefined || value === undefined || hexOf(der, oid) !== id) continue;
+    const bytes = der.subarray(value.start, Math.min(value.end, value.start + LONGEST_NAME));
+    return decoder.decode(bytes).replace(/\p{C}/gu, "?");
+  }
 }
 
 /** Whether `certificate` is for exactly `names`, whatever their order. */
@@ -163,8 +204,118 @@ export function coversExactly(certificate: Certificate, names: readonly string[]
   return certified.size === names.length && names.every((name) => certified.has(name));
 }
 
+// ---- chains ------------------------------------------------------------------------------------------------------
+
+/** A certificate of a chain: its bytes, what it says, and node:crypto's view of it. */
+interface Link {
+  readonly der: Uint8Array;
+  readonly facts: Certificate;
+  readonly judge: nodeCrypto.X509Certificate;
+}
+
 /**
- * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the certificate. Throws where it is no readable key.
+ * Makes sure that a chain received is what was asked for, as far as that shows without a list of roots: its leaf is for
+ * exactly `names`, for `keyPem` and for TLS servers; each certificate is valid now, for some time still, and issued by the
+ * next, which is an authority. Returns the leaf, and the chain written anew; throws ChainError.
+ */
+export function checkChain(
+  text: string,
+  names: readonly string[],
+  keyPem: string,
+  now: Date,
+): { readonly leaf: Certificate; readonly chainPem: string } {
+  const chain = readChain(text);
+  const chainPem = chain.map(({ judge }) => toPem("CERTIFICATE", judge.raw)).join("");
+  const { der, facts: leaf, judge } = chain[0]!;
+  if (!isKeyOf(keyPem, chainPem)) throw new ChainError("the certificate is for another key");
+  if (!coversExactly(leaf, names)) {
+    const more = leaf.names.length > 10 ? ` and ${leaf.names.length - 10} more` : "";
+    throw new ChainError(`the certificate is for other names: ${leaf.names.slice(0, 10).join(" ")}${more}`);
+  }
+  if (judge.ca) throw new ChainError("the certificate is that of an authority");
+  const usage = extensionOf(der, certificateFields(der).extensions, EXTENDED_KEY_USAGE);
+  if (usage !== undefined && !children(der, usage).some((one) => FOR_SERVERS.includes(hexOf(der, one)))) {
+    throw new ChainError("the certificate is not for TLS servers");
+  }
+  chain.forEach((each, index) => checkLink(each, chain[index + 1], index, now));
+  return { leaf, chainPem };
+}
+
+/**
+ * The certificates of a chain as the CA sent it (RFC 8555 §9.1): nothing but white space stands around them, since
+ * whatever else were kept would be delivered with them, a private key of the CA's choice first of all (§11.4).
+ */
+function readChain(text: string): Link[] {
+  const blocks = pemBlocks(text);
+  if (blocks.length === 0) throw new ChainError("no certificate in the answer");
+  if (blocks.length > LONGEST_CHAIN) throw new ChainError(`a chain of ${blocks.length} certificates`);
+  let end = 0;
+  for (const { label, pem, start } of blocks) {
+    if (label !== "CERTIFICATE") throw new ChainError(`a ${label} among the certificates`);
+    if (text.slice(end, start).trim() !== "") throw new ChainError("text between the certificates");
+    end = start + pem.length;
+  }
+  if (text.slice(end).trim() !== "") throw new ChainError("text behind the certificates");
+  try {
+    return blocks.map(({ pem }) => {
+      const der = certificateDer(pem);
+      return { der, facts: factsOf(der), judge: new nodeCrypto.X509Certificate(pem) };
+    });
+  } catch {
+    throw new ChainError("a certificate that cannot be parsed");
+  }
+}
+
+/** One certificate of a chain and the one behind it, its issuer. */
+function checkLink({ der, facts, judge }: Link, issuer: Link | undefined, index: number, now: Date): void {
+  const what = index === 0 ? "the certificate" : `certificate ${index + 1} of the chain`;
+  const { notBefore, notAfter, selfSigned } = facts;
+  const minutesLeft = (notAfter.getTime() - now.getTime()) / 60_000;
+  const minutesUntil = (notBefore.getTime() - now.getTime()) / 60_000;
+  const date = minutesLeft <= 0
+    ? `expired at ${notAfter.toISOString()}`
+    : minutesLeft < LEAST_LIFE_MINUTES
+    ? `expires at ${notAfter.toISOString()}, in less than ${LEAST_LIFE_MINUTES} minutes`
+    : minutesUntil > CLOCK_SKEW_MINUTES
+    ? `is not valid before ${notBefore.toISOString()}`
+    : undefined;
+  if (date !== undefined) throw new ChainError(`${what} ${date}; this clock says ${now.toISOString()}`, true);
+  if (index > 0 && !judge.ca) throw new ChainError(`${what} is not that of an authority`);
+  const [algorithm] = children(der, certificateFields(der).algorithm);
+  if (algorithm && WEAK_SIGNATURES.includes(hexOf(der, algorithm)) && !selfSigned) {
+    throw new ChainError(`${what} is signed with SHA-1 or MD5`);
+  }
+  if (issuer === undefined) return;
+  if (!judge.checkIssued(issuer.judge) || !isSignedBy(judge, issuer.judge)) {
+    throw new ChainError(`broken chain: certificate ${index + 1} is not issued by certificate ${index + 2}`);
+  }
+}
+
+/** Whether the signature is right; taken for right where Deno cannot check it (P-521, RSASSA-PSS). */
+function isSignedBy(certificate: nodeCrypto.X509Certificate, issuer: nodeCrypto.X509Certificate): boolean {
+  try {
+    return certificate.verify(issuer.publicKey);
+  } catch {
+    return true;
+  }
+}
+
+/** Common name of the issuer of the last certificate of a chain, the root by which it is known. */
+export function rootOf(chainPem: string): string | undefined {
+  const last = pemBlocks(chainPem).at(-1);
+  try {
+    const der = certificateDer(last?.pem ?? "");
+    return attributeOf(der, certificateFields(der).issuer, COMMON_NAME);
+  } catch {
+    return undefined; // checkChain says what is wrong with it
+  }
+}
+
+// ---- keys --------------------------------------------------------------------------------------------------------
+
+/**
+ * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the first certificate in `certPem`. Throws where one of
+ * them cannot be read.
  *
  * Every one of those formats normally holds the public half as the very bytes that stand in the certificate, so
  * looking for them decides almost always; only where they are absent is the key itself built, which costs a hundred
@@ -172,52 +323,30 @@ export function coversExactly(certificate: Certificate, names: readonly string[]
  */
 export function isKeyOf(keyPem: string, certPem: string): boolean {
   const der = certificateDer(certPem);
-  const spki = certificateFields(der).publicKey;
-  if (privateKeyDer(keyPem).includes(publicBits(der, spki))) return true;
-  const own = nodeCrypto.createPublicKey(nodeCrypto.createPrivateKey(keyPem)).export({
-    type: "spki",
-    format: "der",
-  });
-  return own.equals(der.subarray(spki.offset, spki.end));
+  const { publicKey } = certificateFields(der);
+  const bits = publicBits(der, publicKey);
+  if (privateKeyDer(keyPem).includes(bits)) return bits.length >= SHORTEST_KEY; // nothing is included everywhere
+  return publicKeyDer(keyPem).equals(der.subarray(publicKey.offset, publicKey.end));
 }
 
-/** The curves by their identifiers (SEC 2 §A.2, in hexadecimal) and by OpenSSL's names. */
-const CURVES = [
-  { curve: "P-256", id: "2a8648ce3d030107", name: "prime256v1" },
-  { curve: "P-384", id: "2b81040022", name: "secp384r1" },
-  { curve: "P-521", id: "2b81040023", name: "secp521r1" },
-] as const;
-
-/**
- * What kind of key is in `pem` (PKCS#8, PKCS#1 or SEC1), or the name of the kind where it is one that neither
- * certificates nor accounts have here. Throws where it cannot be decoded.
- */
-export function keySpecOf(pem: string): KeySpec | string {
-  const spec = declaredKeySpec(privateKeyDer(pem));
-  if (spec !== undefined) return spec;
-  const { asymmetricKeyType: type, asymmetricKeyDetails } = nodeCrypto.createPrivateKey(pem);
-  const { modulusLength, namedCurve } = asymmetricKeyDetails ?? {};
-  const curve = CURVES.find(({ name }) => name === namedCurve)?.curve;
-  if (type === "rsa" && modulusLength !== undefined) return { type, bits: modulusLength };
-  return curve === undefined ? namedCurve ?? type! : { type: "ec", curve };
+/** SHA-256 of the public key (SubjectPublicKeyInfo) of a certificate or a private key in PEM, in hexadecimal. */
+export function publicKeyHash(pem: string): string {
+  if (!pem.includes(PEM_BEGIN)) return sha256(publicKeyDer(pem));
+  const der = certificateDer(pem);
+  const { offset, end } = certificateFields(der).publicKey;
+  return sha256(der.subarray(offset, end));
 }
 
-/** What a private key says that it is (RFC 5208, RFC 8017 A.1.2, RFC 5915), which is hardly ever left out. */
-function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
-  const hex = (one: Element | undefined) => one && der.subarray(one.start, one.end).toHex();
-  const rsa = (modulus: Element | undefined): KeySpec | undefined =>
-    modulus && { type: "rsa", bits: BigInt(`0x${hex(modulus)}`).toString(2).length };
-  const ec = (id: Element | undefined): KeySpec | undefined => {
-    const known = CURVES.find((one) => one.id === hex(id));
-    return known && { type: "ec", curve: known.curve };
-  };
-  const [, second, third] = children(der, element(der, 0));
-  if (second?.tag === 0x02) return rsa(second);
-  if (second === undefined || third === undefined) return undefined;
-  if (second.tag === 0x04) return ec(third.tag === 0xa0 ? children(der, third)[0] : undefined);
-  const [algorithm, parameters] = children(der, second);
-  if (hex(algorithm) === "2a864886f70d010101") return rsa(children(der, element(der, third.start))[1]);
-  if (hex(algorithm) === "2a8648ce3d0201") return ec(parameters);
+function publicKeyDer(keyPem: string): Buffer {
+  const key = nodeCrypto.createPublicKey(nodeCrypto.createPrivateKey(keyPem));
+  return key.export({ type: "spki", format: "der" });
+}
+
+/** Of a SubjectPublicKeyInfo, what a private key repeats: an EC point, or modulus and exponent of RSA. */
+function publicBits(der: Uint8Array, spki: Element): Uint8Array {
+  const bitString = element(der, element(der, spki.start).end);
+  const bits = bitString.start + 1; // behind the count of unused bits
+  return der.subarray(der[bits] === 0x30 ? element(der, bits).start : bits, bitString.end);
 }
 
 /** Whether `pem` is an unencrypted private key that can be used. */
@@ -229,136 +358,88 @@ export function isPrivateKey(pem: string): boolean {
   }
 }
 
-/** The parts of a certificate that are needed here (RFC 5280 §4.1). */
-function certificateFields(
+/**
+ * What kind of key is in `pem` (PKCS#8, PKCS#1 or SEC1), or the name of the kind where it is one that neither
+ * certificates nor accounts have here. Throws where it cannot be decoded.
+ */
+export function keySpecOf(pem: string): KeySpec | string {
+  const spec = declaredKeySpec(privateKeyDer(pem));
+  if (spec !== undefined) return spec;
+  const { asymmetricKeyType: type, asymmetricKeyDetails } = nodeCrypto.createPrivateKey(pem);
+  const { modulusLength, namedCurve } = asymmetricKeyDetails ?? {};
+  const curve = CURVES.find(({ names: [name] }) => name === namedCurve)?.curve;
+  if (type === "rsa" && modulusLength !== undefined) return { type, bits: modulusLength };
+  return curve === undefined ? namedCurve ?? type! : { type: "ec", curve };
+}
+
+/** What a private key says that it is (RFC 5208, RFC 8017 A.1.2, RFC 5915), which is hardly ever left out. */
+function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
+  const [, second, third] = children(der, element(der, 0));
+  if (second?.tag === 0x02) return rsaSpec(der, second);
+  if (second === undefined || third === undefined) return undefined;
+  if (second.tag === 0x04) return third.tag === 0xa0 ? ecSpec(der, children(der, third)[0]) : undefined;
+  return algorithmSpec(der, second, () => children(der, element(der, third.start))[1]);
+}
+
+/** The kind of key in a SubjectPublicKeyInfo. */
+function publicKeySpec(der: Uint8Array, spki: Element): KeySpec | undefined {
+  const [algorithm, bits] = children(der, spki);
+  if (algorithm === undefined || bits === undefined) return undefined;
+  return algorithmSpec(der, algorithm, () => children(der, element(der, bits.start + 1))[0]);
+}
+
+/** By an AlgorithmIdentifier (RFC 3279 §2.3), in which a curve stands; an RSA modulus stands elsewhere. */
+function algorithmSpec(
   der: Uint8Array,
-): {
-  serial: Element;
-  issuer: Element;
-  validity: Element;
-  subject: Element;
-  publicKey: Element;
-  extensions?: Element;
-} {
-  const certificate = element(der, 0);
-  const fields = children(der, element(der, certificate.start));
-  // the version, tagged [0], may be left out; the fields up to the public key may not
-  const first = fields[0]?.tag === 0xa0 ? 1 : 0;
-  const [serial, , issuer, validity, subject, publicKey] = fields.slice(first);
-  if (serial === undefined || !issuer || !validity || !subject || publicKey === undefined) {
-    throw new Error("not a certificate");
-  }
-  const tagged = fields.find(({ tag }) => tag === 0xa3);
-  return { serial, issuer, validity, subject, publicKey, extensions: tagged && element(der, tagged.start) };
+  algorithm: Element,
+  modulus: () => Element | undefined,
+): KeySpec | undefined {
+  const [id, parameters] = children(der, algorithm);
+  const hex = id && hexOf(der, id);
+  if (hex === "2a864886f70d010101") return rsaSpec(der, modulus());
+  if (hex === "2a8648ce3d0201") return ecSpec(der, parameters);
 }
 
-/** The last octets of id-ce-subjectAltName (2.5.29.17) and id-ce-authorityKeyIdentifier (2.5.29.35). */
-const SUBJECT_ALT_NAME = 17, AUTHORITY_KEY_IDENTIFIER = 35;
-
-/** What an extension holds. */
-function extensionOf(der: Uint8Array, extensions: Element | undefined, last: number): Element | undefined {
-  for (const extension of extensions === undefined ? [] : children(der, extensions)) {
-    const [oid, ...rest] = children(der, extension);
-    const { start, end } = oid!;
-    if (end - start === 3 && der[start] === 0x55 && der[start + 1] === 0x1d && der[start + 2] === last) {
-      return element(der, rest.at(-1)!.start); // within an OCTET STRING
-    }
-  }
+function rsaSpec(der: Uint8Array, modulus: Element | undefined): KeySpec | undefined {
+  if (modulus === undefined) return undefined;
+  let { start } = modulus;
+  while (der[start] === 0 && start < modulus.end) start++;
+  return { type: "rsa", bits: 8 * (modulus.end - start) + 24 - Math.clz32(der[start]!) };
 }
 
-/** See `Certificate.id`. */
-function certificateId(der: Uint8Array, serial: Element, extensions?: Element): string | undefined {
-  const base64url = ({ start, end }: Element) =>
-    der.subarray(start, end).toBase64({ alphabet: "base64url", omitPadding: true });
-  const authority = extensionOf(der, extensions, AUTHORITY_KEY_IDENTIFIER);
-  const identifier = authority && children(der, authority).find(({ tag }) => tag === 0x80);
-  return identifier && `${base64url(identifier)}.${base64url(serial)}`;
-}
-
-/** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
-function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array): boolean } {
-  const encoded = PEM_PRIVATE_KEY.exec(pem)?.[2];
-  if (encoded === undefined) throw new Error("not an unencrypted PEM private key");
-  const der = Buffer.from(encoded, "base64");
-  if (der[0] !== 0x30 || element(der, 0).end !== der.length) throw new Error("truncated private key");
-  return der as unknown as Uint8Array & { includes(bytes: Uint8Array): boolean };
-}
-
-/** Of a SubjectPublicKeyInfo, what a private key repeats: an EC point, or modulus and exponent of RSA. */
-function publicBits(der: Uint8Array, spki: Element): Uint8Array {
-  const bitString = element(der, element(der, spki.start).end);
-  const bits = bitString.start + 1; // behind the count of unused bits
-  return der.subarray(der[bits] === 0x30 ? element(der, bits).start : bits, bitString.end);
-}
-
-/** A DER element: its tag, where it begins, and where its content starts and ends. */
-interface Element {
-  readonly tag: number;
-  readonly offset: number;
-  readonly start: number;
-  readonly end: number;
-}
-
-/** The elements within one. */
-function children(der: Uint8Array, parent: Element): Element[] {
-  const found: Element[] = [];
-  for (let at = parent.start; at < parent.end;) {
-    const child = element(der, at);
-    if (child.end > parent.end) throw new Error("broken DER");
-    found.push(child);
-    at = child.end;
-  }
-  return found;
-}
-
-/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). Throws where it is not there whole. */
-function element(der: Uint8Array, offset: number): Element {
-  const first = der[offset + 1] ?? 0;
-  const octets = first < 0x80 ? 0 : first & 0x7f;
-  let length = octets === 0 ? first : 0;
-  for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
-  const start = offset + 2 + octets;
-  if (octets > 3 || start + length > der.length) throw new Error("broken DER");
-  return { tag: der[offset]!, offset, start, end: start + length };
+function ecSpec(der: Uint8Array, id: Element | undefined): KeySpec | undefined {
+  const known = id && CURVES.find((one) => one.id === hexOf(der, id));
+  return known && { type: "ec", curve: known.curve };
 }
 
 /** One for each processor: were all RSA keys made at once, nothing else would get its turn. */
-const makers = Array.from({ length: navigator.hardwareConcurrency }, () => Promise.resolve());
-let nextMaker = 0;
+const makers = limit(navigator.hardwareConcurrency);
 
 /** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
 export function generateKey(spec: KeySpec): Promise<string> {
-  if (spec.type === "ec") return makeKey(spec);
-  const maker = nextMaker++ % makers.length;
-  const key = makers[maker]!.then(() => makeKey(spec));
-  makers[maker] = key.then(() => {}, () => {});
-  return key;
+  return spec.type === "ec" ? makeKey(spec) : makers(() => makeKey(spec));
 }
 
 async function makeKey(spec: KeySpec): Promise<string> {
-  const pair = await crypto.subtle.generateKey(keyAlgorithm(spec), true, ["sign", "verify"]) as CryptoKeyPair;
-  return pem("PRIVATE KEY", await crypto.subtle.exportKey("pkcs8", pair.privateKey));
-}
-
-function keyAlgorithm(spec: KeySpec) {
-  return spec.type === "ec" ? { name: "ECDSA", namedCurve: spec.curve } : {
+  const algorithm = spec.type === "ec" ? { name: "ECDSA", namedCurve: spec.curve } : {
     name: "RSASSA-PKCS1-v1_5",
     modulusLength: spec.bits,
     publicExponent: new Uint8Array([1, 0, 1]),
     hash: "SHA-256",
   };
+  const pair = await crypto.subtle.generateKey(algorithm, true, ["sign", "verify"]) as CryptoKeyPair;
+  return toPem("PRIVATE KEY", await crypto.subtle.exportKey("pkcs8", pair.privateKey));
 }
 
 /** Private and public half of a PEM private key in any of the three formats. Throws where it is no RSA or EC key. */
 async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; hash: string }> {
   const key = nodeCrypto.createPrivateKey(keyPem);
-  const curve = CURVES.find(({ name }) => name === key.asymmetricKeyDetails?.namedCurve)?.curve;
+  const curve = CURVES.find(({ names: [name] }) => name === key.asymmetricKeyDetails?.namedCurve);
   if (key.asymmetricKeyType !== "rsa" && curve === undefined) throw new Error("neither an RSA nor an EC key");
-  // the digest that goes with the curve (FIPS 186-5); SHA-256 for RSA of any size
-  const hash = curve === "P-384" ? "SHA-384" : curve === "P-521" ? "SHA-512" : "SHA-256";
+  const hash = curve?.hash ?? "SHA-256"; // for RSA of any size
   const algorithm = curve === undefined
     ? { name: "RSASSA-PKCS1-v1_5", hash }
-    : { name: "ECDSA", namedCurve: curve };
+    : { name: "ECDSA", namedCurve: curve.curve };
   const half = (kind: "pkcs8" | "spki", from: KeyObject, usage: KeyUsage) =>
     crypto.subtle.importKey(
       kind,
@@ -396,75 +477,121 @@ export async function createCsr(
     signingAlgorithm: { ...keys.privateKey.algorithm, hash } as EcdsaParams,
     extensions: [new x509.SubjectAlternativeNameExtension(alternativeNames)],
   });
-  return { der: new Uint8Array(csr.rawData), pem: pem("CERTIFICATE REQUEST", csr.rawData) };
+  return { der: new Uint8Array(csr.rawData), pem: toPem("CERTIFICATE REQUEST", csr.rawData) };
 }
 
-/**
- * The certificates of a chain as the CA sent it (RFC 8555 §9.1): nothing but white space stands around them, since
- * whatever else were kept would be delivered with them, a private key of the CA's choice first of all (§11.4).
- */
-function readChain(text: string): nodeCrypto.X509Certificate[] {
-  const blocks = pemBlocks(text);
-  if (blocks.length === 0) throw new ChainError("no certificate in the answer");
-  let end = 0;
-  for (const { label, pem, start } of blocks) {
-    if (label !== "CERTIFICATE") throw new ChainError(`a ${label} among the certificates`);
-    if (text.slice(end, start).trim() !== "") throw new ChainError("text between the certificates");
-    end = start + pem.length;
+// ---- DER ---------------------------------------------------------------------------------------------------------
+
+/** The parts of a certificate that are needed here (RFC 5280 §4.1). */
+function certificateFields(der: Uint8Array) {
+  const certificate = element(der, 0);
+  const fields = children(der, element(der, certificate.start));
+  // the version, tagged [0], may be left out; the fields up to the public key may not
+  const [serial, algorithm, issuer, validity, subject, publicKey] = fields.slice(
+    fields[0]?.tag === 0xa0 ? 1 : 0,
+  );
+  if (!serial || !algorithm || !issuer || !validity || !subject || !publicKey) {
+    throw new Error("not a certificate");
   }
-  if (text.slice(end).trim() !== "") throw new ChainError("text behind the certificates");
-  try {
-    return blocks.map(({ pem }) => new nodeCrypto.X509Certificate(pem));
-  } catch {
-    throw new ChainError("a certificate that cannot be parsed");
+  const tagged = fields.find(({ tag }) => tag === 0xa3);
+  const extensions = tagged && element(der, tagged.start);
+  return { serial, algorithm, issuer, validity, subject, publicKey, extensions };
+}
+
+/** id-ce-subjectAltName, -authorityKeyIdentifier, -extKeyUsage; id-at-commonName, -organizationName; in hexadecimal. */
+const SUBJECT_ALT_NAME = "551d11", AUTHORITY_KEY_IDENTIFIER = "551d23", EXTENDED_KEY_USAGE = "551d25";
+const COMMON_NAME = "550403", ORGANIZATION = "55040a";
+
+/** What an extension holds. */
+function extensionOf(der: Uint8Array, extensions: Element | undefined, id: string): Element | undefined {
+  for (const extension of extensions === undefined ? [] : children(der, extensions)) {
+    const [oid, ...rest] = children(der, extension);
+    const value = rest.at(-1); // an OCTET STRING
+    if (oid !== undefined && value !== undefined && hexOf(der, oid) === id) return element(der, value.start);
   }
 }
 
+function ascii(bytes: Uint8Array): string {
+  return String.fromCharCode(...bytes);
+}
+
+function hexOf(der: Uint8Array, { start, end }: Element): string {
+  return der.subarray(start, end).toHex();
+}
+
+/** A DER element: its tag, where it begins, and where its content starts and ends. */
+interface Element {
+  readonly tag: number;
+  readonly offset: number;
+  readonly start: number;
+  readonly end: number;
+}
+
+/** The elements within one. */
+function children(der: Uint8Array, parent: Element): Element[] {
+  const found: Element[] = [];
+  for (let at = parent.start; at < parent.end;) {
+    const child = element(der, at);
+    if (child.end > parent.end) throw new Error("broken DER");
+    found.push(child);
+    at = child.end;
+  }
+  return found;
+}
+
+/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). Throws where it is not there whole. */
+function element(der: Uint8Array, offset: number): Element {
+  const first = der[offset + 1] ?? 0;
+  const octets = first < 0x80 ? 0 : first & 0x7f;
+  let length = octets === 0 ? first : 0;
+  for (let i = 0; i < octets && i < 4; i++) length = length * 256 + (der[offset + 2 + i] ?? 0);
+  const start = offset + 2 + octets;
+  if (octets > 3 || start + length > der.length) throw new Error("broken DER");
+  return { tag: der[offset]!, offset, start, end: start + length };
+}
+
+// ---- SHA-256 -----------------------------------------------------------------------------------------------------
+
+/** The first 64 primes: 32 bits behind the point of their cube roots are the round constants. */
+const PRIMES = Array.from({ length: 312 }, (_, n) => n).filter((n) => {
+  for (let i = 2; i * i <= n; i++) if (n % i === 0) return false;
+  return n > 1;
+});
+const fraction = (root: number) => (root % 1) * 2 ** 32 | 0;
+const ROUNDS = Int32Array.from(PRIMES, (prime) => fraction(Math.cbrt(prime)));
+const START = Int32Array.from(PRIMES.slice(0, 8), (prime) => fraction(Math.sqrt(prime)));
+type Eight = [number, number, number, number, number, number, number, number];
+const rotate = (x: number, n: number) => x >>> n | x << (32 - n);
+
 /**
- * Makes sure that a chain received is what was asked for: it parses, its leaf is for exactly `names` and for `keyPem`
- * and valid now, and each certificate is signed by the next. Returns the leaf, and the chain written anew; throws
- * ChainError.
+ * SHA-256 (FIPS 180-4) in lower-case hexadecimal: for fingerprints and digests, not for secrets. Every run needs it of every
+ * certificate; `node:crypto` takes as long to load as an empty program runs, and `crypto.subtle` is asynchronous.
  */
-export function checkChain(
-  text: string,
-  names: readonly string[],
-  keyPem: string,
-  now: Date,
-): { readonly leaf: Certificate; readonly chainPem: string } {
-  const chain = readChain(text);
-  const chainPem = chain.map(({ raw }) => pem("CERTIFICATE", raw)).join("");
-  const leaf = readCertificate(chainPem);
-  if (!isKeyOf(keyPem, chainPem)) throw new ChainError("the certificate is for another key");
-  if (!coversExactly(leaf, names)) {
-    throw new ChainError(`the certificate is for other names: ${leaf.names.join(" ")}`);
-  }
-  if (leaf.notAfter <= now) throw new ChainError(`the certificate expired at ${leaf.notAfter.toISOString()}`);
-  if (leaf.notBefore.getTime() > now.getTime() + CLOCK_SKEW_MS) {
-    throw new ChainError(
-      `the certificate is not valid before ${leaf.notBefore.toISOString()}; is this clock right?`,
-    );
-  }
-  for (let i = 0; i + 1 < chain.length; i++) {
-    const [subject, issuer] = [chain[i]!, chain[i + 1]!];
-    if (!subject.checkIssued(issuer) || !subject.verify(issuer.publicKey)) {
-      throw new ChainError(`broken chain: certificate ${i + 1} is not issued by certificate ${i + 2}`);
+export function sha256(data: string | Uint8Array): string {
+  const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data;
+  const padded = new DataView(new ArrayBuffer(Math.ceil((bytes.length + 9) / 64) * 64));
+  new Uint8Array(padded.buffer).set(bytes);
+  padded.setUint8(bytes.length, 0x80);
+  padded.setBigUint64(padded.byteLength - 8, BigInt(bytes.length) * 8n);
+  const hash = Int32Array.from(START);
+  const schedule = new Int32Array(64);
+  for (let at = 0; at < padded.byteLength; at += 64) {
+    let [a, b, c, d, e, f, g, h] = hash as unknown as Eight;
+    for (let i = 0; i < 64; i++) {
+      if (i < 16) {
+        schedule[i] = padded.getInt32(at + 4 * i);
+      } else {
+        const x = schedule[i - 15]!, y = schedule[i - 2]!;
+        const small = rotate(x, 7) ^ rotate(x, 18) ^ x >>> 3,
+          large = rotate(y, 17) ^ rotate(y, 19) ^ y >>> 10;
+        schedule[i] = schedule[i - 16]! + small + schedule[i - 7]! + large;
+      }
+      const choice = (e & f) ^ (~e & g), majority = (a & b) ^ (a & c) ^ (b & c);
+      const first = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + choice + ROUNDS[i]! + schedule[i]!;
+      const second = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + majority;
+      h = g, g = f, f = e, e = d + first | 0, d = c, c = b, b = a, a = first + second | 0;
     }
+    [a, b, c, d, e, f, g, h].forEach((part, i) => hash[i]! += part);
   }
-  return { leaf, chainPem };
-}
-
-/** Common name of the issuer of the last certificate of a chain, the root by which it is known. */
-export function rootOf(chainPem: string): string | undefined {
-  const last = pemBlocks(chainPem).at(-1);
-  if (last === undefined) return undefined;
-  try {
-    return /^CN=(.*)$/m.exec(new nodeCrypto.X509Certificate(last.pem).issuer)?.[1];
-  } catch {
-    return undefined; // checkChain says what is wrong with it
-  }
-}
-
-function pem(label: string, der: ArrayBuffer | Uint8Array): string {
-  const lines = Buffer.from(der as ArrayBuffer).toString("base64").match(/.{1,64}/g) ?? [];
-  return `-----BEGIN ${label}-----\n${lines.join("\n")}\n-----END ${label}-----\n`;
+  return Array.from(hash, (part) => (part >>> 0).toString(16).padStart(8, "0")).join("");
 }

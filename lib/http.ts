@@ -1,0 +1,461 @@
+/**
+ * Requests to a CA, signed where it wants that (RFC 8555 §6): JWS, nonces, retries, problem documents.
+ *
+ * Alone imports `jose`. Nothing that the CA sends is trusted: bodies and headers are bounded, URLs must be https at hosts
+ * that its directory names, and every text loses its control characters before it goes any further.
+ */
+
+import defer * as nodeCrypto from "node:crypto";
+import type { CryptoKey, JWK } from "jose";
+import { type Context, limit } from "./context.ts";
+import { oneLine } from "./text.ts";
+import { CURVES, keySpecOf } from "./x509.ts";
+
+/** RFC 8555 §6.7, RFC 7807. `type` is without the prefix `urn:ietf:params:acme:error:`. */
+export interface Problem {
+  readonly type: string;
+  readonly detail: string;
+  readonly identifier?: string;
+  /** Where a person can read on, or has to do something: `instance`, and the terms of service (RFC 8555 §7.3.3). */
+  readonly links: readonly string[];
+  readonly subproblems: readonly Problem[];
+}
+
+/** What is known of an error beside its message. */
+export interface Evidence {
+  /** HTTP status, where there was an answer. */
+  readonly status?: number;
+  readonly problem?: Problem;
+  /** When the CA wants to be asked again. */
+  readonly retryAfter?: Date;
+  /** The same request may succeed in a moment. */
+  readonly passing?: boolean;
+  /** An order came to nothing. */
+  readonly spent?: boolean;
+}
+
+/** What the CA refused, an answer that cannot be used, or none at all, to the request for `step` at `url`. */
+export class AcmeError extends Error {
+  override readonly name = "AcmeError";
+  readonly status?: number;
+  readonly problem?: Problem;
+  readonly retryAfter?: Date;
+  readonly passing: boolean;
+  spent: boolean;
+  constructor(readonly step: string, message: string, readonly url: string, evidence: Evidence = {}) {
+    super(message);
+    ({ status: this.status, problem: this.problem, retryAfter: this.retryAfter } = evidence);
+    this.passing = evidence.passing ?? false;
+    this.spent = evidence.spent ?? false;
+  }
+}
+
+/** Whether the CA refused something with a problem of this type. */
+export function isProblem(error: unknown, ...types: string[]): error is AcmeError {
+  return error instanceof AcmeError && types.includes(error.problem?.type ?? "");
+}
+
+/** A key (PEM in PKCS#8, PKCS#1 or SEC1; RSA or EC) made ready for signing. */
+export interface AccountKey {
+  readonly alg: "RS256" | "ES256" | "ES384" | "ES512";
+  readonly privateKey: CryptoKey;
+  readonly publicJwk: JWK;
+  /** RFC 7638, base64url of SHA-256. */
+  readonly thumbprint: string;
+}
+
+/** Who signs: the bare key, or an account with it. */
+export interface Signer {
+  readonly key: AccountKey;
+  /** The account's URL. */
+  readonly url?: string;
+  /** Made a moment ago, so that not all of the CA may know it yet. */
+  readonly isNew?: boolean;
+}
+
+/** An HTTP answer of 2xx whose body has been read whole. */
+export interface Answer {
+  readonly headers: Headers;
+  readonly text: string;
+}
+
+/** One answer of the CA may take this long; Let's Encrypt's own gateway gives up after some 30 s. */
+const REQUEST_TIMEOUT_MS = 30_000;
+/** The same for one on which nothing depends. */
+const HURRY_TIMEOUT_MS = 10_000;
+/** How often one request is tried where connection, time-out or server (5xx) failed; the pauses grow threefold. */
+const ATTEMPTS = 4;
+const FIRST_PAUSE_MS = 500;
+/** How often what was made a moment ago is asked for where a replica does not know it yet; the pauses double: 8 s in all. */
+const LAG_ATTEMPTS = 6;
+const FIRST_LAG_PAUSE_MS = 250;
+/** badNonce comes in bursts and costs nothing but a round trip; Pebble can be told to refuse every second nonce. */
+const BAD_NONCE_ATTEMPTS = 30;
+/** How often in a row a CA may say that it limits requests, and when to come back. */
+const MOST_REFUSALS = 8;
+/** A shorter Retry-After is waited for; with a longer one the error goes up, for a later run to heed. */
+const LONGEST_WAIT_MS = 30_000;
+/** Requests at once, of all lines; HTTP/2 servers allow 100 (RFC 9113 §6.5.2), some gateways fewer. */
+const MOST_AT_ONCE = 20;
+
+/** A chain of ten RSA-4096 certificates with 100 names is well below; so is every other resource. */
+const LARGEST_BODY = 1 << 20;
+const LONGEST_HEADER = 16 << 10;
+const LONGEST_URL = 2000;
+/** Of a problem with its subproblems: 100 names with a sentence each. */
+const LONGEST_MESSAGE = 20_000;
+
+const ERROR_PREFIX = "urn:ietf:params:acme:error:";
+
+/** Reads an account key, or a certificate's; throws where `pem` is none. */
+export async function importKey(pem: string): Promise<AccountKey> {
+  const spec = keySpecOf(pem);
+  if (typeof spec === "string") throw new Error("neither an RSA nor an EC key");
+  const key = nodeCrypto.createPrivateKey(pem);
+  const alg = spec.type === "rsa" ? "RS256" : CURVES.find(({ curve }) => curve === spec.curve)!.alg;
+  const { calculateJwkThumbprint, importPKCS8 } = await import("jose");
+  const jwk = key.export({ format: "jwk" }) as JWK;
+  const publicJwk: JWK = jwk.kty === "RSA"
+    ? { kty: "RSA", n: jwk.n!, e: jwk.e! }
+    : { kty: "EC", crv: jwk.crv!, x: jwk.x!, y: jwk.y! };
+  return {
+    alg,
+    privateKey: await importPKCS8(key.export({ type: "pkcs8", format: "pem" }) as string, alg),
+    publicJwk,
+    thumbprint: await calculateJwkThumbprint(publicJwk),
+  };
+}
+
+/** A place at which the CA limits requests: from then on they go there one at a time, none before the CA's time. */
+interface Limited {
+  readonly turn: ReturnType<typeof limit>;
+  /** How often in a row it has refused one that came in its turn. */
+  refusals: number;
+  /** The last refusal, which says until when. */
+  last: AcmeError;
+}
+
+/** The requests to one CA. */
+export class Session {
+  /** Unused nonces (RFC 8555 §6.5), the newest on top; every answer brings one. */
+  readonly #nonces: string[] = [];
+  readonly #hosts = new Set<string>();
+  readonly #limited = new Map<string, Limited>();
+  readonly #slot: ReturnType<typeof limit>;
+  #newNonceUrl = "";
+  /** By how much this clock is ahead of the CA's, in milliseconds, as far as an answer showed. */
+  aheadMs = 0;
+
+  /** `parallel` lines are worked on at a time. */
+  constructor(readonly context: Context, parallel: number) {
+    this.#slot = limit(Math.min(MOST_AT_ONCE, 2 * parallel));
+  }
+
+  /** What the directory says: where nonces are had, and by its URLs at which hosts the CA is. */
+  use(newNonceUrl: string, urls: readonly string[]): void {
+    this.#newNonceUrl = newNonceUrl;
+    for (const url of urls) this.#hosts.add(new URL(url).host);
+  }
+
+  /** One request that is not signed. `hurry`: it is not worth a second try. */
+  async get(step: string, url: string, { hurry = false } = {}): Promise<Answer> {
+    const timeoutMs = hurry ? HURRY_TIMEOUT_MS : REQUEST_TIMEOUT_MS;
+    const attempt = () => this.#slot(() => this.#exchange(step, url, { method: "GET" }, timeoutMs));
+    return await (hurry ? attempt() : this.#tried(url, attempt));
+  }
+
+  /**
+   * RFC 8555 §6.2: one signed request, with a fresh nonce for every try; `undefined` is the empty payload (§6.3), which is not
+   * the empty object. `isNew`: what it is about was made a moment ago. Throws AcmeError for whatever is not 2xx.
+   */
+  async post(
+    step: string,
+    url: string,
+    payload: object | undefined,
+    signer: Signer,
+    { accept, isNew = false }: { accept?: string; isNew?: boolean } = {},
+  ): Promise<Answer> {
+    this.checkUrl(step, url);
+    const by = signer.url === undefined ? { jwk: signer.key.publicJwk } : { kid: signer.url };
+    const lags = (error: AcmeError) =>
+      (isNew && error.status === 404) || (signer.isNew === true && isProblem(error, "accountDoesNotExist"));
+    const attempt = async () => {
+      for (let tries = 1;; tries++) {
+        // only when it is this request's turn, so that no more nonces are asked for than requests are made at once
+        const nonce = this.#nonces.pop() ?? await this.#newNonce();
+        const body = JSON.stringify(await sign(signer.key, payload, { nonce, url, ...by }));
+        const headers = { "content-type": "application/jose+json", ...(accept && { accept }) };
+        try {
+          return await this.#exchange(step, url, { method: "POST", headers, body });
+        } catch (error) {
+          if (!isProblem(error, "badNonce") || tries === BAD_NONCE_ATTEMPTS) throw error;
+        }
+      }
+    };
+    return await this.#tried(url, () => this.#slot(attempt), lags);
+  }
+
+  /** An https URL at a host that the directory names; throws for any other. */
+  checkUrl(step: string, url: unknown): string {
+    if (isHttps(url) && this.#hosts.has(new URL(url).host)) return url;
+    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(words(url))}`, "");
+  }
+
+  /** RFC 8555 §7.2, where no answer left a nonce. Takes no slot, since the request that needs it has one. */
+  async #newNonce(): Promise<string> {
+    const [step, url] = ["get a nonce", this.#newNonceUrl];
+    const answer = await this.#tried(url, () => this.#exchange(step, url, { method: "HEAD" }));
+    const nonce = nonceOf(answer.headers);
+    if (nonce === undefined) throw new AcmeError(step, "no nonce in the answer", url);
+    return nonce;
+  }
+
+  /** Tries again, with growing pauses or when the CA says, what may succeed in a moment. */
+  async #tried(
+    url: string,
+    attempt: () => Promise<Answer>,
+    lags: (error: AcmeError) => boolean = () => false,
+  ): Promise<Answer> {
+    const { context } = this;
+    for (let failures = 0, lagging = 0;;) {
+      const limited = this.#limited.get(url);
+      try {
+        return await (limited ? limited.turn(() => this.#inTurn(limited, url, attempt)) : attempt());
+      } catch (error) {
+        // another URL is that of newNonce, which has been tried often enough
+        if (!(error instanceof AcmeError) || error.url !== url) throw error;
+        const wait = error.retryAfter && error.retryAfter.getTime() - context.now().getTime();
+        if (wait !== undefined && wait > LONGEST_WAIT_MS) throw error;
+        if (error.problem?.type === "rateLimited" && error.retryAfter !== undefined) {
+          if (limited !== undefined && limited.refusals > MOST_REFUSALS) throw error;
+          if (!this.#limited.has(url)) this.#limited.set(url, { turn: limit(1), refusals: 0, last: error });
+        } else if (error.passing && ++failures < ATTEMPTS) {
+          await context.sleep(wait ?? this.jittered(FIRST_PAUSE_MS * 3 ** (failures - 1)));
+        } else if (lags(error) && ++lagging < LAG_ATTEMPTS) {
+          await context.sleep(this.jittered(FIRST_LAG_PAUSE_MS * 2 ** (lagging - 1)));
+        } else {
+          throw error;
+        }
+      }
+    }
+  }
+
+  /** One try where the CA limits requests. Those in the queue behind one that was refused too often are not made. */
+  async #inTurn(limited: Limited, url: string, attempt: () => Promise<Answer>): Promise<Answer> {
+    const { context } = this;
+    const wait = limited.last.retryAfter!.getTime() - context.now().getTime();
+    if (wait > 0 && limited.refusals > MOST_REFUSALS) throw limited.last;
+    if (wait > 0) await context.sleep(wait);
+    try {
+      const answer = await attempt();
+      limited.refusals = 0;
+      return answer;
+    } catch (error) {
+      if (isProblem(error, "rateLimited") && error.url === url && error.retryAfter !== undefined) {
+        limited.refusals++;
+        limited.last = error;
+      }
+      throw error;
+    }
+  }
+
+  /** Somewhat more or less than `ms`, so that not all ask again at the same moment. */
+  jittered(ms: number): number {
+    return ms * (0.75 + this.context.random() / 2);
+  }
+
+  async #exchange(
+    step: string,
+    url: string,
+    init: RequestInit,
+    timeoutMs = REQUEST_TIMEOUT_MS,
+  ): Promise<Answer> {
+    const { context } = this;
+    let response: Response, text: string;
+    try {
+      response = await context.fetch(url, {
+        ...init,
+        redirect: "manual",
+        signal: AbortSignal.any([AbortSignal.timeout(timeoutMs), context.signal]),
+        headers: { "user-agent": context.userAgent, ...init.headers as Record<string, string> },
+      });
+      text = await boundedText(step, url, response);
+    } catch (cause) {
+      if (cause instanceof AcmeError) throw cause;
+      context.signal.throwIfAborted();
+      const reason = cause instanceof DOMException && cause.name === "TimeoutError"
+        ? `no answer within ${timeoutMs / 1000} s`
+        : oneLine(innermost(cause).message);
+      throw new AcmeError(step, reason + this.#hint(reason), url, { passing: true });
+    }
+    const { headers } = response;
+    const date = Date.parse(header(headers, "date"));
+    if (!Number.isNaN(date)) this.aheadMs = context.now().getTime() - date;
+    const nonce = nonceOf(headers);
+    if (nonce !== undefined && init.method !== "HEAD") this.#nonces.push(nonce);
+    if (response.ok) return { headers, text };
+    throw refusal(step, url, response.status, { headers, text }, context.now());
+  }
+
+  /** The setting, or the fact, that helps where TLS fails. */
+  #hint(reason: string): string {
+    if (reason.includes("UnknownIssuer")) return "; the root of the CA's own certificate belongs in caBundle";
+    if (!/expired|not valid yet|NotValidYet/i.test(reason)) return "";
+    return `; is this clock right? It says ${this.context.now().toISOString()}`;
+  }
+}
+
+/** RFC 8555 §6.2: flattened JSON serialization, as it is also within the payload of keyChange (§7.3.5). */
+export async function sign(
+  key: AccountKey,
+  payload: object | undefined,
+  header: Record<string, unknown>,
+): Promise<object> {
+  const { FlattenedSign } = await import("jose");
+  const bytes = new TextEncoder().encode(payload === undefined ? "" : JSON.stringify(payload));
+  return await new FlattenedSign(bytes).setProtectedHeader({ alg: key.alg, ...header }).sign(key.privateKey);
+}
+
+/** RFC 8555 §7.3.4: the account's public key, signed with the key that the CA gave out. */
+export async function bindExternalAccount(
+  eab: { readonly keyId: string; readonly hmacKey: Uint8Array },
+  key: AccountKey,
+  url: string,
+): Promise<object> {
+  const { FlattenedSign } = await import("jose");
+  return await new FlattenedSign(new TextEncoder().encode(JSON.stringify(key.publicJwk)))
+    .setProtectedHeader({ alg: "HS256", kid: eab.keyId, url }).sign(eab.hmacKey);
+}
+
+function nonceOf(headers: Headers): string | undefined {
+  const nonce = headers.get("replay-nonce") ?? "";
+  return /^[A-Za-z0-9_-]{1,1000}$/.test(nonce) ? nonce : undefined;
+}
+
+/** fetch() says "fetch failed", and why in the cause. */
+function innermost(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error(String(error));
+  return error.cause === undefined ? error : innermost(error.cause);
+}
+
+async function boundedText(step: string, url: string, response: Response): Promise<string> {
+  const chunks: Uint8Array[] = [];
+  let size = 0;
+  for await (const chunk of response.body ?? []) {
+    size += chunk.length;
+    if (size > LARGEST_BODY) {
+      throw new AcmeError(step, `an answer of more than ${LARGEST_BODY} bytes`, url);
+    }
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks).toString("utf8");
+}
+
+function refusal(step: string, url: string, status: number, answer: Answer, now: Date): AcmeError {
+  const type = mediaType(answer);
+  let problem: Problem | undefined;
+  if (type === "application/problem+json" || type === "application/json") {
+    problem = problemOf(parseJson(answer.text));
+    // some CAs send problems under the wrong type; other JSON says nothing that could be shown
+    if (type === "application/json" && !problem?.detail && problem?.type === "about:blank") {
+      problem = undefined;
+    }
+  }
+  if (status === 429) {
+    problem ??= { type: "rateLimited", detail: "too many requests", links: [], subproblems: [] };
+  }
+  if (problem?.type === "userActionRequired") { // RFC 8555 §7.3.3
+    problem = { ...problem, links: [...problem.links, ...linksOf(answer, "terms-of-service", url)] };
+  }
+  const message = problem === undefined ? `HTTP status ${status} (${type})` : describe(problem);
+  const retryAfter = parseRetryAfter(answer.headers, now);
+  const passing = status >= 500 && status !== 501; // what is not implemented will not be in a moment
+  return new AcmeError(step, message, url, { status, problem, retryAfter, passing });
+}
+
+/** A problem in a sentence, its subproblems behind it. */
+export function describe(problem: Problem): string {
+  const text = sentences(problem).join("; ");
+  return text.length > LONGEST_MESSAGE ? `${text.slice(0, LONGEST_MESSAGE)}…` : text;
+}
+
+function sentences({ identifier, detail, type, links, subproblems }: Problem): string[] {
+  const about = identifier === undefined ? "" : `${identifier}: `;
+  const see = links.map((link) => `, see ${link}`).join("");
+  return [`${about}${detail || "no detail"} (${type})${see}`, ...subproblems.flatMap(sentences)];
+}
+
+/** The problem in JSON, whatever stands there. */
+export function problemOf(value: unknown, isSubproblem = false): Problem | undefined {
+  if (typeof value !== "object" || value === null) return undefined;
+  const { type, detail, identifier, instance, subproblems } = value as Record<string, unknown>;
+  const named = (identifier as { value?: unknown } | null | undefined)?.value;
+  // one level, and at most one for each name (RFC 8555 §6.7.1)
+  const listed = isSubproblem || !Array.isArray(subproblems) ? [] : subproblems.slice(0, 100);
+  return {
+    type: words(type ?? "about:blank").replace(ERROR_PREFIX, "").trim(),
+    detail: words(detail ?? ""),
+    identifier: named === undefined ? undefined : words(named),
+    links: isHttps(instance) ? [oneLine(instance)] : [],
+    subproblems: listed.map((each) => problemOf(each, true)).filter((each) => each !== undefined),
+  };
+}
+
+/**
+ * The moment of a Retry-After header, in seconds or as an HTTP date (RFC 9110 §10.2.3): at least one second and at most
+ * a day from `now`, since neither a date in the past nor a century is meant. Undefined without a usable header.
+ */
+export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
+  const value = headers.get("retry-after")?.trim();
+  if (!value) return undefined;
+  // a date begins with its weekday; Date.parse alone would find one in "-5"
+  const date = /^[a-z]{3}/i.test(value) ? Date.parse(value) : NaN;
+  const at = /^\d+$/.test(value) ? now.getTime() + Number(value) * 1000 : date;
+  if (Number.isNaN(at)) return undefined;
+  return new Date(Math.min(Math.max(at, now.getTime() + 1000), now.getTime() + 86_400_000));
+}
+
+/** What stands where a text belongs, made harmless. String() would throw at `{"toString": 1}`. */
+export function words(value: unknown): string {
+  return oneLine(typeof value === "string" ? value : JSON.stringify(value) ?? "");
+}
+
+/** The URLs of Link headers with this relation (RFC 8288), absolute where they can be, in linear time. */
+export function linksOf({ headers }: Answer, relation: string, base: string): string[] {
+  return [...header(headers, "link").matchAll(/<([^<>]*)>([^<>,]*)/g)]
+    .filter(([, , parameters]) =>
+      parameters!.split(";").some((one) => one.trim().replaceAll('"', "") === `rel=${relation}`)
+    )
+    .map(([, url]) => URL.canParse(url!, base) ? new URL(url!, base).href : url!);
+}
+
+function header(headers: Headers, name: string): string {
+  return (headers.get(name) ?? "").slice(0, LONGEST_HEADER);
+}
+
+/** The object that an answer holds; throws for whatever is none. */
+export function jsonObject(step: string, url: string, answer: Answer): Record<string, unknown> {
+  const type = mediaType(answer);
+  if (type !== "application/json") throw new AcmeError(step, `not JSON but ${type}`, url);
+  const value = parseJson(answer.text);
+  if (typeof value === "object" && value !== null) return value as Record<string, unknown>;
+  throw new AcmeError(step, value === undefined ? "broken JSON" : "not a JSON object", url);
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+export function mediaType({ headers }: Answer): string {
+  return oneLine(header(headers, "content-type").split(";")[0]!.trim().toLowerCase() || "no content type");
+}
+
+/** An https URL as it can stand in a request and in a message: printable ASCII, bounded, no credentials. */
+export function isHttps(value: unknown): value is string {
+  return typeof value === "string" && value.length < LONGEST_URL && URL.canParse(value) &&
+    /^https:\/\/[\w.:[\]-]+(?:[/?#][\x21-\x7e]*)?$/.test(value);
+}

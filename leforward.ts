@@ -1,4 +1,4 @@
-#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q -N -E=SSH_ORIGINAL_COMMAND --v8-flags=--max-semi-space-size=1
+#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt -N -E=SSH_ORIGINAL_COMMAND --v8-flags=--max-semi-space-size=1
 /**
  * leforward: a redirect server for a host that has no web server of its own.
  *
@@ -21,7 +21,7 @@ const HELP = `leforward: send ACME http-01 challenges of this host on to another
   --allow URL         accept this base URL and no other; may be repeated
   --port N            port to listen on; default 80, the one that a CA asks
   --host ADDRESS      address to listen on; default :: (every address, IPv6 and IPv4)
-  --lifetime MINUTES  end after this time; default 60
+  --lifetime MINUTES  end after this time; default 60; 0 for a service: never
 
   http://here/.well-known/acme-challenge/TOKEN  ->  301  URL/.well-known/acme-challenge/TOKEN
   anything else                                 ->  404
@@ -90,7 +90,7 @@ function readOptions(args: readonly string[], sshCommand: string | undefined) {
     baseUrl,
     port: toNumber(given.port!, "port", 0, 65_535),
     hostname: given.host!,
-    lifetimeMs: toNumber(given.lifetime!, "lifetime", 0.01, 30_000) * 60_000,
+    lifetimeMs: toNumber(given.lifetime!, "lifetime", 0, 30_000) * 60_000, // setTimeout takes 35,791 minutes at most
   };
 }
 
@@ -121,8 +121,12 @@ async function listen(hostname: string, port: number): Promise<Deno.TcpListener>
 
 const connections = new Map<Deno.Conn, number>(); // with the time of their arrival, oldest first
 
-function close(connection: Deno.Conn | undefined): void {
-  if (connection && connections.delete(connection)) connection.close();
+function close(connection: Deno.Conn): void {
+  if (connections.delete(connection)) connection.close();
+}
+
+function closeOldest(): void {
+  for (const connection of connections.keys()) return close(connection);
 }
 
 const latin1 = new TextDecoder("latin1");
@@ -160,7 +164,7 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     Deno.addSignalListener(signal, () => end(signal));
   }
-  setTimeout(() => end("its lifetime is over"), lifetimeMs);
+  if (lifetimeMs > 0) setTimeout(() => end("its lifetime is over"), lifetimeMs);
 
   // sshd does not end a command that has no terminal; it just goes away, and we get another parent. It may
   // have done so before we could look: then that is process 1 from the start.
@@ -202,8 +206,12 @@ console.log(`leforward: port ${listener.addr.port} redirects to ${baseUrl}`);
 while (true) {
   try {
     answer(await listener.accept(), baseUrl);
-    if (connections.size > MAX_OPEN) close(connections.keys().next().value);
-  } catch {
-    await pause(WATCH_MS); // out of files, most likely
+    if (connections.size > MAX_OPEN) closeOldest();
+  } catch (error) {
+    // An error is that of one connection, such as one that was reset before it was accepted, unless files or memory
+    // have run out (accept(2)): then the connection stays in the queue.
+    if (!/^E(MFILE|NFILE|NOBUFS|NOMEM)$/.test((error as { code?: string }).code ?? "")) continue;
+    closeOldest();
+    await pause(1);
   }
 }

@@ -1,8 +1,11 @@
-/** Goal: the program as it is used: arguments, exit status, streams, signals, terminals, users, and the ways to start it. */
+/**
+ * Goal: the program as it is used: arguments, exit status, streams, signals, terminals, and the demo. The ways to start
+ * it are in start.test.ts.
+ */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { join } from "node:path";
 import process from "node:process";
 import type { State } from "../lib/state.ts";
 import { type Bed, type Ended, testBed, until } from "./bed.ts";
@@ -545,101 +548,6 @@ Deno.test("a run killed while it issues other lines leaves it to the next to del
   assert.equal(code, 0);
   assert.match(stdout, /^nothing due, 1 kept/m);
   assert.equal(Deno.readTextFileSync(join(bed.home, "delivered")), "a.example.com\n");
-});
-
-// ---- ways to run ---------------------------------------------------------------------------------
-
-Deno.test("lematt.ts runs by its own first line, from anywhere, with the permissions of deno.json", {
-  ignore: basename(Deno.execPath()) !== "deno",
-}, async () => {
-  await using bed = await bedOf("a.example.com", `[default]\nupdate: ["pwd > HERE/where"]`);
-  const path = `${dirname(Deno.execPath())}:${Deno.env.get("PATH")}`;
-  const { code, stdout } = await output(PROGRAM, ["--test", bed.conf], { cwd: "/", env: { PATH: path } });
-  assert.equal(code, 0);
-  assert.match(stdout, /^issued /m);
-  assert.equal(Deno.readTextFileSync(join(bed.home, "where")), "/\n");
-});
-
-Deno.test("a plain user needs nothing but its own directories, and finds the conf beside the program", async () => {
-  await using bed = await bedOf("a.example.com www", `[default]\nuploadKeys: ["cp KEYS HERE/host/"]`);
-  const nobody = 65534;
-  const own = [bed.conf, bed.drop, join(bed.home, "host"), join(bed.home, "cache")];
-  for (const name of ["host", "program", "cache"]) await Deno.mkdir(join(bed.home, name));
-  const program = join(bed.home, "program");
-  await output("cp", [
-    "-r",
-    join(ROOT, "deno.json"),
-    join(ROOT, "deno.lock"),
-    PROGRAM,
-    join(ROOT, "lib"),
-    program,
-  ]);
-  await Deno.symlink(bed.conf, join(program, "conf"));
-  const { npmPackages } = JSON.parse((await output(Deno.execPath(), ["info", "--json", PROGRAM])).stdout);
-  for (const { name, localPath, registryUrl } of Object.values<Record<string, string>>(npmPackages)) {
-    const at = join(bed.home, "cache", "npm", new URL(registryUrl!).hostname, dirname(name!));
-    await Deno.mkdir(at, { recursive: true });
-    await output("cp", ["-r", dirname(localPath!), at]);
-  }
-  // deno may stand where only its owner can read it
-  const deno = join(bed.home, "deno");
-  await Deno.link(Deno.execPath(), deno).catch(() => Deno.copyFile(Deno.execPath(), deno));
-  await Deno.chmod(bed.home, 0o755);
-  await Deno.chmod(dirname(bed.ca.caBundleFile), 0o755);
-  const root = Deno.uid() === 0;
-  if (root) await output("chown", ["-R", `${nobody}:${nobody}`, ...own]);
-
-  const as = root ? ["setpriv", `--reuid=${nobody}`, `--regid=${nobody}`, "--clear-groups"] : ["env"];
-  const { code, stdout, stderr } = await output(as[0]!, [
-    ...as.slice(1),
-    deno,
-    ...DENO,
-    join(program, "lematt.ts"),
-    "--test",
-  ], {
-    cwd: "/",
-    env: { HOME: "/nonexistent", DENO_DIR: join(bed.home, "cache") },
-  });
-  assert.deepEqual([code, stderr], [0, ""], stdout);
-  const key = Deno.statSync(
-    bed.path("test", "key", "a.example.com_www.a.example.com-key.prime256v1.test.pem"),
-  );
-  assert.deepEqual([key.mode! & 0o777, key.uid], [0o600, root ? nobody : Deno.uid()]);
-  assert.equal(listing(join(bed.home, "host")).length, 3);
-});
-
-Deno.test("deno compile takes in all of lematt and of its packages", async () => {
-  const directory = await Deno.makeTempDir();
-  try {
-    // denort, to which the program is appended, is not at hand everywhere: any executable shows what is appended
-    const denort = (await Deno.realPath("/bin/sh").catch(() => "")) || Deno.execPath();
-    const binary = join(directory, "lematt");
-    const { code, stderr } = await output(Deno.execPath(), [
-      "compile",
-      "-P=lematt",
-      "--output",
-      binary,
-      PROGRAM,
-    ], {
-      cwd: ROOT,
-      env: { DENORT_BIN: denort, NO_COLOR: "1" },
-    });
-    assert.equal(code, 0, stderr);
-    const appended = new TextDecoder("latin1").decode(await Deno.readFile(binary));
-    for (const name of listing(join(ROOT, "lib"))) {
-      const [charter] = /^ \* .{40}/m.exec(await Deno.readTextFile(join(ROOT, "lib", name)))!;
-      assert.ok(appended.includes(charter), name);
-    }
-    for (const name of ["jose", "zx", "@peculiar/x509", "reflect-metadata"]) {
-      assert.match(
-        stderr,
-        new RegExp(`${name.split("/").at(-1)}/[\\d.]+/\\*|${name.split("/").at(-1)}/\\*`),
-        name,
-      );
-    }
-  } finally {
-    await Deno.remove(directory, { recursive: true });
-  }
 });
 
 Deno.test("the demo issues, delivers, and names the files that it made", async () => {

@@ -3,7 +3,8 @@
  * What an ssh session does to it is in remote.test.ts.
  */
 import assert from "node:assert/strict";
-import { LEFORWARD, startLeforward as start } from "./programs.ts";
+import { LEFORWARD, startLeforward as start, startResets } from "./programs.ts";
+import { find } from "./sshd.ts";
 
 const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
@@ -142,6 +143,33 @@ Deno.test("silent and slow connections hold nobody up, are bounded in number and
   for (const connection of connections) connection.close();
 });
 
+/** Whether someone is asked at once, 50 times in a row. */
+async function answersAtOnce(port: number): Promise<void> {
+  const since = performance.now();
+  for (let n = 0; n < 50; n++) {
+    assert.match(await ask(port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
+    assert.ok(performance.now() - since < 5000, `request ${n} had to wait`);
+  }
+}
+
+Deno.test("connections that were reset before they were accepted hold nobody up", {
+  ignore: find("python3") === undefined,
+}, async () => {
+  await using server = await start(["--baseurl", "http://c.example"]);
+  await using _resets = await startResets(server.port, 1000);
+  await answersAtOnce(server.port);
+});
+
+Deno.test("where files run out, the oldest connection makes room", async () => {
+  const by = ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", ...LEFORWARD];
+  await using server = await start(["--baseurl", "http://c.example"], { by });
+  const silent = await Promise.all(
+    Array.from({ length: 100 }, () => Deno.connect({ hostname: "127.0.0.1", port: server.port })),
+  );
+  await answersAtOnce(server.port);
+  for (const connection of silent) connection.close();
+});
+
 Deno.test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIGINAL_COMMAND", async () => {
   const plain = "not an http(s) URL without user, query and fragment";
   for (
@@ -158,7 +186,8 @@ Deno.test("leforward takes its URL from --baseurl, else from the one word of SSH
         'Cannot use --port "80x": not a number',
       ],
       [["--baseurl", "http://c.example", "--port", "65536"], undefined, "Cannot use --port"],
-      [["--baseurl", "http://c.example", "--lifetime", "0"], undefined, "Cannot use --lifetime"],
+      [["--baseurl", "http://c.example", "--lifetime", "36000"], undefined, "Cannot use --lifetime"],
+      [["--baseurl", "http://c.example", "--lifetime", "-1"], undefined, "Cannot use --lifetime"],
       [["--allow", "c.example"], "http://c.example", `Cannot redirect to "c.example": ${plain}`],
       [["--allow", "http://c.example"], "http://d.example", "--allow does not name it"],
       [["--allow", "http://c.example"], "http://c.example/x", "--allow does not name it"],
@@ -275,6 +304,11 @@ Deno.test("leforward ends when its lifetime is over", async () => {
   await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0.02"]);
   assert.equal((await server.child.status).code, 0);
   assert.equal(await server.stderr, "leforward: ended: its lifetime is over\n");
+});
+
+Deno.test("--lifetime 0 is for ever", async () => {
+  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { stdin: "null" });
+  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
 });
 
 Deno.test("leforward ends when its standard input closes, whatever was written to it before", async () => {

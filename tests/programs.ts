@@ -11,7 +11,7 @@ export function program(file: string, ...more: readonly string[]): readonly stri
   return [Deno.execPath(), "run", ...flags, ...more, path];
 }
 
-export const LEMATT = program("lematt.ts", "--no-prompt");
+export const LEMATT = program("lematt.ts");
 export const LEFORWARD = program("leforward.ts");
 
 /** A running leforward on a free port; `child.stdin` is open unless told otherwise. */
@@ -41,6 +41,35 @@ export async function startLeforward(args: readonly string[], { stdin = "piped",
       if (stdin === "piped") await child.stdin.abort().catch(() => {});
       await reader.cancel();
       await Promise.all([child.status, stderr]);
+    },
+  };
+}
+
+/** Opens connections to `port` of 127.0.0.1 and resets each before it can be accepted; resolves when it has begun. */
+export async function startResets(port: number, perSecond: number): Promise<AsyncDisposable> {
+  // python3, as Deno has no SO_LINGER
+  const script = `
+import socket, struct, time
+begun, count = time.time(), 0
+while True:
+    if count > (time.time() - begun) * ${perSecond}:
+        time.sleep(0.0005)
+        continue
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.setblocking(False)
+        connection.connect_ex(("127.0.0.1", ${port}))
+    count += 1
+    if count == 20:
+        print("begun", flush=True)
+`;
+  const child = new Deno.Command("python3", { args: ["-c", script], stdin: "null", stdout: "piped" }).spawn();
+  const reader = child.stdout.getReader();
+  await reader.read();
+  return {
+    async [Symbol.asyncDispose]() {
+      child.kill();
+      await Promise.all([reader.cancel(), child.status]);
     },
   };
 }

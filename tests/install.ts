@@ -1,0 +1,61 @@
+/**
+ * lematt as it is installed on a host: deno, sources and packages below one directory, for one user. Where the tests'
+ * own copies are, that user may not be able to look.
+ */
+
+import { dirname, join } from "node:path";
+
+const ROOT = join(import.meta.dirname!, "..");
+
+/** A user that every system has and that owns nothing. */
+export const NOBODY = 65534;
+
+export interface Installation {
+  /** Where deno is. */
+  readonly bin: string;
+  /** Where lematt.ts, leforward.ts and deno.json are; they belong to the user who runs the tests. */
+  readonly program: string;
+  /** With deno in PATH and packages in a cache that belongs to the user. */
+  readonly env: Readonly<Record<string, string>>;
+  /** The command, run as the user. */
+  as(...command: string[]): string[];
+}
+
+/** Installs lematt for the user `uid` below `directory`, which all may read then. */
+export async function install(directory: string, uid = Deno.uid()!): Promise<Installation> {
+  const [bin, program, cache] = ["bin", "program", "cache"].map((name) => join(directory, name)) as [
+    string,
+    string,
+    string,
+  ];
+  for (const path of [bin, program, cache]) await Deno.mkdir(path);
+  await Deno.chmod(directory, 0o755);
+  await Deno.link(Deno.execPath(), join(bin, "deno"))
+    .catch(() => Deno.copyFile(Deno.execPath(), join(bin, "deno")));
+  const files = ["deno.json", "deno.lock", "lematt.ts", "leforward.ts", "lib"];
+  await run("cp", "-r", ...files.map((file) => join(ROOT, file)), program);
+  const { npmPackages } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
+  for (const { name, localPath, registryUrl } of Object.values<Record<string, string>>(npmPackages)) {
+    const at = join(cache, "npm", new URL(registryUrl!).hostname, dirname(name!));
+    await Deno.mkdir(at, { recursive: true });
+    await run("cp", "-r", dirname(localPath!), at);
+  }
+  const other = uid !== Deno.uid();
+  if (other) await run("chown", "-R", `${uid}:${uid}`, cache);
+  return {
+    bin,
+    program,
+    env: { HOME: "/nonexistent", DENO_DIR: cache, PATH: `${bin}:/usr/bin:/bin` },
+    as: (...command) =>
+      other ? ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups", ...command] : command,
+  };
+}
+
+/** Runs a command to its end and returns its standard output; throws where it fails. */
+export async function run(command: string, ...args: readonly string[]): Promise<string> {
+  const { success, stdout, stderr } = await new Deno.Command(command, { args: [...args], stdin: "null" })
+    .output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  if (!success) throw new Error(`${command} ${args.join(" ")}: ${text(stderr)}`);
+  return text(stdout);
+}

@@ -1,0 +1,160 @@
+/**
+ * Goal: both programs start in every way in which users start them, as root and as an ordinary user, and Deno never
+ * asks anything: on a terminal, where it would wait for ever.
+ */
+
+import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { testBed } from "./bed.ts";
+import { install, type Installation, NOBODY, run } from "./install.ts";
+import { freePort } from "./sshd.ts";
+
+const ROOT = join(import.meta.dirname!, "..");
+const USERS = Deno.uid() === 0 ? { root: 0, "another user": NOBODY } : { "a user": Deno.uid()! };
+/** Ways to start a program by its path. */
+const waysOf = (name: string) =>
+  Object.entries({ "its first line": "", "deno run -P": `deno run -P=${name} ` });
+const SCRIPT = "/usr/bin/script";
+if (!existsSync(SCRIPT)) console.warn("start.test.ts: no terminals without script (bsdutils)");
+
+/**
+ * Runs a line for /bin/sh at a pseudo-terminal, as the user of an installation, and types each answer when its question
+ * is there. Returns what is to be seen. Ended is what gets a question of Deno's.
+ */
+async function atTerminal(
+  { as, env }: Installation,
+  line: string,
+  answers: Readonly<Record<string, string>> = {},
+) {
+  const [command, ...args] = as(SCRIPT, "-qec", line, "/dev/null");
+  const child = new Deno.Command(command!, {
+    args,
+    cwd: "/",
+    env: { ...env, TERM: "xterm", SHELL: "/bin/sh", NO_COLOR: "1" },
+    clearEnv: true,
+    stdin: "piped",
+    stdout: "piped",
+    stderr: "null",
+  }).spawn();
+  const keyboard = child.stdin.getWriter();
+  const open = Object.entries(answers);
+  let seen = "";
+  for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
+    seen += text;
+    if (seen.includes("Deno requests")) child.kill();
+    if (open.length > 0 && seen.includes(open[0]![0])) {
+      await keyboard.write(new TextEncoder().encode(open.shift()![1]));
+    }
+  }
+  await keyboard.close().catch(() => {});
+  return { code: (await child.status).code, seen };
+}
+
+/** A bed that belongs to a user, with commands of every kind; the last one serves what was issued. */
+async function bedFor(uid: number) {
+  await using stack = new AsyncDisposableStack();
+  const bed = stack.use(await testBed({ domains: "a.example.com", settings: "keyTypes: ec\npreflight: no" }));
+  const installation = await install(bed.home, uid);
+  const host = join(bed.home, "host");
+  await Deno.mkdir(host);
+  const [port, file] = [freePort(), (what: string) => `${host}/a.example.com-${what}.prime256v1.pem`];
+  const serve = `openssl s_server -quiet -accept 127.0.0.1:${port} -cert ${file("cert-combined")} -key ${
+    file("key")
+  }`;
+  bed.configure({
+    actions: `[default]
+prepare: ["exec cat"]
+uploadCerts: ["cp CERTS ${host}"]
+uploadKeys: ["cp KEYS ${host}"]
+update: ["${serve} </dev/null >/dev/null 2>&1 & echo $! >${host}/pid"]
+verify: ["127.0.0.1:${port}#DOMAIN"]
+alert: ["cat"]
+`,
+  });
+  stack.defer(() => {
+    if (existsSync(`${host}/pid`)) Deno.kill(Number(Deno.readTextFileSync(`${host}/pid`)));
+  });
+  await run("chown", "-R", `${uid}`, bed.conf, bed.drop, host);
+  await run("chmod", "755", dirname(bed.ca.caBundleFile));
+  await Deno.symlink(bed.conf, join(installation.program, "conf"));
+  const cleanup = stack.move();
+  return { bed, ...installation, [Symbol.asyncDispose]: () => cleanup.disposeAsync() };
+}
+
+for (const [user, uid] of Object.entries(USERS)) {
+  for (const [way, by] of waysOf("lematt")) {
+    Deno.test(`at a terminal of ${user} lematt, started by ${way}, asks nothing but its own question`, {
+      ignore: !existsSync(SCRIPT),
+    }, async () => {
+      await using host = await bedFor(uid);
+      const { bed } = host;
+      const table: [args: string, code: number, seen: RegExp, answers?: Record<string, string>][] = [
+        ["--help", 0, /Exit status: 0/],
+        ["--check", 0, /1 line of domains/],
+        ["--prod --plan", 0, /a\.example\.com/],
+        ["--prod", 0, /^issued .*a\.example\.com/m],
+        ["--prod", 0, /nothing due/],
+        ["--prod --status", 0, /a\.example\.com/],
+        ["--prod --status --offline --json", 0, /^\{/m],
+        ["--prod --rollover", 0, /account/],
+        ["--prod --revoke a.example.com", 2, /nothing was revoked/, { "Revoke?": "n\n" }],
+        ["--prod --revoke a.example.com", 0, /revoked/, { "Revoke?": "y\n" }],
+      ];
+      for (const [args, code, shown, answers] of table) {
+        const ended = await atTerminal(host, `exec ${by}${host.program}/lematt.ts ${args}`, answers);
+        assert.doesNotMatch(ended.seen, /Deno requests/, args);
+        assert.deepEqual(ended.code, code, `${args}: ${ended.seen}`);
+        assert.match(ended.seen, shown, args);
+      }
+      assert.equal(Deno.statSync(join(bed.home, "host", "pid")).uid, uid);
+    });
+  }
+
+  for (const [way, by] of waysOf("leforward")) {
+    Deno.test(`at a terminal of ${user} leforward, started by ${way}, asks nothing and ends by Ctrl-C`, {
+      ignore: !existsSync(SCRIPT),
+    }, async () => {
+      const home = await Deno.makeTempDir();
+      try {
+        const installation = await install(home, uid);
+        const line = `exec ${by}${installation.program}/leforward.ts --port 0 --baseurl http://c.example`;
+        const { code, seen } = await atTerminal(installation, line, { "redirects to": "\x03" });
+        assert.doesNotMatch(seen, /Deno requests/);
+        assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
+      } finally {
+        await Deno.remove(home, { recursive: true });
+      }
+    });
+  }
+}
+
+Deno.test("deno task compile makes programs that take in everything and never prompt", async () => {
+  const directory = await Deno.makeTempDir();
+  try {
+    const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
+    for (const name of ["lematt", "leforward"]) {
+      const command = tasks[`compile:${name}`].replace("-q ", "").replace("bin/", `${directory}/`);
+      // denort, to which the program is appended, is not at hand everywhere: any executable shows what is appended
+      const { code, stderr } = await new Deno.Command("/bin/sh", {
+        args: ["-c", command.replace(/^deno/, `'${Deno.execPath()}'`)],
+        cwd: ROOT,
+        env: { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" },
+      }).output();
+      const printed = new TextDecoder().decode(stderr);
+      assert.equal(code, 0, printed);
+      const appended = new TextDecoder("latin1").decode(await Deno.readFile(join(directory, name)));
+      assert.match(appended, /"permissions":\{[^}]*"prompt":false\}/, name);
+      if (name === "leforward") continue;
+      for (const { name } of Deno.readDirSync(join(ROOT, "lib"))) {
+        const [charter] = /^ \* .{40}/m.exec(await Deno.readTextFile(join(ROOT, "lib", name)))!;
+        assert.ok(appended.includes(charter), name);
+      }
+      for (const name of ["jose", "zx", "x509", "reflect-metadata"]) {
+        assert.match(printed, new RegExp(`${name}/([\\d.]+/)?\\*`), name);
+      }
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});

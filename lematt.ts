@@ -180,7 +180,6 @@ const KNOWN_ERRORS: ReadonlyMap<string, number> = new Map([
   ["AcmeError", 1],
   ["AbortError", 1],
   ["CommandError", 1],
-  ["ProbeError", 1],
 ]);
 
 /** The program; `outside` stands in for parts of the outside in tests. Returns the exit status. */

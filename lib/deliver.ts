@@ -18,7 +18,7 @@ import {
   recordOf,
   retryDeliveryAt,
 } from "./plan.ts";
-import { probe, type Sight as Probed } from "./probe.ts";
+import { probe, ProbeError, type Sight as Probed } from "./probe.ts";
 import { record, type Sight, type State } from "./state.ts";
 import type { Entry, Store } from "./store.ts";
 
@@ -270,13 +270,20 @@ export async function probeAll(
   }
 }
 
-/** Key of an endpoint -> what its addresses serve. */
+/** Key of an endpoint -> what its addresses serve. Without openssl nothing can be seen, and all else goes on. */
 async function sightsOf(
   endpoints: readonly EndpointStatus[],
   context: Context,
   times: number,
 ): Promise<Map<string, Sight[]>> {
-  const found = await probe(endpoints, context, times);
+  let found: readonly Probed[];
+  try {
+    found = await probe(endpoints, context, times);
+  } catch (error) {
+    if (!(error instanceof ProbeError)) throw error;
+    const sight = { address: "", kind: "unreachable", detail: error.message } as const;
+    return new Map(endpoints.map(({ key }) => [key, [sight]]));
+  }
   return new Map(endpoints.map(({ key, endpoint, keyType }) => [
     key,
     found.filter((one) => one.endpoint === endpoint.text && one.keyType === keyType).map(sightOf),

@@ -266,7 +266,6 @@ const KNOWN_ERRORS = [
   "LockedError",
   "SelectionError",
   "StateError",
-  "ProbeError",
 ];
 
 /** An error as a person should see it: the CA's words with their step; a bug with its stack. */

@@ -845,7 +845,13 @@ function findProblems(
   const down = [...tasks, ...waiting].filter(({ failure }) => failure?.shared);
   if (down.length > 0) {
     const failure = down.map(({ failure }) => failure!).reduce((a, b) => a.count >= b.count ? a : b);
-    add({ kind: "CA", failure }, "CA", failure.count >= ALERT_FAILURES, down.map(({ line }) => line));
+    const notAfter = expiryOf(down.flatMap(({ due }) => due));
+    add(
+      { kind: "CA", failure, notAfter },
+      "CA",
+      failure.count >= ALERT_FAILURES,
+      down.map(({ line }) => line),
+    );
   }
   for (const { line, due, failure } of [...tasks, ...waiting]) {
     if (failure !== undefined && !failure.shared) {
@@ -857,7 +863,7 @@ function findProblems(
       const notAfter = lastsUntil(entry);
       if (notAfter === undefined) continue; // one that could never be issued is failing, not overdue
       const late = since !== undefined && now.getTime() - since.getTime() > 2 * intervalMs;
-      if (late || notAfter <= now) {
+      if (late || notAfter <= now || entry.finding.kind === "revoked") {
         add({ kind: "overdue", entry, notAfter }, `overdue ${entry.file}`, true, [line]);
       }
     }

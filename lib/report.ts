@@ -232,9 +232,10 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
         (long ? ` until ${timeText(problem.until)} (--retry: now)` : "");
     case "overdue": {
       const name = entryText(problem.entry);
-      return long
-        ? `${name} is overdue for renewal and expires ${timeText(problem.notAfter)}`
-        : `renewal of ${name}`;
+      if (!long) return `renewal of ${name}`;
+      return problem.entry.finding.kind === "revoked"
+        ? `${name} was revoked and is not replaced yet`
+        : `${name} is overdue for renewal and expires ${timeText(problem.notAfter)}`;
     }
     case "delivery": {
       const { delivery: { section, pending }, failure, servedUntil } = problem;

@@ -131,8 +131,12 @@ export async function run(
   if (options.selection === undefined) state.runs = [...state.runs, begun.toISOString()].slice(-RUNS);
   await store.saveState();
   const final = plan(config, inventory(), state, context.now(), planOptions);
-  await sendAlerts(final, config, store, context, tell);
-  const known = reportedBefore(final, state, context.now());
+  // what a restricted run leaves aside is not well again
+  const whole = options.selection === undefined
+    ? final
+    : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
+  await sendAlerts(whole, config, store, context, tell);
+  const known = reportedBefore(whole, state, context.now());
   await store.saveState();
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
 }

@@ -236,30 +236,33 @@ function defined(values: Record<string, unknown>): Record<string, unknown> {
 
 /** Nothing that is remembered lies in the future, or waits for longer than a day: the CA's Retry-After is cut to that. */
 function dropFuture(state: State, now: Date): void {
-  const present = now.toISOString();
-  const latest = new Date(now.getTime() + 86_400_000).toISOString();
-  const drop = <T>(entries: Record<string, T>, isFuture: (entry: T) => boolean) => {
-    for (const [key, entry] of Object.entries(entries)) if (isFuture(entry)) delete entries[key];
+  const present = now.getTime();
+  const isAfter = (text: string | undefined, limit: number) => text !== undefined && Date.parse(text) > limit;
+  const isFuture = (text: string | undefined) => isAfter(text, present);
+  const waits = (text: string | undefined) => isAfter(text, present + 86_400_000);
+  const drop = <T>(entries: Record<string, T>, isUnusable: (entry: T) => boolean) => {
+    for (const [key, entry] of Object.entries(entries)) if (isUnusable(entry)) delete entries[key];
   };
-  const dropWait = (entry: { retryAt?: string }) => {
-    if (entry.retryAt !== undefined && entry.retryAt > latest) delete entry.retryAt;
-  };
-  Object.values(state.failures).forEach(dropWait);
-  Object.values(state.deliveries).forEach(dropWait);
+  for (const failure of [...Object.values(state.failures), ...Object.values(state.deliveries)]) {
+    if (waits(failure.retryAt)) delete failure.retryAt;
+    for (const key of ["since", "at"] as const) if (isFuture(failure[key])) failure[key] = now.toISOString();
+  }
   for (const renewal of Object.values(state.renewals)) {
-    if (renewal.askAt !== undefined && renewal.askAt > latest) delete renewal.askAt;
-    if (renewal.suggestedAt !== undefined && renewal.suggestedAt > present) delete renewal.suggestedAt;
+    if (waits(renewal.askAt)) delete renewal.askAt;
+    if (isFuture(renewal.suggestedAt)) delete renewal.suggestedAt;
   }
-  drop(state.holds, (until) => until > latest);
-  drop(state.withoutRenewalInfo, (at) => at > present);
-  drop(state.probes, ({ at }) => at > present);
-  drop(state.reported, (at) => at > present);
-  for (const alerts of Object.values(state.alerts)) drop(alerts, ({ at }) => at > present);
-  for (const receipts of Object.values(state.receipts)) {
-    // what was delivered stays delivered; only when is not known
-    for (const receipt of Object.values(receipts)) if (receipt.at > present) receipt.at = NEVER;
+  for (const order of Object.values(state.orders)) {
+    if (isFuture(order.since)) order.since = now.toISOString();
   }
-  state.runs = state.runs.filter((run) => run <= present);
+  drop(state.holds, waits);
+  drop(state.withoutRenewalInfo, isFuture);
+  drop(state.probes, ({ at, badSince }) => isFuture(at) || isFuture(badSince));
+  drop(state.reported, isFuture);
+  // what was delivered or sent stays so; only when is not known
+  for (const records of [...Object.values(state.receipts), ...Object.values(state.alerts)]) {
+    for (const one of Object.values(records)) if (isFuture(one.at)) one.at = NEVER;
+  }
+  state.runs = state.runs.filter((run) => !isFuture(run));
 }
 
 // ---- the shape ----------------------------------------------------------------------------------------
@@ -273,8 +276,10 @@ function isRecord(value: unknown): value is Record<string, unknown> {
 const isText: Check = (value) => typeof value === "string";
 const isFlag: Check = (value) => typeof value === "boolean";
 const isCount: Check = (value) => Number.isInteger(value) && (value as number) >= 0;
+/** As toISOString() writes it, be it of a year that only a certificate or a CA with a broken clock has. */
 const isDate: Check = (value) =>
-  typeof value === "string" && /^\d{4}-\d\d-\d\dT/.test(value) && !Number.isNaN(Date.parse(value));
+  typeof value === "string" && /^(\d{4}|[+-]\d{6})-\d\d-\d\dT/.test(value) &&
+  !Number.isNaN(Date.parse(value));
 const listOf = (check: Check): Check => (value) => Array.isArray(value) && value.every(check);
 const recordOf = (check: Check): Check => (value) => isRecord(value) && Object.values(value).every(check);
 const optional = (check: Check): Check => (value) => value === undefined || check(value);

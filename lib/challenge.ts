@@ -7,13 +7,13 @@
  */
 
 import defer * as nodeCrypto from "node:crypto";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { type AccountKey, type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
 import { PrepareCommands, runCommand } from "./hooks.ts";
 import { isIP } from "./names.ts";
-import type { Verdict } from "./selfcheck.ts";
+import type { Records, Verdict } from "./selfcheck.ts";
 
 /** A challenge that could not be made answerable; nothing was asked of the CA. */
 export class ChallengeError extends Error {
@@ -33,9 +33,9 @@ export interface Presented extends AsyncDisposable {
 /** What is published and has to be removed: a file in the drop directory, or the value that proves a name by dns-01. */
 export type Published = { readonly token: string } | { readonly name: string; readonly value: string };
 
-/** Where it stands what is published, in case that the run is killed: the store. */
+/** The store: what is published is in its state, in case that the run is killed. */
 interface Journal {
-  readonly state: { readonly published: Published[] };
+  readonly state: { published: Published[] };
   saveState(): Promise<void>;
 }
 
@@ -68,6 +68,8 @@ export class Challenges {
   /** TXT record -> settles when the line that has values there has removed them. */
   readonly #inUse = new Map<string, Promise<void>>();
   readonly #oneHook = limit(1);
+  /** What could not be removed, and stays for the next run. */
+  readonly #left = new Set<Published>();
 
   constructor(
     private readonly config: Config,
@@ -84,14 +86,17 @@ export class Challenges {
     authorizations: readonly Authorization[],
     account: { readonly key: AccountKey; readonly url: string },
   ): Promise<Presented> {
-    const { journal, context } = this;
+    const { state } = this.journal;
     const all = authorizations.map((authorization) => this.#wanted(authorization, account.key));
     await using stack = new AsyncDisposableStack();
     const now = await this.#claim(all, stack);
     const entries = now.flatMap(({ published }) => published ?? []);
-    journal.state.published.push(...entries);
-    stack.defer(() => journal.saveState().catch((error) => context.warn((error as Error).message)));
-    await journal.saveState();
+    state.published.push(...entries);
+    stack.defer(async () => {
+      state.published = state.published.filter((entry) => !entries.includes(entry) || this.#left.has(entry));
+      await this.journal.saveState().catch((error) => this.context.warn((error as Error).message));
+    });
+    await this.journal.saveState();
 
     const groups = Map.groupBy(now, ({ record, authorization }) => record ?? authorization.url);
     const displaced = await settled([...groups.values()].map(async (group) => {
@@ -167,12 +172,8 @@ export class Challenges {
     stack.defer(() => this.#remove(published!));
     dropFile(join(config.challengeDropDir!, token), content);
     if (failed === undefined) return;
-    await this.#selfCheck(name, HTTP_WAIT_SECONDS, HTTP_PAUSE_MS, async (signal) => {
-      const { checkFile } = await import("./selfcheck.ts");
-      const verdict = await checkFile(urlOf(name, token), content, context, signal);
-      if (verdict.fault !== undefined && config.preflight !== "warn") failed.throwIfAborted();
-      return verdict;
-    });
+    const check = fileCheck(name, token, content, context, config.preflight === "warn" ? undefined : failed);
+    await this.#selfCheck(name, HTTP_WAIT_SECONDS, HTTP_PAUSE_MS, check);
   }
 
   /** Returns those whose value the last one has displaced, for the provider keeps one a name. */
@@ -192,26 +193,18 @@ export class Challenges {
     }
     const last = group.at(-1)!;
     let displaced: readonly Wanted[] = [];
-    await this.#selfCheck(last.name, config.dnsWaitSeconds, DNS_PAUSE_MS, async (signal) => {
-      const { checkRecords, faultOf } = await import("./selfcheck.ts");
-      return await checkRecords(
-        record,
-        (records) => {
-          const lacks = ({ content }: Wanted) => faultOf(records, (text) => text === content);
-          const isNowhere = ({ content }: Wanted) =>
-            records.answers.every(({ texts }) => !texts.includes(content));
-          displaced = lacks(last) === undefined ? group.filter(isNowhere) : [];
-          const fault = group.filter((wanted) => !displaced.includes(wanted)).map(lacks).find(Boolean);
-          return fault && `${fault}; if the CA sees another DNS than this host, set preflight: warn`;
-        },
-        context,
-        signal,
-      );
+    const check = recordsCheck(record, context, (records) => {
+      const isAt = ({ content }: Wanted) =>
+        records.answers.filter(({ texts }) => texts.includes(content)).length;
+      const everywhere = records.answers.length;
+      displaced = isAt(last) === everywhere ? group.filter((wanted) => isAt(wanted) === 0) : [];
+      const missing = group.find((wanted) => isAt(wanted) < everywhere && !displaced.includes(wanted));
+      if (missing === undefined) return undefined;
+      const fault = records.fault((text) => text === missing.content);
+      return `${fault}; if the CA sees another DNS than this host, set preflight: warn`;
     });
-    for (const wanted of displaced) {
-      placed.delete(wanted); // many a hook would remove what has taken its place
-      this.#forget(wanted.published!);
-    }
+    await this.#selfCheck(last.name, config.dnsWaitSeconds, DNS_PAUSE_MS, check);
+    for (const wanted of displaced) placed.delete(wanted); // many a hook would remove what has taken its place
     return displaced;
   }
 
@@ -233,26 +226,21 @@ export class Challenges {
   }
 
   async #remove(entry: Published): Promise<void> {
-    if (await unpublish(entry, this.config, this.context, this.#oneHook)) this.#forget(entry);
-  }
-
-  #forget(entry: Published): void {
-    const { published } = this.journal.state;
-    published.splice(published.indexOf(entry), 1);
+    if (!await unpublish(entry, this.config, this.context, this.#oneHook)) this.#left.add(entry);
   }
 }
 
 /** Removes what runs before this one were killed over. */
-export async function removeLeftovers(config: Config, context: Context, journal: Journal): Promise<void> {
-  const { published } = journal.state;
+export async function removeLeftovers(config: Config, context: Context, store: Journal): Promise<void> {
+  const { published } = store.state;
   if (published.length === 0) return;
-  const left: Published[] = [];
+  store.state.published = [];
   for (const entry of published) {
+    const isRemoved = await unpublish(entry, config, context, limit(1));
     // a file can be tried again, a record may never have been placed
-    if (!await unpublish(entry, config, context, limit(1)) && "token" in entry) left.push(entry);
+    if (!isRemoved && "token" in entry) store.state.published.push(entry);
   }
-  published.splice(0, published.length, ...left);
-  await journal.saveState();
+  await store.saveState();
 }
 
 // ---- checking without a CA ---------------------------------------------------------------------------------------
@@ -268,77 +256,66 @@ export interface ChallengeFinding {
 }
 
 /**
- * Looks whether the CA would find the challenges of all names: fetches a file in the drop directory through each name of
- * http-01, with its `prepare` commands running; looks for the records of dns-persist-01, and for the name servers of
- * dns-01, whose hooks are not run. Asks no CA. `account` as far as it is known.
+ * Whether the CA would find the challenges of all names: fetches a file in the drop directory through each name of http-01,
+ * with its `prepare` commands running; looks up the records of dns-persist-01, and the name servers of dns-01, whose hooks
+ * are not run. Asks no CA. `account`: as far as it is known.
  */
 export async function checkChallenges(
   config: Config,
   context: Context,
   account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<ChallengeFinding[]> {
-  const { checkFile, checkRecords } = await import("./selfcheck.ts"); // with http and TLS, which most runs do without
+  await using prepare = new PrepareCommands(context.warn);
   const atOnce = limit(MOST_CHECKS);
-  await using stack = new AsyncDisposableStack();
-  const prepare = stack.use(new PrepareCommands(context.warn));
   const names = [...new Set(config.lines.flatMap(({ names }) => names))];
-  const token = `lematt-check-${nodeCrypto.randomBytes(16).toString("base64url")}`;
-  const content = nodeCrypto.randomBytes(32).toString("base64url");
-  let unwritable: string | undefined;
-  if (names.some((name) => challengeOf(config, name) === "http-01")) {
-    const path = join(config.challengeDropDir!, token);
-    stack.defer(() => removeIfThere(path));
-    try {
-      dropFile(path, content);
-    } catch (error) {
-      unwritable = `cannot write to challengeDropDir: ${(error as Error).message}`;
-    }
-  }
-
-  async function check(name: string, challenge: ChallengeType): Promise<Verdict> {
-    switch (challenge) {
-      case "http-01": {
-        if (unwritable !== undefined) return { fault: unwritable };
-        await using commands = new AsyncDisposableStack();
-        const failed = await startPrepare(name, config, prepare, commands);
-        const { fault, note } = await untilRight(
-          failed ? HTTP_WAIT_SECONDS : 0,
-          HTTP_PAUSE_MS,
-          async (signal) => {
-            const verdict = await checkFile(urlOf(name, token), content, context, signal);
-            if (verdict.fault !== undefined) failed?.throwIfAborted();
-            return verdict;
-          },
-          context,
-        );
-        return { fault: fault && `not served from ${config.challengeDropDir}: ${fault}`, note };
-      }
-      case "dns-01":
-        return await untilRight(
-          0,
-          0,
-          (signal) => checkRecords(recordOf(name), () => undefined, context, signal),
-          context,
-        );
-      case "dns-persist-01":
-        if (account === undefined) {
-          return { fault: "its record names the account, which the first run makes" };
-        }
-        return await untilRight(0, 0, persistentCheck(name, account.issuers, account.url, context), context);
-    }
-  }
   return await settled(names.map((name) =>
     atOnce(async () => {
+      context.signal.throwIfAborted();
       const challenge = challengeOf(config, name);
-      try {
-        const { fault, note } = await check(name, challenge);
-        return { name, challenge, problem: fault, note };
-      } catch (error) {
-        context.signal.throwIfAborted();
-        return { name, challenge, problem: (error as Error).message };
-      }
+      const { fault, note } = await checkName(name, challenge, config, context, prepare, account);
+      return { name, challenge, problem: fault, note };
     })
   ));
+}
+
+async function checkName(
+  name: string,
+  challenge: ChallengeType,
+  config: Config,
+  context: Context,
+  prepare: PrepareCommands,
+  account?: { readonly url: string; readonly issuers: readonly string[] },
+): Promise<Verdict> {
+  switch (challenge) {
+    case "http-01": {
+      const { challengeDropDir } = config;
+      const [token, content] = [16, 32].map((size) => nodeCrypto.randomBytes(size).toString("hex")) as [
+        string,
+        string,
+      ];
+      const path = join(challengeDropDir!, `lematt-check-${token}`);
+      await using stack = new AsyncDisposableStack();
+      try {
+        const failed = await startPrepare(name, config, prepare, stack);
+        stack.defer(() => removeIfThere(path));
+        dropFile(path, content);
+        const seconds = failed === undefined ? 0 : HTTP_WAIT_SECONDS;
+        const check = fileCheck(name, basename(path), content, context, failed);
+        const { fault, note } = await untilRight(seconds, HTTP_PAUSE_MS, check, context);
+        return { fault: fault && `not served from ${challengeDropDir}: ${fault}`, note };
+      } catch (error) {
+        context.signal.throwIfAborted();
+        return { fault: (error as Error).message }; // of a prepare command, or of the drop directory
+      }
+    }
+    case "dns-01":
+      return await untilRight(0, 0, recordsCheck(recordOf(name), context, () => undefined), context);
+    case "dns-persist-01": {
+      if (account === undefined) return { fault: "its record names the account, which the first run makes" };
+      const check = persistentCheck(name, account.issuers, account.url, context);
+      return await untilRight(0, 0, check, context);
+    }
+  }
 }
 
 // ---- parts -------------------------------------------------------------------------------------------------------
@@ -368,6 +345,34 @@ async function untilRight(
   }
 }
 
+/** Fetches the file of a token through a name. Where `failed` aborts, for a prepare command has, a fault is that. */
+function fileCheck(
+  name: string,
+  token: string,
+  content: string,
+  context: Context,
+  failed?: AbortSignal,
+): Check {
+  const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
+  return async (signal) => {
+    const { checkFile } = await import("./selfcheck.ts"); // with http and TLS, which most runs do without
+    const verdict = await checkFile(url, content, context, signal);
+    if (verdict.fault !== undefined) failed?.throwIfAborted();
+    return verdict;
+  };
+}
+
+function recordsCheck(
+  record: string,
+  context: Context,
+  judge: (records: Records) => string | undefined,
+): Check {
+  return async (signal) => {
+    const { checkRecords } = await import("./selfcheck.ts");
+    return await checkRecords(record, judge, context, signal);
+  };
+}
+
 /** Starts the `prepare` commands of a name; the signal aborts when one has failed. Undefined where there are none. */
 async function startPrepare(
   name: string,
@@ -380,10 +385,6 @@ async function startPrepare(
     failed.push(stack.use(await prepare.start(command, { DOMAIN: name }, config.mode)).failed);
   }
   return failed.length > 0 ? AbortSignal.any(failed) : undefined;
-}
-
-function urlOf(name: string, token: string): string {
-  return `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
 }
 
 /** Where dns-01 looks for the value of a name. */
@@ -438,21 +439,10 @@ function persistentCheck(
   context: Context,
 ): Check {
   const { record, value } = persistentRecord(name, issuers[0] ?? "", accountUri);
-  return async (signal) => {
-    const { checkRecords, faultOf } = await import("./selfcheck.ts");
-    return await checkRecords(
-      record,
-      (records) => {
-        const fault = faultOf(
-          records,
-          (text) => isPersistent(text, name, issuers, accountUri, context.now()),
-        );
-        return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
-      },
-      context,
-      signal,
-    );
-  };
+  return recordsCheck(record, context, (records) => {
+    const fault = records.fault((text) => isPersistent(text, name, issuers, accountUri, context.now()));
+    return fault && `${fault}; place this one: ${record}. IN TXT "${value}"`;
+  });
 }
 
 /** Whether a record that was found is such a one, which may also say until when it holds. */

@@ -229,15 +229,26 @@ const MOST_ALIASES = 8;
 const SERVER_TIMEOUT_MS = 5_000;
 
 /** The TXT records at a name, as each of those has them who answered. */
-export interface Records {
-  /** At the end of any CNAMEs. */
-  readonly name: string;
-  readonly answers: readonly { readonly server: string; readonly texts: readonly string[] }[];
-  /** Why it was not the name servers of the zone that answered. */
-  readonly note?: string;
+export class Records {
+  constructor(
+    /** At the end of any CNAMEs. */
+    readonly name: string,
+    readonly answers: readonly { readonly server: string; readonly texts: readonly string[] }[],
+    /** Why it was not the name servers of the zone that answered. */
+    readonly note?: string,
+  ) {}
+
+  /** What is wrong where each server must have a record that is `wanted`. */
+  fault(wanted: (text: string) => boolean): string | undefined {
+    const without = this.answers.find(({ texts }) => !texts.some(wanted));
+    if (without === undefined) return undefined;
+    const what = without.texts.length === 0 ? "no TXT record" : "other TXT records";
+    const why = this.note === undefined ? "" : `${this.note}, and `;
+    return oneLine(`${why}${without.server} has ${what} at ${this.name}`);
+  }
 }
 
-/** Looks up the TXT records at a name; `judge` says what is wrong with them, see faultOf. */
+/** Looks up the TXT records at a name; `judge` says what is wrong with them. */
 export async function checkRecords(
   name: string,
   judge: (records: Records) => string | undefined,
@@ -251,19 +262,7 @@ export async function checkRecords(
     const why = signal.aborted ? "no answer in time" : oneLine((error as Error).message);
     return { fault: `cannot look up ${name}: ${why}` };
   }
-  const fault = judge(records);
-  return { fault, note: records.note };
-}
-
-/** What is wrong with records of which each server must have one that is `wanted`. */
-export function faultOf(
-  { name, answers, note }: Records,
-  wanted: (text: string) => boolean,
-): string | undefined {
-  const without = answers.find(({ texts }) => !texts.some(wanted));
-  if (without === undefined) return undefined;
-  const what = without.texts.length === 0 ? "no TXT record" : "other TXT records";
-  return oneLine(`${note === undefined ? "" : `${note}, and `}${without.server} has ${what} at ${name}`);
+  return { fault: judge(records), note: records.note };
 }
 
 /**
@@ -285,12 +284,12 @@ async function findRecords(name: string, context: Context, signal: AbortSignal):
     }),
   );
   const answers = asked.flat();
-  if (answers.length > 0) return { name: target, answers };
+  if (answers.length > 0) return new Records(target, answers);
   const note = servers.length === 0
     ? `${target} is in no zone that has name servers`
     : `no name server of ${zone} answers for it (${oneLine(servers.join(", "))})`;
   const texts = await query(target, "TXT");
-  return { name: target, answers: [{ server: "the system's resolver", texts }], note };
+  return new Records(target, [{ server: "the system's resolver", texts }], note);
 }
 
 /** What one server of a zone has at a name, at the first of its addresses that answers. Throws where none does. */

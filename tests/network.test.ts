@@ -8,7 +8,7 @@ import { createSocket } from "node:dgram";
 import { once } from "node:events";
 import { join } from "node:path";
 import { type Context, type Route, systemContext, systemQuery } from "../lib/context.ts";
-import { checkFile, checkRecords, faultOf } from "../lib/selfcheck.ts";
+import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
 
 /** Set within the namespace, to a directory of its own. */
@@ -226,7 +226,7 @@ function inNamespace(directory: string) {
   ) {
     Deno.test(`a zone whose name servers are ${servers.join(", ")}: ${fault ?? note ?? "right"}`, async () => {
       await using _bind = await named(servers);
-      const judge = (records: Parameters<typeof faultOf>[0]) => faultOf(records, (text) => text === "value");
+      const judge = (records: Records) => records.fault((text) => text === "value");
       const checked = await checkRecords(
         "_acme-challenge.example.com",
         judge,

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import process from "node:process";
 import { CommandError, type CommandOptions, PrepareCommands, runCommand, type Values } from "../lib/hooks.ts";
-import { until } from "./bed.ts";
+import { testBed, until } from "./bed.ts";
 
 async function run(template: string, values: Values = {}, options: Partial<CommandOptions> = {}) {
   return await runCommand(template, values, { mode: "test", timeoutSeconds: 20, ...options });
@@ -379,27 +379,46 @@ Deno.test("killAll() ends what runs at once, also while it is being ended, and h
   await using directory = await temporaryDirectory();
   const { path, log } = directory;
   const code = `
-    const stubborn = "trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done";
+    const stubborn = "trap 'echo >> ${log}.term' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done";
     const options = { mode: "test", timeoutSeconds: 60 };
-    const commands = [runCommand(stubborn, {}, options)];
-    commands.push(runCommand(stubborn, {}, { ...options, timeoutSeconds: 0.3 }));
     const prepare = new PrepareCommands(console.log);
     const running = await prepare.start(stubborn, {}, "test");
-    Deno.addSignalListener("SIGINT", async () => {
-      killAll();
-      commands.push(runCommand("touch ${path}/new", {}, options), prepare.start("touch ${path}/new", {}, "test"));
-      for (const { reason } of await Promise.allSettled(commands)) console.log(reason.name, reason.message);
-      await running[Symbol.asyncDispose]();
-      Deno.exit();
-    });`;
-  await withProgram(code, async (child) => {
-    await until("all run", () => text(log).split("\n").length === 4);
+    const commands = [runCommand(stubborn, {}, options)];
+    commands.push(runCommand(stubborn, {}, { ...options, timeoutSeconds: 1 }));
+    while (!await Deno.stat("${log}.term").catch(() => {})) await new Promise((r) => setTimeout(r, 10));
     const begun = performance.now();
-    child.kill("SIGINT");
+    killAll();
+    commands.push(runCommand("touch ${path}/new", {}, options), prepare.start("touch ${path}/new", {}, "test"));
+    for (const { reason } of await Promise.allSettled(commands)) console.log(reason.name, reason.message);
+    await running[Symbol.asyncDispose]();
+    console.log(performance.now() - begun < 3000);`;
+  await withProgram(code, async (child) => {
     const { stdout } = await child.output();
-    assert.equal(new TextDecoder().decode(stdout), "AbortError interrupted\n".repeat(4));
-    assert.ok(performance.now() - begun < 3000);
+    assert.equal(new TextDecoder().decode(stdout), `${"AbortError interrupted\n".repeat(4)}true\n`);
     await ended(...text(log).trim().split("\n").map(Number));
     assert.equal(text(`${path}/new`), "");
   });
+});
+
+Deno.test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
+  await using bed = await testBed({
+    domains: "example.com",
+    settings: "keyTypes: ec",
+  });
+  const log = `${bed.home}/log`;
+  const hooks = {
+    dnsPresent: ["exit 1"],
+    dnsCleanup: [`trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done`],
+  };
+  const lines = Object.entries(hooks).map(([key, list]) => `${key}: ${JSON.stringify(list)}`);
+  bed.configure({ actions: ["[default]", "challenge: dns-01", ...lines, ""].join("\n") });
+  const child = bed.start("--test");
+  await until("the clean-up command hangs", () => text(log).endsWith("\n"));
+  for (const stream of [child.stdout, child.stderr]) stream.cancel();
+  child.kill("SIGINT");
+  child.kill("SIGTERM"); // two of a kind could become one
+  const begun = performance.now();
+  assert.equal((await child.status).code, 1);
+  assert.ok(performance.now() - begun < 5000);
+  await ended(...text(log).trim().split("\n").map(Number));
 });

@@ -6,6 +6,7 @@
  * what is found is decided in plan.ts.
  */
 
+import defer * as nodeFs from "node:fs";
 import { basename, dirname, join } from "node:path";
 import type { Config, KeyType, Line } from "./config.ts";
 import { emptyState, parseState, type State, StateError } from "./state.ts";
@@ -470,7 +471,7 @@ export class Store implements Disposable {
 
   /** Makes a secret file that must not exist yet, and the directories to it. Throws Deno.errors.AlreadyExists. */
   async createSecret(path: string, text: string): Promise<void> {
-    Deno.mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
+    makeDirectories(dirname(path));
     const temporary = await this.#temporary(path, text, 0o600);
     try {
       Deno.linkSync(temporary, path); // unlike a rename, never replaces
@@ -497,16 +498,18 @@ export class Store implements Disposable {
 
   /**
    * Writes and flushes a new file beside `path`, and returns its path. It has the owner, group and mode of the file that
-   * it is going to replace, less what others may do with a key; `mode`, whatever the umask, where there is none.
+   * it is going to replace, less what others may do with a key, and its group where that is another then; `mode`,
+   * whatever the umask, where there is none.
    */
   async #temporary(path: string, text: string, mode: number): Promise<string> {
     const temporary = temporaryOf(path, this.config);
     removeIfThere(temporary);
     const before = regularFile(path);
-    using file = await Deno.open(temporary, { write: true, createNew: true, mode: 0o600 });
-    giveTo(temporary, before ?? ownerOf(dirname(path)));
-    const kept = before === undefined ? mode : before.mode! & 0o777 & (mode === 0o600 ? 0o770 : 0o777);
-    if (kept !== 0o600) await Deno.chmod(temporary, kept); // before it is complete, and may be found and used
+    const isSecret = mode === 0o600;
+    const kept = before === undefined ? mode : before.mode! & (isSecret ? 0o770 : 0o777);
+    using file = await Deno.open(temporary, { write: true, createNew: true, mode: kept });
+    const isSameGroup = giveTo(temporary, before ?? ownerOf(dirname(path)));
+    setMode(temporary, isSecret && !isSameGroup ? kept & 0o700 : kept); // before it is complete, and may be found and used
     try {
       const bytes = new TextEncoder().encode(text);
       for (let written = 0; written < bytes.length;) written += await file.write(bytes.subarray(written));
@@ -522,6 +525,7 @@ export class Store implements Disposable {
     const temporary = temporaryOf(path, this.config);
     removeIfThere(temporary);
     Deno.symlinkSync(target, temporary);
+    giveTo(temporary, ownerOf(dirname(path)));
     Deno.renameSync(temporary, path);
   }
 
@@ -592,14 +596,31 @@ function ownerOf(path: string): Owner {
   return { uid, gid };
 }
 
-/** Root leaves what it makes to the owner of what is there; others keep the group where they may. */
-function giveTo(path: string, { uid, gid }: Owner): void {
-  const root = Deno.uid() === 0;
+/** Root leaves what it makes to the owner of what is there; others keep the group where they may. False: they may not. */
+function giveTo(path: string, owner: Owner): boolean {
+  const isRoot = Deno.uid() === 0;
+  const found = Deno.lstatSync(path);
+  const [uid, gid] = [isRoot ? owner.uid : found.uid, owner.gid];
+  if (uid === null || gid === null || (found.uid === uid && found.gid === gid)) return true;
   try {
-    Deno.chownSync(path, root ? uid : null, gid);
+    nodeFs.lchownSync(path, uid, gid); // unlike Deno's, never what a link leads to
+    return true;
   } catch (error) {
-    if (root) throw error;
+    if (isRoot) throw error;
+    return false;
   }
+}
+
+/** Gives a file or directory that was made just now the mode that the umask may have kept from it. */
+function setMode(path: string, mode: number): void {
+  if ((Deno.lstatSync(path).mode! & 0o777) !== mode) Deno.chmodSync(path, mode);
+}
+
+/** Makes a directory for secrets, and those above it. */
+function makeDirectories(path: string): void {
+  if (exists(path)) return;
+  makeDirectories(dirname(path));
+  makeDirectory(path, 0o700, ownerOf(dirname(path)));
 }
 
 /** Makes a directory with exactly this mode whatever the umask; one that is there stays as it is. */
@@ -610,8 +631,8 @@ function makeDirectory(path: string, mode: number, owner: Owner): void {
     if (error instanceof Deno.errors.AlreadyExists) return;
     throw error;
   }
-  Deno.chmodSync(path, mode);
   giveTo(path, owner);
+  setMode(path, mode);
 }
 
 /**

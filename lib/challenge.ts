@@ -334,7 +334,8 @@ async function untilRight(
   const left = () => deadline - context.now().getTime();
   let seen: Verdict | undefined;
   for (;;) {
-    const cut = AbortSignal.timeout(Math.min(seconds === 0 ? Infinity : left(), CHECK_SECONDS * 1000));
+    const most = CHECK_SECONDS * 1000;
+    const cut = AbortSignal.timeout(seconds === 0 ? most : Math.max(0, Math.min(left(), most)));
     const verdict = await check(AbortSignal.any([context.signal, cut]));
     context.signal.throwIfAborted();
     if (verdict.fault === undefined) return verdict;

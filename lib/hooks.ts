@@ -18,7 +18,6 @@ export type Values = Readonly<Record<string, string | readonly string[]>>;
 export interface CommandOptions {
   /** Becomes LEMATT_MODE. */
   readonly mode: Mode;
-  /** For each part; at most what setTimeout takes, see `commandTimeout` in config.ts. */
   readonly timeoutSeconds: number;
   /** Ends the command when it aborts. */
   readonly signal?: AbortSignal;
@@ -73,6 +72,8 @@ const TERM_SECONDS = 5;
 const KILL_SECONDS = 0.5;
 /** How long to read on when the shell has ended: a daemon that it started may hold its output open for good. */
 const LINGER_MS = 500;
+/** Longest delay of setTimeout; anything beyond fires at once. */
+const LONGEST_DELAY_MS = 2 ** 31 - 1;
 
 // ---- command lines -----------------------------------------------------------------------------------------------
 
@@ -285,7 +286,7 @@ function send(group: number, name: Deno.Signal | 0): "ESRCH" | "EPERM" | undefin
 
 /**
  * Runs a command line by `/bin/sh -c` in the directory where lematt was started, and waits for its end; where it would be
- * too long, in several parts, one after the other. A daemon that it leaves behind is left alone.
+ * too long, in several parts one after the other, each with the whole time. A daemon that it leaves behind is left alone.
  *
  * @throws CommandError unless it exits with 0 in time; the signal's reason when that aborts
  */
@@ -310,7 +311,7 @@ async function runPart(
   const { ended, output, end } = start(command, onOutput);
   const { promise: stopped, resolve } = Promise.withResolvers<"stopped">();
   const stop = () => resolve("stopped");
-  const timer = setTimeout(stop, timeoutSeconds * 1000);
+  const timer = setTimeout(stop, Math.min(timeoutSeconds * 1000, LONGEST_DELAY_MS));
   interrupt.addEventListener("abort", stop);
   try {
     const ending = await Promise.race([ended, stopped]);

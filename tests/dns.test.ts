@@ -4,8 +4,9 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
+import { checkChallenges } from "../lib/challenge.ts";
 import { type Query, systemQuery } from "../lib/context.ts";
-import { type Ran, testBed, until } from "./bed.ts";
+import { befalling, type Ran, testBed, until } from "./bed.ts";
 import { type Dns, startDns, type Switches } from "./ca.ts";
 
 const NAME = "example.com";
@@ -208,10 +209,6 @@ Deno.test("the CA is not asked before every server has the value, which may take
   assert.equal(at.bed.waits.filter((ms) => ms === 2000).length, 3);
 });
 
-const silence: Query = (_name, _type, server) => {
-  if (server !== undefined) throw new Error("timed out");
-  return Promise.resolve([]);
-};
 for (
   const [what, ask, fault] of [
     [
@@ -255,28 +252,6 @@ Deno.test("dnsWait limits also one self-check, in which name servers are silent"
   assert(Date.now() - begun < 4_000);
 });
 
-Deno.test("where no name server can be asked the system's resolver is, and that is said", async () => {
-  await using at = await dnsBed();
-  const ran = await at.bed.run({
-    query: (name, type, server) => server ? silence(name, type, server) : at.query(name, type),
-  });
-  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
-  assert.match(
-    ran.stdout,
-    /^note +self-check of the challenge for example\.com: no name server of example\.com answers for it \(ns1/m,
-  );
-});
-
-Deno.test("a name server that is down is passed over, as CAs do, where another answers", async () => {
-  await using at = await dnsBed();
-  const query = asking(at.dns, (_name, _type, server) => {
-    if (server?.address === "127.0.0.1") throw new Error("timed out");
-    return undefined;
-  });
-  const ran = await at.bed.run({ query });
-  assert.deepEqual([ran.code, ran.stderr, at.bed.waits.includes(2000)], [0, "", false]);
-});
-
 Deno.test("the servers of the zone are asked, not those of an alias on the way to it", async () => {
   await using at = await dnsBed();
   at.dns.set("www.example.com", "CNAME", "cdn.example.net");
@@ -293,29 +268,22 @@ Deno.test("the servers of the zone are asked, not those of an alias on the way t
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
 });
 
-Deno.test("preflight: warn asks the CA all the same, preflight: no looks at nothing", async () => {
-  await using at = await dnsBed({ settings: "preflight: warn\ndnsWait: 0" });
-  const blind = asking(at.dns, () => []);
-  const warned = await at.bed.run({ query: blind });
-  assert.equal(warned.code, 0, warned.stderr);
-  assert.match(
-    warned.stdout,
-    /^note +self-check of the challenge for example\.com failed: .* is in no zone that has name servers, and /m,
-  );
+Deno.test("where no name server can be asked the system's resolver is; preflight: warn asks the CA whatever is seen", async () => {
+  await using at = await dnsBed();
+  const closed: Query = (name, type, server) =>
+    server ? Promise.reject(new Error("timed out")) : at.query(name, type);
+  const ran = await at.bed.run({ query: closed });
+  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
+  const check = "^note +self-check of the challenge for ";
+  const nobody = `no name server of example.com answers for it \\(ns[12]`;
+  assert.match(ran.stdout, new RegExp(`${check}${NAME}: ${nobody}`, "m"));
 
-  at.bed.configure({ settings: "keyTypes: ec\npreflight: no", domains: `*.${NAME}` });
-  const query: Query = () => assert.fail("looked");
-  const ran = await at.bed.run({ query });
-  assert.deepEqual([ran.code, ran.stdout.match(/^note.*/gm)], [0, null]);
-});
-
-Deno.test("what the CA does not find is told in its own words, and taken away", async () => {
-  await using at = await dnsBed({ ca: { txt: () => Promise.resolve(["old"]) } });
-  const ran = await at.bed.run({ query: at.query });
-  assert.deepEqual([ran.code, at.placed()], [1, []]);
+  at.bed.configure({ settings: "keyTypes: ec\npreflight: warn\ndnsWait: 0", domains: `*.${NAME}` });
+  const blind = await at.bed.run({ query: asking(at.dns, () => []) });
+  assert.equal(blind.code, 0, blind.stderr);
   assert.match(
-    ran.stderr,
-    /none of the 1 TXT records at _acme-challenge\.example\.com is \S{43} \(unauthorized\)/,
+    blind.stdout,
+    new RegExp(`${check}\\*.${NAME} failed: .* is in no zone that has name servers, and `, "m"),
   );
 });
 
@@ -416,40 +384,80 @@ Deno.test("dns-persist-01 needs the one record that --plan and --check print, an
   assert(bed.ca.validations.every(({ type }) => type === "dns-persist-01"));
 });
 
-for (
-  const [text, name, good] of [
-    ["ca.example; accounturi=URL", NAME, true],
-    ["ca.example;accounturi=URL", NAME, true],
-    ["  ca.example ;\tAccountURI = URL ; policy=Wildcard", `*.${NAME}`, true],
-    ["ca.example; accounturi=URL; policy=wildcard", NAME, true],
-    ["ca.example; accounturi=URL; persistUntil=4102444800", NAME, true],
-    ["ca.example; accounturi=URL; policy=something", NAME, true],
-    ["ca.example; accounturi=URL", `*.${NAME}`, false],
-    ["ca.example; accounturi=URL; policy=specific", `*.${NAME}`, false],
-    ["ca.example; accounturi=URL1", NAME, false],
-    ["ca.example; accounturi=http", NAME, false],
-    ["ca.example", NAME, false],
-    ["other.example; accounturi=URL", NAME, false],
-    ["ca.example.org; accounturi=URL", NAME, false],
-    ["ca.example; accounturi=URL; persistUntil=1600000000", NAME, false],
-    ["ca.example; accounturi=URL; persistUntil=soon", NAME, false],
-    ["ca.example; accounturi=URL;", NAME, false],
-    ["ca.example; accounturi=URL; accounturi=URL", NAME, false],
-    ["v=spf1 -all", NAME, false],
-  ] as const
-) {
-  Deno.test(`the record ${JSON.stringify(text)} ${good ? "proves" : "does not prove"} ${name}, as the CA sees it`, async () => {
-    await using at = await dnsBed({ domains: name, actions: PERSISTENT });
-    const value = text.replace("URL", `${at.bed.ca.origin}/account/1`);
-    at.dns.set(`_validation-persist.${NAME}`, "TXT", "unrelated", value);
-    const looked = await at.bed.run({ query: at.query });
-    assert.deepEqual([looked.code, asked(looked)], good ? [0, 1] : [1, 0], looked.stderr);
-    if (good) return;
-    assert.match(looked.stderr, /other TXT records at _validation-persist\.example\.com; place this one: /);
-    at.bed.configure({ settings: "keyTypes: ec\npreflight: no" });
-    assert.equal((await at.bed.run({ query: at.query, retry: true })).code, 1, "the CA sees it otherwise");
+Deno.test("a record of dns-persist-01 proves a name where the CA says so, too", async () => {
+  await using at = await dnsBed({ domains: NAME, actions: PERSISTENT, ca: { reuse: "none" } });
+  const { bed, query } = at;
+  for (
+    const [text, name, good] of [
+      ["ca.example;accounturi=URL", NAME, true],
+      ["  ca.example ;\tAccountURI = URL ; policy=Wildcard", `*.${NAME}`, true],
+      ["ca.example; accounturi=URL; policy=wildcard; persistUntil=4102444800", NAME, true],
+      ["ca.example; accounturi=URL; policy=something", NAME, true],
+      ["ca.example; accounturi=URL", `*.${NAME}`, false],
+      ["ca.example; accounturi=URL; policy=specific", `*.${NAME}`, false],
+      ["ca.example; accounturi=URL1", NAME, false],
+      ["ca.example", NAME, false],
+      ["other.example; accounturi=URL", NAME, false],
+      ["ca.example; accounturi=URL; persistUntil=1600000000", NAME, false],
+      ["ca.example; accounturi=URL; persistUntil=soon", NAME, false],
+      ["ca.example; accounturi=URL;", NAME, false],
+      ["ca.example; accounturi=URL; accounturi=URL", NAME, false],
+    ] as const
+  ) {
+    at.dns.set(
+      `_validation-persist.${NAME}`,
+      "TXT",
+      "v=spf1 -all",
+      text.replace("URL", `${bed.ca.origin}/account/1`),
+    );
+    for (const preflight of ["yes", "no"]) {
+      bed.configure({ settings: `keyTypes: ec\npreflight: ${preflight}`, domains: name });
+      await Deno.remove(bed.path("test/cert"), { recursive: true }).catch(() => {});
+      const ran = await bed.run({ query, retry: true });
+      assert.equal(ran.code, good ? 0 : 1, `${text} ${name} ${preflight} ${ran.stderr}`);
+      assert.equal(asked(ran), good || preflight === "no" ? 1 : 0);
+    }
+  }
+});
+
+Deno.test("a record of dns-persist-01 names the account that the challenge names", async () => {
+  await using at = await dnsBed({ domains: NAME, actions: PERSISTENT });
+  at.bed.ca.switches.fault = befalling("authz", {
+    kind: "rewrite",
+    rewrite(body) {
+      for (const challenge of body.challenges as Record<string, unknown>[]) {
+        if (challenge.type === "dns-persist-01") challenge.accounturi = "https://ca.example/other/1";
+      }
+      return body;
+    },
   });
-}
+  const ran = await at.bed.run({ query: at.query });
+  assert.match(ran.stderr, /TXT "ca\.example; accounturi=https:\/\/ca\.example\/other\/1"\n/);
+});
+
+Deno.test("checkChallenges() checks records of dns-persist-01 and runs no hooks", async () => {
+  const persistent = PERSISTENT.replace(` *.${NAME}`, "");
+  await using at = await dnsBed({
+    domains: `${NAME} *`,
+    actions: `${persistent}[dns]\ndomains: *.${NAME}\nchallenge: dns-01\n` +
+      `dnsPresent: ["touch HOME/log"]\ndnsCleanup: ["touch HOME/log"]\n`,
+  });
+  const account = { url: "https://ca.example/account/1", issuers: ["ca.example"] };
+  const check = async (known?: typeof account) => {
+    const findings = await checkChallenges(at.bed.config(), at.bed.world({ query: at.query }), known);
+    return findings.map(({ name, problem }) => `${name}: ${problem}`);
+  };
+  const [unknown, dns] = await check();
+  assert.match(unknown!, /first run/);
+  assert.equal(dns, `*.${NAME}: undefined`);
+  assert.match(
+    (await check(account))[0]!,
+    /no TXT record at _validation-persist\.example\.com; place this one: /,
+  );
+  at.dns.set(`_validation-persist.${NAME}`, "TXT", `ca.example; accounturi=${account.url}`);
+  assert.equal((await check(account))[0], `${NAME}: undefined`);
+  assert(!existsSync(join(at.bed.home, "log")));
+});
 
 // ---- queries -----------------------------------------------------------------------------------------------------
 
@@ -460,6 +468,7 @@ Deno.test("systemQuery() reads records of each type, long texts whole, and tells
   dns.set("a.example", "AAAA", "::1");
   dns.set("a.example", "TXT", "short", long);
   dns.set("a.example", "NS", "ns.a.example");
+  dns.set("a.example", "SOA", "ns.a.example");
   dns.set("alias.example", "CNAME", "a.example");
   const server = { address: "127.0.0.1", port: dns.port };
   const table: [string, Parameters<Query>[1], string[]][] = [
@@ -467,6 +476,7 @@ Deno.test("systemQuery() reads records of each type, long texts whole, and tells
     ["a.example", "AAAA", ["::1"]],
     ["a.example", "TXT", ["short", long]],
     ["a.example", "NS", ["ns.a.example."]],
+    ["a.example", "SOA", ["ns.a.example."]],
     ["alias.example", "CNAME", ["a.example."]],
     ["a.example", "CNAME", []],
     ["none.example", "TXT", []],

@@ -4,6 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { createPrivateKey, generateKeyPairSync, X509Certificate } from "node:crypto";
+import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { testBed } from "./bed.ts";
 import { type PebbleOptions, pebbleTest, startPebble } from "./pebble.ts";
@@ -174,3 +175,36 @@ for (const [what, pem] of Object.entries(ACCOUNT_KEYS)) {
     assert.equal((await ca.certificates()).length, 1);
   });
 }
+
+pebbleTest(
+  "lematt proves names and wildcards to Pebble by dns-persist-01, and by dns-01 with one value a record",
+  async () => {
+    const zone = await Deno.makeTempDir({ prefix: "lematt-zone-" });
+    const texts = (name: string) => existsSync(join(zone, name)) ? readdirSync(join(zone, name)) : [];
+    const lines = [["example.com", "*.example.com"], ["example.org", "*.example.org"]];
+    await using ca = await pebbleBed(lines, {
+      settings: ["keyTypes: ec", "preflight: no"], // which would ask this host's resolver
+      records: (name, type) => type === "TXT" ? texts(name) : [],
+    });
+    const present = `rm -rf ${zone}/RECORD; mkdir ${zone}/RECORD; touch ${zone}/RECORD/VALUE`;
+    ca.bed.configure({
+      actions: `[persistent]\ndomains: example.org *.example.org\nchallenge: dns-persist-01\n` +
+        `[dns]\ndomains: example.com *.example.com\nchallenge: dns-01\n` +
+        `dnsPresent: ["${present}"]\ndnsCleanup: ["rm -r ${zone}/RECORD"]\n`,
+    });
+    const { stderr } = await ca.lematt();
+    assert.match(stderr, /_validation-persist\.example\.org/);
+    const { stdout } = await ca.bed.lematt("--test", "--plan");
+    const [, record, value] = /place:? +(\S+)\. IN TXT "([^"]*)"/.exec(stdout) ?? [];
+    ca.pebble.dns.set(record!, "TXT", value!);
+    const { code, stderr: failures } = await ca.bed.lematt("--test", "--retry");
+    assert.deepEqual([code, failures], [0, ""]);
+    assert.deepEqual((await ca.certificates()).map(({ names }) => names.join(" ")).sort(), [
+      "*.example.com example.com",
+      "*.example.org example.org",
+    ]);
+    assert.deepEqual([...Deno.readDirSync(zone)], []);
+    await Deno.remove(zone);
+  },
+  { modern: true },
+);

@@ -22,6 +22,7 @@ import {
   run,
   select,
   status,
+  tryChallenges,
 } from "./lib/run.ts";
 import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
 
@@ -32,7 +33,8 @@ const HELP = `lematt ${VERSION}: Let's Encrypt certificates from one place, for 
   lematt.ts --test             rehearse everything with the CA's staging service
   lematt.ts --prod             issue and renew what is due, deliver what is
                                pending, check what is served
-  lematt.ts --check            validate the configuration
+  lematt.ts --check            validate the configuration; with --challenges also
+                               fetch a file through each name, as the CA would
 
 with --test or --prod, instead of a run:
   --plan [--json]              what a run would do and why; touches nothing
@@ -77,6 +79,7 @@ const OPTIONS = {
   test: { type: "boolean" },
   prod: { type: "boolean" },
   check: { type: "boolean" },
+  challenges: { type: "boolean" },
   plan: { type: "boolean" },
   status: { type: "boolean" },
   offline: { type: "boolean" },
@@ -110,6 +113,7 @@ type Command = typeof COMMANDS[number] | "run";
 
 /** The commands that an option goes with; "run" is a run. */
 const GOES_WITH: Partial<Record<Option, readonly Command[]>> = {
+  challenges: ["check"],
   offline: ["status"],
   metrics: ["status"],
   reason: ["revoke"],
@@ -206,10 +210,10 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
   try {
     const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
     const load = (mode: Mode) => loadConfig(mode, options.config, join(program, "conf"));
-    if (options.command === "check") return await check(options.mode, load, outside);
+    const context = (config: Config) => contextFor(config, stop.signal, outside);
+    if (options.command === "check") return await check(options, load, context);
     const config = load(options.mode!);
-    const context = contextFor(config, stop.signal, outside);
-    return await act(options, config, context);
+    return await act(options, config, context(config));
   } catch (error) {
     if (error instanceof ConfigError) return await configurationFailed(error, options);
     const known = KNOWN_ERRORS.get((error as Error).name);
@@ -223,22 +227,25 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
 
 /** Validates the configuration, for one mode or both. */
 async function check(
-  mode: Mode | undefined,
+  { mode, challenges = false }: Arguments,
   load: (mode: Mode) => Config,
-  outside: Partial<Context>,
+  contextOf: (config: Config) => Context,
 ): Promise<number> {
   const configs = (mode === undefined ? ["prod", "test"] as const : [mode]).map(load);
   const texts = new Set<string>();
   for (const config of configs) {
     for (const warning of config.warnings) texts.add(noticeText(warning));
-    for (const text of await advice(config, contextFor(config, new AbortController().signal, outside))) {
-      texts.add(text);
-    }
+    for (const text of await advice(config, contextOf(config))) texts.add(text);
   }
   for (const text of texts) out(`${text}\n`);
   const { file, lines } = configs[0]!;
   out(`${file}: ${lines.length} ${lines.length === 1 ? "line" : "lines"} of domains, no errors\n`);
-  return 0;
+  if (!challenges) return 0;
+  const findings = await tryChallenges(configs[0]!, contextOf(configs[0]!));
+  for (const { name, challenge, problem, note } of findings) {
+    out(`${name}: ${challenge} ${problem ?? "found"}${note === undefined ? "" : ` (${note})`}\n`);
+  }
+  return findings.some(({ problem }) => problem !== undefined) ? 1 : 0;
 }
 
 /** Prints what is wrong with the configuration; a run that nobody watches alerts as far as that could be read. */

@@ -6,7 +6,7 @@
  */
 
 import { basename } from "node:path";
-import { persistentRecord, removeLeftovers } from "./challenge.ts";
+import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, type Line, loadConfig, type Section } from "./config.ts";
 import { type Context, limit } from "./context.ts";
 import { deliver, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
@@ -384,6 +384,15 @@ export async function advice(config: Config, context: Context): Promise<string[]
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
     ...lifetimeWarnings(inventory, state).map((text) => `${text} ${flag}`),
   ];
+}
+
+/** What the CA would find of each name's challenge, found out without it. */
+export async function tryChallenges(config: Config, context: Context): Promise<ChallengeFinding[]> {
+  return await checkChallenges(
+    config,
+    context,
+    await rememberedAccount(config, readState(config, context.now()).state),
+  );
 }
 
 /** Certificates that live too short for the interval between runs. */

@@ -1018,7 +1018,7 @@ Deno.test("the samples in conf/ lack only names and the drop directory, and thei
   same(config.lines.map(({ names }) => names[0]), [
     ..."example.com mail.example.com git.example.com example.org 192.0.2.10".split(" "),
   ]);
-  same(config.sections.map(({ name }) => name), ["default", "every", "mail", "intranet", "standing"]);
+  same(config.sections.map(({ name }) => name), ["default", "every", "mail", "intranet", "persistent"]);
   same(
     config.sections[3]!.dnsPresent,
     [`printf 'update add %s 60 TXT "%s"\\nsend\\n' RECORD VALUE | nsupdate -k /etc/lematt/tsig.key`],

@@ -23,6 +23,8 @@ export interface Plan {
   readonly deliveries: readonly Delivery[];
   readonly endpoints: readonly EndpointStatus[];
   readonly problems: readonly Problem[];
+  /** Certificates whose life is too short for the interval between runs. */
+  readonly shortLived: readonly Entry[];
   /** How long it usually takes from one run to the next, in milliseconds. */
   readonly intervalMs: number;
   readonly lastRun?: Date;
@@ -229,7 +231,12 @@ export function plan(
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
   const endpoints = planEndpoints(config, config.sections, entries, state, now, options);
   const deliveries = planDeliveries(config, entries, state, now, endpoints, options);
-  const rest = { ...issuing, endpoints, deliveries, intervalMs, lastRun };
+  const shortLived = inventory.filter(({ finding, issuedAt }) => {
+    if (finding.kind !== "present") return false;
+    const { notBefore, notAfter } = finding.certificate;
+    return !fitsRuns(notAfter.getTime() - (issuedAt ?? notBefore).getTime(), intervalMs);
+  });
+  const rest = { ...issuing, endpoints, deliveries, shortLived, intervalMs, lastRun };
   return { ...rest, problems: findProblems(config, rest, now, options.writeError?.()) };
 }
 

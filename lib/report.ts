@@ -164,6 +164,17 @@ export function ruleText(rule: Rule): string {
   }
 }
 
+/** That a certificate lives too short for the interval between runs. */
+export function shortLifeText(entry: Entry, intervalMs: number): string {
+  const { finding } = entry;
+  if (finding.kind !== "present") return "";
+  const { notBefore, notAfter } = finding.certificate;
+  const life = durationText(notAfter.getTime() - notBefore.getTime());
+  return `${entryText(entry)} lives ${life}, but runs are ${
+    durationText(intervalMs)
+  } apart: run lematt more often`;
+}
+
 /** What an address serves. */
 export function sightText(sight: Sight & { verdict: Verdict }): string {
   const { verdict, certificate, detail, address } = sight;

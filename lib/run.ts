@@ -18,7 +18,6 @@ import {
   drifted,
   dueAlerts,
   type EndpointStatus,
-  fitsRuns,
   forgetUnknown,
   groupBy,
   isGood,
@@ -30,7 +29,7 @@ import {
   takeOver,
   usualInterval,
 } from "./plan.ts";
-import { alertOf, durationText, type Event, problemText } from "./report.ts";
+import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { toIdentifier } from "./names.ts";
 import type { State } from "./state.ts";
@@ -110,9 +109,11 @@ export async function run(
   const asked = inventory().filter(({ line }) => options.selection?.lines.has(line) ?? true);
   await issuer.askRenewalWindows(asked);
   context.signal.throwIfAborted();
-  for (const text of lifetimeWarnings(inventory(), state)) tell({ kind: "notice", text });
 
   const decided = plan(config, inventory(), state, context.now(), planOptions);
+  for (const entry of decided.shortLived) {
+    tell({ kind: "notice", text: shortLifeText(entry, decided.intervalMs) });
+  }
   if (decided.tasks.length > 0) tell({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections(config, store, context, planOptions, entries, tell, options.verbose ?? false);
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
@@ -382,7 +383,9 @@ export async function advice(config: Config, context: Context): Promise<string[]
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
-    ...lifetimeWarnings(inventory, state).map((text) => `${text} ${flag}`),
+    ...plan(config, inventory, state, context.now()).shortLived.map((entry) =>
+      `${shortLifeText(entry, usualInterval(state.runs))} ${flag}`
+    ),
   ];
 }
 
@@ -393,21 +396,6 @@ export async function tryChallenges(config: Config, context: Context): Promise<C
     context,
     await rememberedAccount(config, readState(config, context.now()).state),
   );
-}
-
-/** Certificates that live too short for the interval between runs. */
-function lifetimeWarnings(inventory: readonly Entry[], state: State): string[] {
-  const intervalMs = usualInterval(state.runs);
-  return inventory.flatMap(({ line, keyType, finding }) => {
-    if (finding.kind !== "present") return [];
-    const life = finding.certificate.notAfter.getTime() - finding.certificate.notBefore.getTime();
-    return fitsRuns(life, intervalMs) ? [] : [
-      `${line.names[0]} (${keyType}) lives ${durationText(life)}, but runs are ${
-        durationText(intervalMs)
-      } apart: ` +
-      `run lematt at least three times in its lifetime`,
-    ];
-  });
 }
 
 // ---- plan, status ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import {
   problemText,
   reasonText,
   ruleText,
+  shortLifeText,
   sightText,
   timeText,
 } from "./report.ts";
@@ -70,6 +71,9 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   lines.push(problems.length === 0 ? "no problems" : `${count(problems.length, "problem")}:`);
   for (const problem of problems) lines.push(...wrapped(problemText(problem), columns, "  ", "    "));
 
+  for (const entry of plan.shortLived) {
+    lines.push(...wrapped(`warning: ${shortLifeText(entry, plan.intervalMs)}`, columns, "", "  "));
+  }
   const next = nextOf(plan);
   const left = (entry: Entry) => (lastsUntil(entry)?.getTime() ?? 0) - now.getTime();
   table(

@@ -3,16 +3,19 @@
  * remembers what came of it. What is pending, what a probe means and which alerts are due is decided in plan.ts.
  */
 
-import type { Config, Section } from "./config.ts";
+import type { Config, Line, Section } from "./config.ts";
 import { type Context, limit } from "./context.ts";
 import { CommandError, runCommand, type Values } from "./hooks.ts";
 import {
   type Alert,
   type ByLine,
   type Delivery,
+  drifted,
   type EndpointStatus,
+  groupBy,
   isGood,
   listsDigest,
+  type Plan,
   type PlanOptions,
   planSection,
   recordOf,
@@ -42,10 +45,18 @@ export interface Delivering {
   /** As they are on disk at any moment. */
   readonly certificates: ByLine;
   readonly options: PlanOptions;
-  /** Takes what commands print. */
-  readonly onOutput?: (section: string, text: string) => void;
+  /** Has what commands print become events. */
+  readonly verbose: boolean;
 }
 
+/** What happens while sections are delivered. */
+export type DeliverEvent =
+  | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
+  | { readonly kind: "delivered"; readonly delivered: Delivered }
+  | { readonly kind: "output"; readonly section: string; readonly text: string };
+
+/** Sections that are delivered side by side. */
+const MOST_SECTIONS = 8;
 /** Commands at once; most of them wait for a network. */
 const MOST_COMMANDS = 32;
 const commands = limit(MOST_COMMANDS);
@@ -58,15 +69,145 @@ const LONGEST_PAUSE_MS = 8_000;
 const OUTPUT_LINES = 5;
 const OUTPUT_CHARACTERS = 500;
 
+/** The sections of a run: each is attended to as soon as its own lines are done. */
+export class Sections {
+  delivered = 0;
+  readonly #issuing = new Map<Line, PromiseWithResolvers<void>>();
+  readonly #urgent = limit(MOST_SECTIONS);
+  readonly #probing = new Map<string, Promise<void>>();
+  /** Rollouts go one section at a time, and end for this run at the first failure. */
+  #rollout: Promise<void> = Promise.resolve();
+  #rolloutFailed = false;
+
+  constructor(
+    private readonly delivering: Delivering,
+    private readonly tell: (event: DeliverEvent) => void,
+  ) {}
+
+  /** A line has been issued, or failed. */
+  lineDone(line: Line): void {
+    this.#issuing.get(line)?.resolve();
+  }
+
+  /** No further line will be issued. */
+  allDone(): void {
+    for (const { resolve } of this.#issuing.values()) resolve();
+  }
+
+  /** Delivers what is pending and probes what is due; `[every]` when all others are done. */
+  async attend({ tasks, deliveries, endpoints }: Plan): Promise<void> {
+    for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
+    const linesOf = groupBy(
+      tasks.flatMap(({ line }) => line.sections.map((section) => [section, line] as const)),
+    );
+    const busy = new Set<Section>([
+      ...linesOf.keys(),
+      ...deliveries.map(({ section }) => section),
+      ...endpoints.filter(({ due }) => due).flatMap(({ sections }) => sections),
+    ]);
+    const others = [...busy].filter(({ name }) => name !== "every");
+    const now = others.filter((section) => !linesOf.has(section));
+    const later = others.filter((section) => linesOf.has(section));
+    const settled = await Promise.allSettled([
+      this.#attendAll(now),
+      ...later.map(async (section) => {
+        await Promise.all(linesOf.get(section)!.map((line) => this.#issuing.get(line)!.promise));
+        await this.#attendAll([section]);
+      }),
+    ]);
+    await Promise.allSettled([...this.#issuing.values()].map(({ promise }) => promise));
+    for (const result of settled) if (result.status === "rejected") throw result.reason;
+    const every = [...busy].filter(({ name }) => name === "every");
+    await this.#attendAll(every);
+  }
+
+  async #attendAll(sections: readonly Section[]): Promise<void> {
+    const rollouts: Delivery[] = [];
+    const urgent: Promise<unknown>[] = [];
+    const looked = await Promise.allSettled(sections.map(async (section) => {
+      const delivery = await this.#pendingOf(section);
+      if (delivery === undefined || delivery.until !== undefined) return;
+      if (!delivery.urgent) return void rollouts.push(delivery);
+      const started = this.#urgent(() => this.#deliver(delivery));
+      started.catch(() => {}); // awaited below
+      urgent.push(started);
+    }));
+    // what failed before comes last
+    rollouts.sort((a, b) => (a.failure?.count ?? 0) - (b.failure?.count ?? 0));
+    this.#rollout = this.#rollout.then(async () => {
+      for (const delivery of rollouts) {
+        if (!this.#rolloutFailed) this.#rolloutFailed = !await this.#deliver(delivery);
+      }
+    });
+    for (const result of [...looked, ...await Promise.allSettled([...urgent, this.#rollout])]) {
+      if (result.status === "rejected") throw result.reason;
+    }
+  }
+
+  /** Probes the endpoints of a section that are due, and returns what is pending then. */
+  async #pendingOf(section: Section): Promise<Delivery | undefined> {
+    this.delivering.context.signal.throwIfAborted();
+    const first = this.#plan(section);
+    // endpoints are probed after a delivery anyway; where an earlier one has not helped, before it is repeated
+    const certain = first.delivery?.urgent && first.delivery.until === undefined &&
+      first.delivery.pending.some(({ reason }) => reason !== "drift");
+    const due = first.endpoints.filter(({ due }) => due);
+    if (certain || due.length === 0) return first.delivery;
+    await this.#probe(due);
+    const then = this.#plan(section);
+    const wrong = drifted(
+      then.endpoints.filter(({ key }) => due.some((one) => one.key === key)),
+      this.delivering.config,
+    );
+    if (wrong.length > 0) this.tell({ kind: "drift", section: section.name, endpoints: wrong });
+    return then.delivery;
+  }
+
+  /** Each endpoint is probed once in a run, whichever sections name it. */
+  async #probe(endpoints: readonly EndpointStatus[]): Promise<void> {
+    const anew = endpoints.filter(({ key }) => !this.#probing.has(key));
+    if (anew.length > 0) {
+      const probing = probeAll(anew, this.delivering);
+      for (const { key } of anew) this.#probing.set(key, probing);
+    }
+    await Promise.all(endpoints.map(({ key }) => this.#probing.get(key)));
+  }
+
+  /** Carries out a delivery; false where it failed, or its endpoints are not right. */
+  async #deliver(delivery: Delivery): Promise<boolean> {
+    this.delivering.context.signal.throwIfAborted();
+    const { tell } = this;
+    const delivered = await deliver(delivery, this.delivering, tell);
+    if (delivered.errors.length === 0) this.delivered++;
+    tell({ kind: "delivered", delivered });
+    return delivered.errors.length === 0 &&
+      delivered.endpoints.every(({ sights }) => sights.every(({ verdict }) => isGood(verdict)));
+  }
+
+  #plan(section: Section) {
+    const { config, store: { state }, context, options, certificates } = this.delivering;
+    return planSection(section, certificates, config, state, context.now(), options);
+  }
+}
+
 /** Runs the lists of a section, whole and in order, then waits until its endpoints serve what was delivered. */
-export async function deliver(delivery: Delivery, delivering: Delivering): Promise<Delivered> {
+async function deliver(
+  delivery: Delivery,
+  delivering: Delivering,
+  tell: (event: DeliverEvent) => void,
+): Promise<Delivered> {
   const { section } = delivery;
   const { store } = delivering;
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
     if (template.trim() === "") return;
     const { seconds } = await commands(() =>
-      runCommand(template, values, commandOptions(section, delivering))
+      runCommand(template, values, {
+        ...commandOptions(delivering),
+        onOutput: delivering.verbose
+          ? (text) => tell({ kind: "output", section: section.name, text })
+          : undefined,
+      })
     );
     ran.push({ template, seconds });
   };
@@ -115,16 +256,8 @@ async function uploadEach(
   return done;
 }
 
-function commandOptions(
-  section: Section,
-  { config, context, onOutput }: Pick<Delivering, "config" | "context" | "onOutput">,
-) {
-  return {
-    mode: config.mode,
-    timeoutSeconds: config.commandTimeoutSeconds,
-    signal: context.signal,
-    onOutput: onOutput && ((text: string) => onOutput(section.name, text)),
-  };
+function commandOptions({ config, context }: Pick<Delivering, "config" | "context">) {
+  return { mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal: context.signal };
 }
 
 function valuesOf(entries: readonly Entry[], store: Store): Values {
@@ -334,7 +467,7 @@ export async function sendAlert(
     try {
       if (template.trim() === "") continue;
       await runCommand(template, values, {
-        ...commandOptions(section, { config, context }),
+        ...commandOptions({ config, context }),
         stdin: text,
       });
     } catch (error) {

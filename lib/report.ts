@@ -5,7 +5,7 @@
  */
 
 import type { Config, Mode, Notice } from "./config.ts";
-import type { Delivered } from "./deliver.ts";
+import type { Delivered, DeliverEvent } from "./deliver.ts";
 import type { IssueEvent } from "./issue.ts";
 import {
   type Alert,
@@ -27,13 +27,11 @@ import type { Entry } from "./store.ts";
 /** What happens in a run, as it happens. */
 export type Event =
   | IssueEvent
+  | DeliverEvent
   /** `changed`: something is not as it was, which is worth a line even under --cron. */
   | { readonly kind: "notice"; readonly text: string; readonly changed?: boolean }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
-  | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
-  | { readonly kind: "delivered"; readonly delivered: Delivered }
-  | { readonly kind: "output"; readonly section: string; readonly text: string }
   | { readonly kind: "alert"; readonly section: string; readonly text: string; readonly error?: Error };
 
 /** How to print. */

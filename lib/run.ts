@@ -7,24 +7,19 @@
 
 import { basename } from "node:path";
 import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftovers } from "./challenge.ts";
-import { challengeOf, type Config, type Line, loadConfig, type Section } from "./config.ts";
-import { type Context, limit } from "./context.ts";
-import { deliver, probeAll, sendAlert, writeReceipts } from "./deliver.ts";
+import { challengeOf, type Config, type Line, loadConfig } from "./config.ts";
+import type { Context } from "./context.ts";
+import { probeAll, Sections, sendAlert, writeReceipts } from "./deliver.ts";
 import { Issuer, rememberedAccount } from "./issue.ts";
 import {
   adoptReceipts,
   delivers,
-  type Delivery,
-  drifted,
   dueAlerts,
-  type EndpointStatus,
   forgetUnknown,
   groupBy,
-  isGood,
   type Plan,
   plan,
   type PlanOptions,
-  planSection,
   type Selection,
   takeOver,
   usualInterval,
@@ -60,8 +55,6 @@ export interface Summary {
   readonly known: ReadonlySet<string>;
 }
 
-/** Sections that are delivered side by side. */
-const MOST_SECTIONS = 8;
 /** As many runs are remembered as the usual interval needs. */
 const RUNS = 6;
 
@@ -115,7 +108,17 @@ export async function run(
     tell({ kind: "notice", text: shortLifeText(entry, decided.intervalMs) });
   }
   if (decided.tasks.length > 0) tell({ kind: "begin", tasks: decided.tasks });
-  const sections = new Sections(config, store, context, planOptions, entries, tell, options.verbose ?? false);
+  const sections = new Sections(
+    {
+      config,
+      store,
+      context,
+      options: planOptions,
+      certificates: entries,
+      verbose: options.verbose ?? false,
+    },
+    tell,
+  );
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(due.entry, certificate);
     const { line } = entry;
@@ -179,138 +182,6 @@ function counterpartOf(config: Config): () => readonly Entry[] {
       return entries = []; // not readable for this user: nothing is known of it
     }
   };
-}
-
-/** The sections of a run: each is attended to as soon as its own lines are done. */
-class Sections {
-  delivered = 0;
-  readonly #issuing = new Map<Line, PromiseWithResolvers<void>>();
-  readonly #urgent = limit(MOST_SECTIONS);
-  readonly #probing = new Map<string, Promise<void>>();
-  /** Rollouts go one section at a time, and end for this run at the first failure. */
-  #rollout: Promise<void> = Promise.resolve();
-  #rolloutFailed = false;
-
-  constructor(
-    private readonly config: Config,
-    private readonly store: Store,
-    private readonly context: Context,
-    private readonly options: PlanOptions,
-    private readonly entries: ReadonlyMap<Line, readonly Entry[]>,
-    private readonly tell: Tell,
-    private readonly verbose: boolean,
-  ) {}
-
-  /** A line has been issued, or failed. */
-  lineDone(line: Line): void {
-    this.#issuing.get(line)?.resolve();
-  }
-
-  /** No further line will be issued. */
-  allDone(): void {
-    for (const { resolve } of this.#issuing.values()) resolve();
-  }
-
-  /** Delivers what is pending and probes what is due; `[every]` when all others are done. */
-  async attend({ tasks, deliveries, endpoints }: Plan): Promise<void> {
-    for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
-    const linesOf = groupBy(
-      tasks.flatMap(({ line }) => line.sections.map((section) => [section, line] as const)),
-    );
-    const busy = new Set<Section>([
-      ...linesOf.keys(),
-      ...deliveries.map(({ section }) => section),
-      ...endpoints.filter(({ due }) => due).flatMap(({ sections }) => sections),
-    ]);
-    const others = [...busy].filter(({ name }) => name !== "every");
-    const now = others.filter((section) => !linesOf.has(section));
-    const later = others.filter((section) => linesOf.has(section));
-    const settled = await Promise.allSettled([
-      this.#attendAll(now),
-      ...later.map(async (section) => {
-        await Promise.all(linesOf.get(section)!.map((line) => this.#issuing.get(line)!.promise));
-        await this.#attendAll([section]);
-      }),
-    ]);
-    await Promise.allSettled([...this.#issuing.values()].map(({ promise }) => promise));
-    for (const result of settled) if (result.status === "rejected") throw result.reason;
-    const every = [...busy].filter(({ name }) => name === "every");
-    await this.#attendAll(every);
-  }
-
-  async #attendAll(sections: readonly Section[]): Promise<void> {
-    const rollouts: Delivery[] = [];
-    const urgent: Promise<unknown>[] = [];
-    const looked = await Promise.allSettled(sections.map(async (section) => {
-      const delivery = await this.#pendingOf(section);
-      if (delivery === undefined || delivery.until !== undefined) return;
-      if (delivery.urgent) urgent.push(this.#urgent(() => this.#deliver(delivery)));
-      else rollouts.push(delivery);
-    }));
-    // what failed before comes last
-    rollouts.sort((a, b) => (a.failure?.count ?? 0) - (b.failure?.count ?? 0));
-    this.#rollout = this.#rollout.then(async () => {
-      for (const delivery of rollouts) {
-        if (!this.#rolloutFailed) this.#rolloutFailed = !await this.#deliver(delivery);
-      }
-    });
-    for (const result of [...looked, ...await Promise.allSettled([...urgent, this.#rollout])]) {
-      if (result.status === "rejected") throw result.reason;
-    }
-  }
-
-  /** Probes the endpoints of a section that are due, and returns what is pending then. */
-  async #pendingOf(section: Section): Promise<Delivery | undefined> {
-    this.context.signal.throwIfAborted();
-    const first = this.#plan(section);
-    // endpoints are probed after a delivery anyway; where an earlier one has not helped, before it is repeated
-    const certain = first.delivery?.urgent && first.delivery.until === undefined &&
-      first.delivery.pending.some(({ reason }) => reason !== "drift");
-    const due = first.endpoints.filter(({ due }) => due);
-    if (certain || due.length === 0) return first.delivery;
-    await this.#probe(due);
-    const then = this.#plan(section);
-    const wrong = drifted(
-      then.endpoints.filter(({ key }) => due.some((one) => one.key === key)),
-      this.config,
-    );
-    if (wrong.length > 0) this.tell({ kind: "drift", section: section.name, endpoints: wrong });
-    return then.delivery;
-  }
-
-  /** Each endpoint is probed once in a run, whichever sections name it. */
-  async #probe(endpoints: readonly EndpointStatus[]): Promise<void> {
-    const anew = endpoints.filter(({ key }) => !this.#probing.has(key));
-    if (anew.length > 0) {
-      const { config, store, context, options } = this;
-      const probing = probeAll(anew, { config, store, context, options });
-      for (const { key } of anew) this.#probing.set(key, probing);
-    }
-    await Promise.all(endpoints.map(({ key }) => this.#probing.get(key)));
-  }
-
-  /** Carries out a delivery; false where it failed, or its endpoints are not right. */
-  async #deliver(delivery: Delivery): Promise<boolean> {
-    this.context.signal.throwIfAborted();
-    const { config, store, context, options, tell } = this;
-    const delivered = await deliver(delivery, {
-      config,
-      store,
-      context,
-      options,
-      certificates: this.entries,
-      onOutput: this.verbose ? (section, text) => tell({ kind: "output", section, text }) : undefined,
-    });
-    if (delivered.errors.length === 0) this.delivered++;
-    tell({ kind: "delivered", delivered });
-    return delivered.errors.length === 0 &&
-      delivered.endpoints.every(({ sights }) => sights.every(({ verdict }) => isGood(verdict)));
-  }
-
-  #plan(section: Section) {
-    const { config, store: { state }, context, options } = this;
-    return planSection(section, this.entries, config, state, context.now(), options);
-  }
 }
 
 async function sendAlerts(

@@ -33,7 +33,7 @@ export interface Presented extends AsyncDisposable {
 /** What is published and has to be removed: a file in the drop directory, or the value that proves a name by dns-01. */
 export type Published = { readonly token: string } | { readonly name: string; readonly value: string };
 
-/** The store: what is published is in its state, in case that the run is killed. */
+/** The store: what is published is in its state before it is, in case that the run is killed. */
 interface Journal {
   readonly state: { published: Published[] };
   saveState(): Promise<void>;
@@ -92,9 +92,8 @@ export class Challenges {
     const now = await this.#claim(all, stack);
     const entries = now.flatMap(({ published }) => published ?? []);
     state.published.push(...entries);
-    stack.defer(async () => {
+    stack.defer(() => {
       state.published = state.published.filter((entry) => !entries.includes(entry) || this.#left.has(entry));
-      await this.journal.saveState().catch((error) => this.context.warn((error as Error).message));
     });
     await this.journal.saveState();
 

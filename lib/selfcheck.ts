@@ -87,7 +87,7 @@ class FileCheck {
   /** "<number of redirects> <URL>" -> what is there */
   readonly #pages = new Map<string, Promise<Page>>();
   #requests = 0;
-  /** Of the name that is to be proven. */
+  /** Of the name that is to be validated: of its farthest address, since its owner may add near ones. */
   #nearness = 0;
 
   constructor(
@@ -103,7 +103,7 @@ class FileCheck {
     return this.#page(this.#start, 0);
   }
 
-  /** A page to which several addresses redirect is looked at once. `from` says who redirects. */
+  /** A page to which several addresses redirect is fetched once. `from` says who redirects. */
   #page(url: URL, redirects: number, from = ""): Promise<Page> {
     const key = `${redirects} ${url.href}`;
     const page = this.#pages.get(key) ?? this.#pageAtAll(url, redirects, from);
@@ -125,7 +125,7 @@ class FileCheck {
       );
     }
     const distances = found.map(({ address }) => nearness(address));
-    if (redirects === 0) this.#nearness = Math.max(...distances);
+    if (redirects === 0) this.#nearness = Math.min(...distances);
     const near = found[distances.findIndex((distance) => distance > this.#nearness)];
     if (near !== undefined && !this.#isHarmless(url)) {
       return bad(`${from} redirects to ${url.href}, which is at ${near.address}: not followed`);

@@ -214,11 +214,16 @@ export class AcmeClient {
   /** RFC 8555 §7.3.5: gives the account another key, and goes on under that. */
   async changeKey(key: AccountKey): Promise<void> {
     const step = "change the account key";
-    const { keyChange: url } = this.directory;
-    if (url === undefined) throw new AcmeError(step, "the CA does not offer it", "");
+    const { keyChange: url = "" } = this.directory;
+    const unable = new AcmeError(step, "the CA does not offer it", url);
+    if (url === "") throw unable;
     const { url: account, key: { publicJwk: oldKey } } = this.account;
     const inner = await sign(key, { account, oldKey }, { jwk: key.publicJwk, url });
-    await this.session.post(step, url, inner, this.account);
+    try {
+      await this.session.post(step, url, inner, this.account);
+    } catch (error) {
+      throw error instanceof AcmeError && error.status === 501 ? unable : error; // step-ca, Caddy
+    }
     this.account = { key, url: account, isNew: true };
   }
 

@@ -400,7 +400,7 @@ export class Book {
       order.authorizations.filter(({ status }) => statuses.includes(status));
     if (order.authorizations.some(isUnderWay)) return;
     const failed = of("invalid", "deactivated", "expired");
-    if (failed.length > 0) {
+    if (failed.length > 0 && this.switches.failure !== "authorization") {
       order.status = "invalid";
       order.error = summary(failed);
     } else if (order.expires < this.clock()) {
@@ -453,6 +453,7 @@ export class Book {
       });
       challenge.status = authorization.status = "valid";
       challenge.validated = this.clock();
+      challenge.error = undefined;
       authorization.expires = new Date(
         this.clock().getTime() + (switches.authorizationLifetimeMs ?? 30 * DAY),
       );
@@ -460,7 +461,8 @@ export class Book {
     } catch (error) {
       if (closing.aborted) return;
       if (!(error instanceof Problem)) throw error;
-      challenge.status = authorization.status = "invalid";
+      if (switches.failure === "challenge") challenge.status = "pending";
+      else challenge.status = authorization.status = "invalid";
       challenge.error = error.document;
       this.use(switches.limits?.failedValidations, `failures ${account.url} ${name}`);
       this.validations.push({ type, name, error: error.document });

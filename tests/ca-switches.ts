@@ -107,6 +107,11 @@ export interface Switches {
   cname?: (name: string) => Promise<string | undefined>;
   /** Wait before each validation. Default 0. */
   validationDelayMs?: number;
+  /**
+   * How far a failed validation goes: to the order (default), to the authorization and no further (acme2certifier), or to
+   * the challenge, which stays pending with its error and may be responded to again (step-ca, Caddy).
+   */
+  failure?: "order" | "authorization" | "challenge";
   /** How long a validation may wait for an answer. Default 10 s. */
   validationTimeoutMs?: number;
   /**

@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { createPrivateKey, createPublicKey, generateKeyPairSync, X509Certificate } from "node:crypto";
+import { setTimeout as delay } from "node:timers/promises";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
@@ -38,6 +39,10 @@ function oneCertificate(ca: Switches = {}, domains = NAME): Promise<Bed> {
   return testBed({ domains, settings: "keyTypes: ec", ca: { fault: () => undefined, ...ca } });
 }
 
+const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
+const KEY = `test/key/${NAME}-key.prime256v1.test.pem`;
+const PENDING_KEY = `test/key/.${NAME}-key.prime256v1.test.pem.pending`;
+
 const names = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.example.com`);
 
 // ---- requests ----------------------------------------------------------------------------------------------------
@@ -61,20 +66,19 @@ Deno.test("a new certificate takes the requests that RFC 8555 demands, in its or
   assert.equal(new Set(requests.map(({ connection }) => connection)).size, 1);
 });
 
-Deno.test("a line of one name costs 7 requests for its first key type and 4 for its second", async () => {
+Deno.test("a pair of one name costs 11 requests and at most two nonces, each order asked for once at each step", async () => {
   await using bed = await testBed({ domains: NAME, ca: { processingMs: 5 } });
-  const { requests } = await bed.run(punctual(bed));
-  const { directory, newNonce, newAccount, ...rest } = counts(requests);
-  assert.deepEqual([directory, newNonce, newAccount], [1, 1, 1]);
+  const { directory, newNonce, newAccount, ...rest } = counts((await bed.run(punctual(bed))).requests);
+  assert.deepEqual([directory, newAccount, newNonce! <= 2], [1, 1, true]);
   assert.deepEqual(rest, { newOrder: 2, authz: 1, challenge: 1, order: 1 + 2, finalize: 2, certificate: 2 });
 });
 
-Deno.test("a line of 100 names costs 2 requests a name and 5 for its first key type, 4 for its second", async () => {
+Deno.test("a line of 100 names costs 2 requests a name beside those of one name, 20 of them at once", async () => {
   await using bed = await testBed({ domains: names(100).join(" "), ca: { processingMs: 5 } });
   const { requests, code, stderr } = await bed.run(punctual(bed));
   assert.equal(code, 0, stderr);
   const { directory, newNonce, newAccount, ...rest } = counts(requests);
-  assert.deepEqual([directory, newNonce, newAccount], [1, 1, 1]);
+  assert.deepEqual([directory, newAccount, newNonce! <= 20], [1, 1, true]);
   assert.deepEqual(rest, {
     newOrder: 2,
     authz: 100,
@@ -85,18 +89,32 @@ Deno.test("a line of 100 names costs 2 requests a name and 5 for its first key t
   });
 });
 
-Deno.test("many lines share directory, account and connection, and need a nonce for each line in flight", async () => {
+Deno.test("a line of 100 names, both key types, takes seconds though each answer takes 150 ms", async () => {
+  await using bed = await testBed({ domains: names(100).join(" "), settings: "keyTypes: rsa ec" });
+  const { fetch } = bed.world();
+  const begun = performance.now();
+  const ran = await bed.run({
+    fetch: async (url, init) => {
+      const response = await fetch(url, init);
+      await delay(150);
+      return response;
+    },
+  });
+  assert.equal(ran.code, 0, ran.stderr);
+  assert(performance.now() - begun < 8000, `${performance.now() - begun} ms`);
+});
+
+Deno.test("many lines share directory, account and connection, and nonces", async () => {
   await using bed = await testBed({ domains: names(12).join("\n"), settings: "keyTypes: ec" });
   const { requests, code } = await bed.run({ parallel: 4 });
   assert.equal(code, 0);
   const { directory, newNonce, newAccount } = counts(requests);
-  assert.deepEqual([directory, newAccount], [1, 1]);
-  assert(newNonce! <= 4, `${newNonce} nonces`);
+  assert.deepEqual([directory, newAccount, newNonce! <= 4], [1, 1, true]);
   assert.equal(new Set(requests.map(({ connection }) => connection)).size, 1);
   assert.equal(bed.ca.issued.length, 12);
 });
 
-Deno.test("a later run asks for no account, and for no proof of names that the CA still takes for proven", async () => {
+Deno.test("a later run asks for no account, and for no validation of names that the CA remembers", async () => {
   await using bed = await testBed({ domains: NAME, settings: "keyTypes: ec" });
   const prepared = join(bed.home, "prepared");
   bed.configure({ actions: `[default]\nprepare: ["touch ${prepared}; exec cat"]` });
@@ -107,15 +125,10 @@ Deno.test("a later run asks for no account, and for no proof of names that the C
     },
   });
   await Deno.remove(prepared);
-
-  const { mtime } = await Deno.stat(bed.drop);
-  for (const file of Deno.readDirSync(bed.path("test/cert"))) {
-    Deno.removeSync(bed.path("test/cert", file.name));
-  }
+  await Deno.remove(bed.path(CERT));
   const { requests, code } = await bed.run();
   assert.equal(code, 0);
   assert.deepEqual(counts(requests), { directory: 1, newNonce: 1, newOrder: 1, finalize: 1, certificate: 1 });
-  assert.deepEqual((await Deno.stat(bed.drop)).mtime, mtime);
   assert(!existsSync(prepared));
 });
 
@@ -145,7 +158,7 @@ Deno.test("the second key type is not asked for where the first could not be val
   assert.equal(ran.code, 1);
   assert.equal(counts(ran.requests).newOrder, 1);
   assert.deepEqual(failures(ran), [`${NAME}: cannot look up ${NAME}: NXDOMAIN (dns)`]);
-  assert.match(ran.stderr, /^FAILED {2}example\.com \((rsa, ec|ec, rsa)\)\n/);
+  assert.match(ran.stderr, /^FAILED +example\.com \((rsa, ec|ec, rsa)\)\n/);
 });
 
 Deno.test("the second key type is issued though the first is refused after validation", async () => {
@@ -178,6 +191,205 @@ Deno.test("a line that fails leaves the others alone", async () => {
   assert.deepEqual(bed.dropped(), []);
 });
 
+// ---- keys --------------------------------------------------------------------------------------------------------
+
+/** Has every certificate of the bed issued anew. */
+async function reissue(bed: Bed): Promise<Ran> {
+  for (const { name } of Deno.readDirSync(bed.path("test/cert"))) {
+    Deno.removeSync(bed.path("test/cert", name));
+  }
+  return await bed.run({ retry: true });
+}
+
+Deno.test("a key is used again where it is of the wanted kind, and alwaysGenerateNewKeys does not say otherwise", async () => {
+  await using bed = await oneCertificate();
+  await bed.run();
+  const first = bed.text(KEY);
+  await reissue(bed);
+  assert.equal(bed.text(KEY), first);
+  bed.configure({ settings: "keyTypes: ec\nalwaysGenerateNewKeys: yes" });
+  await reissue(bed);
+  const second = bed.text(KEY);
+  assert.notEqual(second, first);
+  bed.configure({ settings: "keyTypes: ec\ncurve: secp384r1\ncurveTag: prime256v1" });
+  await reissue(bed);
+  assert.equal(createPrivateKey(bed.text(KEY)).asymmetricKeyDetails?.namedCurve, "secp384r1");
+  const ec = createPrivateKey(bed.text(KEY)).export({ type: "pkcs8", format: "pem" });
+  bed.configure({ settings: "keyTypes: rsa" });
+  const rsa = bed.path(`test/key/${NAME}-key.rsa2048.test.pem`);
+  await Deno.writeTextFile(rsa, ec as string);
+  await bed.run();
+  assert.equal(
+    createPrivateKey(Deno.readTextFileSync(rsa)).asymmetricKeyType,
+    "rsa",
+    "whatever stood in its place",
+  );
+});
+
+Deno.test("an RSA key that cannot be read stops no EC certificate", async () => {
+  await using bed = await testBed({ domains: NAME });
+  await Deno.mkdir(bed.path(`test/key/${NAME}-key.rsa2048.test.pem`), { recursive: true });
+  const ran = await bed.run();
+  assert.deepEqual([ran.code, bed.ca.issued.map(({ keyType }) => keyType)], [1, ["ec"]]);
+  assert.match(failures(ran)[0]!, /EISDIR|Is a directory/);
+});
+
+for (const type of ["badPublicKey", "badCSR"]) {
+  Deno.test(`a key that the CA refuses (${type}) is replaced, and never used again`, async () => {
+    await using bed = await oneCertificate();
+    await bed.run();
+    const blocked = bed.text(KEY);
+    bed.ca.switches.fault = befalling("finalize", refusing(400, type, "the key is on a list of weak keys"));
+    assert.equal((await reissue(bed)).code, 0);
+    const second = bed.text(KEY);
+    assert.deepEqual([second !== blocked, bed.ca.orders.length], [true, 2]);
+    await Deno.writeTextFile(bed.path(KEY), blocked);
+    await reissue(bed);
+    assert(![blocked, second].includes(bed.text(KEY)));
+  });
+}
+
+Deno.test("a CSR that the CA refuses under any key costs the key nothing", async () => {
+  await using bed = await oneCertificate();
+  await bed.run();
+  const key = bed.text(KEY);
+  bed.ca.switches.fault = befalling("finalize", refusing(400, "badCSR", "not on a Friday"), Infinity);
+  assert.deepEqual(failures(await reissue(bed)), ["not on a Friday (badCSR)"]);
+  bed.ca.switches.fault = undefined;
+  await reissue(bed);
+  assert.equal(bed.text(KEY), key);
+});
+
+// ---- orders that the CA does not finish --------------------------------------------------------------------------
+
+/** The orders that are remembered, and whether the key of one stands beside the live one. */
+function unfinished(bed: Bed): [orders: number, key: boolean] {
+  return [
+    Object.keys(JSON.parse(bed.text("test/state.json")).orders).length,
+    existsSync(bed.path(PENDING_KEY)),
+  ];
+}
+
+for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["the live key", ""]] as const) {
+  Deno.test(`an order that the CA has not finished in time is taken up by the next run, under ${what}`, async () => {
+    await using bed = await testBed({ domains: NAME, settings: `keyTypes: ec\n${settings}` });
+    await bed.run();
+    const live = bed.text(KEY);
+    bed.ca.switches.processingMs = Infinity;
+    const slow = await bed.run({ named: { renew: [NAME] } });
+    assert.deepEqual(failures(slow), ["order still processing after 180 s; the next run goes on with it"]);
+    assert.deepEqual([unfinished(bed), bed.text(KEY)], [[1, settings !== ""], live]);
+
+    const order = bed.ca.orders.at(-1)!;
+    order.doneAt = 0;
+    const { code, requests, stderr } = await bed.run({ named: { renew: [NAME] } });
+    assert.deepEqual([code, stderr], [0, ""]);
+    assert.deepEqual(counts(requests), { directory: 1, newNonce: 1, order: 1, certificate: 1 });
+    assert.deepEqual([unfinished(bed), bed.ca.orders.length], [[0, false], 2]);
+    assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, bed.ca.issued[1]!.serial);
+    assert.equal(bed.text(KEY) === live, settings === "");
+  });
+}
+
+Deno.test("what was issued and could not be fetched is fetched by the next run", async () => {
+  for (
+    const fault of [refusing(404, "malformed", "gone"), refusing(500, "serverInternal", "oh"), {
+      kind: "reset",
+    }]
+  ) {
+    await using bed = await oneCertificate({ fault: befalling("certificate", fault as Fault, Infinity) });
+    assert.equal((await bed.run()).code, 1);
+    assert.deepEqual(unfinished(bed), [1, true]);
+    bed.ca.switches.fault = undefined;
+    assert.equal((await bed.run({ retry: true })).code, 0);
+    assert.deepEqual([unfinished(bed), bed.ca.issued.length], [[0, false], 1]);
+  }
+});
+
+Deno.test("an order that was interrupted while the CA was at it is taken up by the next run", async () => {
+  const stop = new AbortController();
+  await using bed = await oneCertificate({ processingMs: Infinity });
+  bed.ca.switches.fault = ({ resource }) => {
+    if (resource === "finalize") {
+      setTimeout(() => stop.abort(new DOMException("interrupted", "AbortError")), 50);
+    }
+    return undefined;
+  };
+  await assert.rejects(bed.run({ signal: stop.signal }), { name: "AbortError" });
+  assert.deepEqual(unfinished(bed), [1, true]);
+  bed.ca.orders[0]!.doneAt = 0;
+  assert.equal((await bed.run()).code, 0);
+  assert.deepEqual([unfinished(bed), bed.ca.orders.length], [[0, false], 1]);
+});
+
+Deno.test("an order is given up where the CA does, where it is a week old, or where its key or account is lost", async () => {
+  const table: [string, (bed: Bed) => void | Promise<void>][] = [
+    ["the CA calls it invalid", ({ ca }) => {
+      ca.orders[0]!.status = "invalid";
+    }],
+    ["the CA knows nothing of it", ({ ca }) => {
+      const gone = refusing(404, "malformed", "no such order");
+      ca.switches.fault = ({ url }) => url === ca.orders[0]!.url ? gone : undefined;
+    }],
+    ["it is a week old", ({ ca }) => ca.advance(8 * DAY)],
+    ["its key is lost", (bed) => Deno.remove(bed.path(PENDING_KEY))],
+    ["its account is another's", (bed) => Deno.remove(bed.path("account.key.test"))],
+  ];
+  for (const [what, lose] of table) {
+    await using bed = await oneCertificate({ processingMs: Infinity });
+    await bed.run();
+    bed.ca.switches.processingMs = 0;
+    bed.ca.orders[0]!.doneAt = 0;
+    await lose(bed);
+    const ran = await bed.run({ retry: true });
+    assert.equal(ran.code, 0, `${what}: ${ran.stderr}`);
+    assert.deepEqual([bed.ca.orders.length, unfinished(bed)], [2, [0, false]], what);
+  }
+});
+
+Deno.test("a certificate that cannot be put in its place is not ordered again, but fetched again", async () => {
+  await using bed = await oneCertificate();
+  await Deno.mkdir(bed.path(CERT, "x"), { recursive: true });
+  const codes = [(await bed.run()).code, (await bed.run()).code, (await bed.run({ retry: true })).code];
+  assert.deepEqual([codes, bed.ca.issued.length], [[1, 1, 1], 1]);
+  await Deno.remove(bed.path(CERT), { recursive: true });
+  assert.deepEqual([(await bed.run({ retry: true })).code, bed.ca.issued.length], [0, 1]);
+  assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, bed.ca.issued[0]!.serial);
+});
+
+// ---- validations that fail ---------------------------------------------------------------------------------------
+
+const lost = () => {
+  throw new Error("NXDOMAIN");
+};
+for (const failure of ["order", "authorization", "challenge"] as const) {
+  Deno.test(`a validation that fails is known soon, with its cause, where the CA tells it by the ${failure}`, async () => {
+    await using bed = await oneCertificate({ resolve: lost, failure }, `${NAME} www`);
+    const begun = bed.ca.now.getTime();
+    const ran = await bed.run();
+    const all = [`${NAME}`, `www.${NAME}`].map((name) => `${name}: cannot look up ${name}: NXDOMAIN (dns)`);
+    assert.deepEqual([ran.code, failures(ran)], [1, [all.join("; ")]]);
+    const seconds = (bed.ca.now.getTime() - begun) / 1000;
+    assert(seconds < { order: 5, authorization: 5, challenge: 60 }[failure], `${seconds} s`);
+    assert.deepEqual(bed.dropped(), []);
+  });
+}
+
+Deno.test("a challenge that the CA has found wrong and left pending is responded to again, until it is right", async () => {
+  let misses = 3;
+  const resolve = (name: string) =>
+    misses-- > 0 ? lost() : { hostname: "127.0.0.1", port: bed.web.port, name };
+  await using bed: Bed = await oneCertificate({ resolve, failure: "challenge" });
+  const { code, requests } = await bed.run();
+  assert.deepEqual([code, counts(requests).challenge], [0, 4]);
+});
+
+Deno.test("an order that stays pending is given up after three minutes, with what is known of its challenges", async () => {
+  await using bed = await oneCertificate({ validationDelayMs: 600_000 });
+  assert.deepEqual(failures(await bed.run()), ["order still pending after 180 s"]);
+  assert.deepEqual([bed.dropped(), unfinished(bed)], [[], [0, false]]);
+});
+
 // ---- refusals ----------------------------------------------------------------------------------------------------
 
 const SUBPROBLEMS = ["a.example.com", "b.example.com"].map((value) => ({
@@ -207,6 +419,12 @@ function onceFinalized(fault: Fault): Switches["fault"] {
   };
 }
 
+/** The fault, for finalize and what follows it. */
+function finalizedThen(fault: Fault): Switches["fault"] {
+  const polls = onceFinalized(fault)!;
+  return (exchange) => polls(exchange) ?? (exchange.resource === "finalize" ? fault : undefined);
+}
+
 for (
   const [what, ca, step, message] of [
     [
@@ -218,7 +436,7 @@ for (
     [
       "created, and born invalid",
       { fault: befalling("newOrder", { kind: "rewrite", rewrite: invalid }) },
-      "issue",
+      "issue the order",
       `two names (compound); ${TOLD}`,
     ],
     [
@@ -228,20 +446,20 @@ for (
           throw new Error("SERVFAIL");
         },
       },
-      "validate",
+      "validate the order",
       "a.example.com: cannot look up a.example.com: SERVFAIL (dns); " +
       "b.example.com: cannot look up b.example.com: SERVFAIL (dns)",
     ],
     [
       "validated, for a reason that is not a challenge's",
       { fault: befalling("order", { kind: "rewrite", rewrite: invalid }) },
-      "validate",
+      "validate the order",
       `two names (compound); ${TOLD}`,
     ],
     [
       "validated, for no reason",
       { fault: befalling("order", put({ status: "invalid" })) },
-      "validate",
+      "validate the order",
       "the order became invalid",
     ],
     [
@@ -253,14 +471,14 @@ for (
     [
       "finalized, and invalid then",
       { fault: befalling("finalize", { kind: "rewrite", rewrite: invalid }) },
-      "issue",
+      "issue the order",
       `two names (compound); ${TOLD}`,
     ],
     [
       "finalized, and ready still",
-      { fault: befalling("finalize", put({ status: "ready" })) },
-      "issue",
-      "the order is ready after it was finalized",
+      { fault: finalizedThen(put({ status: "ready", certificate: undefined })) },
+      "issue the order",
+      "order still ready after 180 s; the next run goes on with it",
     ],
     [
       "issued",
@@ -268,12 +486,12 @@ for (
         processingMs: 20,
         fault: onceFinalized({ kind: "rewrite", rewrite: invalid }),
       },
-      "issue",
+      "issue the order",
       `two names (compound); ${TOLD}`,
     ],
     [
       "downloaded",
-      { fault: befalling("certificate", refusing(404, "malformed", "gone")) },
+      { fault: befalling("certificate", refusing(404, "malformed", "gone"), Infinity) },
       "download the certificate",
       "gone (malformed)",
     ],
@@ -340,19 +558,6 @@ Deno.test("an authorization whose name is written in capitals is the ordered one
   assert.equal((await bed.run()).code, 0);
 });
 
-Deno.test("where the CA has forgotten the account and wants no other, every line says so and the run ends well", async () => {
-  await using bed = await oneCertificate();
-  await bed.run();
-  const state = bed.text("test/state.json").replace("/account/1", "/account/99");
-  await Deno.writeTextFile(bed.path("test/state.json"), state);
-  bed.configure({ domains: "a.example.com\nb.example.com" });
-  bed.ca.switches.fault = befalling("newAccount", refusing(403, "unauthorized", "no new accounts"), Infinity);
-  const ran = await bed.run();
-  assert.deepEqual([failures(ran), ran.code], [Array(2).fill("no new accounts (unauthorized)"), 1]);
-  assert.equal(counts(ran.requests).newAccount, 1);
-  bed.ca.violations.splice(0); // it was asked under the remembered account
-});
-
 // ---- certificates that are not what was asked for ----------------------------------------------------------------
 
 Deno.test("a certificate that is not what was asked for is not taken, and the old one and its key stay", async () => {
@@ -363,11 +568,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
   });
   const { ca } = bed;
   await bed.run();
-  const [cert, key] = [
-    `test/cert/${NAME}-cert-combined.prime256v1.test.pem`,
-    `test/key/${NAME}-key.prime256v1.test.pem`,
-  ];
-  const publicKey = createPublicKey(createPrivateKey(bed.text(key)));
+  const publicKey = createPublicKey(createPrivateKey(bed.text(KEY)));
   const identifiers = [{ type: "dns", value: NAME } as const];
   const valid = () => ({
     notBefore: new Date(ca.now.getTime() - DAY),
@@ -395,6 +596,21 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
           ...valid(),
         }),
       /^the certificate is for other names: example\.com bank\.example$/,
+    ],
+    [
+      "one that is an authority",
+      () => ca.forge({ publicKey, identifiers, ...valid(), authority: true }),
+      /^the certificate is that of an authority$/,
+    ],
+    [
+      "thirty seconds of life",
+      () => ca.forge({ publicKey, identifiers, ...valid(), notAfter: new Date(ca.now.getTime() + 30_000) }),
+      /in less than 5 minutes; this clock says \S+; it is \d+ minutes ahead of the CA's$/,
+    ],
+    [
+      "a chain without end",
+      (chain) => chain + chain.replace(/^[^]*?(?<=END CERTIFICATE-----\n)/, "").repeat(20),
+      /^a chain of 22 certificates$/,
     ],
     [
       "an expired one",
@@ -434,26 +650,19 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
     ["megabytes", (chain) => chain.repeat(1000), /^an answer of more than 1048576 bytes$/],
   ];
   for (const [what, rewrite, message] of table) {
-    const before = [bed.text(cert), bed.text(key)];
+    const before = [bed.text(CERT), bed.text(KEY)];
     ca.advance(80 * DAY);
     ca.switches.fault = befalling("certificate", { kind: "rewrite text", rewrite });
     const ran = await bed.run({ retry: true });
     assert.equal(ran.code, 1, what);
     assert.match(failures(ran)[0]!, message, what);
-    assert.deepEqual([bed.text(cert), bed.text(key)], before, what);
+    assert.deepEqual([bed.text(CERT), bed.text(KEY)], before, what);
 
     ca.switches.fault = undefined;
     assert.equal((await bed.run({ retry: true })).code, 0, what);
-    assert.notEqual(bed.text(cert), before[0]);
-    assert.equal(new X509Certificate(bed.text(cert)).serialNumber, ca.issued.at(-1)!.serial);
+    assert.notEqual(bed.text(CERT), before[0]);
+    assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, ca.issued.at(-1)!.serial);
   }
-});
-
-Deno.test("a certificate that cannot be put in its place is not ordered again by every run", async () => {
-  await using bed = await oneCertificate();
-  await Deno.mkdir(bed.path(`test/cert/${NAME}-cert-combined.prime256v1.test.pem/x`), { recursive: true });
-  const codes = [(await bed.run()).code, (await bed.run()).code];
-  assert.deepEqual([codes, bed.ca.issued.length], [[1, 1], 1]);
 });
 
 // ---- faults ------------------------------------------------------------------------------------------------------

@@ -60,31 +60,10 @@ for (
     });
     const { code, stderr } = await bed.run();
     const why = `cannot create an order: the CA has no profile "tlsclient"; it offers: ${offered}`;
-    assert.deepEqual([code, stderr], [1, `FAILED  a.example (ec)\n        ${why}\n`]);
+    assert.deepEqual([code, stderr.replace(/\s+/g, " ")], [1, `FAILED a.example (ec) ${why} `]);
     assert.deepEqual(bed.ca.orders.map(({ identifiers }) => identifiers[0]!.value), ["b.example"]);
     bed.configure({ actions: "" });
     assert.equal((await bed.run()).code, 0, "it need not wait: the CA was not bothered");
-  });
-}
-
-for (
-  const [ari, keptAt, renewedAt, rule] of [
-    ["no", 78, 80, /\(due since \S+ by reauthorizeDays, capped\)$/m],
-    ["yes", 50, 75, /\(the CA suggests \S+\)$/m], // this night rather than after half its life
-  ] as const
-) {
-  Deno.test(`a certificate of 160 hours is renewed at half its life (ari: ${ari})`, async () => {
-    await using bed = await testBed({
-      domains: NAME,
-      settings: `keyTypes: ec\nprofile: shortlived\nari: ${ari}`,
-    });
-    await bed.run();
-    bed.ca.advance((keptAt - 1) * HOUR); // it is back-dated by an hour
-    assert.match((await bed.run({ random: () => 0 })).stdout, /^nothing due, 1 kept/m);
-    bed.ca.advance((renewedAt - keptAt) * HOUR);
-    const { stdout } = await bed.run();
-    assert.match(stdout, rule);
-    assert.deepEqual(bed.ca.issued.map(({ profile }) => profile), ["shortlived", "shortlived"]);
   });
 }
 
@@ -149,7 +128,7 @@ Deno.test("a profile that allows no addresses is told in the CA's words, each ad
 
 // ---- chains ------------------------------------------------------------------------------------------------------
 
-const NO_CHAIN = /^note {4}no chain of example\.com leads to "(.*)"(.*): the default one is taken$/m;
+const NO_CHAIN = /^note +no chain of example\.com leads to "(.*)"(.*): the default one is taken$/m;
 for (
   const [what, preferred, fault, root, note] of [
     ["without a wish", undefined, undefined, 1, undefined],
@@ -295,19 +274,19 @@ pebbleTest(
     const odd = await ca.lematt();
     assert.match(
       odd,
-      /^note {4}a\.example\.com \(ec\): .*the renewal window ends before it starts; its dates decide$/m,
+      /^note +a\.example\.com \(ec\): .*the renewal window ends before it starts; its dates decide$/m,
     );
-    assert.match(odd, /^note {4}b\.example\.com \(ec\): .*broken JSON; its dates decide$/m);
+    assert.match(odd, /^note +b\.example\.com \(ec\): .*broken JSON; its dates decide$/m);
     assert.match(odd, /^nothing due, 2 kept/m);
     askAgain();
     await suggest(window(40 * DAY, 41 * DAY), window(40 * DAY, 41 * DAY));
     await ca.lematt();
-    assert.equal((await ca.lematt("--plan")).match(/^keep .*\(the CA's suggestion\)/gm)?.length, 2);
+    assert.match(await ca.lematt("--plan"), /^keep .*renewal information/m);
 
     askAgain();
     await suggest(window(-2 * HOUR, -HOUR), window(-2 * HOUR, -HOUR));
     const drill = await ca.lematt();
-    const issued = /^issued {2}\S+ .* \(the CA suggests \S+, see https:\/\/pebble\.example\/incident\)$/gm;
+    const issued = /^issued .*renewal information of the CA.*https:\/\/pebble\.example\/incident/gm;
     assert.equal(drill.match(issued)?.length, 2, drill);
     assert.deepEqual(readFileSync(join(bed.home, "log"), "utf8").split(/\s/).sort(), [
       "",
@@ -335,17 +314,12 @@ pebbleTest("Pebble issues for addresses under a profile of six days", async () =
   });
   await using _six = startWebroot(ca.bed.drop, { hostname: "::1", port: ca.bed.web.port });
   const said = await ca.lematt();
-  assert.match(said, /^issued {2}127\.0\.0\.1 \+1/m);
+  assert.match(said, /^issued +127\.0\.0\.1 \+1/m);
   const [certificate] = [...certificates(ca.bed).values()];
   const text = await textOf(certificate!);
   assert.match(text, /IP Address:127\.0\.0\.1, IP Address:0:0:0:0:0:0:0:1\n/);
   assert.match(text, /Subject: *\n/, "a common name");
   assert.equal(Math.round(lifeOf(certificate!) / DAY), 6);
-  assert.match(
-    await ca.lematt("--plan"),
-    /^keep .*, in 3 days \((the CA's suggestion|reauthorizeDays, capped)\)/m,
-  );
-
   ca.configure({ settings: "profile: tlsserver\nari: no" });
   await Deno.remove(ca.bed.path("test/cert"), { recursive: true });
   assert.match(
@@ -369,14 +343,14 @@ pebbleTest(
     const { bed, pebble: { dns, caBundleFile } } = ca;
     const standing = "_validation-persist.example.org";
     const refused = await ca.lematt();
-    assert.match(refused, new RegExp(`^issued {2}${NAME} \\+1 `, "m"));
-    assert.match(refused, /^FAILED {2}\*\.example\.org \+1 .*\n.*DNS-PERSIST-01 challenge/m);
-    const [, value] = /^place {3}_validation-persist\.example\.org\. IN TXT "(.*)"$/m.exec(
+    assert.match(refused, new RegExp(`^issued +${NAME} \\+1 `, "m"));
+    assert.match(refused, /^FAILED +\*\.example\.org \+1 .*\n.*DNS-PERSIST-01 challenge/m);
+    const [, value] = /^place +_validation-persist\.example\.org\. IN TXT "(.*)"$/m.exec(
       await ca.lematt("--plan"),
     )!;
     assert.match(value!, /^pebble\.example; accounturi=https:\/\/\S+; policy=wildcard$/);
     dns.set(standing, "TXT", value!);
-    assert.match(await ca.lematt("--retry"), /^issued {2}\*\.example\.org \+1/m);
+    assert.match(await ca.lematt("--retry"), /^issued +\*\.example\.org \+1/m);
     const names = [...certificates(bed).values()].map(({ subjectAltName }) => subjectAltName).sort();
     assert.deepEqual(names, ["DNS:*.example.org, DNS:www.example.org", `DNS:${NAME}, DNS:*.${NAME}`]);
 
@@ -395,7 +369,6 @@ pebbleTest(
     const ran = await bed.run({
       fetch: (url, init) => fetch(url, { ...init, client }),
       now: () => new Date(),
-      sleep: undefined,
       query: (name, type) => systemQuery(name, type, { address: "127.0.0.1", port: dns.port }),
     });
     assert.deepEqual([ran.code, ran.stderr, certificates(bed).size], [0, "", 2]);
@@ -424,7 +397,7 @@ pebbleTest("Pebble binds an account, offers chains, changes contact and key, and
 
   const root = rootOf(await pebble.rootPem(2))!;
   ca.configure({ settings: `${eab}preferredChain: ${root}\n` });
-  assert.match(await ca.lematt("--retry"), /^made .*\n|^issued /m);
+  assert.match(await ca.lematt("--retry"), /^issued /m);
   const file = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
   assert.equal(rootOf(bed.text(file)), root);
 
@@ -435,12 +408,12 @@ pebbleTest("Pebble binds an account, offers chains, changes contact and key, and
   const renewed = await ca.lematt();
   assert.match(
     renewed,
-    /^note {4}no chain of example\.com leads to "ISRG Root X9": the default one is taken$/m,
+    /^note +no chain of example\.com leads to "ISRG Root X9": the default one is taken$/m,
   );
   assert.match(renewed, /^issued /m);
   const serial = new X509Certificate(bed.text(file)).serialNumber;
 
-  assert.match(await ca.lematt("--rollover"), /^changed /m);
+  assert.match(await ca.lematt("--rollover", "--yes"), /^changed /m);
   assert.match(
     await ca.lematt("--revoke", NAME, "--yes", "--reason", "superseded"),
     /^revoked; the next run/m,
@@ -450,6 +423,6 @@ pebbleTest("Pebble binds an account, offers chains, changes contact and key, and
     "Revoked",
   );
   const last = await ca.lematt();
-  assert.match(last, /^issued .*\(revoked \S+\)$/m);
+  assert.match(last, /^issued .*its key was revoked$/m);
   assert.notEqual(new X509Certificate(bed.text(file)).serialNumber, serial);
 }, { modern: true });

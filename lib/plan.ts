@@ -848,31 +848,30 @@ function findProblems(
     const { until } = limited[0]!;
     add({ kind: "rate-limited", until }, "rate-limited", false, limited.map(({ line }) => line));
   }
+  const isOverdue = ({ entry, since }: Due) => {
+    const notAfter = lastsUntil(entry);
+    if (notAfter === undefined) return false; // one that could never be issued is failing, not overdue
+    const late = since !== undefined && now.getTime() - since.getTime() > 2 * intervalMs;
+    return late || notAfter <= now || entry.finding.kind === "revoked";
+  };
   // a CA that is down is one cause, however many lines it keeps from being issued
   const down = [...tasks, ...waiting].filter(({ failure }) => failure?.shared);
   if (down.length > 0) {
     const failure = down.map(({ failure }) => failure!).reduce((a, b) => a.count >= b.count ? a : b);
-    const notAfter = expiryOf(down.flatMap(({ due }) => due));
-    add(
-      { kind: "CA", failure, notAfter },
-      "CA",
-      failure.count >= ALERT_FAILURES,
-      down.map(({ line }) => line),
-    );
+    const due = down.flatMap(({ due }) => due);
+    const alert = failure.count >= ALERT_FAILURES || due.some(isOverdue);
+    add({ kind: "CA", failure, notAfter: expiryOf(due) }, "CA", alert, down.map(({ line }) => line));
   }
   for (const { line, due, failure } of [...tasks, ...waiting]) {
-    if (failure !== undefined && !failure.shared) {
-      const notAfter = expiryOf(due);
+    if (failure?.shared) continue;
+    if (failure !== undefined) {
+      const alert = failure.count >= ALERT_FAILURES || due.some(isOverdue);
       const key = `failing ${line.names.join(" ")}`;
-      add({ kind: "failing", failure, notAfter }, key, failure.count >= ALERT_FAILURES, [line]);
+      add({ kind: "failing", failure, notAfter: expiryOf(due) }, key, alert, [line]);
+      continue;
     }
-    for (const { entry, since } of due) {
-      const notAfter = lastsUntil(entry);
-      if (notAfter === undefined) continue; // one that could never be issued is failing, not overdue
-      const late = since !== undefined && now.getTime() - since.getTime() > 2 * intervalMs;
-      if (late || notAfter <= now || entry.finding.kind === "revoked") {
-        add({ kind: "overdue", entry, notAfter }, `overdue ${entry.file}`, true, [line]);
-      }
+    for (const { entry } of due.filter(isOverdue)) {
+      add({ kind: "overdue", entry, notAfter: lastsUntil(entry)! }, `overdue ${entry.file}`, true, [line]);
     }
   }
   for (const delivery of deliveries) {

@@ -280,11 +280,12 @@ function contextFor(config: Config, signal: AbortSignal, outside: Partial<Contex
 /** Does what the arguments ask for in one mode, and returns the exit status. */
 async function act(options: Arguments, config: Config, outside: Context): Promise<number> {
   const { json = false, command, retry = false } = options;
+  const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns || 80 : undefined; // 0: it does not know
   const report = new Report({
     mode: config.mode,
     cron: options.cron ?? false,
     json,
-    columns: Deno.stdout.isTerminal() && !json ? Deno.consoleSize().columns : undefined,
+    columns: json ? undefined : columns,
     color: Deno.stderr.isTerminal() && !Deno.noColor,
     now: outside.now,
     out,
@@ -316,7 +317,6 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
       const found = await status(config, options.offline ?? false, context, (event) => {
         if (event.kind === "notice") err(`lematt: ${event.text}\n`); // not into a document
       });
-      const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns : 80;
       out(json ? statusJson(found) : options.metrics ? statusMetrics(found) : statusTable(found, columns));
       return options.metrics ? 0 : exitStatus(found);
     }

@@ -15,7 +15,9 @@ export interface Installation {
   readonly bin: string;
   /** Where lematt.ts, leforward.ts and deno.json are; they belong to the user who runs the tests. */
   readonly program: string;
-  /** With deno in PATH and packages in a cache that belongs to the user. */
+  /** The user's home, with the packages in Deno's cache. */
+  readonly home: string;
+  /** The user's environment, with deno in PATH. */
   readonly env: Readonly<Record<string, string>>;
   /** The command, run as the user. */
   as(...command: string[]): string[];
@@ -23,12 +25,8 @@ export interface Installation {
 
 /** Installs lematt for the user `uid` below `directory`, which all may read then. */
 export async function install(directory: string, uid = Deno.uid()!): Promise<Installation> {
-  const [bin, program, cache] = ["bin", "program", "cache"].map((name) => join(directory, name)) as [
-    string,
-    string,
-    string,
-  ];
-  for (const path of [bin, program, cache]) await Deno.mkdir(path);
+  const [bin, program, home] = [join(directory, "bin"), join(directory, "program"), join(directory, "home")];
+  for (const path of [bin, program, home]) await Deno.mkdir(path);
   await Deno.chmod(directory, 0o755);
   await Deno.link(Deno.execPath(), join(bin, "deno"))
     .catch(() => Deno.copyFile(Deno.execPath(), join(bin, "deno")));
@@ -36,16 +34,17 @@ export async function install(directory: string, uid = Deno.uid()!): Promise<Ins
   await run("cp", "-r", ...files.map((file) => join(ROOT, file)), program);
   const { npmPackages } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
   for (const { name, localPath, registryUrl } of Object.values<Record<string, string>>(npmPackages)) {
-    const at = join(cache, "npm", new URL(registryUrl!).hostname, dirname(name!));
+    const at = join(home, ".cache/deno/npm", new URL(registryUrl!).hostname, dirname(name!));
     await Deno.mkdir(at, { recursive: true });
     await run("cp", "-r", dirname(localPath!), at);
   }
   const other = uid !== Deno.uid();
-  if (other) await run("chown", "-R", `${uid}:${uid}`, cache);
+  if (other) await run("chown", "-R", `${uid}:${uid}`, home);
   return {
     bin,
     program,
-    env: { HOME: "/nonexistent", DENO_DIR: cache, PATH: `${bin}:/usr/bin:/bin` },
+    home,
+    env: { HOME: home, PATH: `${bin}:/usr/bin:/bin` },
     as: (...command) =>
       other ? ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups", ...command] : command,
   };

@@ -209,9 +209,10 @@ async function install(from: string, to: string): Promise<void> {
   await Deno.chmod(to, 0o755);
 }
 
-function replaceAll(text: string, replacements: Readonly<Record<string, string>>): string {
+/** Replaces words of the kit; throws where one is not there any more. */
+export function replaceAll(text: string, replacements: Readonly<Record<string, string>>): string {
   for (const [from, to] of Object.entries(replacements)) {
-    if (!text.includes(from)) throw new Error(`conf/remote has no ${from} any more`);
+    if (!text.includes(from)) throw new Error(`${from} is there no more`);
     text = text.replaceAll(from, to);
   }
   return text;

@@ -6,11 +6,12 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { testBed } from "./bed.ts";
+import { testBed, until } from "./bed.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
-import { freePort } from "./sshd.ts";
+import { find, freePort, replaceAll } from "./sshd.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
+const README = Deno.readTextFileSync(join(ROOT, "README.md"));
 const USERS = Deno.uid() === 0 ? { root: 0, "another user": NOBODY } : { "a user": Deno.uid()! };
 /** Ways to start a program by its path. */
 const waysOf = (name: string) =>
@@ -18,9 +19,16 @@ const waysOf = (name: string) =>
 const SCRIPT = "/usr/bin/script";
 if (!existsSync(SCRIPT)) console.warn("start.test.ts: no terminals without script (bsdutils)");
 
+/** Whether cron can run here, with files of its own in the place of the system's. */
+const CRON = find("cron") !== undefined &&
+  await run("unshare", "--mount", "mount", "-t", "tmpfs", "none", "/run").then(() => true, () => false);
+if (!CRON) {
+  console.warn("start.test.ts: nothing is run by cron: it is not installed, or only root can start it");
+}
+
 /**
  * Runs a line for /bin/sh at a pseudo-terminal, as the user of an installation, and types each answer when its question
- * is there. Returns what is to be seen. Ended is what gets a question of Deno's.
+ * is there. Returns what is to be seen. A question of Deno's ends it, and so does a minute.
  */
 async function atTerminal(
   { as, env }: Installation,
@@ -38,6 +46,7 @@ async function atTerminal(
     stderr: "null",
   }).spawn();
   const keyboard = child.stdin.getWriter();
+  const deadline = setTimeout(() => child.kill(), 60_000);
   const open = Object.entries(answers);
   let seen = "";
   for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
@@ -47,6 +56,7 @@ async function atTerminal(
       await keyboard.write(new TextEncoder().encode(open.shift()![1]));
     }
   }
+  clearTimeout(deadline);
   await keyboard.close().catch(() => {});
   return { code: (await child.status).code, seen };
 }
@@ -95,11 +105,14 @@ for (const [user, uid] of Object.entries(USERS)) {
         ["--prod --plan", 0, /a\.example\.com/],
         ["--prod", 0, /^issued .*a\.example\.com/m],
         ["--prod", 0, /nothing due/],
+        ["--prod --plan --renew a.example.com --deliver a.example.com", 0, /a\.example\.com/],
+        ["--prod --accept a.example.com", 0, /noted as done/],
+        ["--prod --prune", 0, /no file/],
         ["--prod --status", 0, /a\.example\.com/],
         ["--prod --status --offline --json", 0, /^\{/m],
-        ["--prod --rollover", 0, /account/],
-        ["--prod --revoke a.example.com", 2, /nothing was revoked/, { "Revoke?": "n\n" }],
-        ["--prod --revoke a.example.com", 0, /revoked/, { "Revoke?": "y\n" }],
+        ["--prod --rollover", 0, /new key/, { "[y/N]": "y\n" }],
+        ["--prod --revoke a.example.com", 2, /nothing was done/, { "[y/N]": "n\n" }],
+        ["--prod --revoke a.example.com", 0, /revoked/, { "[y/N]": "y\n" }],
       ];
       for (const [args, code, shown, answers] of table) {
         const ended = await atTerminal(host, `exec ${by}${host.program}/lematt.ts ${args}`, answers);
@@ -129,8 +142,65 @@ for (const [user, uid] of Object.entries(USERS)) {
   }
 }
 
+/** Documented crontabs, and where they go. */
+const CRONTABS: readonly (readonly [what: string, place: string, text: string])[] = [
+  [
+    "README.md",
+    "/var/spool/cron/crontabs/certmaint",
+    README.match(/(^ {4}.*\n)*^ {4}\d.* --cron\b.*\n/m)![0],
+  ],
+  ["conf/remote", "/etc/cron.d/lematt", await Deno.readTextFile(join(ROOT, "conf/remote/crontab"))],
+];
+
+for (const [what, place, text] of CRONTABS) {
+  Deno.test(`the crontab of ${what} runs lematt under real cron, as an ordinary user`, {
+    ignore: !CRON,
+  }, async () => {
+    await using host = await bedFor(NOBODY);
+    const { bed, home } = host;
+    const replacements = {
+      "/opt/lematt": host.program,
+      ...(text.includes("--config") && { "/etc/lematt": bed.conf }), // else the conf beside the program
+      "PATH=/usr/local/bin:": `PATH=${host.bin}:`,
+    };
+    // each line once more, for the moment when cron starts
+    const crontab = replaceAll(text, replacements).replace(
+      /^ *(\S+ +){4}\S+ +(.* --cron\b.*)/m,
+      (line, _, command) => `${line}\n@reboot ${command} >${home}/log 2>&1; echo $? >${home}/status`,
+    );
+    const passwd = `root:x:0:0::/:/bin/sh\ncertmaint:*:${NOBODY}:${NOBODY}::${home}:/bin/sh\n`;
+    for (const [name, text] of Object.entries({ crontab, passwd, empty: "" })) {
+      await Deno.writeTextFile(join(bed.home, name), text);
+    }
+    // a cron of our own: other users, other crontabs, and no deno where cron looks by itself
+    const script = `set -e; cd ${bed.home}
+mount -t tmpfs none /run; mount -t tmpfs none /var/spool/cron; mount -t tmpfs none /etc/cron.d
+mount --bind passwd /etc/passwd; mount --bind empty /etc/crontab
+[ ! -e /usr/bin/deno ] || mount --bind empty /usr/bin/deno
+mkdir -m 1730 /var/spool/cron/crontabs; install -m 600 -o ${
+      place.startsWith("/etc") ? "root" : "certmaint"
+    } crontab ${place}
+exec cron -f -L 0`;
+    const child = new Deno.Command("unshare", {
+      args: ["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script],
+      stdin: "null",
+    }).spawn();
+    try {
+      await until("the run has ended", () => existsSync(join(home, "status")));
+      const log = await Deno.readTextFile(join(home, "log"));
+      assert.equal(await Deno.readTextFile(join(home, "status")), "0\n", log);
+      assert.match(log, /^issued .*a\.example\.com/m);
+      assert.equal(Deno.statSync(join(bed.home, "host", "pid")).uid, NOBODY);
+    } finally {
+      child.kill("SIGKILL");
+      await child.status;
+    }
+  });
+}
+
 Deno.test("deno task compile makes programs that take in everything and never prompt", async () => {
   const directory = await Deno.makeTempDir();
+  const latin1 = new TextDecoder("latin1");
   try {
     const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
     for (const name of ["lematt", "leforward"]) {
@@ -143,12 +213,12 @@ Deno.test("deno task compile makes programs that take in everything and never pr
       }).output();
       const printed = new TextDecoder().decode(stderr);
       assert.equal(code, 0, printed);
-      const appended = new TextDecoder("latin1").decode(await Deno.readFile(join(directory, name)));
+      const appended = latin1.decode(await Deno.readFile(join(directory, name)));
       assert.match(appended, /"permissions":\{[^}]*"prompt":false\}/, name);
       if (name === "leforward") continue;
-      for (const { name } of Deno.readDirSync(join(ROOT, "lib"))) {
-        const [charter] = /^ \* .{40}/m.exec(await Deno.readTextFile(join(ROOT, "lib", name)))!;
-        assert.ok(appended.includes(charter), name);
+      const { modules } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
+      for (const { local } of modules.filter(({ local }: { local?: string }) => local?.startsWith(ROOT))) {
+        assert.ok(appended.includes(latin1.decode((await Deno.readFile(local)).subarray(0, 80))), local);
       }
       for (const name of ["jose", "zx", "x509", "reflect-metadata"]) {
         assert.match(printed, new RegExp(`${name}/([\\d.]+/)?\\*`), name);

@@ -385,8 +385,17 @@ function soonestExpiry(due: readonly Due[]): number {
 }
 
 /** The end of the certificate that is in use for an entry, be it for the names that the line had before. */
-export function lastsUntil({ finding, former }: Entry): Date | undefined {
-  return ("certificate" in finding ? finding.certificate : former?.certificate)?.notAfter;
+export function lastsUntil(entry: Entry): Date | undefined {
+  return lastOf(entry)?.notAfter;
+}
+
+/** The beginning of the same. */
+export function validSince(entry: Entry): Date | undefined {
+  return lastOf(entry)?.notBefore;
+}
+
+function lastOf({ finding, former }: Entry) {
+  return "certificate" in finding ? finding.certificate : former?.certificate;
 }
 
 // ---------------------------------------------------------------------------------------------- deliveries

@@ -644,7 +644,13 @@ export function deliveryJson({ section, pending, urgent, until, failure }: Deliv
     })),
     urgent,
     until,
-    failure: failure && { count: failure.count, since: failure.since, at: failure.at, error: failure.error },
+    failure: failure && {
+      count: failure.count,
+      since: failure.since,
+      at: failure.at,
+      error: failure.error,
+      output: failure.output,
+    },
   };
 }
 
@@ -656,12 +662,13 @@ export function endpointJson({ endpoint, keyType, sections, sights, record, due 
     probedAt: record?.at,
     badSince: record?.badSince,
     due,
-    addresses: sights.map(({ address, verdict, certificate, detail }) => ({
-      address,
-      state: verdict,
-      fingerprint: certificate?.fingerprint,
-      notAfter: certificate?.notAfter,
-      detail,
+    addresses: sights.map((sight) => ({
+      address: sight.address,
+      state: sight.verdict,
+      text: sightText(sight),
+      fingerprint: sight.certificate?.fingerprint,
+      notAfter: sight.certificate?.notAfter,
+      detail: sight.detail,
     })),
   };
 }

@@ -1,7 +1,7 @@
 /** What is said of how everything is: a table for people, a JSON document, Prometheus metrics. Makes text and nothing else. */
 
 import type { Config } from "./config.ts";
-import { type EndpointStatus, isGood, lastsUntil, type Plan } from "./plan.ts";
+import { type EndpointStatus, isGood, lastsUntil, type Plan, validSince } from "./plan.ts";
 import {
   certificateJson,
   count,
@@ -37,15 +37,17 @@ export function exitStatus({ plan }: Status): 0 | 1 {
   return plan.problems.length > 0 ? 1 : 0;
 }
 
-/** What becomes of each certificate, and when. */
+/** What becomes of each certificate, and since when it is or will be due by its dates. */
 function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: string }> {
   const next = new Map<Entry, { at?: Date; text: string }>();
   for (const { due } of tasks) {
-    for (const { entry, reason } of due) next.set(entry, { text: `next run: ${reasonText(reason)}` });
+    for (const { entry, reason, since } of due) {
+      next.set(entry, { at: since, text: `next run: ${reasonText(reason)}` });
+    }
   }
   for (const { due, until } of waiting) {
-    for (const { entry, reason } of due) {
-      next.set(entry, { at: until, text: `${timeText(until)}: ${reasonText(reason)}` });
+    for (const { entry, reason, since } of due) {
+      next.set(entry, { at: since, text: `${timeText(until)}: ${reasonText(reason)}` });
     }
   }
   for (const { entry, renewAt, rule } of kept) {
@@ -160,6 +162,7 @@ export function statusJson({ config, now, plan, inventory, orphans }: Status): s
   return jsonText({
     command: "status",
     mode: config.mode,
+    configuration: config.file,
     at: now,
     lastRun: plan.lastRun,
     intervalSeconds: Math.round(plan.intervalMs / 1000),
@@ -175,6 +178,15 @@ export function statusJson({ config, now, plan, inventory, orphans }: Status): s
     problems: plan.problems.map(problemJson),
   });
 }
+
+const ENDPOINT_DATES = [
+  [
+    "endpoint_not_before_seconds",
+    "Since when the certificate is valid that an endpoint serves.",
+    "notBefore",
+  ],
+  ["endpoint_not_after_seconds", "When the certificate expires that an endpoint serves.", "notAfter"],
+] as const;
 
 /** The status in the Prometheus text format (version 0.0.4), for a textfile collector. Times are Unix seconds. */
 export function statusMetrics({ config, now, plan, inventory, orphans }: Status): string {
@@ -197,14 +209,27 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
       return date === undefined ? [] : [[label(entry), seconds(date)]];
     });
   const next = nextOf(plan);
+  const failing = [...plan.tasks, ...plan.waiting].flatMap(({ due, failure }) =>
+    failure === undefined ? [] : due.map(({ entry }) => ({ entry, failure }))
+  );
   const sights = plan.endpoints.flatMap((endpoint) => endpoint.sights.map((sight) => ({ endpoint, sight })));
   const place = ({ endpoint, sight }: typeof sights[number]) => ({
     endpoint: endpoint.endpoint.text,
     address: sight.address,
     key_type: endpoint.keyType,
   });
+  gauge("certificate_not_before_seconds", "Since when the certificate is valid.", dated(validSince));
   gauge("certificate_not_after_seconds", "When the certificate expires.", dated(lastsUntil));
-  gauge("certificate_renew_at_seconds", "When it is renewed next.", dated((entry) => next.get(entry)?.at));
+  gauge(
+    "certificate_renew_at_seconds",
+    "When it is due for renewal; in the past where it is overdue.",
+    dated((entry) => next.get(entry)?.at),
+  );
+  gauge(
+    "certificate_failing_since_seconds",
+    "Since when it cannot be issued.",
+    failing.map(({ entry, failure }) => [label(entry), seconds(new Date(failure.since))]),
+  );
   gauge(
     "delivery_pending_certificates",
     "Certificates that a section has to be given.",
@@ -220,16 +245,18 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
   gauge(
     "endpoint_right",
     "Whether an endpoint serves the newest certificate.",
-    sights.map((one) => [place(one), isGood(one.sight.verdict) ? 1 : 0]),
+    sights.map((one) => [{ ...place(one), state: one.sight.verdict }, isGood(one.sight.verdict) ? 1 : 0]),
   );
-  gauge(
-    "endpoint_not_after_seconds",
-    "When the certificate expires that an endpoint serves.",
-    sights.flatMap((one): Sample[] => {
-      const { certificate } = one.sight;
-      return certificate === undefined ? [] : [[place(one), seconds(new Date(certificate.notAfter))]];
-    }),
-  );
+  for (const [name, help, bound] of ENDPOINT_DATES) {
+    gauge(
+      name,
+      help,
+      sights.flatMap((one): Sample[] => {
+        const { certificate } = one.sight;
+        return certificate === undefined ? [] : [[place(one), seconds(new Date(certificate[bound]))]];
+      }),
+    );
+  }
   gauge(
     "endpoint_probed_seconds",
     "When an endpoint was last probed.",
@@ -250,6 +277,9 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
     "When the last full run began.",
     plan.lastRun === undefined ? [] : [[{}, seconds(plan.lastRun)]],
   );
+  gauge("run_interval_seconds", "How long it usually takes from one full run to the next.", [
+    [{}, Math.round(plan.intervalMs / 1000)],
+  ]);
   gauge("status_seconds", "When this was written.", [[{}, seconds(now)]]);
   return `${lines.join("\n")}\n`;
 }

@@ -295,6 +295,18 @@ const CERTIFICATE = shape({
   selfSigned: isFlag,
   issuer: isText,
 });
+const isServed = shape({
+  address: isText,
+  kind: (kind) => kind === "served",
+  certificate: CERTIFICATE,
+  detail: optional(isText),
+});
+const isUnserved = shape({
+  address: isText,
+  kind: (kind) => ["unfinished", "refused", "unreachable", "passed over"].includes(kind as string),
+  certificate: optional(CERTIFICATE),
+  detail: optional(isText),
+});
 const isFile = shape({ token: isText });
 const isRecordValue = shape({ name: isText, value: isText });
 const STATE = shape({
@@ -323,13 +335,7 @@ const STATE = shape({
     confirmed: optional(isFlag),
     badSince: optional(isDate),
     brokenByDelivery: optional(isFlag),
-    sights: listOf(shape({
-      address: isText,
-      kind: (kind) =>
-        ["served", "unfinished", "refused", "unreachable", "passed over"].includes(kind as string),
-      certificate: optional(CERTIFICATE),
-      detail: optional(isText),
-    })),
+    sights: listOf((sight) => isServed(sight) || isUnserved(sight)),
   }))),
   alerts: optional(recordOf(recordOf(shape({ at: isDate, what: isText })))),
   reported: optional(recordOf(isDate)),

@@ -1,0 +1,222 @@
+/** Goal: whatever stands in state.json, it is read as it was written, begun anew, or left alone with exit status 2. */
+
+import assert from "node:assert/strict";
+import { emptyState, parseState, type State, StateError } from "../lib/state.ts";
+import { testBed } from "./bed.ts";
+
+const NOW = new Date("2026-11-27T03:00:00.000Z");
+const after = (days: number) => new Date(NOW.getTime() + days * 86_400_000).toISOString();
+const [PAST, SOON, LATE] = [after(-1), after(0.9), after(365)];
+
+/** A state with one of everything; `at` is when all of it happened, `until` is until when things wait. */
+function full(at = PAST, until = SOON): State {
+  const wait = { count: 3, since: at, at, error: "refused", retryAt: until };
+  const certificate = {
+    ...{ fingerprint: "f", names: ["a.example"], notBefore: PAST, notAfter: LATE, selfSigned: false },
+    issuer: "CA",
+  };
+  const window = { start: PAST, end: LATE, at: LATE, explanationUrl: "https://ca/why" };
+  return {
+    version: 2,
+    accounts: {
+      "https://ca thumbprint": { url: "https://ca/1", contact: ["mailto:a@b.c"], issuers: ["ca"] },
+    },
+    renewals: { id: { account: "https://ca thumbprint", window, askAt: until, suggestedAt: at } },
+    orders: { "a.pem": { url: "https://ca/order", account: "https://ca thumbprint", since: at } },
+    failures: { "a.example": { ...wait, shared: true } },
+    holds: { "https://ca": until },
+    withoutRenewalInfo: { "https://ca": at },
+    receipts: { web: { "a.pem": { digest: "d", fingerprint: "f", at, servedSince: PAST, repairs: 1 } } },
+    deliveries: { web: { ...wait, key: "k", output: "no route", urgent: true } },
+    probes: {
+      "a.example:443 rsa": {
+        at,
+        confirmed: true,
+        badSince: at,
+        brokenByDelivery: true,
+        sights: [
+          { address: "192.0.2.1", kind: "served", certificate },
+          { address: "192.0.2.2", kind: "unfinished", certificate, detail: "bad signature" },
+          { address: "", kind: "unreachable", detail: "no address" },
+        ],
+      },
+    },
+    alerts: { web: { CA: { at, what: "issuance of 3 lines" } } },
+    reported: { CA: at },
+    published: [{ token: "abc" }, { name: "a.example", value: "def" }],
+    runs: [PAST, at],
+  };
+}
+
+/** As plain objects, whose prototype does not count. */
+const plain = (value: unknown) => JSON.parse(JSON.stringify(value));
+const read = (value: unknown, now = NOW) =>
+  plain(parseState(typeof value === "string" ? value : JSON.stringify(value), now));
+
+Deno.test("a state is read as it was written, and its records have no prototype", () => {
+  assert.deepEqual(read(full()), plain(full()));
+  assert.deepEqual(read(emptyState()), plain(emptyState()));
+  assert.deepEqual(read({ version: 2 }), plain(emptyState()), "what is absent is empty");
+  const { receipts, alerts } = parseState(JSON.stringify(full()), NOW) as State;
+  for (const one of [receipts, receipts.web, alerts, alerts.web]) {
+    assert.equal(Object.getPrototypeOf(one), null);
+  }
+});
+
+Deno.test("dates that only a broken certificate or CA has are read back, too", () => {
+  const state = full();
+  state.renewals.id!.window!.end = new Date(8.64e15).toISOString();
+  state.probes["a.example:443 rsa"]!.sights[0]!.certificate!.notBefore = new Date(-62e12).toISOString();
+  assert.deepEqual(read(state), plain(state));
+});
+
+Deno.test("a state that was cut short or edited by hand is begun anew, and it is said why", () => {
+  const text = JSON.stringify(full());
+  for (let length = 0; length < text.length; length += 7) {
+    assert.deepEqual(read(text.slice(0, length)), { unusable: "not JSON" });
+  }
+  const table: [what: unknown, why: string][] = [
+    ["[]", "it has no version"],
+    ["null", "it has no version"],
+    ["{}", "it has no version"],
+    [{ version: 0 }, "not as lematt writes it"],
+    [{ version: "2" }, "not as lematt writes it"],
+    [{ version: 2.5 }, "not as lematt writes it"],
+    [{ version: 2, receipts: [] }, "not as lematt writes it"],
+    [{ version: 2, runs: ["yesterday"] }, "not as lematt writes it"],
+    [{ version: 2, runs: ["1764212400000"] }, "not as lematt writes it"],
+    [{ version: 1, owed: { web: { since: PAST } } }, "not as lematt writes it"],
+  ];
+  for (const [state, why] of table) assert.deepEqual(read(state), { unusable: why }, JSON.stringify(state));
+});
+
+/** Every path to a value within a document. */
+function* pathsIn(value: unknown, path: string[] = []): Generator<string[]> {
+  for (const [key, inner] of Object.entries(value ?? {})) {
+    yield [...path, key];
+    if (typeof inner === "object") yield* pathsIn(inner, [...path, key]);
+  }
+}
+
+Deno.test("any value of a state in the place of another leads to a state that can be used, or is said", () => {
+  const others = [
+    null,
+    true,
+    -1,
+    1.5,
+    "",
+    "x",
+    PAST,
+    [],
+    {},
+    [[]],
+    { at: PAST },
+    { __proto__: null },
+    undefined,
+  ];
+  for (const path of pathsIn(full())) {
+    for (const other of others) {
+      const state = plain(full());
+      const [last, parent] = [path.at(-1)!, path.slice(0, -1).reduce((at, key) => at[key], state)];
+      if (other === undefined) delete parent[last];
+      else parent[last] = other;
+      const found = parseState(JSON.stringify(state), NOW);
+      if ("unusable" in found) continue;
+      assert.deepEqual(read(found), plain(found), `${path.join(".")} is ${JSON.stringify(other)}`);
+      for (const { sights } of Object.values(found.probes)) {
+        for (const { kind, certificate } of sights) assert(kind !== "served" || certificate !== undefined);
+      }
+    }
+  }
+});
+
+Deno.test("a moment in the future counts as none, and nothing waits longer than a day", () => {
+  const ahead = read(full(LATE, LATE));
+  const now = NOW.toISOString();
+  const never = "1970-01-01T00:00:00.000Z";
+  const { account, window } = full().renewals.id!;
+  assert.deepEqual(ahead, {
+    ...plain(full()),
+    renewals: { id: { account, window } },
+    orders: { "a.pem": { ...full().orders["a.pem"], since: now } },
+    failures: { "a.example": { count: 3, since: now, at: now, error: "refused", shared: true } },
+    holds: {},
+    withoutRenewalInfo: {},
+    receipts: { web: { "a.pem": { ...full().receipts.web!["a.pem"], at: never } } }, // delivered all the same
+    deliveries: {
+      web: { count: 3, since: now, at: now, error: "refused", key: "k", output: "no route", urgent: true },
+    },
+    probes: {},
+    alerts: { web: { CA: { at: never, what: "issuance of 3 lines" } } }, // and so it will be said when it is well again
+    reported: {},
+    runs: [PAST],
+  });
+});
+
+Deno.test("a state of version 1 is taken over; a newer version is not touched", () => {
+  const { accounts, renewals, holds } = full();
+  const failure = { count: 2, at: PAST, error: "refused", retryAt: SOON };
+  const owed = { web: { since: PAST, certificates: { "a.pem": "f" }, attempts: 1, retryAt: SOON } };
+  const version1 = {
+    version: 1,
+    accounts,
+    renewals,
+    holds,
+    failures: { a: failure },
+    owed,
+    alerts: { web: { owed: PAST } },
+  };
+  assert.deepEqual(read(version1), {
+    ...plain(emptyState()),
+    ...{ accounts, renewals, holds },
+    failures: { a: { ...failure, since: PAST } },
+    owed: { web: { "a.pem": "f" } },
+  });
+  assert.throws(() => parseState(`{"version": 3, "news": {}}`, NOW), StateError);
+});
+
+Deno.test("a run sets an unusable state aside and delivers everything once more; --plan and --status change nothing", async () => {
+  await using bed = await testBed({
+    domains: "example.com",
+    settings: "keyTypes: ec\npreflight: no",
+    actions: '[default]\nupdate: ["echo >> count"]',
+  });
+  const updates = () => Deno.readTextFileSync(`${bed.home}/count`).length;
+  assert.equal((await bed.lematt("--test")).code, 0);
+  Deno.writeTextFileSync(bed.path("test/state.json"), '{"version": 2, "receipts": {');
+  for (const command of ["--plan", "--status"]) {
+    const { stderr, stdout } = await bed.lematt("--test", command);
+    assert.match(stdout + stderr, /cannot use test\/state\.json: not JSON/);
+  }
+  assert.equal(bed.text("test/state.json"), '{"version": 2, "receipts": {');
+  const { code, stdout } = await bed.lematt("--test");
+  assert.equal(code, 0);
+  const [, aside] = /cannot use test\/state\.json: not JSON; set aside as (\S+),/.exec(stdout)!;
+  assert.equal(bed.text("test", aside!), '{"version": 2, "receipts": {');
+  assert.equal(updates(), 2);
+  await bed.lematt("--test");
+  assert.equal(updates(), 2);
+});
+
+Deno.test("a state of a newer lematt, or one that cannot be read, is exit 2, and nothing is done", async () => {
+  await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec\npreflight: no" });
+  Deno.mkdirSync(bed.path("test"));
+  const path = bed.path("test/state.json");
+  for (const command of [[], ["--plan"], ["--status"], ["--rollover", "--yes"]]) {
+    Deno.writeTextFileSync(path, '{"version": 3}');
+    const newer = await bed.lematt("--test", ...command);
+    assert.equal(newer.code, 2, newer.stderr);
+    assert.match(
+      newer.stderr,
+      /^lematt: cannot read .*state\.json: version 3 was written by a newer lematt\n$/,
+    );
+    assert.equal(bed.text("test/state.json"), '{"version": 3}');
+    Deno.removeSync(path);
+    Deno.mkdirSync(path);
+    const unreadable = await bed.lematt("--test", ...command);
+    assert.equal(unreadable.code, 2, unreadable.stderr);
+    assert.match(unreadable.stderr, /^lematt: cannot read .*state\.json: Is a directory.*\n$/);
+    Deno.removeSync(path);
+  }
+  assert.equal(bed.ca.log.length, 0);
+});

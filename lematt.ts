@@ -123,7 +123,7 @@ const GOES_WITH: Partial<Record<Option, readonly Command[]>> = {
   deliver: ["run", "plan"],
   only: ["run", "plan"],
   retry: ["run", "plan"],
-  cron: ["run", "plan", "accept"],
+  cron: ["run"],
   verbose: ["run"],
   json: ["run", "plan", "status"],
   parallel: ["run", "plan"],

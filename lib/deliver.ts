@@ -57,13 +57,12 @@ export type DeliverEvent =
 
 /** Sections that are delivered side by side. */
 const MOST_SECTIONS = 8;
-/** Commands at once; most of them wait for a network. */
-const MOST_COMMANDS = 32;
-const commands = limit(MOST_COMMANDS);
 /** Probes of each address in the round that counts: a balancer must not be right by luck. */
 const PROBES = 3;
 /** Pauses between rounds. Most services reload within a second, some restart for a minute. */
 const FIRST_PAUSE_MS = 500;
+/** A rehearsal cannot see from a certificate that a service has been reloaded, so it waits a little. */
+const REHEARSAL_PAUSE_MS = 2_000;
 const LONGEST_PAUSE_MS = 8_000;
 /** How much of what a failed command printed goes into alerts and the state. */
 const OUTPUT_LINES = 5;
@@ -178,8 +177,9 @@ export class Sections {
     this.delivering.context.signal.throwIfAborted();
     const { tell } = this;
     const delivered = await deliver(delivery, this.delivering, tell);
-    if (delivered.errors.length === 0) this.delivered++;
     tell({ kind: "delivered", delivered });
+    if (delivered.errors.length === 0) this.delivered++;
+    else await this.#probe(this.#plan(delivery.section).endpoints.filter(({ due }) => due));
     return delivered.errors.length === 0 &&
       delivered.endpoints.every(({ sights }) => sights.every(({ verdict }) => isGood(verdict)));
   }
@@ -201,14 +201,12 @@ async function deliver(
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
     if (template.trim() === "") return;
-    const { seconds } = await commands(() =>
-      runCommand(template, values, {
-        ...commandOptions(delivering),
-        onOutput: delivering.verbose
-          ? (text) => tell({ kind: "output", section: section.name, text })
-          : undefined,
-      })
-    );
+    const { seconds } = await runCommand(template, values, {
+      ...commandOptions(delivering),
+      onOutput: delivering.verbose
+        ? (text) => tell({ kind: "output", section: section.name, text })
+        : undefined,
+    });
     ran.push({ template, seconds });
   };
   const errors: CommandError[] = [];
@@ -317,9 +315,11 @@ export function writeReceipts(
     if (entry.finding.kind !== "present") continue;
     const drifted = delivery?.pending.some((one) => one.entry === entry && one.reason === "drift");
     const repairs = drifted ? (receipts[entry.file]?.repairs ?? 0) + 1 : 0;
+    const { fingerprint, notAfter } = entry.finding.certificate;
     receipts[entry.file] = {
       digest,
-      fingerprint: entry.finding.certificate.fingerprint,
+      fingerprint,
+      notAfter: notAfter.toISOString(),
       at: now.toISOString(),
       ...(repairs > 0 && { repairs }),
     };
@@ -346,6 +346,9 @@ async function verify(
     planSection(section, certificates, config, state, context.now(), options).endpoints
       .filter(({ wanted }) => wanted.some(({ line }) => entries.some((entry) => entry.line === line)));
   const deadline = context.now().getTime() + section.verifyWaitSeconds * 1000;
+  if (config.mode === "test" && concerned().length > 0) {
+    await context.sleep(Math.min(REHEARSAL_PAUSE_MS, section.verifyWaitSeconds * 1000));
+  }
   for (let pause = FIRST_PAUSE_MS;; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
     const endpoints = concerned();
     if (endpoints.length === 0) return [];
@@ -372,7 +375,9 @@ async function verify(
       const receipts = state.receipts[section.name] ?? {};
       for (const { file } of entries) {
         const receipt = receipts[file];
-        if (receipt !== undefined) receipt.servedSince ??= now.toISOString();
+        if (receipt === undefined) continue;
+        receipt.servedSince ??= now.toISOString();
+        delete receipt.repairs;
       }
     }
     await delivering.store.saveState();
@@ -463,9 +468,9 @@ export async function sendAlert(
     DOMAINS_ALL: [...new Set(lines.flatMap(({ names }) => names))],
   };
   const failures: CommandError[] = [];
-  for (const template of section.alert) {
+  const templates = section.alert.filter((template) => template.trim() !== "");
+  for (const template of templates) {
     try {
-      if (template.trim() === "") continue;
       await runCommand(template, values, {
         ...commandOptions({ config, context }),
         stdin: text,
@@ -475,7 +480,7 @@ export async function sendAlert(
       failures.push(error);
     }
   }
-  if (failures.length < section.alert.length) {
+  if (failures.length < templates.length) {
     const sent = state.alerts[section.name] ??= record({});
     const present = new Set(whats.keys());
     for (const key of Object.keys(sent)) if (!present.has(key)) delete sent[key];

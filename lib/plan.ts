@@ -43,6 +43,8 @@ export interface PlanOptions {
   readonly writeError?: () => Error | undefined;
   /** The certificates of the other mode. */
   readonly counterpart?: () => readonly Entry[];
+  /** When a rehearsal last delivered something, which may be served where production's certificates belong. */
+  readonly rehearsedAt?: () => Date | undefined;
 }
 
 /** To what `--renew`, `--only`, `--deliver` and `--accept` restrict a run, and what they force. */
@@ -123,6 +125,8 @@ export interface Delivery {
   readonly failure?: DeliveryFailure;
   /** Not to be tried before. */
   readonly until?: Date;
+  /** When the first of the certificates expires that were delivered before. */
+  readonly formerNotAfter?: Date;
 }
 
 export type DeliveryReason =
@@ -162,6 +166,8 @@ export type Verdict =
   /** lematt's own staging certificate */
   | "staging"
   | "current"
+  /** a finished handshake, which is all that a rehearsal asks for */
+  | "answers"
   /** valid for the name, but newer or from elsewhere */
   | "foreign"
   /** for other names */
@@ -199,7 +205,7 @@ export type ProblemKind =
     readonly kind: "delivery";
     readonly delivery: Delivery;
     readonly failure: DeliveryFailure;
-    /** When the first certificate expires that its endpoints still serve. */
+    /** When the first certificate expires that its endpoints still serve, or that was delivered before. */
     readonly servedUntil?: Date;
   }
   | {
@@ -566,7 +572,12 @@ function planDelivery(
     key,
     failure,
     until: waits ? until : undefined,
+    formerNotAfter: firstOf(pending.map(({ entry }) => moment(receipts[entry.file]?.notAfter))),
   };
+}
+
+function firstOf(dates: readonly (Date | undefined)[]): Date | undefined {
+  return dates.reduce((a, b) => a === undefined || (b !== undefined && b < a) ? b : a, undefined);
 }
 
 /** Whether a run that is restricted delivers this line in this section. */
@@ -574,7 +585,6 @@ function inScope(selection: Selection | undefined, line: Line, section: Section)
   return selection === undefined || selection.lines.has(line) || selection.sections.has(section.name);
 }
 
-/** Map.groupBy() of pairs: key and member. */
 /** The certificates of each line, as they are on disk. */
 export type ByLine = ReadonlyMap<Line, readonly Entry[]>;
 
@@ -601,6 +611,7 @@ function linesOf(config: Config, section: Section): readonly Line[] {
   return indexOf(config).bySection.get(section) ?? [];
 }
 
+/** Map.groupBy() of pairs: key and member. */
 export function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
   const groups = new Map<K, V[]>();
   for (const [key, value] of pairs) {
@@ -655,7 +666,7 @@ function planEndpoints(
   entries: ByLine,
   state: State,
   now: Date,
-  { selection, counterpart }: PlanOptions,
+  { selection, counterpart, rehearsedAt }: PlanOptions,
 ): EndpointStatus[] {
   const { byName } = indexOf(config);
   const ownersOf = (name: string) => [name, wildcardOf(name)].flatMap((known) => byName.get(known) ?? []);
@@ -684,13 +695,15 @@ function planEndpoints(
       verdict: verdictOn(sight, target, wanted, config, now, counterpart),
     }));
     const isGoodNow = sights.length > 0 && sights.every(({ verdict }) => isGood(verdict));
-    const due = !isGoodNow || now.getTime() - Date.parse(record!.at) > GOOD_PROBE_MS;
+    const probedAt = new Date(record?.at ?? 0);
+    const due = !isGoodNow || now.getTime() - probedAt.getTime() > GOOD_PROBE_MS ||
+      (rehearsedAt?.() ?? 0) > probedAt;
     return { ...target, key, sections, wanted, record, sights, due };
   });
 }
 
 export function isGood(verdict: Verdict): boolean {
-  return verdict === "current" || verdict === "passed over";
+  return verdict === "current" || verdict === "answers" || verdict === "passed over";
 }
 
 /** The certificate that may be served for an entry. */
@@ -770,7 +783,8 @@ export function verdictOn(
     const lines = new Set(wanted.map(({ line }) => line.names.join()));
     const production = () =>
       counterpart().some((entry) => lines.has(entry.line.names.join()) && inUse(entry) !== undefined);
-    return isOurs && production() ? "staging" : "current";
+    if (!isOurs) return "answers";
+    return production() ? "staging" : "current";
   }
   if (isOurs) return "current";
   if (other().some(({ fingerprint }) => fingerprint === served.fingerprint)) return "staging";
@@ -844,14 +858,9 @@ function findProblems(
     });
   const isOld = (since: Date) => now.getTime() - since.getTime() >= ALERT_AFTER_MS;
 
-  const firstOf = (dates: readonly (Date | undefined)[]) =>
-    dates.filter((date) => date !== undefined).reduce<Date | undefined>(
-      (a, b) => a === undefined || b < a ? b : a,
-      undefined,
-    );
   const expiryOf = (due: readonly Due[]) => firstOf(due.map(({ entry }) => lastsUntil(entry)));
 
-  if (writeError !== undefined) add({ kind: "disk", error: writeError }, "disk", true, []);
+  if (writeError !== undefined) add({ kind: "disk", error: writeError }, "disk", true, [], config.sections);
   const limited = waiting.filter(({ limited }) => limited);
   if (limited.length > 0) {
     const { until } = limited[0]!;
@@ -860,7 +869,7 @@ function findProblems(
   const isOverdue = ({ entry, since }: Due) => {
     const notAfter = lastsUntil(entry);
     if (notAfter === undefined) return false; // one that could never be issued is failing, not overdue
-    const late = since !== undefined && now.getTime() - since.getTime() > 2 * intervalMs;
+    const late = since !== undefined && isLate(since, notAfter, now, intervalMs);
     return late || notAfter <= now || entry.finding.kind === "revoked";
   };
   // a CA that is down is one cause, however many lines it keeps from being issued
@@ -893,7 +902,7 @@ function findProblems(
     );
     const servedUntil = firstOf(
       served.map(({ certificate }) => certificate && new Date(certificate.notAfter)),
-    );
+    ) ?? delivery.formerNotAfter;
     add({ kind: "delivery", delivery, failure, servedUntil }, key, isOld(new Date(failure.since)), lines, [
       section,
     ]);
@@ -914,10 +923,19 @@ function findProblems(
   if (config.mode === "prod" && lastRun !== undefined) {
     const silence = now.getTime() - lastRun.getTime();
     if (silence > Math.max(MISSED_RUNS * intervalMs, 2 * DAY_MS)) {
-      add({ kind: "not run", since: lastRun }, "not run", true, []);
+      add({ kind: "not run", since: lastRun }, "not run", true, [], config.sections);
     }
   }
   return problems;
+}
+
+/**
+ * Whether runs have passed by a renewal: after two usual intervals; but where these are short after some runs by hand, after
+ * two days, or half of the time that was left.
+ */
+function isLate(since: Date, notAfter: Date, now: Date, intervalMs: number): boolean {
+  const left = notAfter.getTime() - since.getTime();
+  return now.getTime() - since.getTime() > Math.max(2 * intervalMs, Math.min(2 * DAY_MS, left / 2));
 }
 
 /** One alert of one section. */
@@ -937,7 +955,7 @@ export function dueAlerts(
   now: Date,
 ): Alert[] {
   const present = new Set(problems.map(({ key }) => key));
-  return sections.filter(({ alert }) => alert.length > 0).flatMap((section) => {
+  return sections.filter(({ alert }) => alert.some((command) => command.trim() !== "")).flatMap((section) => {
     const sent = state.alerts[section.name] ?? {};
     const due = problems.filter(({ key, alert, sections }) => {
       const last = sent[key];

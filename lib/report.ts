@@ -181,6 +181,8 @@ export function sightText(sight: Sight & { verdict: Verdict }): string {
   switch (verdict) {
     case "current":
       return `serves the newest certificate${at}${until}`;
+    case "answers":
+      return `finishes the handshake${at}${until}`;
     case "older":
       return `serves an older certificate${at}${until}`;
     case "invalid":
@@ -224,7 +226,7 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
       return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
     }
     case "disk":
-      return long ? `cannot write files, so nothing is issued: ${problem.error.message}` : "writing files";
+      return long ? `cannot write files, so nothing is issued: ${errorText(problem.error)}` : "writing files";
     case "failing": {
       const name = nameText(problem.lines[0]!.names);
       if (!long) return `issuance of ${name}`;
@@ -329,6 +331,7 @@ export class Report {
   readonly #events: Event[] = [];
   /** Problems whose failure has been printed as it happened. */
   readonly #printed = new Set<string>();
+  #alertFailed = false;
   /** Under --cron: failures that are printed at the end, unless they were printed in the last 20 hours. */
   readonly #heldFailures: { readonly key: string; readonly text: string }[] = [];
 
@@ -388,10 +391,13 @@ export class Report {
         }
         break;
       case "alert":
-        if (event.error !== undefined) this.#fail("", `[${event.section}] alert`, [event.error]);
-        else {this.#sayAloud(
-            `alert     [${event.section}] ${event.text.trimEnd().replaceAll("\n", "\n          ")}`,
-          );}
+        if (event.error === undefined) {
+          const text = event.text.trimEnd().replaceAll("\n", "\n          ");
+          this.#sayAloud(`alert     [${event.section}] ${text}`);
+        } else {
+          this.#alertFailed = true;
+          this.#fail("", `[${event.section}] alert`, [event.error]);
+        }
         break;
       default:
         event satisfies never;
@@ -420,7 +426,9 @@ export class Report {
     { delivery: { section, pending, entries: all }, entries, commands, errors, endpoints }: Delivered,
   ): void {
     for (const { template, seconds } of commands) {
-      this.#sayAloud(`ran       [${section.name}] ${template} (${seconds.toFixed(1)} s)`);
+      const text = `ran       [${section.name}] ${template} (${seconds.toFixed(1)} s)`;
+      if (errors.length > 0) this.#say(text); // the failure is said
+      else this.#sayAloud(text);
     }
     if (errors.length > 0) {
       this.#fail(
@@ -466,7 +474,7 @@ export class Report {
     if (this.options.json && !(this.#quiet && problems.every(({ key }) => known.has(key)))) {
       this.options.out(runJson(this.options.mode, this.#events, plan));
     }
-    return problems.length > 0 ? 1 : 0;
+    return problems.length > 0 || this.#alertFailed ? 1 : 0;
   }
 
   #sayError(text: string): void {

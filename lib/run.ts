@@ -27,10 +27,10 @@ import {
 import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { toIdentifier } from "./names.ts";
-import type { State } from "./state.ts";
+import { emptyState, type State } from "./state.ts";
 import { quote } from "./text.ts";
 import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x509.ts";
-import { changingLinks, type Entry, orphans, readInventory, readState, Store } from "./store.ts";
+import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
 
 /** Takes what happens, as it happens. */
 export type Tell = (event: Event) => void;
@@ -60,14 +60,20 @@ const RUNS = 6;
 
 // ---- run ------------------------------------------------------------------------------------------------
 
-/** A whole run, or a part that `selection` names. Throws LockedError, StateError, and the signal's reason. */
+/**
+ * A whole run, or a part that `selection` names. Throws LockedError, StateError, and the signal's reason. Where it cannot even
+ * begin, alerts are sent all the same.
+ */
 export async function run(
   config: Config,
   options: RunOptions,
   context: Context,
   tell: Tell,
 ): Promise<Summary> {
-  using store = await openStore(config, context, tell);
+  using store = await openStore(config, context, tell).catch(async (error) => {
+    if (!(error instanceof LockedError)) await alertUnopened(error, config, context, tell);
+    throw error;
+  });
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();
@@ -77,6 +83,7 @@ export async function run(
     issued,
     delivered: new Set(),
     counterpart: counterpartOf(config),
+    rehearsedAt: rehearsedAtOf(config, begun),
     writeError: () => store.writeError,
   };
 
@@ -106,6 +113,9 @@ export async function run(
   const decided = plan(config, inventory(), state, context.now(), planOptions);
   for (const entry of decided.shortLived) {
     tell({ kind: "notice", text: shortLifeText(entry, decided.intervalMs) });
+  }
+  for (const problem of decided.problems.filter(({ kind }) => kind === "not run")) {
+    tell({ kind: "notice", text: problemText(problem), changed: true }); // at the end of this run it is none any more
   }
   if (decided.tasks.length > 0) tell({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections(
@@ -143,6 +153,19 @@ export async function run(
   const known = reportedBefore(whole, state, context.now());
   await store.saveState();
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
+}
+
+/** Alerts that nothing could be run, and of what can be read. */
+async function alertUnopened(error: Error, config: Config, context: Context, tell: Tell): Promise<void> {
+  let found = { state: emptyState(), inventory: [] as readonly Entry[] };
+  try {
+    found = observe(config, context, () => {});
+  } catch {
+    // it is the state that cannot be read
+  }
+  const options = { counterpart: counterpartOf(config), writeError: () => error };
+  const problems = plan(config, found.inventory, found.state, context.now(), options);
+  await sendAlerts(problems, config, found, context, tell);
 }
 
 /** An error that ends a run: what has been done is remembered all the same. */
@@ -184,10 +207,28 @@ function counterpartOf(config: Config): () => readonly Entry[] {
   };
 }
 
+/** When the last rehearsal delivered something; for production. */
+function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
+  let found: { at: Date | undefined } | undefined;
+  return () => (found ??= { at: find() }).at;
+
+  function find(): Date | undefined {
+    if (config.mode === "test") return undefined;
+    try {
+      const { state } = readState(loadConfig("test", config.file), now);
+      const times = Object.values(state.receipts).flatMap((receipts) => Object.values(receipts))
+        .map(({ at }) => Date.parse(at));
+      return new Date(Math.max(0, ...times));
+    } catch {
+      return undefined; // not readable for this user: nothing is known of it
+    }
+  }
+}
+
 async function sendAlerts(
   decided: Plan,
   config: Config,
-  store: Store,
+  store: Pick<Store, "state">,
   context: Context,
   tell: Tell,
 ): Promise<void> {
@@ -356,7 +397,8 @@ export async function prune(
   tell: Tell,
 ): Promise<void> {
   using store = await openStore(config, context, tell);
-  store.moveOrphans(paths);
+  const found = new Set(prunable(config)); // a run may have come in between
+  store.moveOrphans(paths.filter((path) => found.has(path)));
 }
 
 // ---- revoke ---------------------------------------------------------------------------------------------

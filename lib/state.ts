@@ -87,6 +87,8 @@ export interface Receipt {
   digest: string;
   /** of the certificate */
   fingerprint: string;
+  /** of the certificate */
+  notAfter?: string;
   at: string;
   /** Since when all its endpoints are seen to serve it. */
   servedSince?: string;
@@ -325,6 +327,7 @@ const STATE = shape({
   receipts: optional(recordOf(recordOf(shape({
     digest: isText,
     fingerprint: isText,
+    notAfter: optional(isDate),
     at: isDate,
     servedSince: optional(isDate),
     repairs: optional(isCount),

@@ -21,6 +21,7 @@ import { type Config, loadConfig, type Mode } from "../lib/config.ts";
 import { type Event, Report } from "../lib/report.ts";
 import type { Context } from "../lib/context.ts";
 import { run, select } from "../lib/run.ts";
+import type { State } from "../lib/state.ts";
 import { readInventory, Store } from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
 import {
@@ -151,12 +152,33 @@ export class Bed implements AsyncDisposable {
     return Deno.readTextFileSync(this.path(...names));
   }
 
+  /** What is remembered of a mode. */
+  state(mode: Mode = "test"): State {
+    return JSON.parse(this.text(mode, "state.json"));
+  }
+
+  /** Writes actions.conf; HERE in it is `home`. */
+  act(actions: string): void {
+    this.configure({ actions: actions.replaceAll("HERE", this.home) });
+  }
+
+  /** The lines that commands have written into `<home>/<name>`; they are forgotten then. */
+  take(name = "log"): string[] {
+    try {
+      const text = Deno.readTextFileSync(join(this.home, name));
+      Deno.removeSync(join(this.home, name));
+      return text.split("\n").slice(0, -1);
+    } catch {
+      return [];
+    }
+  }
+
   /** The base names of the challenge files that stand in the drop directory. */
   dropped(): string[] {
     return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
   }
 
-  /** The world as runs in this process have it; every name is found at `web`. */
+  /** The world as runs in this process have it; every name is found on loopback, its port 80 at `web`. */
   world(changes: Partial<TestWorld> = {}): TestWorld {
     const { ca, web, waits } = this;
     return {
@@ -170,7 +192,7 @@ export class Bed implements AsyncDisposable {
       },
       warn: () => {},
       random: Math.random,
-      route: () => Promise.resolve([{ address: "127.0.0.1", port: web.port }]),
+      route: (_, port) => Promise.resolve([{ address: "127.0.0.1", port: port === 80 ? web.port : port }]),
       query: () => Promise.reject(new Error("no name server in this bed")),
       userAgent: "lematt/test",
       signal: new AbortController().signal,
@@ -180,13 +202,23 @@ export class Bed implements AsyncDisposable {
 
   /** A run in this process, printed as to a pipe. */
   async run(
-    { mode = "test", parallel, retry = false, cron = false, json = false, named = {}, ...context }:
+    {
+      mode = "test",
+      parallel,
+      retry = false,
+      cron = false,
+      json = false,
+      verbose = false,
+      named = {},
+      ...context
+    }:
       & {
         mode?: Mode;
         parallel?: number;
         retry?: boolean;
         cron?: boolean;
         json?: boolean;
+        verbose?: boolean;
         named?: Parameters<typeof select>[1];
       }
       & Partial<Context> = {},
@@ -209,7 +241,7 @@ export class Bed implements AsyncDisposable {
     };
     const summary = await run(
       config,
-      { parallel: parallel ?? config.parallel, retry, selection: select(config, named) },
+      { parallel: parallel ?? config.parallel, retry, verbose, selection: select(config, named) },
       this.world({ warn: (text) => tell({ kind: "notice", text }), ...context }),
       tell,
     );
@@ -256,8 +288,12 @@ export class Bed implements AsyncDisposable {
 }
 
 /** Waits until `condition` holds. */
-export async function until(what: string, condition: () => boolean, seconds = 10): Promise<void> {
-  for (const deadline = Date.now() + seconds * 1000; !condition();) {
+export async function until(
+  what: string,
+  condition: () => boolean | Promise<boolean>,
+  seconds = 10,
+): Promise<void> {
+  for (const deadline = Date.now() + seconds * 1000; !await condition();) {
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
     await delay(5);
   }

@@ -8,7 +8,7 @@
 
 import type { Config, Endpoint, KeyType, Line, Section } from "./config.ts";
 import { isIP } from "./names.ts";
-import type { DeliveryFailure, Failure, ProbeRecord, Receipt, Sight, State } from "./state.ts";
+import type { DeliveryFailure, Failure, ProbeRecord, Receipt, RunRecord, Sight, State } from "./state.ts";
 import type { Entry, Finding } from "./store.ts";
 import { sha256 } from "./x509.ts";
 
@@ -28,6 +28,8 @@ export interface Plan {
   /** How long it usually takes from one run to the next, in milliseconds. */
   readonly intervalMs: number;
   readonly lastRun?: Date;
+  /** The last full runs, oldest first. */
+  readonly runs: readonly RunRecord[];
 }
 
 /** What a plan is made of besides configuration, files, state and clock. */
@@ -232,7 +234,8 @@ export function plan(
   options: PlanOptions = {},
 ): Plan {
   const intervalMs = usualInterval(state.runs);
-  const lastRun = state.runs.length > 0 ? new Date(state.runs.at(-1)!) : undefined;
+  const { runs } = state;
+  const lastRun = moment(runs.at(-1)?.at);
   const entries = groupBy(inventory.map((entry) => [entry.line, entry]));
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
   const endpoints = planEndpoints(config, config.sections, entries, state, now, options);
@@ -242,7 +245,7 @@ export function plan(
     const { notBefore, notAfter } = finding.certificate;
     return !fitsRuns(notAfter.getTime() - (issuedAt ?? notBefore).getTime(), intervalMs);
   });
-  const rest = { ...issuing, endpoints, deliveries, shortLived, intervalMs, lastRun };
+  const rest = { ...issuing, endpoints, deliveries, shortLived, intervalMs, lastRun, runs };
   return { ...rest, problems: findProblems(config, rest, now, options.writeError?.()) };
 }
 
@@ -250,8 +253,8 @@ export function plan(
  * How long it usually takes from one full run to the next: the second longest interval between the last six, so that one
  * outage does not count; a day where it is not known.
  */
-export function usualInterval(runs: readonly string[]): number {
-  const times = runs.map((run) => Date.parse(run)).sort((a, b) => a - b).slice(-6);
+export function usualInterval(runs: readonly RunRecord[]): number {
+  const times = runs.map(({ at }) => Date.parse(at)).sort((a, b) => a - b).slice(-6);
   const intervals = times.slice(1).map((time, index) => time - times[index]!).sort((a, b) => b - a);
   return intervals[1] ?? DAY_MS;
 }

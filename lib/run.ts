@@ -27,7 +27,7 @@ import {
 import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { toIdentifier } from "./names.ts";
-import { emptyState, type State } from "./state.ts";
+import { emptyState, type RunRecord, type State } from "./state.ts";
 import { quote } from "./text.ts";
 import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x509.ts";
 import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
@@ -142,9 +142,17 @@ export async function run(
   ]);
   for (const result of results) if (result.status === "rejected") await endWith(result.reason, store);
 
-  if (options.selection === undefined) state.runs = [...state.runs, begun.toISOString()].slice(-RUNS);
+  const ended = context.now();
+  const record: RunRecord = {
+    at: begun.toISOString(),
+    seconds: Math.max(0, Math.round((ended.getTime() - begun.getTime()) / 1000)), // clocks are set back
+    issued: issued.size,
+    delivered: sections.delivered,
+  };
+  if (options.selection === undefined) state.runs = [...state.runs, record].slice(-RUNS);
   await store.saveState();
-  const final = plan(config, inventory(), state, context.now(), planOptions);
+  const final = plan(config, inventory(), state, ended, planOptions);
+  record.problems = final.problems.length;
   // what a restricted run leaves aside is not well again
   const whole = options.selection === undefined
     ? final

@@ -33,10 +33,24 @@ export interface State {
   reported: Record<string, string>;
   /** Challenges that are published and to be removed: files by their token, TXT values by the name that they prove. */
   published: ({ token: string } | { name: string; value: string })[];
-  /** When the last full runs began, at most seven. */
-  runs: string[];
+  /** The last full runs, at most six. */
+  runs: RunRecord[];
   /** Of version 1, until taken over: section -> base name of a certificate file -> fingerprint not delivered yet. */
   owed?: Record<string, Record<string, string>>;
+}
+
+/** A full run that came to its end. */
+export interface RunRecord {
+  /** When it began. */
+  at: string;
+  /** How long it took. */
+  seconds?: number;
+  /** How many certificates it issued. */
+  issued?: number;
+  /** How many sections it delivered. */
+  delivered?: number;
+  /** How many problems there were at its end. */
+  problems?: number;
 }
 
 /** An account at a CA. */
@@ -264,7 +278,7 @@ function dropFuture(state: State, now: Date): void {
   for (const records of [...Object.values(state.receipts), ...Object.values(state.alerts)]) {
     for (const one of Object.values(records)) if (isFuture(one.at)) one.at = NEVER;
   }
-  state.runs = state.runs.filter((run) => !isFuture(run));
+  state.runs = state.runs.filter(({ at }) => !isFuture(at));
 }
 
 // ---- the shape ----------------------------------------------------------------------------------------
@@ -343,6 +357,12 @@ const STATE = shape({
   alerts: optional(recordOf(recordOf(shape({ at: isDate, what: isText })))),
   reported: optional(recordOf(isDate)),
   published: optional(listOf((entry) => isFile(entry) || isRecordValue(entry))),
-  runs: optional(listOf(isDate)),
+  runs: optional(listOf(shape({
+    at: isDate,
+    seconds: optional(isCount),
+    issued: optional(isCount),
+    delivered: optional(isCount),
+    problems: optional(isCount),
+  }))),
   owed: optional(recordOf(recordOf(isText))),
 });

@@ -165,6 +165,7 @@ export function statusJson({ config, now, plan, inventory, orphans }: Status): s
     configuration: config.file,
     at: now,
     lastRun: plan.lastRun,
+    runs: plan.runs,
     intervalSeconds: Math.round(plan.intervalMs / 1000),
     certificates: inventory.map((entry) => ({
       ...certificateJson(entry),

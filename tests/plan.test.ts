@@ -27,7 +27,8 @@ const day = (days: number) => new Date(START + days * DAY);
 const iso = (days: number) => day(days).toISOString();
 const daysOf = (date: Date | undefined) => date && Number(((date.getTime() - START) / DAY).toFixed(6));
 /** Seven runs, so many nights apart, of which the last begins at day `last`. */
-const runsTo = (last: number, nights = 1) => [6, 5, 4, 3, 2, 1, 0].map((n) => iso(last - n * nights));
+const runsTo = (last: number, nights = 1) =>
+  [6, 5, 4, 3, 2, 1, 0].map((n) => ({ at: iso(last - n * nights) }));
 
 // ---- configurations, certificates and states, as literals --------------------------------------------------------
 
@@ -165,7 +166,11 @@ Deno.test("usualInterval() is the second longest of the last six runs', so that 
     ["a clock that was put back", [4, 5, 3, 2, 1, 0], 1],
   ];
   for (const [what, days, expected] of table) {
-    assert.equal(planning.usualInterval(days.map(iso)), Math.round(expected * DAY), what);
+    assert.equal(
+      planning.usualInterval(days.map((day) => ({ at: iso(day) }))),
+      Math.round(expected * DAY),
+      what,
+    );
   }
 });
 

@@ -44,7 +44,7 @@ function full(at = PAST, until = SOON): State {
     alerts: { web: { CA: { at, what: "issuance of 3 lines" } } },
     reported: { CA: at },
     published: [{ token: "abc" }, { name: "a.example", value: "def" }],
-    runs: [PAST, at],
+    runs: [{ at: PAST }, { at }],
   };
 }
 
@@ -83,8 +83,8 @@ Deno.test("a state that was cut short or edited by hand is begun anew, and it is
     [{ version: "2" }, "not as lematt writes it"],
     [{ version: 2.5 }, "not as lematt writes it"],
     [{ version: 2, receipts: [] }, "not as lematt writes it"],
-    [{ version: 2, runs: ["yesterday"] }, "not as lematt writes it"],
-    [{ version: 2, runs: ["1764212400000"] }, "not as lematt writes it"],
+    [{ version: 2, runs: [{ at: "yesterday" }] }, "not as lematt writes it"],
+    [{ version: 2, runs: [{ at: "1764212400000" }] }, "not as lematt writes it"],
     [{ version: 1, owed: { web: { since: PAST } } }, "not as lematt writes it"],
   ];
   for (const [state, why] of table) assert.deepEqual(read(state), { unusable: why }, JSON.stringify(state));
@@ -149,7 +149,7 @@ Deno.test("a moment in the future counts as none, and nothing waits longer than 
     probes: {},
     alerts: { web: { CA: { at: never, what: "issuance of 3 lines" } } }, // and so it will be said when it is well again
     reported: {},
-    runs: [PAST],
+    runs: [{ at: PAST }],
   });
 });
 

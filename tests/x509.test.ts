@@ -2,7 +2,8 @@
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { createPrivateKey, createPublicKey, X509Certificate } from "node:crypto";
+import { createHash, createPrivateKey, createPublicKey, randomBytes, X509Certificate } from "node:crypto";
+import { join } from "node:path";
 import {
   checkChain,
   coversExactly,
@@ -11,9 +12,12 @@ import {
   isKeyOf,
   type KeySpec,
   keySpecOf,
+  publicKeyHash,
   readCertificate,
+  sha256,
 } from "../lib/x509.ts";
 import { startCa } from "./ca.ts";
+import { certify, createAuthority, pem } from "./ca-x509.ts";
 
 const KEYS: KeySpec[] = [
   { type: "rsa", bits: 2048 },
@@ -198,4 +202,118 @@ Deno.test("checkChain() refuses a chain for whatever is wrong with it", async ()
   for (const [what, chain, expected, keyPem, message] of table) {
     assert.throws(() => checkChain(chain, expected, keyPem, NOW), { name: "ChainError", message }, what);
   }
+});
+
+Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and issuers that are none", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lematt-x509-" });
+  try {
+    const key = await generateKey({ type: "ec", curve: "P-256" });
+    const root = createAuthority("root");
+    const middle = createAuthority("middle");
+    const from = new Date(NOW.getTime() - DAY);
+    const { publicKey } = middle;
+    const intermediate = (more: { authority?: boolean; notAfter?: Date; commonName?: string } = {}) =>
+      certify({
+        commonName: "middle",
+        publicKey,
+        authority: true,
+        notBefore: from,
+        notAfter: new Date(NOW.getTime() + 9 * DAY),
+        ...more,
+      }, root);
+    const file = (name: string, text: string) => {
+      Deno.writeTextFileSync(join(directory, name), text);
+      return join(directory, name);
+    };
+    const signer = middle.privateKey.export({ type: "pkcs8", format: "pem" }) as string;
+    /** A leaf that openssl makes, with these extensions and this digest. */
+    const leaf = (extensions: string, digest = "-sha256") =>
+      openssl(
+        `x509 -req -in ${file("csr", openssl(`req -new -key ${file("key", key)} -subj /CN=example.com`))} ` +
+          `-CA ${file("ca", intermediate())} -CAkey ${file("cakey", signer)} -days 5 ${digest} ` +
+          `-extfile ${file("ext", `subjectAltName=DNS:example.com\n${extensions}`)}`,
+      );
+    const good = leaf("extendedKeyUsage=serverAuth,clientAuth");
+    const check = (chain: string) => checkChain(chain, ["example.com"], key, NOW);
+    for (const fine of ["", "extendedKeyUsage=anyExtendedKeyUsage", "basicConstraints=critical,CA:FALSE"]) {
+      assert.deepEqual(check(leaf(fine) + intermediate()).leaf.names, ["example.com"], fine);
+    }
+    assert.deepEqual(check(good).leaf.keySpec, { type: "ec", curve: "P-256" }, "the issuer may be a root");
+    for (
+      const [what, chain, message] of [
+        ["CA:TRUE", leaf("basicConstraints=CA:TRUE"), /^the certificate is that of an authority$/],
+        ["for mail", leaf("extendedKeyUsage=emailProtection"), /^the certificate is not for TLS servers$/],
+        ["SHA-1", leaf("", "-sha1"), /^the certificate is signed with SHA-1 or MD5$/],
+        [
+          "an issuer that is no authority",
+          good + intermediate({ authority: false }),
+          /^certificate 2 of the chain is not that of an authority$|^broken chain/,
+        ],
+        [
+          "an issuer that has expired",
+          good + intermediate({ notAfter: NOW }),
+          /^certificate 2 of the chain expired at /,
+        ],
+        [
+          "an issuer of another name",
+          good + intermediate({ commonName: "other" }),
+          /^broken chain: certificate 1 is not issued by certificate 2$/,
+        ],
+        ["a chain without end", good + intermediate().repeat(1300), /^a chain of 1301 certificates$/],
+      ] as [string, string, RegExp][]
+    ) {
+      assert.throws(() => check(chain), { name: "ChainError", message }, what);
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
+Deno.test("an empty public key is nobody's", async () => {
+  const seq = (tag: number, ...parts: Uint8Array[]): Uint8Array => {
+    const content = Buffer.concat(parts);
+    return Buffer.concat([Uint8Array.of(tag, content.length), content]);
+  };
+  const empty = seq(0x30);
+  const time = seq(0x17, new TextEncoder().encode("260101000000Z"));
+  const spki = seq(0x30, seq(0x30, seq(0x06, Uint8Array.of(42))), seq(0x03, Uint8Array.of(0)));
+  const tbs = seq(0x30, seq(0x02, Uint8Array.of(1)), empty, empty, seq(0x30, time, time), empty, spki);
+  const bare = pem("CERTIFICATE", seq(0x30, tbs, empty, seq(0x03, Uint8Array.of(0))));
+  assert.equal(readCertificate(bare).keySpec, undefined);
+  assert.equal(isKeyOf(await generateKey({ type: "ec", curve: "P-256" }), bare), false);
+});
+
+Deno.test("readCertificate() tells the kind of key, who issued it, and whether that was itself", async () => {
+  await using ca = await startCa();
+  const life = { notBefore: NOW, notAfter: new Date(NOW.getTime() + DAY) };
+  for (const spec of KEYS) {
+    const keyPem = await generateKey(spec);
+    const certificate = readCertificate(ca.forge({ ...read(keyPem, ["example.com"]), ...life }));
+    assert.deepEqual(certificate.keySpec, spec);
+    assert.deepEqual([certificate.issuer, certificate.selfSigned], ["lematt test intermediate 1", false]);
+  }
+  const own = readCertificate(ca.rootPem);
+  assert.deepEqual([own.issuer, own.selfSigned], ["lematt test root 1", true]);
+});
+
+Deno.test("publicKeyHash() is the same of a certificate and of its key in any form, as openssl has it", async () => {
+  await using ca = await startCa();
+  for (const spec of KEYS) {
+    const keyPem = await generateKey(spec);
+    const life = { notBefore: NOW, notAfter: new Date(NOW.getTime() + DAY) };
+    const certificate = ca.forge({ ...read(keyPem, ["example.com"]), ...life });
+    const spki = publicKeyOf(keyPem).export({ type: "spki", format: "der" });
+    const expected = createHash("sha256").update(spki).digest("hex");
+    const forms = [certificate, keyPem, openssl("pkey -traditional", keyPem)];
+    assert.deepEqual(forms.map(publicKeyHash), [expected, expected, expected]);
+  }
+});
+
+Deno.test("sha256() is what node:crypto says, of texts and of bytes of every length", () => {
+  const judge = (data: string | Uint8Array) => createHash("sha256").update(data).digest("hex");
+  for (let length = 0; length < 200; length++) {
+    const bytes = randomBytes(length);
+    assert.equal(sha256(bytes), judge(bytes));
+  }
+  for (const text of ["", "abc", "ümläut 日本語 👍".repeat(1000)]) assert.equal(sha256(text), judge(text));
 });

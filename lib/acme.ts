@@ -372,7 +372,7 @@ export class AcmeClient {
   async renewalInfo(certificateId: string): Promise<RenewalInfo> {
     const step = "ask when to renew";
     const url = `${this.directory.renewalInfo}/${certificateId}`;
-    const answer = await this.session.get(step, url);
+    const answer = await this.session.get(step, url, { mayBeNone: true });
     const body = jsonObject(step, url, answer);
     const window = (body.suggestedWindow ?? {}) as Record<string, unknown>;
     const [start, end] = [instant(window.start), instant(window.end)];

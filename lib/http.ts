@@ -86,8 +86,11 @@ const HURRY_TIMEOUT_MS = 10_000;
 /** How often one request is tried where connection, time-out or server (5xx) failed; the pauses grow threefold. */
 const ATTEMPTS = 4;
 const FIRST_PAUSE_MS = 500;
-/** How often what was made a moment ago is asked for where a replica does not know it yet; the pauses double: 8 s in all. */
-const LAG_ATTEMPTS = 6;
+/**
+ * How often what was made a moment ago is asked for where a replica does not know it yet (8 s in all, for the pauses
+ * double), and anything else where it says 404 (0.75 s): Let's Encrypt reads from replicas that lag.
+ */
+const LAG_ATTEMPTS = 6, NOT_FOUND_ATTEMPTS = 3;
 const FIRST_LAG_PAUSE_MS = 250;
 /** badNonce comes in bursts and costs nothing but a round trip; Pebble can be told to refuse every second nonce. */
 const BAD_NONCE_ATTEMPTS = 30;
@@ -157,11 +160,11 @@ export class Session {
     for (const url of urls) this.#hosts.add(new URL(url).host);
   }
 
-  /** One request that is not signed. `hurry`: it is not worth a second try. */
-  async get(step: string, url: string, { hurry = false } = {}): Promise<Answer> {
+  /** One request that is not signed. `hurry`: it is not worth a second try; `mayBeNone`: what is asked for need not exist. */
+  async get(step: string, url: string, { hurry = false, mayBeNone = false } = {}): Promise<Answer> {
     const timeoutMs = hurry ? HURRY_TIMEOUT_MS : REQUEST_TIMEOUT_MS;
     const attempt = () => this.#slot(() => this.#exchange(step, url, { method: "GET" }, timeoutMs));
-    return await (hurry ? attempt() : this.#tried(url, attempt));
+    return await (hurry ? attempt() : this.#tried(url, attempt, mayBeNone ? () => 1 : undefined));
   }
 
   /**
@@ -177,8 +180,10 @@ export class Session {
   ): Promise<Answer> {
     this.checkUrl(step, url);
     const by = signer.url === undefined ? { jwk: signer.key.publicJwk } : { kid: signer.url };
-    const lags = (error: AcmeError) =>
-      (isNew && error.status === 404) || (signer.isNew === true && isProblem(error, "accountDoesNotExist"));
+    const lagAttempts = (error: AcmeError) => {
+      if (error.problem?.type === "accountDoesNotExist") return signer.isNew ? LAG_ATTEMPTS : 1;
+      return isNew && error.status === 404 ? LAG_ATTEMPTS : notFoundAttempts(error);
+    };
     const attempt = async () => {
       for (let tries = 1;; tries++) {
         // only when it is this request's turn, so that no more nonces are asked for than requests are made at once
@@ -192,7 +197,7 @@ export class Session {
         }
       }
     };
-    return await this.#tried(url, () => this.#slot(attempt), lags);
+    return await this.#tried(url, () => this.#slot(attempt), lagAttempts);
   }
 
   /** An https URL at a host that the directory names; throws for any other. */
@@ -214,7 +219,7 @@ export class Session {
   async #tried(
     url: string,
     attempt: () => Promise<Answer>,
-    lags: (error: AcmeError) => boolean = () => false,
+    lagAttempts: (error: AcmeError) => number = notFoundAttempts,
   ): Promise<Answer> {
     const { context } = this;
     for (let failures = 0, lagging = 0;;) {
@@ -231,7 +236,7 @@ export class Session {
           if (!this.#limited.has(url)) this.#limited.set(url, { turn: limit(1), refusals: 0, last: error });
         } else if (error.passing && ++failures < ATTEMPTS) {
           await context.sleep(wait ?? this.jittered(FIRST_PAUSE_MS * 3 ** (failures - 1)));
-        } else if (lags(error) && ++lagging < LAG_ATTEMPTS) {
+        } else if (++lagging < lagAttempts(error)) {
           await context.sleep(this.jittered(FIRST_LAG_PAUSE_MS * 2 ** (lagging - 1)));
         } else {
           throw error;
@@ -325,6 +330,10 @@ export async function bindExternalAccount(
   const { FlattenedSign } = await import("jose");
   return await new FlattenedSign(new TextEncoder().encode(JSON.stringify(key.publicJwk)))
     .setProtectedHeader({ alg: "HS256", kid: eab.keyId, url }).sign(eab.hmacKey);
+}
+
+function notFoundAttempts({ status }: AcmeError): number {
+  return status === 404 ? NOT_FOUND_ATTEMPTS : 1;
 }
 
 function nonceOf(headers: Headers): string | undefined {

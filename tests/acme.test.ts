@@ -203,7 +203,7 @@ for (const retryAfterSeconds of [86_400, 600, undefined]) {
 for (
   const [what, fault, message] of [
     ["HTML", { kind: "html" }, /^not JSON but text\/html$/],
-    ["404", { kind: "status", status: 404, contentType: "text/plain" }, /^HTTP status 404 \(text\/plain\)$/],
+    ["410", { kind: "status", status: 410, contentType: "text/plain" }, /^HTTP status 410 \(text\/plain\)$/],
     [
       "an array",
       { kind: "rewrite", rewrite: () => [] },
@@ -223,6 +223,22 @@ for (
     assert.equal(asked(bed, "directory"), 1);
   });
 }
+
+Deno.test("404 is asked again, a few times within a second, but not of what need not be", async () => {
+  const notFound: Fault = { kind: "status", status: 404, contentType: "text/plain" };
+  await using bed = await faultyBed();
+  const client = await connect(bed);
+  for (const resource of ["directory", "newOrder"] as const) {
+    const before = asked(bed, resource);
+    bed.ca.switches.fault = befalling(resource, notFound, Infinity);
+    const asking = resource === "directory" ? connect(bed) : client.newOrder([NAME]);
+    assert.equal((await failure(asking)).message, "HTTP status 404 (text/plain)");
+    assert.equal(asked(bed, resource) - before, 3);
+  }
+  bed.ca.switches.fault = befalling("renewalInfo", notFound, Infinity);
+  await failure(client.renewalInfo("AAAA.AAAA"));
+  assert.equal(asked(bed, "renewalInfo"), 1);
+});
 
 const challenges = (
   body: Record<string, unknown>,

@@ -300,7 +300,7 @@ Deno.test("a CA that refuses a predecessor gets the same order without; a rate l
     const { ca } = bed;
     ca.advance(80 * DAY);
     const fault = refusing(status, type, "no", status === 429 ? { headers: { "retry-after": "3600" } } : {});
-    ca.switches.fault = befalling("newOrder", fault, status === 500 ? 4 : 1);
+    ca.switches.fault = befalling("newOrder", fault, { 500: 4, 404: 3 }[status as number] ?? 1);
     const ran = await bed.run();
     const orders = ran.requests.filter(({ resource }) => resource === "newOrder").length;
     if (status === 429) {

@@ -318,7 +318,7 @@ const json = (body: string, headers = {}): Fault => ({
 });
 for (
   const [what, fault, message] of [
-    ["404", { kind: "status", status: 404, contentType: "text/html" }, /^HTTP status 404 \(text\/html\)$/],
+    ["410", { kind: "status", status: 410, contentType: "text/html" }, /^HTTP status 410 \(text\/html\)$/],
     ["501", { kind: "status", status: 501, contentType: "text/html" }, /^HTTP status 501 \(text\/html\)$/],
     [
       "a problem that is cut short",

@@ -8,6 +8,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { testBed } from "./bed.ts";
 import { type PebbleOptions, pebbleTest, startPebble } from "./pebble.ts";
+import { type Answer, startRelay } from "./relay.ts";
 
 /** A bed whose CA is a Pebble, which finds all names of `lines`. */
 async function pebbleBed(
@@ -207,4 +208,63 @@ pebbleTest(
     await Deno.remove(zone);
   },
   { modern: true },
+);
+
+/** Kinds of requests by Pebble's paths, and which of them make or ask for what has been made. */
+const KINDS = {
+  directory: /^\/dir$/,
+  newNonce: /^\/nonce-plz$/,
+  newAccount: /^\/sign-me-up$/,
+  newOrder: /^\/order-plz$/,
+  authorization: /^\/authZ\//,
+  challenge: /^\/chalZ\//,
+  order: /^\/my-order\//,
+  finalize: /^\/finalize-order\//,
+  certificate: /^\/certZ\//,
+};
+type Change = (answer: Answer) => Answer;
+const problem =
+  (status: number, type: string, contentType = "application/json"): Change => ({ headers }) => ({
+    status,
+    headers: { ...headers, "content-type": contentType },
+    body: JSON.stringify({ type: `urn:ietf:params:acme:error:${type}`, detail: "a replica lags", status }),
+  });
+const stale = (status: string): Change => (answer) => ({
+  ...answer,
+  body: JSON.stringify({ ...JSON.parse(answer.body), status, certificate: undefined }),
+});
+const tomorrow: Change = (answer) => ({ ...answer, headers: { ...answer.headers, "retry-after": "86400" } });
+const notFound = problem(404, "malformed", "application/problem+json");
+
+pebbleTest(
+  "no line fails where each kind of request is answered once by a replica that lags, by a Retry-After of a day, and by a problem as application/json",
+  async () => {
+    const lines = [["a.example.com"], ["b.example.com", "c.example.com"]];
+    await using ca = await pebbleBed(lines, {
+      env: { PEBBLE_WFE_NONCEREJECT: "0", PEBBLE_AUTHZREUSE: "100" },
+    });
+    const badNonce = problem(400, "badNonce");
+    const left = new Map<string, Change[]>([
+      ["directory", [notFound, tomorrow]],
+      ["newNonce", [notFound, tomorrow]],
+      ["newAccount", [notFound, badNonce, tomorrow]],
+      ["newOrder", [notFound, badNonce, problem(400, "accountDoesNotExist"), tomorrow]],
+      ["authorization", [notFound, badNonce, problem(404, "malformed"), tomorrow]],
+      ["challenge", [notFound, badNonce, tomorrow]],
+      ["order", [tomorrow, stale("pending"), notFound, badNonce, stale("pending"), stale("processing")]],
+      ["finalize", [notFound, badNonce, problem(403, "orderNotReady"), tomorrow]],
+      ["certificate", [notFound, badNonce, problem(404, "malformed"), tomorrow]],
+    ]);
+    const root = Deno.readTextFileSync(ca.pebble.caBundleFile);
+    await using relay = startRelay(new URL(ca.pebble.directoryUrl).origin, root, async (path, ask) => {
+      const [kind] = Object.entries(KINDS).find(([, pattern]) => pattern.test(path))!;
+      const answer = await ask();
+      return left.get(kind)!.shift()?.(answer) ?? answer;
+    });
+    await Deno.writeTextFile(ca.bed.path("relay.pem"), relay.root);
+    ca.bed.configure({ settings: `testDirectory: ${relay.origin}/dir\ncaBundle: relay.pem\nari: no` });
+    await ca.run();
+    assertPairs(await ca.certificates(), lines);
+    assert.deepEqual([...left].filter(([, changes]) => changes.length > 0), []);
+  },
 );

@@ -146,7 +146,7 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
 }
 
 /** A certificate for 127.0.0.1 under a root of its own; all PEM. */
-function listenerCertificate(): { root: string; certificate: string; key: string } {
+export function listenerCertificate(): { root: string; certificate: string; key: string } {
   const authority = createAuthority("lematt test Pebble root");
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
   const valid = { notBefore: new Date(Date.now() - 3600_000), notAfter: new Date(Date.now() + 86_400_000) };

@@ -370,7 +370,7 @@ function fitsRuns(lifeMs: number, intervalMs: number): boolean {
 }
 
 /**
- * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10 and 100 minutes, then 20
+ * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10, 100, 1000 minutes, then 20
  * hours, but after at most an eighth of what is left of its certificate, and an hour where that has expired.
  * https://letsencrypt.org/docs/integration-guide/#retrying-failures
  */

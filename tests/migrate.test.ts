@@ -184,10 +184,10 @@ async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
     commands("Moving in", home, { certbot: program, "/etc/letsencrypt": `${home}/old` }),
     home,
   );
-  assert.match(said, /^copied      account key to /m);
-  assert.match(said, /^copied      example\.com www\.example\.com \(ec\)$/m);
-  assert.match(said, /^copied      mail\.example\.com \(rsa\)$/m);
-  assert.match(said, /^  directory: .*127\.0\.0\.1/m);
+  assert.match(said, /^copied: account key to /m);
+  assert.match(said, /^copied: example\.com www\.example\.com \(ec\)$/m);
+  assert.match(said, /^copied: mail\.example\.com \(rsa\)$/m);
+  assert.match(said, /^ {2}directory: .*127\.0\.0\.1/m);
 
   const idle = await bed.lematt("--prod");
   assert.deepEqual([idle.code, idle.stderr], [0, ""]);

@@ -263,7 +263,7 @@ function actionsText(program: string, found: readonly Found[]): string {
     ({ keyType, ...rest }) => JSON.stringify([keyType, commands(rest), update(rest)]),
   );
   const numbers: Record<KeyType, number> = { rsa: 0, ec: 0 };
-  return [...groups.values()].map((group) => {
+  return [...groups.values()].flatMap((group) => {
     const [first] = group;
     const { keyType } = first!;
     const number = ++numbers[keyType];
@@ -271,6 +271,7 @@ function actionsText(program: string, found: readonly Found[]): string {
     const lines = new Set(found.map(({ names }) => names.join(" ")));
     const own = (name: string) => [...lines].filter((line) => line.split(" ").includes(name)).length === 1;
     const names = [...new Set(group.flatMap(({ names }) => names))].filter(own);
+    if (names.length === 0) return [];
     const list = (key: string, values: readonly string[]) => {
       const texts = values.map((value) => JSON.stringify(value).replaceAll("%", "%%"));
       return texts.length === 0 ? [] : [`${key}: [${texts.join(",\n  ")}]`];
@@ -378,11 +379,11 @@ async function copyInto(path: string, { found, accounts }: Source): Promise<stri
   const said: string[] = [];
   const { host } = new URL(config.directoryUrl);
   const [account] = accounts.filter(({ ca }) => ca === config.directoryUrl || ca === host.replace(":", "_"));
-  if (readIfPresent(config.accountKey) !== undefined) said.push(`kept        ${config.accountKey}`);
-  else if (account === undefined) said.push(`not found   an account at ${config.directoryUrl}`);
+  if (readIfPresent(config.accountKey) !== undefined) said.push(`kept: ${config.accountKey}`);
+  else if (account === undefined) said.push(`not found: an account at ${config.directoryUrl}`);
   else {
     await store.createSecret(config.accountKey, accountKeyPem(account.file));
-    said.push(`copied      account key to ${config.accountKey}`);
+    said.push(`copied: account key to ${config.accountKey}`);
   }
   for (const entry of readInventory(config)) {
     const what = `${entry.line.names.join(" ")} (${entry.keyType})`;
@@ -391,8 +392,8 @@ async function copyInto(path: string, { found, accounts }: Source): Promise<stri
       const { chainPem, keyPem, certificate } = newest;
       const { pem: csrPem } = await createCsr(keyPem, entry.line.names);
       await store.commit(entry, { chainPem, keyPem, csrPem, certificate });
-      said.push(`copied      ${what}`);
-    } else said.push(`${entry.finding.kind === "present" ? "kept       " : "not found  "} ${what}`);
+      said.push(`copied: ${what}`);
+    } else said.push(`${entry.finding.kind === "present" ? "kept" : "not found"}: ${what}`);
   }
   return said.map((line) => `${line}\n`).join("");
 }

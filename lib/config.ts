@@ -1,51 +1,36 @@
 /**
  * The three files of a configuration directory (`lematt.conf`, `domains`, `actions.conf`) -> one validated, frozen
- * `Config`, or every fault of all three at once, each with its file, line and, where the mend is knowable, a hint.
+ * `Config` for one mode, or every error of all three at once, each with its file, line and, where it is known, a hint.
  *
- * Reads files and never writes, asks no network, shows no key material. lematt.conf is read in settings.ts; here are
- * the other two, and what all three must be together. Whatever leaves this file may stand in a file name, in a request
- * to the CA and, quoted, in a command. Challenges: RFC 8555 §8.
+ * Reads files and never writes, asks no network, shows no secret. What leaves this file may stand in a file name, in a
+ * request to the CA and in a command. Challenges: RFC 8555 §8.
  */
-import { basename, dirname, join } from "node:path";
-import { isIP, toHost, toIdentifier, toIPv6 } from "./names.ts";
+import { basename, dirname, join, resolve } from "node:path";
+import * as ini from "./ini.ts";
 import {
-  CONFIG_KEYS,
-  isLetsEncrypt,
-  type KeyType,
-  MAX_SECONDS,
-  type Mode,
-  openSettings,
-  readKeyTypes,
-  readSettings,
-  type Settings,
-} from "./settings.ts";
-import { isMistake, type Mistake, printable, quote, shellWord } from "./text.ts";
-import { closest, defined, exists, Keys, type Notice, Page, whyNot, type Word } from "./values.ts";
+  type Invalid,
+  isInvalid,
+  isIP,
+  printable,
+  quote,
+  shellWord,
+  toHost,
+  toIdentifier,
+  toIPv6,
+} from "./names.ts";
+import { type KeySpec, keySpecOf, pemBlocks, readCertificate } from "./x509.ts";
 
-export type { Curve, KeyType, Mode } from "./settings.ts";
-export type { Notice } from "./values.ts";
+export type Mode = "test" | "prod";
+export type KeyType = "rsa" | "ec";
+export type Curve = "P-256" | "P-384" | "P-521";
 export type ChallengeType = "http-01" | "dns-01" | "dns-persist-01";
 
-/** One section of actions.conf. Command lists keep their order; absent = []. */
-export interface Section {
-  readonly name: string; // "default", "every" or an override's name
-  readonly line: number; // line number of its header in actions.conf
-  readonly domains: readonly string[]; // empty for default and every; normalised like `domains`
-  readonly prepare: readonly string[];
-  readonly uploadCerts: readonly string[];
-  readonly uploadKeys: readonly string[];
-  readonly uploadEach: readonly string[];
-  readonly update: readonly string[];
-  readonly rehearse: boolean; // whether uploadEach runs under --test
-  readonly keyTypes: readonly KeyType[]; // which certificates are delivered here: its own, else lematt.conf's
-  readonly verify: readonly Endpoint[];
-  readonly verifyWaitSeconds: number; // its own, else lematt.conf's
-  readonly alert: readonly string[];
-  readonly challenge?: ChallengeType;
-  readonly dnsPresent: readonly string[];
-  readonly dnsCleanup: readonly string[];
-  readonly dnsParallel: boolean;
-  readonly profile?: string;
+/** An error, a warning or advice: `file:line: text`, with an optional hint. */
+export interface Notice {
+  readonly file: string; // base name of one of the three files, or the path of a directory
+  readonly line?: number; // absent if it is the whole file's
+  readonly text: string;
+  readonly hint?: string;
 }
 
 /** `host:port[/protocol][#sni]`; host and sni may be the words DOMAIN or DOMAINS_ALL, replaced per certificate. */
@@ -53,8 +38,19 @@ export interface Endpoint {
   readonly text: string; // as written
   readonly host: string; // name, IPv4, IPv6 without brackets, or DOMAIN / DOMAINS_ALL
   readonly port: number;
-  readonly starttls?: "smtp" | "imap" | "pop3" | "ldap" | "ftp" | "postgres";
+  readonly starttls?: (typeof STARTTLS)[number];
   readonly sni?: string; // after '#'; absent = host when it is a name
+}
+
+/** One section of actions.conf: what SECTION_KEYS has, and: */
+export interface Section
+  extends
+    Omit<Values<typeof SECTION_KEYS>, "domains" | "ocspStapleRequired" | "keyTypes" | "verifyWaitSeconds"> {
+  readonly name: string; // "default", "every" or an override's name
+  readonly line: number; // of its header
+  readonly domains: readonly string[]; // empty for default and every; normalised like `domains`
+  readonly keyTypes: readonly KeyType[]; // which certificates are delivered here: its own, else lematt.conf's
+  readonly verifyWaitSeconds: number; // its own, else lematt.conf's
 }
 
 /** One line of `domains`: one certificate for each key type. */
@@ -67,83 +63,94 @@ export interface Line {
   /** Of all that its sections want; lematt.conf's where only [every] delivers it, which widens nothing. */
   readonly keyTypes: readonly KeyType[];
   readonly profile?: string; // from its sections, else [config]
-  /** The names as the Python original would have put them into a file name, where that differs. */
+  /**
+   * The names as the Python original put them into a file name, where that differs from `names`: in their case, and with
+   * a primary that is repeated. It left the order of names that differ in the last label alone to chance; here it is one.
+   */
   readonly formerNames: readonly (readonly string[])[];
 }
 
-/** The configuration for one mode. */
-export interface Config extends Settings {
+/** The configuration for one mode: what SETTINGS has, and: */
+export interface Config
+  extends Omit<Settings, "prodDirectory" | "testDirectory" | "eabKeyId" | "eabHmacKey" | "accountKey"> {
   readonly mode: Mode;
-  readonly base: string; // `directory`/`mode`, where keys and certificates are
   readonly directory: string; // absolute real path of the configuration directory
   readonly file: string; // absolute path of lematt.conf
+  readonly base: string; // `directory`/`mode`, where keys and certificates are
+  readonly accountKey: string; // absolute path; the file need not exist yet
+  readonly directoryUrl: string; // of this mode's CA
+  readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
   readonly sections: readonly Section[];
   readonly lines: readonly Line[];
-  readonly warnings: readonly Notice[];
+  readonly warnings: readonly Notice[]; // to be shown in every run
+  readonly advice: readonly Notice[]; // to be shown by --check
 }
 
-/** Every problem of the three files, in the order lematt.conf, domains, actions.conf and of their lines. */
+/** Every error of the three files, in the order lematt.conf, domains, actions.conf and of their lines. */
 export class ConfigError extends Error {
   override readonly name = "ConfigError";
   constructor(
     readonly problems: readonly Notice[],
+    /** The configuration directory, where one was found. */
+    readonly directory?: string,
     /** What could be read of the commands that send alerts, by the names of their sections. */
     readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
   ) {
-    const textOf = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
-    super(problems.map(textOf).join("\n"));
+    super(
+      problems.map(({ file, line, text }) => [file, line, ` ${text}`].filter(Boolean).join(":")).join("\n"),
+    );
   }
 }
 
 /**
- * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; without it ./conf is taken, then
- * `beside`, the conf beside the program. Relative paths in the files are relative to the directory that holds the
- * real lematt.conf, as in the original. Throws ConfigError with every fault of all three.
+ * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; without it ./conf is taken,
+ * then `beside`, the conf beside the program. Relative paths in the files are relative to the directory that holds the
+ * real lematt.conf. Throws ConfigError with every error of all three.
  */
 export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
-  const file = locate(path, beside);
+  const { file, passedOver } = locate(path, beside);
   const directory = dirname(file);
-  const faults: Notice[] = [];
-  const warnings: Notice[] = [];
-  const page = (name: string) => new Page(join(directory, name), faults, warnings);
-  const settingsPage = page(basename(file));
-  const domainsPage = page("domains");
-  const actionsPage = page("actions.conf");
+  const base = join(directory, mode);
+  const notes: Notes = { errors: [], warnings: [...passedOver], advice: [] };
+  const page = (name: string) => new Page(directory, name, notes);
+  const pages = [page(basename(file)), page("domains"), page("actions.conf")] as const;
+  checkDirectories(directory, base, page(base));
 
-  const keys = openSettings(settingsPage);
-  const settings = keys && readSettings(keys, directory, mode);
-  for (const each of keys ? [keys, keys.defaults()] : []) {
-    each.refuseOthers(CONFIG_KEYS, SECTION_KEYS, "a section of actions.conf");
-  }
-  const { sections, named } = readActions(actionsPage, settings);
-  const lines = assign(readDomains(domainsPage), sections, domainsPage, settings);
-  warnOfUnused(actionsPage, named, lines);
-
-  const byHttp = (name: string) => prove(sections, name) === "http-01";
-  const proven = lines.find(({ names }) => names.some(byHttp))?.names.find(byHttp);
-  if (proven && keys && !keys.has("challengeDropDir")) {
-    const served = `http://${proven}/.well-known/acme-challenge/`; // RFC 8555 §8.3
-    keys.missing("challengeDropDir", `name the directory that is served as ${served}`);
+  const { settings, missing } = readSettings(pages[0], mode);
+  const { sections, named } = readActions(pages[2], settings);
+  const lines = assign(readDomains(pages[1], path === undefined), sections, pages[1], settings, mode);
+  checkSections(sections, named, lines, pages[2]);
+  const proven = lines.flatMap(({ names }) => names).find((name) => proofOf(sections, name) === "http-01");
+  if (proven) {
+    missing(
+      "challengeDropDir",
+      `the directory that is served as http://${proven}/.well-known/acme-challenge/`,
+    ); // RFC 8555 §8.3
   }
 
-  const order = [settingsPage, domainsPage, actionsPage].map(({ name }) => name);
-  const tell = (notices: Notice[]) =>
+  const order = pages.map(({ name }) => name);
+  const sorted = (notices: readonly Notice[]) =>
     // What several sections take over from [DEFAULT] is told once.
     [...new Map(notices.map((notice) => [JSON.stringify(notice), notice])).values()]
       .sort((a, b) => order.indexOf(a.file) - order.indexOf(b.file) || (a.line ?? 0) - (b.line ?? 0));
-  if (!settings || faults.length) {
+  if (notes.errors.length) {
     const alerts = sections.map(({ name, alert }) => ({ section: name, commands: alert }));
-    throw new ConfigError(tell(faults), alerts.filter(({ commands }) => commands.length));
+    throw new ConfigError(sorted(notes.errors), directory, alerts.filter(({ commands }) => commands.length));
   }
+  const { prodDirectory, testDirectory, eabKeyId: keyId, eabHmacKey: hmacKey, ...rest } = settings;
   return Object.freeze({
-    ...settings,
+    ...rest,
     mode,
-    base: join(directory, mode),
     directory,
     file,
+    base,
+    accountKey: rest.accountKey!,
+    directoryUrl: { prod: prodDirectory, test: testDirectory }[mode],
+    ...keyId && hmacKey && { eab: { keyId, hmacKey } },
     sections: Object.freeze(sections),
     lines: Object.freeze(lines),
-    warnings: Object.freeze(tell(warnings)),
+    warnings: Object.freeze(sorted(notes.warnings)),
+    advice: Object.freeze(sorted(notes.advice)),
   });
 }
 
@@ -154,37 +161,791 @@ export function sectionsOf(config: Config, name: string): readonly Section[] {
 
 /** How `name` is proven: by the challenge of its sections, else http-01. */
 export function challengeOf(config: Config, name: string): ChallengeType {
-  return prove(config.sections, name);
+  return proofOf(config.sections, name);
+}
+
+// ------------------------------------------------------------------------------------------------ all the keys
+
+/** How a value is read, or why it cannot be. */
+type Read<T> = (value: Value) => T | Invalid;
+
+interface Key<T> {
+  readonly read: Read<T>;
+  readonly or?: string; // what it means where it is not written
+  readonly key?: string; // as it is written, where that is not its name in the table
+}
+
+type Table = Readonly<Record<string, Key<unknown>>>;
+type TypeOf<K> = K extends Key<infer T> ? T : never;
+/** What a table gives; a key with a default always has a value. */
+type Values<T> =
+  & { readonly [N in keyof T as undefined extends TypeOf<T[N]> ? never : N]: TypeOf<T[N]> }
+  & { readonly [N in keyof T as undefined extends TypeOf<T[N]> ? N : never]?: TypeOf<T[N]> };
+
+function key<T>(read: Read<T>, or: string, key?: string): Key<T> {
+  return { read, or, key };
+}
+
+function optional<T>(read: Read<T>, key?: string): Key<T | undefined> {
+  return { read, key };
+}
+
+/** A timer of more milliseconds than a signed 32-bit number holds fires at once. */
+const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
+const MAX_DAYS = 36_500; // a century: what is more is a slip
+const STARTTLS = ["smtp", "imap", "pop3", "ldap", "ftp", "postgres"] as const;
+const YES = ["yes", "true", "on", "1"]; // ConfigParser's getboolean
+const NO = ["no", "false", "off", "0"];
+const boolean = oneOf<boolean>("yes or no", [true, ...YES], [false, ...NO]);
+
+/** Words that some key replaces; RECORD and VALUE are too common for that to be meant elsewhere. */
+const PLACEHOLDERS = "DOMAIN DOMAINS_CN DOMAINS_ALL CERTS KEYS CERT_FILE KEY_FILE KEY_TYPE".split(" ");
+
+/** [config] of lematt.conf. */
+const SETTINGS = {
+  reauthorizeDays: optional(number(0, MAX_DAYS)), // before the end of a certificate
+  generateNewCertsAfterDays: key(number(0, MAX_DAYS), "0"), // 0 = off
+  challengeDropDir: optional(dropDirectory), // absolute
+  accountKey: optional(accountKeyFile),
+  keyTypes: key(keyTypes, "rsa ec"),
+  keyBitsRSA: key(number(1024, 8192, 8), "2048"),
+  curve: key(
+    oneOf<Curve>(
+      "prime256v1, secp384r1 or secp521r1",
+      ["P-256", "prime256v1", "secp256r1", "p-256"], // as OpenSSL, the SEC and NIST call them
+      ["P-384", "secp384r1", "p-384"],
+      ["P-521", "secp521r1", "p-521"],
+    ),
+    "prime256v1",
+  ),
+  rsaTag: key(tag, "rsa%(keyBitsRSA)s"),
+  curveTag: key(tag, "%(curve)s"),
+  alwaysGenerateNewKeys: key(boolean, "no"),
+  prodDirectory: key(httpsUrl, "https://acme-v02.api.letsencrypt.org/directory", "directory"),
+  testDirectory: key(httpsUrl, "https://acme-staging-v02.api.letsencrypt.org/directory"),
+  caBundle: optional(certificates), // PEM text of certificates
+  contact: key(mailUrls, ""),
+  parallel: key(number(1, 100, 1), "10"),
+  preflight: key(
+    oneOf<"yes" | "no" | "warn">("yes, no or warn", ["yes", ...YES], ["no", ...NO], ["warn", "warn"]),
+    "yes",
+  ),
+  commandTimeoutSeconds: key(number(0.1, MAX_SECONDS), "600", "commandTimeout"),
+  ari: key(boolean, "yes"),
+  profile: optional(word),
+  preferredChain: optional(text),
+  eabKeyId: optional(word),
+  eabHmacKey: optional(hmacKey),
+  dnsWaitSeconds: key(number(0, MAX_SECONDS), "120", "dnsWait"),
+  verifyWaitSeconds: key(number(0, MAX_SECONDS), "60", "verifyWait"),
+};
+type Settings = Values<typeof SETTINGS>;
+
+/** Sections of actions.conf. Lists of commands keep their order, and what is empty in them. */
+const SECTION_KEYS = {
+  domains: optional(domains),
+  prepare: key(commands("DOMAIN"), "[]"),
+  uploadCerts: key(commands("CERTS"), "[]"),
+  uploadKeys: key(commands("KEYS"), "[]"),
+  uploadEach: key(commands("CERT_FILE", "KEY_FILE", "KEY_TYPE", "DOMAIN"), "[]"),
+  update: key(commands("DOMAINS_CN", "DOMAINS_ALL"), "[]"),
+  rehearse: key(boolean, "no"), // whether uploadEach runs under --test
+  keyTypes: optional(keyTypes),
+  verify: key(endpoints, "[]"),
+  verifyWaitSeconds: optional(number(0, MAX_SECONDS), "verifyWait"),
+  alert: key(commands("SUBJECT", "DOMAINS_CN", "DOMAINS_ALL"), "[]"),
+  challenge: optional(
+    oneOf<ChallengeType>(
+      "http-01, dns-01 or dns-persist-01",
+      ["http-01", "http-01"],
+      ["dns-01", "dns-01"],
+      ["dns-persist-01", "dns-persist-01"],
+    ),
+  ),
+  dnsPresent: key(commands("RECORD", "VALUE", "DOMAIN"), "[]"),
+  dnsCleanup: key(commands("RECORD", "VALUE", "DOMAIN"), "[]"),
+  dnsParallel: key(boolean, "no"),
+  profile: optional(word),
+  ocspStapleRequired: key(boolean, "no"),
+};
+
+/** A piece of a value, and the line of the file where it stands. */
+interface Word {
+  readonly text: string;
+  readonly line: number;
+}
+
+/** What stands for one key, and where to note what is wrong with a part of it. Of a default, nothing is. */
+class Value {
+  readonly lines: readonly Word[];
+  constructor(readonly page: Page, readonly key: string, readonly text: string, value?: ini.Value) {
+    this.lines = value ? ini.linesOf(value) : [{ text, line: 0 }];
+  }
+
+  error({ why, hint }: Invalid, line = this.lines[0]!.line) {
+    if (line) this.page.error(`${this.key}: ${why}`, line, hint);
+  }
+
+  warn({ why, hint }: Invalid, line = this.lines[0]!.line) {
+    if (line) this.page.warn(`${this.key}: ${why}`, line, hint);
+  }
+
+  /** Words with blanks between them, on one line or several. */
+  words(): Word[] {
+    return this.lines.flatMap(({ text, line }) => (text.match(/\S+/g) ?? []).map((text) => ({ text, line })));
+  }
+}
+
+/** The values of a section's keys, and the lines of those that were written, there or in [DEFAULT]. */
+function readKeys<T extends Table>(table: T, page: Page, file: ini.Ini, section: ini.Section) {
+  const values: Record<string, unknown> = {};
+  const written = new Map<string, number>();
+  for (const [name, { read, or = "", key = name }] of Object.entries(table)) {
+    const found = ini.valueOf(file, section, key.toLowerCase());
+    if (!found) continue;
+    const { entry: { line }, text, problem } = found;
+    if (line) written.set(key, line);
+    const value = new Value(page, key, text, found);
+    const result = problem ?? read(value);
+    if (!isInvalid(result)) values[name] = result;
+    else {
+      const comment = /\s[#;]/.test(text.slice(0, 1000)) ? "a comment needs a line of its own" : undefined;
+      value.error({ why: result.why, hint: result.hint ?? comment });
+      // Read as its default, so that what depends on it is read as well.
+      const usual = read(new Value(page, key, or));
+      if (!isInvalid(usual)) values[name] = usual;
+    }
+  }
+  return { values: values as Values<T>, written };
+}
+
+/**
+ * Finds the keys that are none of `table` and were asked for by no %(…)s; so it is to be called when the values of all
+ * sections were read. The original ignores them; one that resembles a known key is a slip.
+ */
+function checkUnknown(
+  page: Page,
+  file: ini.Ini,
+  section: ini.Section,
+  table: Table,
+  others: Table,
+  place: string,
+) {
+  const [known, elsewhere] = [table, others].map((table) =>
+    Object.entries(table).map(([name, { key }]) => key ?? name)
+  );
+  const isOneOf = (keys: readonly string[], key: string) => keys.some((each) => each.toLowerCase() === key);
+  for (const { key, spelling, line } of section.entries.values()) {
+    if (!line || isOneOf(known!, key) || file.used.has(key)) continue;
+    const unknown = `unknown key ${ini.keyText(spelling)}`;
+    const meant = closest(key, known!);
+    if (isOneOf(elsewhere!, key)) page.warn(`${unknown} is ignored`, line, `it belongs in ${place}`);
+    else if (meant) page.error(unknown, line, `did you mean ${meant}?`);
+    else page.warn(`${unknown} is ignored`, line);
+  }
+}
+
+/** The word that was meant, if one differs by case, dashes, or one or two letters in one place. */
+function closest(word: string, choices: readonly string[]): string | undefined {
+  const plain = (text: string) => text.toLowerCase().replace(/[-_\s]/g, "");
+  const a = plain(word.slice(0, 40));
+  return choices.find((choice) => {
+    const b = plain(choice);
+    let [start, end] = [0, 0];
+    while (start < a.length && a[start] === b[start]) start++;
+    while (start + end < Math.min(a.length, b.length) && a.at(-1 - end) === b.at(-1 - end)) end++;
+    return Math.max(a.length, b.length) - start - end <= Math.min(2, b.length / 3);
+  });
+}
+
+// ---------------------------------------------------------------------------------------- what a value can be
+
+/** A value of one line that is not empty. */
+function text({ text: written, lines }: Value): string | Invalid {
+  const text = written.trim();
+  if (text === "") return { why: "no value", hint: "write one, or remove the line" };
+  if (text.includes("\n")) {
+    const next = lines.find(({ line }) => line > lines[0]!.line);
+    const hint = next && `line ${next.line} is indented, so it continues this one`;
+    return { why: "more than one line", hint };
+  }
+  return /\p{Cc}/u.test(text) ? { why: "control character" } : text;
+}
+
+/** What `read` makes of such a value. */
+function ofText<T>(value: Value, read: (text: string) => T | Invalid): T | Invalid {
+  const found = text(value);
+  return isInvalid(found) ? found : read(found);
+}
+
+function word(value: Value): string | Invalid {
+  return ofText(value, (text) => /\s/.test(text) ? { why: `${quote(text)} is more than one word` } : text);
+}
+
+/** One of several values, each of which may be written in several ways. */
+function oneOf<T>(said: string, ...choices: [value: T, ...spellings: string[]][]): Read<T> {
+  return (value) =>
+    ofText(value, (text) => {
+      const choice = choices.find(([, ...spellings]) => spellings.includes(text.toLowerCase()));
+      return choice ? choice[0] : { why: `${quote(text)} is not ${said}` };
+    });
+}
+
+/** A number as Python's float() takes it, within a range. */
+function number(min: number, max: number, step = 0): Read<number> {
+  const kind = step === 0 ? "a number" : step === 1 ? "a whole number" : `a multiple of ${step}`;
+  return (value) =>
+    ofText(value, (text) => {
+      const digits = text.replace(/(?<=\d)_(?=\d)/g, "");
+      const number = /^\+?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?$/i.test(digits) ? Number(digits) : NaN;
+      if (number >= min && number <= max && (!step || number % step === 0)) return number;
+      return { why: `${quote(text)} is not ${kind} from ${min} to ${max}` };
+    });
+}
+
+/** What can stand in a file name and, like the path of the configuration directory, in a command. */
+function tag(value: Value): string | Invalid {
+  const hint = "up to 64 letters, digits and . _ - @ + , : %";
+  return ofText(
+    value,
+    (text) =>
+      /^[A-Za-z0-9._@+,:%-]{1,64}$/.test(text)
+        ? text
+        : { why: `${quote(text)} cannot stand in a file name`, hint },
+  );
+}
+
+function httpsUrl(value: Value): string | Invalid {
+  return ofText(value, (text) => {
+    const url = URL.parse(text);
+    if (url?.protocol === "https:" && !url.username && !url.password && !url.hash) return url.href;
+    return { why: `${text.includes("@") ? "it" : quote(text)} is not a plain https URL` }; // it may hold a password
+  });
+}
+
+function keyTypes(value: Value): KeyType[] | Invalid {
+  const words = value.words().map(({ text }) => text);
+  const other = words.find((word) => word !== "rsa" && word !== "ec");
+  if (words.length && !other) return [...new Set(words as KeyType[])];
+  return { why: other ? `${quote(other)} is not rsa or ec` : "no value", hint: "rsa, ec or both" };
+}
+
+/** RFC 8555 §7.3: one address a URL, no header fields. */
+function mailUrls(value: Value): string[] {
+  return value.words().map(({ text, line }) => {
+    const address = text.replace(/^mailto:/i, "");
+    const isOne = /^[\w.!#$&'*+/=^`{|}~-]{1,64}@[A-Za-z0-9.-]{1,255}$/.test(address);
+    if (!isOne) {
+      value.error({ why: `${quote(text)} is not a mail address`, hint: "separate them by blanks" }, line);
+    }
+    return `mailto:${address}`;
+  });
+}
+
+/** The names of a section. The original takes any word here, and does nothing for those that no line has. */
+function domains(value: Value): Word[] {
+  const words = value.words();
+  if (!words.length) value.warn({ why: "no names, so this section does nothing" });
+  return words.flatMap(({ text, line }) => {
+    const name = toIdentifier(text);
+    if (!isInvalid(name)) return [{ text: name, line }];
+    value.warn({ ...name, why: `nothing is done for the invalid name ${quote(text)}: ${name.why}` }, line);
+    return [];
+  });
+}
+
+/** Command lines, in which these placeholders are replaced: whole words, unless they are the shell's. */
+function commands(...replaced: string[]): Read<string[]> {
+  const words = [...new Set([...PLACEHOLDERS, ...replaced])].join("|");
+  const placeholder = new RegExp(`(?<![\\w\\\\])([$]?[{]|[$])?(${words})(?!\\w)`, "g");
+  return (value) =>
+    list(value).map(({ text, line }) => {
+      const isArgument = !text.includes("\0") && text.isWellFormed();
+      if (!isArgument) value.error({ why: `NUL, or half a character, in ${quote(text)}` }, line);
+      for (const [all, behind, word] of text.matchAll(placeholder)) {
+        const isOurs = replaced.includes(word!);
+        const hint = isOurs
+          ? `write ${word}, or $LEMATT_${word}`
+          : `what is replaced is ${replaced.join(", ")}`;
+        if (behind || !isOurs) value.warn({ why: `"${all}" is not replaced here`, hint }, line);
+      }
+      return text;
+    });
+}
+
+function endpoints(value: Value): Endpoint[] {
+  return list(value).flatMap(({ text, line }) => {
+    const endpoint = toEndpoint(text);
+    if (!isInvalid(endpoint)) return [endpoint];
+    value.error({ ...endpoint, why: `${quote(text)}: ${endpoint.why}` }, line);
+    return [];
+  });
+}
+
+/** `host:port[/protocol][#sni]`. */
+function toEndpoint(text: string): Endpoint | Invalid {
+  const parts = /^(\[[^\]]*\]|[^:/#]*)(?::([^:/#]*))?(?:\/([^/#]*))?(?:#(.*))?$/s.exec(text);
+  if (!parts) return { why: "not host:port", hint: "an IPv6 address stands in brackets: [2001:db8::7]:443" };
+  const [, hostText = "", portText, protocol, sniText] = parts;
+  if (portText === undefined) return { why: "no port", hint: `such as ${printable(hostText)}:443` };
+  const port = /^\d{1,5}$/.test(portText) ? Number(portText) : 0;
+  if (port < 1 || port > 65535) return { why: `${quote(portText)} is not a port` };
+  const starttls = STARTTLS.find((known) => known === protocol);
+  if (protocol !== undefined && !starttls) {
+    const hint = `${STARTTLS.join(", ")}; none for TLS from the start`;
+    return { why: `unknown protocol ${quote(protocol)} for STARTTLS`, hint };
+  }
+  const address = /^\[(.*)\]$/s.exec(hostText)?.[1];
+  const host = address === undefined
+    ? toHost(hostText)
+    : toIPv6(address) ?? { why: "no IPv6 address in brackets" };
+  if (isInvalid(host)) return host;
+  const sni = sniText === undefined ? undefined : toHost(sniText);
+  if (isInvalid(sni)) return { ...sni, why: `after "#": ${sni.why}` };
+  if (sni !== undefined && isIP(sni)) return { why: `after "#": an address cannot be a server name` };
+  return Object.freeze({ text, host, port, ...starttls && { starttls }, ...sni && { sni } });
+}
+
+const STRING = /"(?:[^"\\]|\\.)*"/g;
+/** As much of a text as can be the beginning of a list of strings. */
+const LIST_START = new RegExp(
+  `^\\s*(?:\\[(?:\\s*STRING\\s*,)*(?:\\s*STRING)?\\s*(?:(?<!,\\s*)\\]\\s*)?)?`
+    .replaceAll("STRING", `"(?:[^"\\\\\\x00-\\x1f]|\\\\(?:["\\\\/bfnrt]|u[0-9a-fA-F]{4}))*"`),
+);
+
+/** The items of a JSON array of strings; after an error, none. */
+function list(value: Value): Word[] {
+  try {
+    const items: unknown = JSON.parse(value.text);
+    if (Array.isArray(items) && items.every((item) => typeof item === "string")) {
+      return value.lines.flatMap(({ text, line }) =>
+        // no string goes over several lines
+        Array.from(text.matchAll(STRING), ([string]) => ({ text: JSON.parse(string), line }))
+      );
+    }
+  } catch { /* whose message has a position only sometimes */ }
+  const [done] = LIST_START.exec(value.text)!;
+  const rest = value.text.slice(done.length).trimEnd();
+  let why = rest ? `unexpected ${quote(rest.slice(0, 30))}` : `no "]" at its end`;
+  let hint = 'a string is in double quotes, with \\\\ for \\ and \\" for " in it, and a comma between two';
+  if (done.trim() === "") {
+    const meant = value.lines.map(({ text }) => text.trim().replace(/^(["'])(.*)\1$/, "$2")).filter(Boolean);
+    const list = `[${meant.map((line) => JSON.stringify(line)).join(", ")}]`.replaceAll("%", "%%");
+    why = `no "[" at its beginning`;
+    hint = `write ${list.length < 200 ? printable(list, 200) : '["…"]'}`;
+  } else if (done.trimEnd().endsWith("]")) hint = "a comment needs a line of its own";
+  const at = done.trim() === "" ? 0 : done.split("\n").length - 1;
+  value.error({ why: `not a JSON list of strings: ${why}`, hint }, value.lines[at]!.line);
+  return [];
+}
+
+// ------------------------------------------------------------------------------------------- files and their owners
+
+/** An absolute path; in the file it may be relative to the configuration directory. */
+function path(value: Value): string | Invalid {
+  return ofText(value, (text) => {
+    if (/^[~$]/.test(text)) {
+      return { why: `no shell replaces "${text[0]}" here`, hint: "write the path in full" };
+    }
+    const [path, here] = [value.page.directory, Deno.cwd()].map((from) => resolve(from, text)) as [
+      string,
+      string,
+    ];
+    if (path === here || exists(path) || !exists(here)) return path;
+    // The original took paths as relative to where it was started.
+    return {
+      why: `no ${quote(text)} in ${value.page.directory}`,
+      hint: `write ${shellWord(here)} if that is meant`,
+    };
+  });
+}
+
+/** What `read` makes of the path of a file or directory. */
+function ofPath<T>(value: Value, read: (path: string) => T | Invalid): T | Invalid {
+  const found = path(value);
+  return isInvalid(found) ? found : read(found);
+}
+
+/** What `read` makes of the text of a file that only its owner should know. */
+function ofSecret<T>(value: Value, path: string, read: (text: string) => T | Invalid): T | Invalid {
+  const content = readText(path);
+  if (isInvalid(content)) return content;
+  const isOpen = statOf(path).mode & 0o044;
+  if (isOpen) value.warn({ why: `others may read ${quote(path)}`, hint: `chmod 600 ${shellWord(path)}` });
+  return changeable(path) ?? read(content);
+}
+
+/** The directory for challenges. Who may write to it may have certificates for our names; a web server's group may. */
+function dropDirectory(value: Value): string | Invalid {
+  return ofPath(value, (path) => {
+    if (!exists(path)) return { why: `${quote(path)}: ${MISSING}`, hint: `mkdir -p ${shellWord(path)}` };
+    return notWritable(path) ?? changeable(path, "o-w") ?? path;
+  });
+}
+
+/** The path of the account key, which the first run makes where there is none. */
+function accountKeyFile(value: Value): string | Invalid {
+  return ofPath(value, (path) => {
+    let parent = path;
+    while (!exists(parent)) parent = dirname(parent);
+    if (parent !== path) return notWritable(parent) ?? path;
+    return ofSecret(value, path, (content) => {
+      const error = (why: string, hint?: string) => ({ why: `${quote(path)} ${why}`, hint });
+      const blocks = pemBlocks(content);
+      const block = blocks.find(({ label }) => /^((RSA|EC|ENCRYPTED) )?PRIVATE KEY$/.test(label));
+      if (!block) {
+        return error(`holds ${blocks[0] ? `a ${blocks[0].label}, not a` : "no"} private key in PEM`);
+      }
+      if (block.label.startsWith("ENCRYPTED") || block.pem.includes("Proc-Type: 4,ENCRYPTED")) {
+        return error("is encrypted", `openssl pkey -in ${shellWord(path)} -out FILE`);
+      }
+      let spec: KeySpec | string;
+      try {
+        spec = keySpecOf(block.pem);
+      } catch { // its message may quote what it read
+        return error("holds a private key that cannot be decoded");
+      }
+      const wrong = typeof spec === "string"
+        ? spec
+        : spec.type === "rsa" && spec.bits < 2048 && `RSA of ${spec.bits} bits`;
+      const hint = "an account needs RSA of 2048 bits or more, P-256, P-384 or P-521";
+      return wrong ? error(`is a key of type ${wrong}`, hint) : path;
+    });
+  });
+}
+
+/** The key for external account binding (RFC 8555 §7.3.4), in base64 of either alphabet. */
+function hmacKey(value: Value): Uint8Array | Invalid {
+  return ofPath(value, (path) => {
+    // The value is not shown: it may be the key itself.
+    if (!exists(path)) {
+      return { why: "it names no file", hint: "write the key into a file of its own, and its path here" };
+    }
+    return ofSecret(value, path, (content) => {
+      try {
+        const text = content.trim().replaceAll("+", "-").replaceAll("/", "_");
+        const key = Uint8Array.fromBase64(text, { alphabet: "base64url" });
+        if (key.length) return key;
+      } catch { /* whose message may quote the key */ }
+      return { why: `${quote(path)} holds no base64`, hint: "copy the key as the CA shows it" };
+    });
+  });
+}
+
+/** The certificates of a file in PEM: whatever else is in it goes no further. */
+function certificates(value: Value): string | Invalid {
+  return ofPath(value, (path) => {
+    const content = readText(path);
+    if (isInvalid(content)) return content;
+    const pems = pemBlocks(content).filter(({ label }) => label === "CERTIFICATE").map(({ pem }) =>
+      pem + "\n"
+    );
+    try {
+      for (const pem of pems) readCertificate(pem);
+    } catch {
+      return { why: `${quote(path)} holds a certificate that cannot be decoded` };
+    }
+    return changeable(path) ?? (pems.join("") || { why: `${quote(path)} holds no certificate in PEM` });
+  });
+}
+
+/**
+ * Why a file or directory cannot be trusted: others than its owner and root may change it, as sshd has it (StrictModes).
+ * A group with the number of its owner is the owner's own: where there are such groups, umask is often 002 (pam_umask).
+ */
+function changeable(path: string, mend: "go-w" | "o-w" = "go-w"): Invalid | undefined {
+  const { mode, uid, gid } = statOf(path);
+  const byGroup = mode & 0o020 && mend === "go-w" && gid !== 0 && gid !== uid;
+  if (!byGroup && !(mode & 0o002)) return undefined;
+  const shown = (mode & 0o7777).toString(8).padStart(4, "0");
+  return {
+    why: `others may write to ${quote(path)} (mode ${shown})`,
+    hint: `chmod ${mend} ${shellWord(path)}`,
+  };
+}
+
+/** Why root cannot do what is written there: another user has written it, as sudo has it. */
+function foreign(path: string): Invalid | undefined {
+  const { uid } = statOf(path);
+  if (Deno.uid() !== 0 || uid === 0) return undefined;
+  const why = `${quote(path)} belongs to user ${uid}, who could have root run anything`;
+  return { why, hint: `run lematt as user ${uid}, or: chown root ${shellWord(path)}` };
+}
+
+/** The configuration directory, and what stands in the tree of this mode, which is this user's and changed by no other. */
+function checkDirectories(directory: string, base: string, page: Page) {
+  // It stands in commands.
+  if (!/^[A-Za-z0-9/._@+,:%-]+$/.test(directory)) {
+    const hint = "letters, digits and / . _ - @ + , : % can stand in every command";
+    page.error(`the path ${quote(directory)} has other characters than a command can have`, undefined, hint);
+  }
+  page.check(directory, changeable, foreign);
+  const tree = [base, ...["key", "csr", "cert", "state.json"].map((name) => join(base, name))].filter(exists);
+  for (const path of tree) page.check(path, changeable);
+  const us = Deno.uid();
+  const other = tree.find((path) => statOf(path).uid !== us);
+  if (other === undefined) return;
+  const { uid } = statOf(other);
+  const hint = us === 0 ? `run lematt as user ${uid}` : `chown -R ${us} ${shellWord(base)}`;
+  page.warn(`${quote(other)} belongs to user ${uid}`, undefined, hint);
+}
+
+/**
+ * Why no file can be made in the directory; undefined if it can, as far as that is known beforehand: to which groups this
+ * user belongs is not, nor what the mode stands for where there are access control lists.
+ */
+function notWritable(directory: string): Invalid | undefined {
+  const { isDirectory, mode, uid } = statOf(directory);
+  if (!isDirectory) return { why: `${quote(directory)} is not a directory` };
+  const us = Deno.uid();
+  const classes = us === uid ? [mode >> 6] : [mode >> 3, mode];
+  if (us === 0 || classes.some((bits) => (bits & 0o3) === 0o3)) return undefined;
+  return {
+    why: `${quote(directory)}: permission denied`,
+    hint: "the user who runs lematt must be able to write there",
+  };
+}
+
+const MISSING = "it does not exist";
+
+function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch (error) {
+    return whyNot(error) !== MISSING; // but out of reach
+  }
+}
+
+/** Of a file that exists; who cannot reach it has no rights there. */
+function statOf(
+  path: string,
+): { isDirectory: boolean; mode: number; uid: number | null; gid: number | null } {
+  try {
+    const { isDirectory, mode, uid, gid } = Deno.statSync(path);
+    return { isDirectory, mode: mode ?? 0, uid, gid };
+  } catch {
+    return { isDirectory: true, mode: 0, uid: null, gid: null };
+  }
+}
+
+/** The text of a regular file, U+FFFD where it is not UTF-8; or why it cannot be read. */
+function readText(path: string): string | Invalid {
+  try {
+    // A pipe or a device might never end.
+    if (Deno.statSync(path).isFile) return new TextDecoder().decode(Deno.readFileSync(path));
+    return { why: `${quote(path)} is not a file` };
+  } catch (error) {
+    return { why: `${quote(path)}: ${whyNot(error)}` };
+  }
+}
+
+/** What the system has against a path. */
+function whyNot(error: unknown): string {
+  const { code, message } = error as { code?: string; message: string };
+  if (code === "ENOENT" || code === "ENOTDIR") return MISSING;
+  return code === "EACCES" || code === "EPERM" ? "permission denied" : printable(message, 200);
+}
+
+/** The real path of lematt.conf; `passedOver` warns of a ./conf that is another user's. */
+function locate(path?: string, beside?: string): { file: string; passedOver: Notice[] } {
+  const reasons: string[] = [];
+  const passedOver: Notice[] = [];
+  for (const place of path !== undefined ? [path] : ["conf", ...beside === undefined ? [] : [beside]]) {
+    try {
+      const { isDirectory, uid } = Deno.statSync(place);
+      if (path === undefined && place !== beside && uid !== 0 && uid !== Deno.uid()) {
+        const [text, hint] = [
+          `passed over, for it belongs to user ${uid}`,
+          "name it with --config if it is meant",
+        ];
+        passedOver.push({ file: resolve(Deno.cwd(), place), text, hint });
+        continue;
+      }
+      const file = isDirectory ? join(place, "lematt.conf") : place;
+      // Without it, a directory that was named has two other files to be read.
+      if (exists(file) || !isDirectory || path === undefined) {
+        return { file: Deno.realPathSync(file), passedOver };
+      }
+      return { file: join(Deno.realPathSync(place), "lematt.conf"), passedOver };
+    } catch (error) {
+      reasons.push(`${quote(place)}: ${whyNot(error)}`);
+    }
+  }
+  const text = `not found: ${reasons.join(", ")}`;
+  const hint = "name lematt.conf, or its directory, with --config";
+  throw new ConfigError([...passedOver, { file: "lematt.conf", text, hint }]);
+}
+
+interface Notes {
+  readonly errors: Notice[];
+  readonly warnings: Notice[];
+  readonly advice: Notice[];
+}
+
+/** One of the three files, or a directory, and where to note what is wrong with it. */
+class Page {
+  constructor(readonly directory: string, readonly name: string, private readonly notes: Notes) {}
+
+  error = (text: string, line?: number, hint?: string) => this.#note("errors", text, line, hint);
+  warn = (text: string, line?: number, hint?: string) => this.#note("warnings", text, line, hint);
+  advise = (text: string, line?: number, hint?: string) => this.#note("advice", text, line, hint);
+
+  #note(kind: keyof Notes, text: string, line?: number, hint?: string) {
+    const file = printable(this.name, 200);
+    this.notes[kind].push({ file, ...line && { line }, text, ...hint !== undefined && { hint } });
+  }
+
+  check(path: string, ...checks: readonly ((path: string) => Invalid | undefined)[]) {
+    for (const { why, hint } of checks.flatMap((check) => check(path) ?? [])) {
+      this.error(why, undefined, hint);
+    }
+  }
+
+  /** The text of the file; root does not do what another user has written into it. */
+  read(hintIfMissing: string): string | undefined {
+    const path = join(this.directory, this.name);
+    const text = readText(path);
+    if (isInvalid(text)) {
+      return void this.error(text.why, undefined, exists(path) ? undefined : hintIfMissing);
+    }
+    this.check(path, changeable, ...this.name === "domains" ? [] : [foreign]);
+    const lost = text.indexOf("\ufffd"); // what the decoder puts for bytes that are not UTF-8
+    if (lost >= 0) this.error("not UTF-8", text.slice(0, lost).split(/\r\n|\r|\n/).length);
+    return text;
+  }
+
+  parse(text: string, table: Table): ini.Ini {
+    const defaults = Object.entries(table).flatMap(([name, { key = name, or }]) =>
+      or === undefined ? [] : [[key, or]]
+    );
+    const file = ini.parseIni(text, Object.fromEntries(defaults));
+    for (const { text, line, hint } of file.problems) this.error(text, line, hint);
+    return file;
+  }
+}
+
+// --------------------------------------------------------------------------------------------- lematt.conf
+
+/** letsencrypt.org/docs/rate-limits, "New Certificates per Exact Set of Identifiers". */
+const SAME_NAMES_PER_WEEK = 5;
+
+/** The settings, and a function that notes an error where a key is not written. */
+function readSettings(page: Page, mode: Mode) {
+  const text = page.read("copy the conf/lematt.conf that comes with lematt, and adapt it");
+  const file = page.parse(text ?? "", SETTINGS);
+  for (const { name, line } of file.sections.filter(({ name }) => name !== "config")) {
+    const shown = `section [${printable(name)}]`;
+    if (closest(name, ["config"])) page.error(`unknown ${shown}`, line, "did you mean [config]?");
+    else page.warn(`${shown} is ignored`, line, "sections of commands belong in actions.conf");
+  }
+  const section = file.sections.find(({ name }) => name === "config");
+  const { values: settings, written } = readKeys(SETTINGS, page, file, section ?? file.defaults);
+  const missing = (key: string, hint: string) => {
+    if (section && !written.has(key)) page.error(`no "${key}" in [config]`, section.line, hint);
+  };
+  if (section) {
+    for (const each of [section, file.defaults]) {
+      checkUnknown(page, file, each, SETTINGS, SECTION_KEYS, "a section of actions.conf");
+    }
+    missing("accountKey", "the file of your account key; lematt makes the key if there is none");
+    if (written.has("eabKeyId")) missing("eabHmacKey", "it goes with eabKeyId");
+    if (written.has("eabHmacKey")) missing("eabKeyId", "it goes with eabHmacKey");
+    checkSettings(settings, written, page, mode);
+  } else if (text !== undefined) {
+    page.error("no section [config]", undefined, "put [config] in a line above the keys");
+  }
+  return { settings, missing };
+}
+
+/** What is known to go wrong with settings. */
+function checkSettings(settings: Settings, written: ReadonlyMap<string, number>, page: Page, mode: Mode) {
+  const {
+    rsaTag,
+    curveTag,
+    keyBitsRSA,
+    curve,
+    keyTypes,
+    reauthorizeDays = 15,
+    generateNewCertsAfterDays: age,
+  } = settings;
+  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // as a file system compares them that does not tell cases apart
+    const later = (written.get("rsaTag") ?? 0) > (written.get("curveTag") ?? 0) ? "rsaTag" : "curveTag";
+    const why = "the files of both key types would have the same names";
+    page.error(`${later}: ${why}`, written.get(later), "make rsaTag and curveTag differ");
+  }
+  const letsEncrypt = isLetsEncrypt(settings, mode);
+  const isPrivate = written.has("directory") && !written.has("testDirectory") &&
+    !isLetsEncrypt(settings, "prod");
+  const [rsa, both] = [keyTypes.includes("rsa"), keyTypes.length > 1];
+  // A run renews all key types of a line, so as many runs fit into a week as whole sets fit into the limit.
+  const least = 7 / Math.floor(SAME_NAMES_PER_WEEK / keyTypes.length);
+  const limit = `Let's Encrypt issues ${SAME_NAMES_PER_WEEK} certificates a week for one set of names`;
+  // Its CP/CPS, "DV-SSL Subscriber Certificate".
+  const keys = "Let's Encrypt accepts RSA of 2048, 3072 and 4096 bits, P-256 and P-384 alone";
+  const warnings: readonly (readonly [isSo: boolean, key: string, why: string, hint?: string])[] = [
+    [
+      age > 0 && written.has("reauthorizeDays"),
+      "reauthorizeDays",
+      "ignored, since certificates are renewed at the age of generateNewCertsAfterDays",
+    ],
+    [
+      age === 0 && reauthorizeDays > 30 && letsEncrypt,
+      "reauthorizeDays",
+      "more than two thirds of the life of a 45-day certificate, which is renewed when 30 days are left",
+      "15 is right for certificates of 45 days",
+    ],
+    [
+      age === 0 && reauthorizeDays === 0,
+      "reauthorizeDays",
+      "with 0, a certificate is renewed when it has expired",
+    ],
+    [
+      age > 0 && age < least && letsEncrypt,
+      "generateNewCertsAfterDays",
+      `less than ${least}: ${limit}${both ? ", RSA and EC together" : ""}`,
+    ],
+    [rsa && ![2048, 3072, 4096].includes(keyBitsRSA) && letsEncrypt, "keyBitsRSA", keys],
+    [rsa && keyBitsRSA < 2048, "keyBitsRSA", `RSA of ${keyBitsRSA} bits is not safe`],
+    [keyTypes.includes("ec") && curve === "P-521" && letsEncrypt, "curve", keys],
+    [
+      isPrivate,
+      "directory",
+      "--test would ask Let's Encrypt's staging, and show it the names of a private CA",
+      "write testDirectory too; it may be the same",
+    ],
+  ];
+  for (const [isSo, key, why, hint] of warnings) {
+    if (isSo) page.warn(`${key}: ${why}`, written.get(key), hint);
+  }
+}
+
+/** Whether Let's Encrypt's rules and limits are the ones to heed. */
+function isLetsEncrypt({ prodDirectory, testDirectory }: Settings, mode: Mode): boolean {
+  return /^https:\/\/[^/]*\.letsencrypt\.org\//.test(mode === "prod" ? prodDirectory : testDirectory);
 }
 
 // --------------------------------------------------------------------------------------------- actions.conf
 
-const COMMAND_KEYS = "prepare uploadCerts uploadKeys uploadEach update alert dnsPresent dnsCleanup".split(
-  " ",
-);
-const SECTION_KEYS = COMMAND_KEYS.concat(
-  "domains rehearse keyTypes verify verifyWait challenge dnsParallel profile ocspStapleRequired".split(" "),
-);
-const CHALLENGES = ["http-01", "dns-01", "dns-persist-01"] as const;
-const STARTTLS = ["smtp", "imap", "pop3", "ldap", "ftp", "postgres"] as const;
-
 /** The sections, and the names of their `domains` with the lines where they stand. */
 function readActions(
   page: Page,
-  settings: Settings | undefined,
+  settings: Settings,
 ): { sections: readonly Section[]; named: readonly Word[] } {
-  const text = page.read(`an empty file will do to begin with: touch ${shellWord(page.path)}`);
-  if (text === undefined) return { sections: [], named: [] };
-  const ini = page.parse(text);
+  const text = page.read(
+    `an empty file is enough to begin with: touch ${shellWord(join(page.directory, page.name))}`,
+  );
+  const file = page.parse(text ?? "", SECTION_KEYS);
   const named: Word[] = [];
-  const sections = ini.sections.map((section) => readSection(new Keys(page, ini, section), named, settings));
-  for (const section of [ini.defaults, ...ini.sections]) {
-    new Keys(page, ini, section).refuseOthers(SECTION_KEYS, CONFIG_KEYS, "[config] of lematt.conf");
+  const sections = file.sections.map((section) => readSection(page, file, section, settings, named));
+  for (const section of [file.defaults, ...file.sections]) {
+    checkUnknown(page, file, section, SECTION_KEYS, SETTINGS, "[config] of lematt.conf");
   }
-  const fallback = COMMAND_KEYS.some((key) => ini.defaults.entries.has(key.toLowerCase()));
-  if (fallback && !sections.some(({ name }) => name === "default")) {
+  const { entries, line } = file.defaults;
+  const isOne = [...entries.values()].some(({ key, line }) => line && !file.used.has(key));
+  if (isOne && !sections.some(({ name }) => name === "default")) {
     const hint = "write [default] for what is to be run for names of no other section";
-    page.warn("[DEFAULT] is what all sections fall back to, and none by itself", ini.defaults.line, hint);
+    page.warn("[DEFAULT] is what all sections fall back to, and no section by itself", line, hint);
   }
 
   const proof = new Map<string, Section>();
@@ -193,255 +954,216 @@ function readActions(
       const other = proof.get(domain) ?? section;
       proof.set(domain, other);
       if (other.challenge === section.challenge) continue;
-      const ways = [other, section].map(({ name, challenge }) => `by ${challenge} in [${printable(name)}]`);
-      page.fault(`Cannot tell how to prove ${quote(domain)}: ${ways.join(" or ")}`, section.line);
+      const ways = [other, section].map(({ name, challenge }) => `${challenge} in [${printable(name)}]`);
+      page.error(`conflicting challenges for ${quote(domain)}: ${ways.join(", ")}`, section.line);
     }
   }
   return { sections, named };
 }
 
-function readSection(keys: Keys, named: Word[], settings: Settings | undefined): Section {
-  const { name, line } = keys.section;
-  if (/\p{Cc}/u.test(name)) {
-    keys.page.fault(`Cannot use section [${printable(name)}]: a control character in its name`, line);
-  }
-  const domains: string[] = [];
+function readSection(
+  page: Page,
+  file: ini.Ini,
+  section: ini.Section,
+  settings: Settings,
+  named: Word[],
+): Section {
+  const { name, line } = section;
+  const { values, written } = readKeys(SECTION_KEYS, page, file, section);
+  const { domains = [], ocspStapleRequired, ...rest } = values;
+  const { challenge } = rest;
+  const error = (key: string, why: string, hint?: string) =>
+    page.error(`${key}: ${why}`, written.get(key), hint);
+  if (/\p{Cc}/u.test(name)) page.error(`control character in the name of [${printable(name)}]`, line);
   if (name === "default" || name === "every") {
-    const why = name === "every" ? "it is for every name" : "it is for the names of no other section";
-    if (keys.has("domains")) {
-      keys.page.fault(`Cannot use "domains" in [${name}]: ${why}`, keys.line("domains"));
-    }
-  } else if (!keys.has("domains")) {
+    const why = name === "every"
+      ? "[every] is for every name"
+      : "[default] is for the names of no other section";
+    if (written.has("domains")) error("domains", why, "remove the line");
+  } else if (!written.has("domains")) {
     const meant = closest(name, ["default", "every"]);
-    keys.missing("domains", meant ? `did you mean [${meant}]?` : `such as "domains: www.example.com"`);
-  } else {
-    for (const { text, line } of keys.words("domains")) {
-      const domain = toIdentifier(text);
-      if (isMistake(domain)) keys.fault("domains", `${quote(text)}: ${domain.why}`, domain.hint, line);
-      else domains.push(domain), named.push({ text: domain, line });
-    }
+    const hint = meant ? `did you mean [${meant}]?` : "such as domains: www.example.com";
+    page.error(`no "domains" in [${printable(name)}]`, line, hint);
   }
-  if (keys.boolean("ocspStapleRequired")) {
-    const why = "CAs have ended OCSP, and refuse to issue a certificate that demands a staple";
-    keys.fault("ocspStapleRequired", why, "take the line out");
+  if (ocspStapleRequired) {
+    error(
+      "ocspStapleRequired",
+      "CAs have ended OCSP, and refuse a request that demands a staple",
+      "remove the line",
+    );
   }
-  const commands = (key: string) => keys.list(key).map(({ text }) => text);
-  const challenge = keys.oneOf("challenge", CHALLENGES);
-  if (challenge === "dns-01" && !keys.has("dnsPresent")) {
-    keys.fault("challenge", `"dns-01" needs "dnsPresent" in the same section`, `dnsPresent: ["…"]`);
+  if (challenge === "dns-01" && !written.has("dnsPresent")) {
+    error("challenge", `dns-01 needs "dnsPresent" in the same section`, `dnsPresent: ["…"]`);
+  } else if (challenge !== "dns-01" && written.has("dnsPresent")) {
+    const why = `dnsPresent: not used without "challenge: dns-01" in the same section`;
+    page.warn(why, written.get("dnsPresent"));
   }
-  if (keys.has("dnsPresent") && challenge !== "dns-01") {
-    keys.warn("dnsPresent", `it is not used without "challenge: dns-01" in the same section`);
-  }
-  return Object.freeze(defined({
-    name,
-    line,
-    domains: [...new Set(domains)],
-    prepare: commands("prepare"),
-    uploadCerts: commands("uploadCerts"),
-    uploadKeys: commands("uploadKeys"),
-    uploadEach: commands("uploadEach"),
-    update: commands("update"),
-    rehearse: keys.boolean("rehearse"),
-    keyTypes: keys.has("keyTypes") ? readKeyTypes(keys) : settings?.keyTypes ?? [],
-    verify: keys.list("verify").flatMap(({ text, line }) => {
-      const endpoint = toEndpoint(text);
-      if (!isMistake(endpoint)) return [endpoint];
-      keys.fault("verify", `${quote(text)}: ${endpoint.why}`, endpoint.hint, line);
-      return [];
-    }),
-    verifyWaitSeconds: keys.has("verifyWait")
-      ? keys.number("verifyWait", { max: MAX_SECONDS })
-      : settings?.verifyWaitSeconds ?? 0,
-    alert: commands("alert"),
-    challenge,
-    dnsPresent: commands("dnsPresent"),
-    dnsCleanup: commands("dnsCleanup"),
-    dnsParallel: keys.boolean("dnsParallel"),
-    profile: keys.word("profile"),
-  }));
-}
-
-/** `host:port[/protocol][#sni]`. */
-function toEndpoint(text: string): Endpoint | Mistake {
-  const parts = /^(\[[^\]]*\]|[^:/#]*)(?::([^:/#]*))?(?:\/([^/#]*))?(?:#(.*))?$/s.exec(text);
-  if (!parts) return { why: "not host:port", hint: "an IPv6 address stands in brackets: [2001:db8::7]:443" };
-  const [, hostText = "", portText, protocol, sniText] = parts;
-  if (portText === undefined) return { why: "it has no port", hint: `such as "${printable(hostText)}:443"` };
-  const port = /^\d{1,5}$/.test(portText) ? Number(portText) : 0;
-  if (port < 1 || port > 65535) return { why: `${quote(portText)} is no port` };
-  const starttls = STARTTLS.find((known) => known === protocol);
-  if (protocol !== undefined && !starttls) {
-    return {
-      why: `${quote(protocol)} is no protocol with STARTTLS that is known here`,
-      hint: `${STARTTLS.join(", ")}; none for TLS from the start`,
-    };
-  }
-  const bracketed = /^\[(.*)\]$/s.exec(hostText);
-  const host = bracketed
-    ? toIPv6(bracketed[1]!) ?? { why: "no IPv6 address in its brackets" }
-    : toHost(hostText);
-  if (isMistake(host)) return host;
-  const sni = sniText === undefined ? undefined : toHost(sniText);
-  if (isMistake(sni)) return { ...sni, why: `behind "#", ${sni.why}` };
-  if (sni !== undefined && isIP(sni)) return { why: `behind "#", an address cannot be a server name` };
-  return Object.freeze(defined({ text, host, port, starttls, sni }));
+  named.push(...domains);
+  const { keyTypes, verifyWaitSeconds } = settings;
+  const own = Object.freeze([...new Set(domains.map(({ text }) => text))]);
+  return Object.freeze({ keyTypes, verifyWaitSeconds, ...rest, name, line, domains: own });
 }
 
 // -------------------------------------------------------------------------------------------------- domains
 
-/** At most so many names in one certificate: Let's Encrypt's limit for its profile `classic`. */
+/** At most so many names in one certificate, as in the original: Let's Encrypt's limit for its profile `classic`. */
 const MAX_NAMES = 100;
-/** letsencrypt.org/docs/profiles, "Max Names". */
+/** The most in other profiles of Let's Encrypt: letsencrypt.org/docs/profiles. */
 const PROFILE_MAX_NAMES: ReadonlyMap<string, number> = new Map([["tlsserver", 25], ["shortlived", 25]]);
 
-interface ParsedLine {
-  readonly line: number;
-  readonly names: readonly string[];
-}
+type ParsedLine = Pick<Line, "line" | "names" | "formerNames">;
 
-function readDomains(page: Page): readonly ParsedLine[] {
-  const hint = "one line a certificate, such as: example.com www";
+function readDomains(page: Page, isChosen: boolean): readonly ParsedLine[] {
+  const hint = "a line for each certificate, such as: example.com www";
   const text = page.read(hint);
-  if (text === undefined) return [];
-  const lines: ParsedLine[] = [];
-  const same = new Map<string, number>(); // names, which make the stem -> line
-  const alone = new Map<string, number>(); // the name of a line that has no other -> line
-  let empty = true;
-  text.split(/\r\n|\r|\n/).forEach((full, index) => {
-    const content = full.trim();
-    if (content === "" || content.startsWith("#")) return;
-    empty = false;
+  const lines = new Map<string, ParsedLine>(); // by their names
+  const sets = new Map<string, number>(); // names in alphabetical order -> line
+  let isEmpty = true;
+  (text ?? "").split(/\r\n|\r|\n/).forEach((full, index) => {
+    const words = full.trim().split(/\s+/);
+    if (words[0] === "" || words[0]!.startsWith("#")) return;
+    isEmpty = false;
     const line = index + 1;
-    const names = readNames(page, content.split(/\s+/), line);
+    const names = readNames(page, words, line);
     if (!names) return;
-    const stem = names.join(" ");
-    const other = same.get(stem);
-    if (other) {
-      return page.fault(`Cannot use the names of line ${other} twice`, line, "take one of the lines out");
-    }
-    same.set(stem, line);
-    if (names.length === 1) alone.set(stem, line);
-    lines.push({ line, names });
+    const former = formerNames(words, names);
+    const [key, set] = [names.join(" "), [...names].sort().join(" ")];
+    const same = lines.get(key);
+    if (same) page.warn(`same names as line ${same.line}`, line, "remove one of the lines");
+    else if (sets.has(set)) {
+      const why = `same names as line ${sets.get(set)} in another order, which makes two certificates`;
+      page.warn(why, line, "remove one of the lines");
+    } else sets.set(set, line);
+    lines.set(key, { line, names, ...same, formerNames: [...same?.formerNames ?? [], ...former] });
   });
-  if (empty) page.fault("Cannot find a name in it", undefined, hint);
-
-  for (const { line, names } of lines) {
+  if (text !== undefined && isEmpty) {
+    const where = isChosen ? `; ${page.directory} is read since no --config names another` : "";
+    page.error(`no names in ${join(page.directory, page.name)}`, undefined, hint + where);
+  }
+  for (const { line, names } of lines.values()) {
     for (const name of names.length > 1 ? names : []) {
-      const own = alone.get(name);
-      if (own === undefined) continue;
-      const whose = "its files are that line's, not links to this one's";
-      page.warn(`${quote(name)} is also alone in line ${own}: ${whose}`, line);
+      const own = lines.get(name);
+      if (own) page.warn(`${quote(name)} is also alone in line ${own.line}, whose files have its name`, line);
     }
   }
-  return lines;
+  return [...lines.values()];
 }
 
-/** The names of one line, in the order that makes its stem; undefined after a fault. */
-function readNames(page: Page, words: readonly string[], line: number): string[] | undefined {
-  const names = new Set<string>();
-  let primary: string | Mistake | undefined;
-  let faulty = false;
-  for (const word of words) {
-    const name: string | Mistake = primary === undefined
-      ? toIdentifier(word)
-      : toMember(word, words[0]!, primary);
-    primary ??= name;
-    if (typeof name === "string") names.add(name);
-    else {
-      page.fault(`Cannot use the name ${quote(word)}: ${name.why}`, line, name.hint);
-      faulty = true;
-    }
-  }
-  if (names.size > MAX_NAMES) {
-    const why = `${MAX_NAMES} is the most`;
-    page.fault(`Cannot put ${names.size} names into one certificate: ${why}`, line, "make it two lines");
-    faulty = true;
-  }
-  if (faulty) return undefined;
-  const [first, ...rest] = names;
-  return [first!, ...bySubdomain(rest)];
+/** The names of one line, in the order that makes its stem; undefined after an error. */
+function readNames(page: Page, words: readonly string[], line: number): readonly string[] | undefined {
+  const primary = toIdentifier(words[0]!);
+  const all = words.map((word, index) => index ? toMember(word, words[0]!, primary) : primary);
+  all.forEach((name, index) => {
+    if (isInvalid(name)) page.error(`invalid name ${quote(words[index]!)}: ${name.why}`, line, name.hint);
+  });
+  const [first, ...rest] = new Set(all.filter((name) => typeof name === "string"));
+  if (rest.length >= MAX_NAMES) {
+    page.error(
+      `${rest.length + 1} names in one certificate; ${MAX_NAMES} is the most`,
+      line,
+      "make it two lines",
+    );
+  } else if (!all.some(isInvalid)) return Object.freeze([first!, ...inStemOrder(rest)]);
 }
 
 /** A further name of a line: one without a dot is a subdomain of the first, `*` the wildcard below it. */
-function toMember(word: string, first: string, primary: string | Mistake): string | Mistake {
+function toMember(word: string, first: string, primary: string | Invalid): string | Invalid {
   if (word.includes(".") || word.includes(":")) return toIdentifier(word);
-  // The first name's own fault is told already, not again for each word that is short for a subdomain of it.
-  if (isMistake(primary)) return toIdentifier(`${word}.example.com`);
+  // The first name's own error is told already, not again for each word that is short for a subdomain of it.
+  if (isInvalid(primary)) return toIdentifier(`${word}.example.com`);
   if (!primary.startsWith("*.") && !isIP(primary)) return toIdentifier(`${word}.${first}`);
   return { why: `${quote(first)} has no subdomains to be short for`, hint: "write the name in full" };
 }
 
 /** The order of names within a stem: by labels from the right, without the last one; ties by the whole name. */
-function bySubdomain(names: string[]): string[] {
+function inStemOrder(names: readonly string[]): readonly string[] {
   if (names.length < 2) return names;
   const compare = (a: string, b: string) => a < b ? -1 : a > b ? 1 : 0;
-  return names.map((name) => ({
-    name,
-    key: name.slice(0, name.lastIndexOf(".")).split(".").reverse().join("\0"),
-  }))
-    .sort((a, b) => compare(a.key, b.key) || compare(a.name, b.name))
+  const rank = (name: string) => name.slice(0, name.lastIndexOf(".")).split(".").reverse().join("\0");
+  return names.map((name) => ({ name, rank: rank(name) }))
+    .sort((a, b) => compare(a.rank, b.rank) || compare(a.name, b.name))
     .map(({ name }) => name);
 }
 
-/** Joins each line with what actions.conf has for its names; faults where a name cannot be proven as that says. */
+/** See `Line.formerNames`; none for what the original had no way to write. */
+function formerNames(words: readonly string[], names: readonly string[]): (readonly string[])[] {
+  const [first, ...rest] = words.map((word, index) =>
+    index && !word.includes(".") ? `${word}.${words[0]}` : word
+  );
+  const former = [first!, ...inStemOrder([...new Set(rest)])];
+  const isSame = former.length === names.length && former.every((name, index) => name === names[index]);
+  return isSame || words.some((word) => /[^!-~]/.test(word)) ? [] : [former];
+}
+
+// ------------------------------------------------------------------------------------- lines and their sections
+
+/** Joins each line with what actions.conf has for its names; errors where a name cannot be proven as that says. */
 function assign(
   parsed: readonly ParsedLine[],
   sections: readonly Section[],
   page: Page,
-  settings?: Settings,
+  settings: Settings,
+  mode: Mode,
 ): Line[] {
   const of = routes(sections);
-  const profiles = new Map<readonly Section[], readonly string[]>(); // most lines share their sections
-  return parsed.map(({ line, names }) => {
+  const letsEncrypt = isLetsEncrypt(settings, mode);
+  const shared = new Map<readonly Section[], Pick<Line, "keyTypes" | "profile">>(); // by most lines
+  return parsed.map(({ line, names, formerNames }) => {
     const delivering = deliverers(names, of);
-    const own = profiles.get(delivering) ?? profilesOf(delivering);
-    profiles.set(delivering, own);
-    if (own.length > 1) {
-      page.fault(`Cannot choose a profile: its names' sections say ${own.map(quote).join(" and ")}`, line);
-    }
-    const profile = own[0] ?? settings?.profile;
-    const most = PROFILE_MAX_NAMES.get(profile ?? "") ?? MAX_NAMES;
-    if (names.length > most) {
-      const why = `${most} is the most of profile "${profile}"`;
-      page.fault(`Cannot put ${names.length} names into one certificate: ${why}`, line);
+    const made = shared.get(delivering) ?? wantedBy(delivering, settings, (text) => page.error(text, line));
+    shared.set(delivering, made);
+    const { profile = "" } = made;
+    const most = PROFILE_MAX_NAMES.get(profile) ?? MAX_NAMES;
+    if (letsEncrypt && names.length > most) {
+      page.error(`${names.length} names in one certificate; ${most} is the most in profile ${profile}`, line);
     }
     for (const name of names) {
       const wildcard = name.startsWith("*.");
       if (!wildcard && !isIP(name)) continue;
-      const challenge = prove(sections, name);
-      if (wildcard && challenge === "http-01") {
-        const by = of(name.slice(2)).find(({ challenge }) => challenge);
-        const hint = by?.domains.length
-          ? `add ${name} to "domains" of [${printable(by.name)}]`
-          : `name it in a section of actions.conf with "challenge: dns-01"`;
-        const why = "a wildcard needs dns-01 or dns-persist-01";
-        page.fault(`Cannot prove ${quote(name)} by http-01: ${why}`, line, hint);
+      const challenge = proofOf(sections, name);
+      const needs = wildcard ? "a wildcard needs dns-01 or dns-persist-01" : "an IP address needs http-01";
+      if (wildcard === (challenge === "http-01")) {
+        const by = of(name.slice(2)).find(({ challenge, domains }) => challenge && domains.length);
+        const place = by
+          ? `add it to "domains" of [${printable(by.name)}]`
+          : "name it in a section of actions.conf";
+        const hint = by ? place : `${place} with "challenge: ${wildcard ? "dns-01" : "http-01"}"`;
+        page.error(`${quote(name)} cannot be proven by ${challenge}: ${needs}`, line, hint);
       }
-      if (!wildcard && challenge !== "http-01") {
-        const hint = `name it in a section of actions.conf with "challenge: http-01"`;
-        page.fault(`Cannot prove ${quote(name)} by ${challenge}: an IP address needs http-01`, line, hint);
-      }
-      if (!wildcard && profile !== "shortlived" && settings && isLetsEncrypt(settings)) {
-        const text = `Let's Encrypt certifies IP addresses in its profile "shortlived" alone`;
-        page.warn(text, line, "profile: shortlived");
+      if (!wildcard && profile !== "shortlived" && letsEncrypt) {
+        page.warn(
+          `Let's Encrypt certifies IP addresses in its profile shortlived alone`,
+          line,
+          "profile: shortlived",
+        );
       }
     }
-    const wanted = new Set(
-      delivering.filter(({ name }) => name !== "every").flatMap(({ keyTypes }) => keyTypes),
-    );
-    const all = settings?.keyTypes ?? [];
-    const keyTypes = wanted.size ? (["rsa", "ec"] as const).filter((type) => wanted.has(type)) : all;
-    const made = { line, names: Object.freeze(names), sections: delivering, keyTypes, formerNames: [] };
-    return Object.freeze(profile === undefined ? made : { ...made, profile });
+    return Object.freeze({ line, names, sections: delivering, ...made, formerNames });
   });
 }
 
-/** The profiles of a line's sections, of which there should be one at most; that of [every] only if no other has one. */
-function profilesOf(sections: readonly Section[]): readonly string[] {
-  const of = (those: readonly Section[]) => [...new Set(those.flatMap(({ profile }) => profile ?? []))];
-  const own = of(sections.filter(({ name }) => name !== "every"));
-  return own.length ? own : of(sections);
+/** Key types and profile of the lines that these sections deliver. [every] decides only where no other section does. */
+function wantedBy(
+  sections: readonly Section[],
+  settings: Settings,
+  error: (text: string) => void,
+): Pick<Line, "keyTypes" | "profile"> {
+  const own = sections.filter(({ name }) => name !== "every");
+  const types = own.flatMap(({ keyTypes }) => keyTypes);
+  const keyTypes = own.length
+    ? (["rsa", "ec"] as const).filter((type) => types.includes(type))
+    : settings.keyTypes;
+  const deciding = [own, sections].map((those) => those.filter(({ profile }) => profile)).find(({ length }) =>
+    length
+  );
+  const [one = settings, ...others] = deciding ?? [];
+  const other = others.find(({ profile }) => profile !== one.profile);
+  if (other) {
+    error(
+      `conflicting profiles: ${one.profile} in [${deciding![0]!.name}], ${other.profile} in [${other.name}]`,
+    );
+  }
+  return { keyTypes, ...one.profile && { profile: one.profile } };
 }
 
 type Route = (name: string) => readonly Section[];
@@ -467,7 +1189,7 @@ function routes(sections: readonly Section[]): Route {
   return route;
 }
 
-function prove(sections: readonly Section[], name: string): ChallengeType {
+function proofOf(sections: readonly Section[], name: string): ChallengeType {
   return routes(sections)(name).find(({ challenge }) => challenge)?.challenge ?? "http-01";
 }
 
@@ -480,37 +1202,56 @@ function deliverers(names: readonly string[], of: Route): readonly Section[] {
   return Object.freeze([...new Set(names.flatMap(of))].sort((a, b) => rank(a) - rank(b)));
 }
 
-/** A name of a section that no certificate has is most often misspelt. */
-function warnOfUnused(page: Page, named: readonly Word[], lines: readonly ParsedLine[]) {
-  if (!named.length) return;
+/** Warns of what in actions.conf does nothing for the lines that there are, and advises `verify`. */
+function checkSections(
+  sections: readonly Section[],
+  named: readonly Word[],
+  lines: readonly Line[],
+  page: Page,
+) {
   const issued = new Set(lines.flatMap(({ names }) => names));
+  const covers = (names: ReadonlySet<string>, name: string) =>
+    names.has(name) || names.has(name.replace(/^[^.]*/, "*"));
   for (const { text, line } of named) {
     if (issued.has(text)) continue;
-    const wildcard = text.replace(/^[^.]*/, "*");
-    const hint = issued.has(wildcard) ? `name ${wildcard}, which is` : undefined;
-    page.warn(`${quote(text)} is in no line of "domains", so this section does nothing for it`, line, hint);
+    const hint = covers(issued, text) ? `name ${text.replace(/^[^.]*/, "*")}, which is` : undefined;
+    page.warn(`${quote(text)} is in no line of domains, so nothing is done for it`, line, hint);
   }
-}
 
-// ---------------------------------------------------------------------------------------------------- files
-
-/** The real path of lematt.conf. */
-function locate(path: string | undefined, beside: string | undefined): string {
-  const places = path !== undefined ? [path] : ["conf", ...(beside === undefined ? [] : [beside])];
-  const reasons: string[] = [];
-  for (const place of places) {
-    try {
-      const directory = Deno.statSync(place).isDirectory;
-      const file = directory ? join(place, "lematt.conf") : place;
-      // Without it, a directory that was named has two other files to be read.
-      return exists(file) || !directory || !path
-        ? Deno.realPathSync(file)
-        : join(Deno.realPathSync(place), "lematt.conf");
-    } catch (error) {
-      reasons.push(`${quote(place)}: ${whyNot(error)}`);
+  const linesOf = new Map<Section, Line[]>(sections.map((section) => [section, []]));
+  for (const line of lines) for (const section of line.sections) linesOf.get(section)!.push(line);
+  for (const [section, lines] of linesOf) {
+    const { name, line, verify, uploadCerts, uploadKeys, uploadEach, update } = section;
+    const hasLists = [uploadCerts, uploadKeys, uploadEach, update].some(({ length }) => length);
+    if (hasLists && lines.length && !verify.length && name !== "every") {
+      const why = `nothing is verified of what [${printable(name)}] delivers`;
+      page.advise(why, line, `name who must serve it, such as verify: ["DOMAIN:443"]`);
+    }
+    const wanted = verify.filter(({ host, sni = host }) => sni !== "DOMAIN" && sni !== "DOMAINS_ALL");
+    if (lines.length < 2 || !wanted.length) continue;
+    const names = new Set(lines.flatMap(({ names }) => names));
+    for (const { text, host, sni = host } of wanted) {
+      if (covers(names, sni)) continue;
+      const why = `verify: ${quote(text)} has the name of no line of [${
+        printable(name)
+      }], so any of its certificates is right`;
+      page.warn(why, line, `say which, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`);
     }
   }
-  const text = `Cannot find it in ${reasons.join(", or in ")}`;
-  const hint = "name lematt.conf, or its directory, with --config";
-  throw new ConfigError([{ file: "lematt.conf", text, hint }]);
+
+  if (!sections.some(({ prepare, domains }) => prepare.length && domains.length)) return;
+  const of = routes(sections);
+  for (const { names } of lines) {
+    const by = names.flatMap(of).find(({ prepare, domains }) => prepare.length && domains.length);
+    for (const name of by ? names : []) {
+      if (
+        of(name).some(({ prepare, domains }) => prepare.length || domains.length) ||
+        proofOf(sections, name) !== "http-01"
+      ) continue;
+      const why = `"prepare" of [${printable(by!.name)}] does not run for ${
+        quote(name)
+      }, which is on a line with its names`;
+      page.warn(why, by!.line, `add ${name} to its "domains"`);
+    }
+  }
 }

@@ -1,15 +1,15 @@
 /**
  * The dialect of Python's `configparser.ConfigParser` with its defaults: text -> sections, keys and values, each
- * with its line number, and every fault of the text rather than the first.
+ * with its line number, and every problem of the text rather than the first.
  *
  * Knows no file, no key and no section but `[DEFAULT]`. Accepts what Python accepts and refuses what it refuses
  * (docs.python.org/3/library/configparser.html, "Supported INI File Structure"), but for a byte order mark, which
- * is skipped, and for substitutions that would grow without bound.
+ * is skipped, and for substitutions that would grow without bound. Messages quote no line: it may be a secret.
  */
-import { printable, quote } from "./text.ts";
+import { type Invalid, printable, quote } from "./names.ts";
 
 /** What is wrong with one line. */
-export interface Fault {
+export interface Problem {
   readonly line: number;
   readonly text: string;
   readonly hint?: string;
@@ -19,30 +19,30 @@ export interface Entry {
   readonly key: string; // lower case, as it is looked up
   readonly spelling: string; // as written
   readonly line: number; // 0 for a built-in fallback
-  readonly raw: string; // before substitution, its lines joined by "\n"
-  readonly lines: readonly number[]; // the line number of each line of `raw`; comments between them leave gaps
+  readonly parts: string[]; // the lines of the value, before substitution
+  readonly lines: number[]; // the line number of each part; comments between them leave gaps
 }
 
 export interface Section {
   readonly name: string;
   readonly line: number; // of its header; 0 if there is none
-  readonly entries: ReadonlyMap<string, Entry>; // its own, by key
+  readonly entries: Map<string, Entry>; // its own, by key
 }
 
 export interface Ini {
-  /** In the order of the file, without [DEFAULT]. A name stands here twice only if that is among the faults. */
+  /** In the order of the file, without [DEFAULT]. A name stands here twice only if that is among the problems. */
   readonly sections: readonly Section[];
   /** `[DEFAULT]`: what every section falls back to. */
   readonly defaults: Section;
   /** Keys that a `%(key)s` has asked for so far: variables, whatever their name. Grows with `valueOf`. */
   readonly used: Set<string>;
-  readonly faults: readonly Fault[];
+  readonly problems: readonly Problem[];
 }
 
 export interface Value {
   readonly entry: Entry;
   readonly text: string; // after substitution
-  readonly fault?: Fault; // why it cannot be substituted; `text` is then to be ignored
+  readonly problem?: Invalid; // why it cannot be substituted; `text` is then to be ignored
 }
 
 /** Python's MAX_INTERPOLATION_DEPTH. */
@@ -57,20 +57,21 @@ const REFERENCE = /%\(([^)]+)\)s/y;
 
 /**
  * Reads the text of a file. `fallbacks` are built-in keys of `[DEFAULT]`, which the text overrides.
- * Never throws: what cannot be read is in `faults`, in the order of the lines.
+ * Never throws: what cannot be read is in `problems`, in the order of the lines.
  */
 export function parseIni(text: string, fallbacks: Readonly<Record<string, string>> = {}): Ini {
-  const faults: Fault[] = [];
-  const sections: OpenSection[] = [];
-  const begun = new Map<string, OpenSection>();
-  const defaults: OpenSection = { name: "DEFAULT", line: 0, entries: new Map() };
+  const problems: Problem[] = [];
+  const problem = (line: number, text: string, hint?: string) => problems.push({ line, text, hint });
+  const sections: Section[] = [];
+  const first = new Map<string, number>(); // section -> the line where it begins
+  let defaults = newSection("DEFAULT", 0);
   for (const [spelling, value] of Object.entries(fallbacks)) {
     const entry = newEntry(spelling, 0, value);
     defaults.entries.set(entry.key, entry);
   }
 
-  let section: OpenSection | undefined;
-  let entry: OpenEntry | undefined; // the value that an indented line would continue
+  let section: Section | undefined;
+  let entry: Entry | undefined; // the value that an indented line would continue
   let indent = 0;
   let headless = false;
 
@@ -78,15 +79,10 @@ export function parseIni(text: string, fallbacks: Readonly<Record<string, string
     const line = index + 1;
     const content = strip(full);
     if (content.startsWith("#") || content.startsWith(";")) return;
-    if (content === "") {
-      entry?.parts.push("");
-      entry?.lines.push(line);
-      return;
-    }
     const depth = full.indexOf(content);
-    if (entry && depth > indent) {
-      entry.parts.push(content);
-      entry.lines.push(line);
+    if (content === "" || (entry && depth > indent)) {
+      entry?.parts.push(content);
+      entry?.lines.push(line);
       return;
     }
     indent = depth;
@@ -94,67 +90,51 @@ export function parseIni(text: string, fallbacks: Readonly<Record<string, string
     const close = content.startsWith("[") ? content.lastIndexOf("]") : -1;
     if (close > 1) {
       const name = content.slice(1, close);
-      const first = begun.get(name);
-      if (name === defaults.name) section = defaults;
-      else {
-        section = { name, line, entries: new Map() };
-        sections.push(section);
-        if (first) {
-          faults.push({
-            line,
-            text: `Cannot use section [${printable(name)}] twice: it began in line ${first.line}`,
-            hint: "give each section a name of its own",
-          });
-        } else begun.set(name, section);
-      }
-      if (section === defaults && !defaults.line) defaults.line = line;
       entry = undefined;
+      if (name === defaults.name) {
+        section = defaults = { ...defaults, line: defaults.line || line };
+        return;
+      }
+      section = newSection(name, line);
+      sections.push(section);
+      const before = first.get(name);
+      if (before === undefined) first.set(name, line);
+      else {
+        const hint = "give each section a name of its own";
+        problem(line, `second section [${printable(name)}], the first is in line ${before}`, hint);
+      }
       return;
     }
     if (!section) {
-      if (!headless) {
-        faults.push({
-          line,
-          text: `Cannot read ${quote(content)}: it stands before any [section]`,
-          hint: "put the [section] that it belongs to in a line above it",
-        });
-      }
+      if (!headless) problem(line, "text before any [section]", "put its [section] in a line above");
       headless = true;
       return;
     }
 
     const delimiter = content.search(/[=:]/);
     if (delimiter < 0) {
-      faults.push({
-        line,
-        text: `Cannot read ${quote(content)}: neither a [section] nor a "key: value"`,
-        hint: entry && `indent it if it continues "${printable(entry.spelling)}" of line ${entry.line}`,
-      });
+      const hint = entry && `indent it if it continues ${keyText(entry.spelling)} of line ${entry.line}`;
+      problem(line, `neither a [section] nor a "key: value"`, hint);
       return;
     }
     const spelling = strip(content.slice(0, delimiter));
     if (!spelling) {
-      faults.push({ line, text: `Cannot read ${quote(content)}: there is no key before the delimiter` });
+      problem(line, `no key before the "${content[delimiter]}"`);
       entry = undefined;
       return;
     }
     entry = newEntry(spelling, line, strip(content.slice(delimiter + 1)));
-    const first = section.entries.get(entry.key);
-    if (first && first.line > 0) {
-      faults.push({
-        line,
-        text: `Cannot use key ${quote(spelling)} twice in one section: it is in line ${first.line} already`,
-      });
-    } else section.entries.set(entry.key, entry);
+    const before = section.entries.get(entry.key)?.line;
+    if (before) problem(line, `second ${keyText(spelling)} in one section, the first is in line ${before}`);
+    else section.entries.set(entry.key, entry);
   });
 
   for (const { entries } of [defaults, ...sections]) {
-    for (const entry of entries.values()) {
-      while (entry.parts.at(-1) === "") entry.parts.pop();
-      entry.raw = entry.parts.join("\n");
+    for (const { parts, lines } of entries.values()) {
+      while (parts.at(-1) === "" && parts.length > 1) parts.pop(), lines.pop();
     }
   }
-  return { sections, defaults, used: new Set(), faults };
+  return { sections, defaults, used: new Set(), problems };
 }
 
 /**
@@ -165,16 +145,18 @@ export function valueOf(ini: Ini, section: Section, key: string): Value | undefi
   const find = (key: string) => section.entries.get(key) ?? ini.defaults.entries.get(key);
   const entry = find(key);
   if (!entry) return undefined;
-  let fault: Omit<Fault, "line"> | undefined;
+  let problem: Invalid | undefined;
   let growth = 0;
 
-  const substitute = (text: string, depth: number): string => {
+  const substitute = ({ parts }: Entry, depth: number): string => {
+    const text = parts.join("\n");
+    if (depth > 1) growth += 1 + text.length;
     if (depth > MAX_DEPTH && text.includes("%")) {
-      fault = { text: `its %(…)s go deeper than ${MAX_DEPTH} steps, or in a circle` };
-    }
+      problem = { why: `its %(…)s go deeper than ${MAX_DEPTH} steps, or in a circle` };
+    } else if (growth > MAX_GROWTH) problem = { why: "its %(…)s make it longer than a megabyte" };
     let result = "";
     let at = 0;
-    while (!fault) {
+    while (!problem) {
       const percent = text.indexOf("%", at);
       if (percent < 0) return result + text.slice(at);
       result += text.slice(at, percent);
@@ -186,72 +168,42 @@ export function valueOf(ini: Ini, section: Section, key: string): Value | undefi
       REFERENCE.lastIndex = percent;
       const [all, name] = REFERENCE.exec(text) ?? [];
       if (!all || !name) {
-        fault = { text: `a lone "%" in it`, hint: `write "%%" for a percent sign` };
+        problem = { why: `lone "%"`, hint: `write "%%" for a percent sign` };
         break;
       }
-      const key = name.toLowerCase();
-      ini.used.add(key);
-      const found = find(key);
-      growth += 1 + (found?.raw.length ?? 0);
-      if (!found) {
-        fault = {
-          text: `no key ${quote(name)} for ${quote(all)}`,
-          hint: `write it in this section or in [DEFAULT], or "%%" for a percent sign`,
-        };
-      } else if (growth > MAX_GROWTH) fault = { text: "its %(…)s make it longer than a megabyte" };
-      else result += substitute(found.raw, depth + 1);
+      const found = find(name.toLowerCase());
+      ini.used.add(name.toLowerCase());
+      if (found) result += substitute(found, depth + 1);
+      else {
+        const hint = `write it in this section or in [DEFAULT], or "%%" for a percent sign`;
+        problem = { why: `no key for ${quote(all)}`, hint };
+      }
       at = percent + all.length;
     }
-    return result;
+    return "";
   };
 
-  const text = substitute(entry.raw, 1);
-  if (!fault) return { entry, text };
-  return {
-    entry,
-    text: "",
-    fault: { line: entry.line, ...fault, text: cannotRead(entry.spelling, fault.text) },
-  };
+  return { entry, text: substitute(entry, 1), problem };
 }
 
-/** Tells the line number of a character of `value.text` by its offset. */
-export function lineFinder({ entry, text }: Value): (offset: number) => number {
-  const breaks = Array.from(text.matchAll(/\n/g), ({ index }) => index);
-  // A substituted value may bring line breaks along; then only its first line is sure.
-  if (breaks.length >= entry.raw.split("\n").length) return () => entry.line;
-  return (offset) => {
-    let [low, high] = [0, breaks.length];
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (breaks[middle]! < offset) low = middle + 1;
-      else high = middle;
-    }
-    return entry.lines[low] ?? entry.line;
-  };
+/** The lines of a value with their numbers; where a substitution brought line breaks along, only the first is sure. */
+export function linesOf({ entry, text }: Value): { text: string; line: number }[] {
+  const parts = text.split("\n");
+  const known = parts.length === entry.lines.length;
+  return parts.map((text, index) => ({ text, line: known ? entry.lines[index]! : entry.line }));
 }
 
-/** How a fault of a key's value begins. */
-export function cannotRead(key: string, why: string): string {
-  return `Cannot read ${quote(key)}: ${why}`;
+/** A key as messages show it; not at all where it is too long for one, for it may be the middle of a secret. */
+export function keyText(spelling: string): string {
+  return spelling.length > 30 ? "a key of more than 30 characters" : quote(spelling);
 }
 
-interface OpenEntry {
-  key: string;
-  spelling: string;
-  line: number;
-  raw: string;
-  lines: number[];
-  parts: string[];
+function newSection(name: string, line: number): Section {
+  return { name, line, entries: new Map() };
 }
 
-interface OpenSection {
-  name: string;
-  line: number;
-  entries: Map<string, OpenEntry>;
-}
-
-function newEntry(spelling: string, line: number, value: string): OpenEntry {
-  return { key: spelling.toLowerCase(), spelling, line, raw: value, lines: [line], parts: [value] };
+function newEntry(spelling: string, line: number, value: string): Entry {
+  return { key: spelling.toLowerCase(), spelling, line, parts: [value], lines: [line] };
 }
 
 /** Python's str.strip(). A loop, since a regular expression takes quadratic time over inner white space. */

@@ -1,13 +1,24 @@
 /**
  * What a host name, a wildcard and an IP address are: text as written -> the one form in which it is compared, stored
- * and sent to the CA, or why it is none of them.
+ * and sent to the CA, or why it is none of them. And text from outside, made safe to show.
  *
- * Pure; knows no file and asks no DNS. Whatever it accepts may stand in a file name and in a request to the CA.
+ * Pure; knows no file and asks no DNS. What is accepted as a name may stand in a file name and in a request to the CA.
  *
  * Host names: RFC 1123 §2.1, A-labels by UTS 46; IP addresses: RFC 8738, RFC 5952.
  */
 import defer * as node from "node:process";
-import { isMistake, type Mistake, quote } from "./text.ts";
+
+/** Why a text is not what it should be. */
+export interface Invalid {
+  readonly why: string;
+  readonly hint?: string;
+}
+
+export function isInvalid(value: unknown): value is Invalid {
+  return typeof value === "object" && value !== null && "why" in value;
+}
+
+// ---------------------------------------------------------------------------------------------------- names
 
 /** For names beyond ASCII; it takes longer to load than a run with nothing due, and does not let itself be deferred. */
 const nodeUrl = () => node.getBuiltinModule("node:url");
@@ -19,39 +30,61 @@ const LABEL_ALONE = new RegExp(`^(?![0-9]+$)${LABEL}$`, "i");
 /** Two labels at least, the last not a number: it would be taken for an IPv4 address. */
 const HOST = new RegExp(`^(?:${LABEL}\\.)+(?![0-9]+$)${LABEL}$`);
 
+/** Why a name that is not HOST is invalid: the first that matches says it. `$` stands for what matched. */
+const REASONS: readonly (readonly [pattern: RegExp, why: string, hint?: string])[] = [
+  [/\//, "$ is not allowed in a name", "write the name alone, not a URL"],
+  [/[,;]/, "$ is not allowed in a name", "separate names by blanks"],
+  [/#/, "$ is not allowed in a name", "a comment needs a line of its own"],
+  [/\*/, "$ is only allowed as the whole first label"],
+  [/:/, "$ is not allowed in a name or IP address"],
+  [/[^a-z0-9.-]/, "$ is not allowed in a name"],
+  [/\.$/, "trailing dot", "remove the dot"],
+  [/^\.|\.\./, "empty label"],
+  [/[^.]{64,}/, "label $ is longer than 63 characters"],
+  [/(?<![^.])-[^.]*|[^.]*-(?![^.])/, "label $ begins or ends with a dash"],
+  [/^[^.]*$/, "no dot in it", "write the name in full"],
+  [/\d+$/, "neither an IP address nor a host name, whose last label cannot be a number"],
+];
+
 /**
  * A host name, wildcard or IP address in the one form in which it is compared, stored and sent to the CA: lower case,
  * A-labels, RFC 5952 text; or why it is none. A trailing dot is refused rather than dropped: one name, one spelling.
  */
-export function toIdentifier(written: string): string | Mistake {
+export function toIdentifier(written: string): string | Invalid {
   // Before the conversion too, which takes quadratic time.
   const name = written.length > 253 || !/[^!-~]/.test(written) ? written.toLowerCase() : toAscii(written);
-  if (isMistake(name)) return name;
-  if (name.length > 253) return { why: "it has more than 253 characters" };
+  if (isInvalid(name)) return name;
+  if (name.length > 253) return { why: "longer than 253 characters" };
   const host = name.startsWith("*.") ? name.slice(2) : name;
   if (HOST.test(host)) {
-    if (!host.includes("xn--") || nodeUrl().domainToASCII(host) === host) return name;
-    return { why: `it has an "xn--" label that stands for nothing` };
+    const valid = !host.includes("xn--") || nodeUrl().domainToASCII(host) === host;
+    return valid ? name : { why: `invalid "xn--" label` };
   }
   if (isIP(name) === 4) return name;
   const address = toIPv6(name);
-  if (address?.startsWith("::ffff:")) {
-    return { why: "it is an IPv4 address in IPv6 clothes", hint: "write it as IPv4" };
+  if (address?.startsWith("::ffff:")) return { why: "IPv4-mapped IPv6 address", hint: "write it as IPv4" };
+  if (address !== undefined) return address;
+  for (const [pattern, why, hint] of REASONS) {
+    const found = pattern.exec(host);
+    if (found) return { why: why.replace("$", () => quote(found[0])), hint };
   }
-  return address ?? whyNoHost(host);
+  return { why: "not a host name" };
 }
 
 /** A-labels for what is not ASCII, if and only if the way back leads to the same name. */
-function toAscii(written: string): string | Mistake {
-  if (/[\p{C}\p{Z}]/u.test(written)) return { why: "it has a character that cannot be seen" };
+function toAscii(written: string): string | Invalid {
+  if (/[\p{C}\p{Z}]/u.test(written)) return { why: "invisible character" };
   const labels = written.normalize("NFC").split(".");
   for (const [index, label] of labels.entries()) {
     const foreign = /[^!-~]/.test(label);
     const ascii = foreign ? nodeUrl().domainToASCII(label) : label.toLowerCase();
-    if (!ascii) return { why: `${quote(label)} has no form in the DNS` };
+    if (!ascii) return { why: `label ${quote(label)} cannot be written in ASCII` };
     const back = nodeUrl().domainToUnicode(ascii);
     if (foreign && (back === ascii || back !== label.toLowerCase())) {
-      return { why: `${quote(label)} would become ${quote(back)}`, hint: "write that if you mean it" };
+      return {
+        why: `label ${quote(label)} is another spelling of ${quote(back)}`,
+        hint: `write ${quote(back)}`,
+      };
     }
     labels[index] = ascii;
   }
@@ -70,30 +103,45 @@ export function toIPv6(text: string): string | undefined {
     : undefined;
 }
 
-function whyNoHost(name: string): Mistake {
-  const odd = name.includes("/") ? "/" : /[^a-z0-9.-]/.exec(name)?.[0];
-  if (odd === "*") return { why: `"*" may only be the whole first label` };
-  if (odd === "," || odd === ";") {
-    return { why: `${quote(odd)} cannot stand in a name`, hint: "separate names by blanks" };
-  }
-  if (odd === "#") return { why: `"#" cannot stand in a name`, hint: "a comment needs a line of its own" };
-  if (odd === "/") return { why: `"/" cannot stand in a name`, hint: "write the name alone, not a URL" };
-  if (odd) return { why: `${quote(odd)} cannot stand in a ${odd === ":" ? "name or IP address" : "name"}` };
-  if (name.endsWith(".")) return { why: "it ends in a dot", hint: "leave the dot out" };
-  const labels = name.split(".");
-  if (labels.includes("")) return { why: "an empty label, where two dots meet or a dot begins it" };
-  const long = labels.find((label) => label.length > 63);
-  if (long) return { why: `the label ${quote(long)} has more than 63 characters` };
-  const dash = labels.find((label) => /^-|-$/.test(label));
-  if (dash) return { why: `the label ${quote(dash)} begins or ends with a dash` };
-  if (labels.length < 2) return { why: "it has no dot", hint: "write the name in full" };
-  return { why: "its last label is a number, but it is no IP address" };
+/** Where a service is reached: a placeholder, an IP address, or a name, which may be one without a dot. */
+export function toHost(text: string): string | Invalid {
+  if (text === "DOMAIN" || text === "DOMAINS_ALL") return text;
+  if (text === "") return { why: "no name" };
+  if (LABEL_ALONE.test(text)) return text.toLowerCase();
+  return text.startsWith("*") ? { why: "a wildcard is not a host" } : toIdentifier(text);
 }
 
-/** Where a service is reached, or why that is nowhere: a placeholder, an IPv4 address or a name, which may be one without a dot. */
-export function toHost(text: string): string | Mistake {
-  if (text === "DOMAIN" || text === "DOMAINS_ALL") return text;
-  if (text === "") return { why: "there is no name" };
-  if (LABEL_ALONE.test(text)) return text.toLowerCase();
-  return text.startsWith("*") ? { why: "a wildcard is no host" } : toIdentifier(text);
+// ----------------------------------------------------------------------------------------------------- text
+
+/** Text from a file as messages show it: `printable`, in double quotes. */
+export function quote(text: string): string {
+  return `"${printable(text)}"`;
+}
+
+/** Text from a file, shortened, with everything escaped that a terminal might act on or that the eye cannot see. */
+export function printable(text: string, most = 80): string {
+  const shown = text.length > most ? `${text.slice(0, most - 1)}…` : text;
+  return shown.toWellFormed().replaceAll("\n", "\\n").replaceAll("\t", "\\t")
+    .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0)!.toString(16)}}`);
+}
+
+/** What a CA or another host said, on one line of bounded length, without control, format or direction characters. */
+export function oneLine(text: string): string {
+  const clean = text.slice(0, 4000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
+  return clean.length > 2000 ? `${clean.slice(0, 2000)}…` : clean; // room for Let's Encrypt's links to unpause
+}
+
+/** What a command printed, in its own lines: without escapes (ECMA-48), controls or changes of direction. */
+export function ownLines(text: string): string {
+  return text
+    // deno-lint-ignore no-control-regex
+    .replace(/\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])?/g, "")
+    .replace(/\r\n?/g, "\n")
+    // deno-lint-ignore no-control-regex
+    .replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g, "");
+}
+
+/** A path as a word of a command line that is shown to be copied. */
+export function shellWord(path: string): string {
+  return /^[\w@%+=:,./-]+$/.test(path) ? path : `'${printable(path, 200).replaceAll("'", `'\\''`)}'`;
 }

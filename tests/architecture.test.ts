@@ -7,11 +7,11 @@ const ROOT = join(import.meta.dirname!, "..");
 
 /** From the ground up; a file may import files of lower floors only, their types included. */
 const FLOORS = [
-  "text",
-  "ini names",
-  "context values",
+  "names",
+  "text ini",
+  "context",
   "x509",
-  "selfcheck settings http",
+  "selfcheck http",
   "config",
   "hooks probe state acme",
   "store challenge",

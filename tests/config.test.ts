@@ -1,10 +1,18 @@
-/** Goal: what the three files mean, and the line and the words of every fault in them. */
+/** Goal: what the three files mean; the line of every error and warning in them; and what of the original is taken over. */
 
 import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { isIP as nodeIsIP } from "node:net";
 import { join } from "node:path";
-import { challengeOf, type Config, ConfigError, loadConfig, type Notice, sectionsOf } from "../lib/config.ts";
+import {
+  challengeOf,
+  type Config,
+  ConfigError,
+  loadConfig,
+  type Mode,
+  type Notice,
+  sectionsOf,
+} from "../lib/config.ts";
 import { isIP } from "../lib/names.ts";
 
 const base = await Deno.realPath(await Deno.makeTempDir({ prefix: "lematt-config-" }));
@@ -12,12 +20,15 @@ globalThis.addEventListener("unload", () => Deno.removeSync(base, { recursive: t
 
 const pem = { type: "pkcs8", format: "pem" } as const;
 const accountKey = generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey.export(pem) as string;
-await Deno.mkdir(join(base, "drop"));
-await Deno.writeTextFile(join(base, "account.key"), accountKey, { mode: 0o600 });
-await Deno.writeTextFile(join(base, "eab"), "c2VjcmV0LXNlY3JldA\n", { mode: 0o600 });
-await Deno.writeTextFile(join(base, "not-eab"), "not/base64url=!\n", { mode: 0o600 });
+Deno.mkdirSync(join(base, "drop"));
+const write = (name: string, text: string) => Deno.writeTextFileSync(join(base, name), text, { mode: 0o600 });
+write("account.key", accountKey);
+write("eab", "c2VjcmV0LXNlY3JldA\n");
+write("eab-standard", "++//++//\n");
+write("not-eab", "not base64!\n");
 
 interface Files {
+  mode?: Mode;
   settings?: string; // lines below those that every lematt.conf needs, from line 4 on
   conf?: string | null; // or all of lematt.conf; null: there is none
   domains?: string | null;
@@ -26,7 +37,7 @@ interface Files {
 
 let count = 0;
 /** A new configuration directory of these files; what is not given is as plain as can be. */
-function directoryOf({ settings = "", conf, domains = "example.com\n", actions = "" }: Files): string {
+function directoryOf({ settings = "", conf, domains = "example.com\n", actions = "" }: Files = {}): string {
   const directory = join(base, `conf${count++}`);
   Deno.mkdirSync(directory);
   const needed = "[config]\naccountKey: ../account.key\nchallengeDropDir: ../drop\n";
@@ -41,580 +52,224 @@ function directoryOf({ settings = "", conf, domains = "example.com\n", actions =
   return directory;
 }
 
-function load(files: Files): Config {
-  return loadConfig("prod", directoryOf(files));
+function load({ mode = "prod", ...files }: Files): Config {
+  return loadConfig(mode, directoryOf(files));
 }
 
-/** `line text [hint]` of each fault. */
-function faultsOf(files: Files): string[] {
-  return tell(refused(() => load(files)));
-}
-
-function refused(action: () => unknown): readonly Notice[] {
+function refusal(action: () => unknown): ConfigError {
   try {
     action();
   } catch (error) {
-    if (error instanceof ConfigError) return error.problems;
+    if (error instanceof ConfigError) return error;
     throw error;
   }
   throw new Error("It was accepted");
 }
 
-function tell(notices: readonly Notice[], withFile = false): string[] {
-  return notices.map(({ file, line, text, hint }) =>
-    `${withFile ? `${file}:` : ""}${line ?? ""} ${text}${hint ? ` [${hint}]` : ""}`
-      .replaceAll(base, "BASE").replace(/conf\d+/g, "CONF")
+/** `file:line text [hint]` of each. */
+function said(notices: readonly Notice[]): string[] {
+  return notices.map(({ file, line = "", text, hint }) =>
+    `${file}:${line} ${text}${hint ? ` [${hint}]` : ""}`.replaceAll(base, "BASE").replace(/conf\d+/g, "CONF")
   );
 }
 
-Deno.test("loadConfig() loads the three files of the original as its users have them", () => {
-  const { directory, file, warnings, sections, lines, ...rest } = loadConfig(
-    "prod",
-    directoryOf({
-      conf: `[config]
-# days, with fractions if need be
-reauthorizeDays: 42.42
-#generateNewCertsAfterDays: 7
-challengeDropDir: ${base}/drop/
-alwaysGenerateNewKeys: no
-accountKey: ${base}/account.key
-keyBitsRSA: 2048
-curve: prime256v1
-# rsaTag: rsa2048
-`,
-      domains: `# names
-example.com www
-mail.example.com
+/** Each notice begins with the first word of its pattern, and matches the rest. */
+function matches(notices: readonly Notice[], patterns: readonly string[]) {
+  const found = said(notices);
+  const isRight = ([start, ...rest]: string[], text: string) =>
+    text.startsWith(start!) && new RegExp(rest.join(" ")).test(text);
+  const right = found.length === patterns.length &&
+    patterns.every((each, i) => isRight(each.split(" "), found[i]!));
+  ok(right, `${JSON.stringify(found, null, 1)} is not ${JSON.stringify(patterns, null, 1)}`);
+}
 
-dev.example.com dev2.example.com dev3.example.com
-corp.example.com internal hr chat git web pikachu
-`,
-      actions: `# commands
-[default]
+/** Rows of a table, which may go on in a line that begins with "=>": cells between " => ", in which ⏎ is a line break. */
+function rows({ raw }: TemplateStringsArray): string[][] {
+  return raw[0]!.trim().split(/\n(?!\s*=>)/)
+    .map((row) => row.trim().split(/\s+=> /).map((cell) => cell.replaceAll("⏎", "\n")));
+}
+
+const some = (many: number, text: (index: number) => string) =>
+  Array.from({ length: many }, (_, i) => text(i)).join("");
+const words = (many: number) => some(many, (index) => ` w${index}`);
+
+// ---- what is read ----------------------------------------------------------------------------------------
+
+Deno.test("loadConfig() loads the three files of the original as its users have them", () => {
+  const directory = directoryOf({
+    settings:
+      "# days, with fractions\nreauthorizeDays: 42.42\n#generateNewCertsAfterDays: 7\ncurve: prime256v1\n",
+    domains: "# names\nexample.com www\n\nmail.example.com\ncorp.example.com internal hr git\n",
+    actions: `[default]
 update: ["sudo service nginx reload"]
 uploadCerts: ["rsync -avz --chmod=F644 CERTS /etc/ssl/"]
-uploadKeys: ["rsync -avz --chmod=F640 KEYS /etc/ssl/private/"]
-
 
 [every]
-uploadCerts: ["rsync -avz --chmod=F644 CERTS manager:/srv/tls/"]
+uploadKeys: ["rsync -avz --chmod=F640 KEYS manager:/srv/tls/"]
 
 [override-mail]
 domains: mail.example.com
 prepare: ["ssh -t forward http://example.com"]
 ocspStapleRequired: no
 update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
-    }),
-  );
-  same(file, join(directory, "lematt.conf"));
-  same(rest, {
-    mode: "prod",
-    base: join(directory, "prod"),
-    reauthorizeDays: 42.42,
-    generateNewCertsAfterDays: 0,
-    challengeDropDir: `${base}/drop`,
-    accountKey: `${base}/account.key`,
-    keyTypes: ["rsa", "ec"],
-    keyBitsRSA: 2048,
-    curve: "P-256",
-    rsaTag: "rsa2048",
-    curveTag: "prime256v1",
-    alwaysGenerateNewKeys: false,
-    directoryUrl: "https://acme-v02.api.letsencrypt.org/directory",
-    contact: [],
-    parallel: 10,
-    preflight: "yes",
-    commandTimeoutSeconds: 600,
-    ari: true,
-    dnsWaitSeconds: 120,
-    verifyWaitSeconds: 60,
   });
-  same(tell(warnings), [
-    `3 "reauthorizeDays": more than two thirds of a 45-day certificate's life, so such a one is renewed ` +
-    "when 30 days are left [15 is right for certificates of 45 days]",
-  ]);
+  const { warnings, advice, sections, lines, ...rest } = loadConfig("prod", directory);
+  same(rest, {
+    ...{ mode: "prod", directory, file: join(directory, "lematt.conf"), base: join(directory, "prod") },
+    ...{ reauthorizeDays: 42.42, generateNewCertsAfterDays: 0, alwaysGenerateNewKeys: false, ari: true },
+    ...{
+      challengeDropDir: join(base, "drop"),
+      accountKey: join(base, "account.key"),
+      keyTypes: ["rsa", "ec"],
+    },
+    ...{
+      keyBitsRSA: 2048,
+      curve: "P-256",
+      rsaTag: "rsa2048",
+      curveTag: "prime256v1",
+      contact: [],
+      parallel: 10,
+    },
+    ...{ preflight: "yes", commandTimeoutSeconds: 600, dnsWaitSeconds: 120, verifyWaitSeconds: 60 },
+    directoryUrl: "https://acme-v02.api.letsencrypt.org/directory",
+  });
+  matches(warnings, ["lematt.conf:5 reauthorizeDays.*two thirds"]);
+  matches(advice, ["actions.conf:1 .*verify", "actions.conf:8 .*verify"]);
+  const lists = "prepare uploadCerts uploadKeys uploadEach update verify alert dnsPresent dnsCleanup".split(
+    " ",
+  );
   const none = {
-    domains: [],
-    prepare: [],
-    uploadCerts: [],
-    uploadKeys: [],
-    update: [],
-    verify: [],
-    alert: [],
-  };
-  const section = {
-    ...none,
-    uploadEach: [],
-    rehearse: false,
-    keyTypes: ["rsa", "ec"],
-    verifyWaitSeconds: 60,
-    dnsPresent: [],
-    dnsCleanup: [],
-    dnsParallel: false,
+    ...Object.fromEntries(lists.map((key) => [key, []])),
+    ...{ domains: [], rehearse: false, dnsParallel: false, keyTypes: ["rsa", "ec"], verifyWaitSeconds: 60 },
   };
   const [fallback, every, mail] = sections;
-  same(sections, [
-    {
-      ...section,
-      name: "default",
-      line: 2,
-      update: ["sudo service nginx reload"],
-      uploadCerts: ["rsync -avz --chmod=F644 CERTS /etc/ssl/"],
-      uploadKeys: ["rsync -avz --chmod=F640 KEYS /etc/ssl/private/"],
-    },
-    { ...section, name: "every", line: 8, uploadCerts: ["rsync -avz --chmod=F644 CERTS manager:/srv/tls/"] },
-    {
-      ...section,
-      name: "override-mail",
-      line: 11,
-      domains: ["mail.example.com"],
-      prepare: ["ssh -t forward http://example.com"],
-      update: ["ssh reload-postfix", "ssh reload-dovecot"],
-    },
-  ]);
-  same(lines.map(({ line, names, sections }) => ({ line, names, sections })), [
-    { line: 2, names: ["example.com", "www.example.com"], sections: [fallback, every] },
-    { line: 3, names: ["mail.example.com"], sections: [mail, every] },
-    {
-      line: 5,
-      names: ["dev.example.com", "dev2.example.com", "dev3.example.com"],
-      sections: [fallback, every],
-    },
-    {
-      line: 6,
-      names: ["corp", "chat.corp", "git.corp", "hr.corp", "internal.corp", "pikachu.corp", "web.corp"]
-        .map((name) => `${name}.example.com`),
-      sections: [fallback, every],
-    },
-  ]);
+  const [update, uploadCerts] = [["sudo service nginx reload"], ["rsync -avz --chmod=F644 CERTS /etc/ssl/"]];
+  same({ ...fallback }, { ...none, name: "default", line: 1, update, uploadCerts });
+  const uploadKeys = ["rsync -avz --chmod=F640 KEYS manager:/srv/tls/"];
+  same({ ...every }, { ...none, name: "every", line: 5, uploadKeys });
+  const { name, line, domains, prepare } = mail!;
+  same([name, line, domains, prepare.length], ["override-mail", 8, ["mail.example.com"], 1]);
+  same(mail!.update, ["ssh reload-postfix", "ssh reload-dovecot"]);
+  same(
+    lines.map(({ line, names, sections }) => [line, names.join(" "), ...sections.map(({ name }) => name)]),
+    [
+      [2, "example.com www.example.com", "default", "every"],
+      [4, "mail.example.com", "override-mail", "every"],
+      [
+        5,
+        "corp.example.com git.corp.example.com hr.corp.example.com internal.corp.example.com",
+        "default",
+        "every",
+      ],
+    ],
+  );
+  for (const frozen of [sections, lines, ...sections, ...lines, lines[0]!.names]) ok(Object.isFrozen(frozen));
 });
 
-Deno.test("loadConfig() gives a frozen Config", () => {
-  const config = load({ actions: "[default]\n" });
-  for (const frozen of [config, config.sections, config.lines, config.warnings]) ok(Object.isFrozen(frozen));
-  for (const frozen of [...config.sections, ...config.lines, config.lines[0]!.names]) {
-    ok(Object.isFrozen(frozen));
-  }
-});
-
-const settings: [line: string, expected: Partial<Config>][] = [
-  ["reauthorizeDays = .5", { reauthorizeDays: 0.5 }],
-  ["GENERATENEWCERTSAFTERDAYS: 3.5", { generateNewCertsAfterDays: 3.5 }],
-  ["keyBitsRSA: 3072", { keyBitsRSA: 3072, rsaTag: "rsa3072" }],
-  ["curve: secp256r1", { curve: "P-256", curveTag: "secp256r1" }],
-  ["curve: SECP384R1", { curve: "P-384", curveTag: "SECP384R1" }],
-  ["curve: P-521", { curve: "P-521", curveTag: "P-521" }],
-  ["rsaTag: r-%(keyBitsRSA)s.x\ncurveTag: ec_1", { rsaTag: "r-2048.x", curveTag: "ec_1" }],
-  ["[DEFAULT]\ncurve: p-384", { curve: "P-384" }],
-  ["alwaysGenerateNewKeys: On", { alwaysGenerateNewKeys: true }],
-  ["alwaysGenerateNewKeys: 0", { alwaysGenerateNewKeys: false }],
-  ["keyTypes: ec", { keyTypes: ["ec"] }],
-  ["keyTypes: ec rsa", { keyTypes: ["ec", "rsa"] }],
-  ["directory: https://ca.test:14000/dir\ntestDirectory: https://ca.test/?x=1", {
-    directoryUrl: "https://ca.test:14000/dir",
-  }],
-  ["contact: a+b@example.com\n  mailto:c@example.org", {
-    contact: ["mailto:a+b@example.com", "mailto:c@example.org"],
-  }],
-  ["parallel: 100", { parallel: 100 }],
-  ["preflight: WARN", { preflight: "warn" }],
-  ["preflight: off", { preflight: "no" }],
-  ["commandTimeout: 1.5", { commandTimeoutSeconds: 1.5 }],
-  ["ari: no", { ari: false }],
-  ["profile: tlsserver", { profile: "tlsserver" }],
-  ["preferredChain: ISRG Root X1", { preferredChain: "ISRG Root X1" }],
-  ["dnsWait: 0\nverifyWait: 5", { dnsWaitSeconds: 0, verifyWaitSeconds: 5 }],
-  ["eabKeyId: kid-1\neabHmacKey: ../eab", {
-    eab: { keyId: "kid-1", hmacKey: new TextEncoder().encode("secret-secret") },
-  }],
-];
-for (const [line, expected] of settings) {
-  Deno.test(`loadConfig() reads ${JSON.stringify(line)}`, () => {
-    const config = load({ settings: line });
-    for (const [key, value] of Object.entries(expected)) same(config[key as keyof Config], value);
+const settings = rows`
+  reauthorizeDays = .5 => {"reauthorizeDays":0.5}
+  reauthorizeDays: 1e1 => {"reauthorizeDays":10}
+  reauthorizeDays: +1_5. => {"reauthorizeDays":15}
+  GENERATENEWCERTSAFTERDAYS: 3.5 => {"generateNewCertsAfterDays":3.5}
+  keyBitsRSA: 3072 => {"keyBitsRSA":3072,"rsaTag":"rsa3072"}
+  keyBitsRSA: 1024 => {"keyBitsRSA":1024,"rsaTag":"rsa1024"}
+  curve: secp256r1 => {"curve":"P-256","curveTag":"secp256r1"}
+  curve: SECP384R1 => {"curve":"P-384","curveTag":"SECP384R1"}
+  rsaTag: r-%(keyBitsRSA)s.x⏎curveTag: ec_1@a+b => {"rsaTag":"r-2048.x","curveTag":"ec_1@a+b"}
+  [DEFAULT]⏎curve: p-521 => {"curve":"P-521"}
+  alwaysGenerateNewKeys: On⏎keyTypes: ec rsa => {"alwaysGenerateNewKeys":true,"keyTypes":["ec","rsa"]}
+  directory: https://ca.test:14000/dir⏎testDirectory: https://b => {"directoryUrl":"https://ca.test:14000/dir"}
+  contact: a+b@c.com⏎  mailto:c@d.org => {"contact":["mailto:a+b@c.com","mailto:c@d.org"]}
+  preflight: WARN⏎ari: 0 => {"preflight":"warn","ari":false}
+  preflight: off⏎commandTimeout: 1.5 => {"preflight":"no","commandTimeoutSeconds":1.5}
+  dnsWait: 0⏎verifyWait: 5 => {"dnsWaitSeconds":0,"verifyWaitSeconds":5}
+  preferredChain: ISRG Root X1⏎profile: tlsserver => {"preferredChain":"ISRG Root X1","profile":"tlsserver"}`;
+for (const [text, expected] of settings) {
+  Deno.test(`loadConfig() reads ${JSON.stringify(text)}`, () => {
+    const config = load({ settings: text });
+    for (const [key, value] of Object.entries(JSON.parse(expected!))) {
+      same(config[key as keyof Config], value);
+    }
   });
 }
 
-const faultySettings: [line: string, ...faults: string[]][] = [
-  ["reauthorizeDays: soon", '4 Cannot read "reauthorizeDays": "soon" is not a number from 0 to 36500'],
-  ["reauthorizeDays: -1", '4 Cannot read "reauthorizeDays": "-1" is not a number from 0 to 36500'],
-  ["reauthorizeDays: 1e1", '4 Cannot read "reauthorizeDays": "1e1" is not a number from 0 to 36500'],
-  ["ReauthorizeDays: nan", '4 Cannot read "reauthorizeDays": "nan" is not a number from 0 to 36500'],
-  [
-    "reauthorizeDays:",
-    '4 Cannot read "reauthorizeDays": there is no value [take the line out, or write one]',
-  ],
-  [
-    "reauthorizeDays: 15 # days",
-    '4 Cannot read "reauthorizeDays": "15 # days" is not a number from 0 to 36500 [a comment needs a line of its own]',
-  ],
-  [
-    "reauthorizeDays: 15\n curve: P-256",
-    '4 Cannot read "reauthorizeDays": it goes over several lines [line 5 is indented, so it continues this one]',
-  ],
-  ["keyBitsRSA: 1024", '4 Cannot read "keyBitsRSA": "1024" is not a multiple of 8 from 2048 to 8192'],
-  ["keyBitsRSA: 2049", '4 Cannot read "keyBitsRSA": "2049" is not a multiple of 8 from 2048 to 8192'],
-  [
-    "curve: secp256k1",
-    '4 Cannot read "curve": "secp256k1" is no curve that is known here [prime256v1, secp384r1 or secp521r1]',
-  ],
-  [
-    "rsaTag: a/b",
-    '4 Cannot read "rsaTag": "a/b" cannot stand in a file name [up to 64 letters, digits, dots, dashes, underscores]',
-  ],
-  [
-    "rsaTag: x\ncurveTag: X",
-    '5 Cannot read "curveTag": the files of both key types would have the same names [make rsaTag and curveTag differ]',
-  ],
-  ["alwaysGenerateNewKeys: maybe", '4 Cannot read "alwaysGenerateNewKeys": "maybe" is neither yes nor no'],
-  ["preflight: ask", '4 Cannot read "preflight": "ask" is neither yes nor no, or warn'],
-  ["keyTypes: rsa dsa", '4 Cannot read "keyTypes": "dsa" is neither "rsa" nor "ec"'],
-  ["parallel: 0", '4 Cannot read "parallel": "0" is not a whole number from 1 to 100'],
-  ["parallel: 1.5", '4 Cannot read "parallel": "1.5" is not a whole number from 1 to 100'],
-  ["commandTimeout: 0", '4 Cannot read "commandTimeout": "0" is not a number above 0 to 2147483'],
-  ["directory: http://ca.test/", '4 Cannot read "directory": "http://ca.test/" is not a plain https URL'],
-  [
-    "directory: https://me:secret@ca.test/",
-    '4 Cannot read "directory": what is there is not a plain https URL',
-  ],
-  [
-    "directory: https://ca.test/#x",
-    '4 Cannot read "directory": "https://ca.test/#x" is not a plain https URL',
-  ],
-  [
-    "contact: a@example.com, b@example.com",
-    '4 Cannot read "contact": "a@example.com," is no mail address [write addresses with blanks between them]',
-  ],
-  [
-    "contact: tel:1",
-    '4 Cannot read "contact": "tel:1" is no mail address [write addresses with blanks between them]',
-  ],
-  ["profile: a b", '4 Cannot read "profile": "a b" is more than one word'],
-  ["caBundle: nowhere.pem", '4 Cannot read "caBundle": "BASE/CONF/nowhere.pem": it does not exist'],
-  ["caBundle: ../account.key", '4 Cannot read "caBundle": "BASE/account.key" holds no certificate in PEM'],
-  ["eabKeyId: kid", '4 Cannot read "eabKeyId": it needs "eabHmacKey" beside it'],
-  ["eabHmacKey: ../eab", '4 Cannot read "eabHmacKey": it needs "eabKeyId" beside it'],
-  [
-    "eabKeyId: kid\neabHmacKey: ../not-eab",
-    '5 Cannot read "eabHmacKey": "BASE/not-eab" holds no base64url text [copy the key as the CA shows it]',
-  ],
-  [
-    "eabKeyId: kid\neabHmacKey: ~/key",
-    '5 Cannot read "eabHmacKey": no shell reads "~/key" [write the path in full]',
-  ],
-  ["profile: a\tb\x1b[31m", '4 Cannot read "profile": a control character in it'],
-  [
-    "profile: %(prefix)s",
-    '4 Cannot read "profile": no key "prefix" for "%(prefix)s" ' +
-    '[write it in this section or in [DEFAULT], or "%%" for a percent sign]',
-  ],
-  [
-    "reautorizeDays: 15",
-    '4 Cannot use key "reautorizeDays": it is unknown [did you mean "reauthorizeDays"?]',
-  ],
-  [
-    "challenge_drop_dir: /x",
-    '4 Cannot use key "challenge_drop_dir": it is unknown [did you mean "challengeDropDir"?]',
-  ],
-  ["nonsense: 1", '4 Cannot use key "nonsense": it is unknown'],
-  ["update: []", '4 Cannot use key "update": it is unknown [it belongs in a section of actions.conf]'],
-  ["[DEFAULT]\nnonsense: 1", '5 Cannot use key "nonsense": it is unknown'],
-  [
-    "[default]\nupdate: []",
-    "4 Cannot use section [default]: the only one here is [config] [sections of commands belong in actions.conf]",
-  ],
-  ["parallel: 1\nParallel: 2", '5 Cannot use key "Parallel" twice in one section: it is in line 4 already'],
-  [
-    "what",
-    '4 Cannot read "what": neither a [section] nor a "key: value" ' +
-    '[indent it if it continues "challengeDropDir" of line 3]',
-  ],
-];
-for (const [line, ...faults] of faultySettings) {
-  Deno.test(`loadConfig() refuses ${JSON.stringify(line)}`, () => {
-    same(faultsOf({ settings: line }), faults);
-  });
-}
+Deno.test("loadConfig() reads the key of an external account in either base64, and no reauthorizeDays where there is none", () => {
+  const eab = (file: string) => load({ settings: `eabKeyId: kid-1\neabHmacKey: ../${file}` }).eab;
+  same(eab("eab"), { keyId: "kid-1", hmacKey: new TextEncoder().encode("secret-secret") });
+  same(eab("eab-standard")!.hmacKey, new Uint8Array([251, 239, 255, 251, 239, 255]));
+  same(load({}).reauthorizeDays, undefined);
+});
 
-const names: [line: string, names: string[]][] = [
-  ["Example.COM WWW", ["example.com", "www.example.com"]],
-  ["example.com www www.example.com example.com www", ["example.com", "www.example.com"]],
-  ["b.org z.a.com a.org c.b.org b.a.com a.com a.net", [
-    "b.org",
-    "a.com",
-    "a.net",
-    "a.org",
-    "b.a.com",
-    "z.a.com",
-    "c.b.org",
-  ]],
-  ["  example.com\twww\u00a0mail  ", ["example.com", "mail.example.com", "www.example.com"]],
-  ["Exämple.com ÄPFEL b\u0075\u0308cher.de", [
-    "xn--exmple-cua.com",
-    "xn--bcher-kva.de",
-    "xn--pfel-koa.xn--exmple-cua.com",
-  ]],
-  ["faß.de xn--fa-hia.de", ["xn--fa-hia.de"]],
-  ["xn--exmple-cua.com ä", ["xn--exmple-cua.com", "xn--4ca.xn--exmple-cua.com"]],
-  ["192.0.2.1 2001:DB8:0:0:1:0:0:1", ["192.0.2.1", "2001:db8::1:0:0:1"]],
-  ["2001:db8:0:1:1:1:1:1", ["2001:db8:0:1:1:1:1:1"]],
-  ["a-b.c--d.x1 3com", ["a-b.c--d.x1", "3com.a-b.c--d.x1"]],
-  ["\u212Aelvin.com", ["kelvin.com"]],
-  [`${"a".repeat(63)}.com`, [`${"a".repeat(63)}.com`]],
-  [`${`${"a".repeat(49)}.`.repeat(5)}com`, [`${`${"a".repeat(49)}.`.repeat(5)}com`]],
+Deno.test("loadConfig() is for one mode: its directory of the CA, its tree", () => {
+  const directory = directoryOf({ settings: "directory: https://a/\ntestDirectory: https://b/\n" });
+  const of = (mode: Mode) => [loadConfig(mode, directory).directoryUrl, loadConfig(mode, directory).base];
+  same(of("prod"), ["https://a/", join(directory, "prod")]);
+  same(of("test"), ["https://b/", join(directory, "test")]);
+});
+
+const long = `${"a".repeat(49)}.`.repeat(5) + "com";
+const names: [line: string, names: string][] = [
+  ["Example.COM WWW", "example.com www.example.com"],
+  ["example.com www www.example.com example.com www", "example.com www.example.com"],
+  ["b.org z.a.com a.org c.b.org b.a.com a.com a.net", "b.org a.com a.net a.org b.a.com z.a.com c.b.org"],
+  ["  example.com\twww\u00a0mail  ", "example.com mail.example.com www.example.com"],
+  [
+    "Exämple.com ÄPFEL bu\u0308cher.de",
+    "xn--exmple-cua.com xn--bcher-kva.de xn--pfel-koa.xn--exmple-cua.com",
+  ],
+  ["faß.de xn--fa-hia.de", "xn--fa-hia.de"],
+  ["192.0.2.1 2001:DB8:0:0:1:0:0:1", "192.0.2.1 2001:db8::1:0:0:1"],
+  ["a-b.c--d.x1 3com", "a-b.c--d.x1 3com.a-b.c--d.x1"],
+  ["\u212Aelvin.com", "kelvin.com"],
+  [`${"a".repeat(63)}.com`, `${"a".repeat(63)}.com`],
+  [long, long],
 ];
 for (const [line, expected] of names) {
   Deno.test(`loadConfig() takes ${JSON.stringify(line.slice(0, 60))} in domains`, () => {
-    same(load({ domains: line }).lines.map(({ names }) => names), [expected]);
+    same(load({ domains: line }).lines.map(({ names }) => names.join(" ")), [expected]);
   });
 }
 
-const faultyNames: [line: string, ...faults: string[]][] = [
-  ["$(reboot).example.com", 'name "$(reboot).example.com": "$" cannot stand in a name'],
-  ["a;b.example.com", 'name "a;b.example.com": ";" cannot stand in a name [separate names by blanks]'],
-  [
-    "a.example.com,b.example.com",
-    'name "a.example.com,b.example.com": "," cannot stand in a name [separate names by blanks]',
-  ],
-  ["../example.com", 'name "../example.com": "/" cannot stand in a name [write the name alone, not a URL]'],
-  [
-    "https://example.com",
-    'name "https://example.com": "/" cannot stand in a name [write the name alone, not a URL]',
-  ],
-  ["example.com:443", 'name "example.com:443": ":" cannot stand in a name or IP address'],
-  ["-rf.example.com", 'name "-rf.example.com": the label "-rf" begins or ends with a dash'],
-  ["a.example-.com", 'name "a.example-.com": the label "example-" begins or ends with a dash'],
-  ["a_b.example.com", 'name "a_b.example.com": "_" cannot stand in a name'],
-  ["example.com.", 'name "example.com.": it ends in a dot [leave the dot out]'],
-  ["a..example.com", 'name "a..example.com": an empty label, where two dots meet or a dot begins it'],
-  [".example.com", 'name ".example.com": an empty label, where two dots meet or a dot begins it'],
-  ["localhost", 'name "localhost": it has no dot [write the name in full]'],
-  ["example.123", 'name "example.123": its last label is a number, but it is no IP address'],
-  ["192.0.2.256", 'name "192.0.2.256": its last label is a number, but it is no IP address'],
-  ["192.0.2.01", 'name "192.0.2.01": its last label is a number, but it is no IP address'],
-  ["2001:db8::1::2", 'name "2001:db8::1::2": ":" cannot stand in a name or IP address'],
-  ["[2001:db8::1]", 'name "[2001:db8::1]": "[" cannot stand in a name'],
-  ["fe80::1%eth0", 'name "fe80::1%eth0": ":" cannot stand in a name or IP address'],
-  ["::ffff:192.0.2.1", 'name "::ffff:192.0.2.1": it is an IPv4 address in IPv6 clothes [write it as IPv4]'],
-  [
-    `${"a".repeat(64)}.com`,
-    `name "${"a".repeat(64)}.com": the label "${"a".repeat(64)}" has more than 63 characters`,
-  ],
-  [`${"a.".repeat(126)}com`, `name "${"a.".repeat(126).slice(0, 79)}…": it has more than 253 characters`],
-  ["example.com # mine", 'name "#": "#" cannot stand in a name [a comment needs a line of its own]'],
-  ["a.*.example.com", 'name "a.*.example.com": "*" may only be the whole first label'],
-  ["*", 'name "*": "*" may only be the whole first label'],
-  ["*.com", 'name "*.com": it has no dot [write the name in full]'],
-  ["192.0.2.1 www", 'name "www": "192.0.2.1" has no subdomains to be short for [write the name in full]'],
-  ["exam\u200dple.com", 'name "exam\\u{200d}ple.com": it has a character that cannot be seen'],
-  ["\x1b[31mexample.com", 'name "\\u{1b}[31mexample.com": it has a character that cannot be seen'],
-  ["ｅxample.com", 'name "ｅxample.com": "ｅxample" would become "example" [write that if you mean it]'],
-  [
-    "example。com",
-    'name "example。com": "example。com" would become "example.com" [write that if you mean it]',
-  ],
-  ["a／b.com", 'name "a／b.com": "a／b" would become "a/b" [write that if you mean it]'],
-  ["xn--a.com", 'name "xn--a.com": it has an "xn--" label that stands for nothing'],
-  ["-x.com www mail", 'name "-x.com": the label "-x" begins or ends with a dash'],
-];
-for (const [line, ...faults] of faultyNames) {
-  Deno.test(`loadConfig() refuses ${JSON.stringify(line.slice(0, 60))} in domains`, () => {
-    same(faultsOf({ domains: line }), faults.map((fault) => `1 Cannot use the ${fault}`));
-  });
-}
+Deno.test("loadConfig() refuses a name or a line that is too long", () => {
+  const problems = (domains: string) => refusal(() => load({ domains })).problems;
+  matches(problems(`${"a".repeat(64)}.com`), ["domains:1 .*longer than 63"]);
+  matches(problems(`${"a.".repeat(126)}com`), ["domains:1 .*longer than 253"]);
+  matches(problems(`a.com${words(100)}`), ["domains:1 101 names"]);
+});
 
-const sectionFaults: [actions: string, ...faults: string[]][] = [
-  ["[a]\nupdate: []\n", '1 Cannot find "domains" in [a] [such as "domains: www.example.com"]'],
-  ["[Default]\nupdate: []\n", '1 Cannot find "domains" in [Default] [did you mean [default]?]'],
-  ["[every]\ndomains: example.com\n", '2 Cannot use "domains" in [every]: it is for every name'],
-  [
-    "[default]\ndomains: example.com\n",
-    '2 Cannot use "domains" in [default]: it is for the names of no other section',
-  ],
-  ["[a]\ndomains:\n", '2 Cannot read "domains": there is no value [take the line out, or write one]'],
-  [
-    "[a]\ndomains: example.com\n  # no\n  www a,b\n",
-    '4 Cannot read "domains": "www": it has no dot [write the name in full]',
-    '4 Cannot read "domains": "a,b": "," cannot stand in a name [separate names by blanks]',
-  ],
-  [
-    "[default]\nupdate: true\n",
-    '2 Cannot read list "update": not JSON, it does not begin with "[" [write ["true"]]',
-  ],
-  ["[default]\nupdate:\n", '2 Cannot read list "update": not JSON, it does not begin with "[" [write []]'],
-  [
-    '[default]\nupdate: ["a",\n\n  # no\n  "b"\n  "c"]\n',
-    '6 Cannot read list "update": not JSON, no "," or "]" before ""c"]"',
-  ],
-  ['[default]\nupdate: ["a",]\n', '2 Cannot read list "update": not JSON, a "," before its "]"'],
-  ['[default]\nupdate: ["a"\n', '2 Cannot read list "update": not JSON, no "," or "]" at its end'],
-  [
-    "[default]\nupdate: ['a']\n",
-    `2 Cannot read list "update": not JSON, no string in double quotes before "'a']"`,
-  ],
-  [
-    '[default]\nupdate: ["a\n  b"]\n',
-    '2 Cannot read list "update": not JSON, the string ""a\\nb"" has a line break ' +
-    'or an unknown "\\" in it',
-  ],
-  [
-    '[default]\nupdate: ["a\\q"]\n',
-    '2 Cannot read list "update": not JSON, the string ""a\\q"" has a line break ' +
-    'or an unknown "\\" in it',
-  ],
-  ['[default]\nupdate: ["a]\n', '2 Cannot read list "update": not JSON, the string ""a]" does not end'],
-  [
-    '[default]\nupdate: ["a", 1]\n',
-    '2 Cannot read list "update": not JSON, no string in double quotes before "1]"',
-  ],
-  [
-    '[default]\nupdate: ["a"] # why\n',
-    '2 Cannot read list "update": not JSON, text behind its "]" [a comment needs a line of its own]',
-  ],
-  [
-    '[default]\nupdate: ["a", " ", "b\\nc", "\\u0000", "\\ud800"]\n',
-    '2 Cannot read list "update": an empty string in it [take it out]',
-    '2 Cannot read list "update": a line break or NUL in "b\\nc"',
-    '2 Cannot read list "update": a line break or NUL in "\\u{0}"',
-    '2 Cannot read list "update": a line break or NUL in "\ufffd"',
-  ],
-  [
-    '[default]\nupdate: ["date +%Y"]\n',
-    '2 Cannot read "update": a lone "%" in it [write "%%" for a percent sign]',
-  ],
-  [
-    "[default]\nocspStapleRequired: yes\n[a]\ndomains: example.com\nocspStapleRequired: on\n",
-    ...[2, 5].map((line) =>
-      `${line} Cannot read "ocspStapleRequired": CAs have ended OCSP, and refuse to issue a certificate that ` +
-      "demands a staple [take the line out]"
-    ),
-  ],
-  [
-    "[DEFAULT]\nocspStapleRequired: yes\n[default]\n[every]\n",
-    '2 Cannot read "ocspStapleRequired": CAs have ended OCSP, and refuse to issue a certificate that demands a staple ' +
-    "[take the line out]",
-  ],
-  [
-    "[default]\nchallenge: dns\n",
-    '2 Cannot read "challenge": "dns" is none of http-01, dns-01, dns-persist-01',
-  ],
-  [
-    "[default]\nchallenge: dns-01\n",
-    '2 Cannot read "challenge": "dns-01" needs "dnsPresent" in the same section [dnsPresent: ["…"]]',
-  ],
-  [
-    '[a]\ndomains: example.com\nchallenge: dns-persist-01\n[b]\ndomains: example.com\nchallenge: dns-01\ndnsPresent: ["x"]',
-    '4 Cannot tell how to prove "example.com": by dns-persist-01 in [a] or by dns-01 in [b]',
-  ],
-  ["[default]\nupdat: []\n", '2 Cannot use key "updat": it is unknown [did you mean "update"?]'],
-  [
-    "[default]\nparallel: 5\n",
-    '2 Cannot use key "parallel": it is unknown [it belongs in [config] of lematt.conf]',
-  ],
-  [
-    "[a]\ndomains: example.com\n[a]\n",
-    "3 Cannot use section [a] twice: it began in line 1 [give each section a name of its own]",
-    '3 Cannot find "domains" in [a] [such as "domains: www.example.com"]',
-  ],
-  ["[a\x1b[2J]\ndomains: example.com", "1 Cannot use section [a\\u{1b}[2J]: a control character in its name"],
-];
-for (const [actions, ...faults] of sectionFaults) {
-  Deno.test(`loadConfig() refuses ${JSON.stringify(actions.slice(0, 70))} in actions.conf`, () => {
-    same(faultsOf({ actions }), faults);
-  });
-}
+Deno.test("a line knows the names under which the original has its files, where they differ", () => {
+  const former = (domains: string) => load({ domains }).lines.flatMap(({ formerNames }) => formerNames);
+  same(former("example.com www\nb.example.com\n"), []);
+  same(former("Example.com\n"), [["Example.com"]]);
+  same(former("example.com WWW Mail.example.com\n"), [[
+    "example.com",
+    "Mail.example.com",
+    "WWW.example.com",
+  ]]);
+  same(former("Example.com b a\n"), [["Example.com", "a.Example.com", "b.Example.com"]]);
+  same(former("example.com www example.com\n"), [["example.com", "example.com", "www.example.com"]]);
+  same(former("example.com example.com\n"), [["example.com", "example.com"]]);
+  same(former("a.com B b\n"), [["a.com", "B.a.com", "b.a.com"]]);
+  same(former("a.com b\nA.com b\n"), [["A.com", "b.A.com"]]);
+  same(former("BÜCHER.de\n"), []); // which the original could not have
+});
 
-const endpoints: [text: string, expected: object | string][] = [
-  ["mail.Example.com:465", { host: "mail.example.com", port: 465 }],
-  ["mail.example.com:25/smtp", { host: "mail.example.com", port: 25, starttls: "smtp" }],
-  ["[2001:DB8::7]:443#www.example.com", { host: "2001:db8::7", port: 443, sni: "www.example.com" }],
-  ["192.0.2.7:5432/postgres#DOMAIN", { host: "192.0.2.7", port: 5432, starttls: "postgres", sni: "DOMAIN" }],
-  ["DOMAINS_ALL:443", { host: "DOMAINS_ALL", port: 443 }],
-  ["mailhost:993", { host: "mailhost", port: 993 }],
-  ["bücher.de:443", { host: "xn--bcher-kva.de", port: 443 }],
-  ["mail.example.com", 'it has no port [such as "mail.example.com:443"]'],
-  ["mail.example.com/smtp", 'it has no port [such as "mail.example.com:443"]'],
-  ["[2001:db8::7]", 'it has no port [such as "[2001:db8::7]:443"]'],
-  ["2001:db8::7:443", "not host:port [an IPv6 address stands in brackets: [2001:db8::7]:443]"],
-  ["mail.example.com:smtp", '"smtp" is no port'],
-  ["mail.example.com:65536", '"65536" is no port'],
-  ["mail.example.com:", '"" is no port'],
-  [
-    "mail.example.com:465/smtps",
-    '"smtps" is no protocol with STARTTLS that is known here ' +
-    "[smtp, imap, pop3, ldap, ftp, postgres; none for TLS from the start]",
-  ],
-  ["[x]:443", "no IPv6 address in its brackets"],
-  ["*.example.com:443", "a wildcard is no host"],
-  ["-oProxy:22", 'the label "-oproxy" begins or ends with a dash'],
-  ["a b:22", "it has a character that cannot be seen"],
-  ["mail.example.com:443#", 'behind "#", there is no name'],
-  ["mail.example.com:443#192.0.2.1", 'behind "#", an address cannot be a server name'],
-];
-for (const [text, expected] of endpoints) {
-  Deno.test(`loadConfig() ${typeof expected === "string" ? "refuses" : "takes"} ${JSON.stringify(text)} in verify`, () => {
-    const actions = `[default]\nverify: ["ok.example.com:443",\n  ${JSON.stringify(text)}]\n`;
-    if (typeof expected === "string") {
-      same(faultsOf({ actions }), [`3 Cannot read "verify": ${JSON.stringify(text)}: ${expected}`]);
-    } else same(load({ actions }).sections[0]!.verify[1], { text, ...expected });
-  });
-}
-
-const lineFaults: [behaviour: string, files: Files, faults: string[]][] = [
-  ["a line that is there twice", { domains: "a.com b\na.com\nA.com b.a.com\nb.a.com a.com\n" }, [
-    "3 Cannot use the names of line 1 twice [take one of the lines out]",
-  ]],
-  ["more than 100 names on a line", { domains: `a.com ${words(100)}\n` }, [
-    "1 Cannot put 101 names into one certificate: 100 is the most [make it two lines]",
-  ]],
-  [
-    "more names than a profile allows",
-    { settings: "profile: tlsserver\n", domains: `a.com ${words(25)}\n` },
-    [
-      '1 Cannot put 26 names into one certificate: 25 is the most of profile "tlsserver"',
-    ],
-  ],
-  ["more names than a section's profile allows", {
-    domains: `a.com ${words(25)}\n`,
-    actions: "[default]\nprofile: shortlived\n",
-  }, ['1 Cannot put 26 names into one certificate: 25 is the most of profile "shortlived"']],
-  ["a line whose sections want different profiles", {
-    domains: "a.com b.com\n",
+Deno.test("keyTypes of sections are those of their lines, and [every] widens nothing", () => {
+  const { lines, sections } = load({
+    settings: "keyTypes: ec\nverifyWait: 7\n",
+    domains: "a.com\nb.com a.b.com\nc.com\n",
     actions:
-      "[a]\ndomains: a.com\nprofile: one\n[b]\ndomains: b.com\nprofile: two\n[every]\nprofile: three\n",
-  }, [`1 Cannot choose a profile: its names' sections say "one" and "two"`]],
-  ["a wildcard that is proven by http-01", { domains: "example.com *\n" }, [
-    '1 Cannot prove "*.example.com" by http-01: a wildcard needs dns-01 or dns-persist-01 ' +
-    '[name it in a section of actions.conf with "challenge: dns-01"]',
-  ]],
-  ["a wildcard that only its parent's section would prove", {
-    domains: "example.com *\n",
-    actions: "[dns]\ndomains: example.com\nchallenge: dns-persist-01\n",
-  }, [
-    '1 Cannot prove "*.example.com" by http-01: a wildcard needs dns-01 or dns-persist-01 ' +
-    '[add *.example.com to "domains" of [dns]]',
-  ]],
-  ["an IP address that is proven through the DNS", {
-    domains: "192.0.2.1\n",
-    actions: "[every]\nchallenge: dns-persist-01\n",
-  }, [
-    '1 Cannot prove "192.0.2.1" by dns-persist-01: an IP address needs http-01 ' +
-    '[name it in a section of actions.conf with "challenge: http-01"]',
-  ]],
-  ["a file without names", { domains: "# none\n\n   # none\n" }, [
-    " Cannot find a name in it [one line a certificate, such as: example.com www]",
-  ]],
-];
-for (const [behaviour, files, faults] of lineFaults) {
-  Deno.test(`loadConfig() refuses ${behaviour}`, () => same(faultsOf(files), faults));
-}
-
-function words(many: number): string {
-  return Array.from({ length: many }, (_, index) => `w${index}`).join(" ");
-}
-
-Deno.test("loadConfig() counts names once", () => {
-  same(load({ domains: `a.com ${words(99)} ${words(99)} a.com\n` }).lines[0]!.names.length, 100);
+      `[a]\ndomains: a.com a.b.com\nkeyTypes: rsa\nverifyWait: 3\n[b]\ndomains: b.com\nuploadEach: ["x CERT_FILE"]
+rehearse: yes\ndnsParallel: on\n[every]\nkeyTypes: rsa ec\n`,
+  });
+  same(lines.map(({ keyTypes }) => keyTypes), [["rsa"], ["rsa", "ec"], ["ec"]]);
+  same(sections.map(({ keyTypes }) => keyTypes), [["rsa"], ["ec"], ["rsa", "ec"]]);
+  same(sections.map(({ verifyWaitSeconds }) => verifyWaitSeconds), [3, 7, 7]);
+  same(sections.map(({ uploadEach, rehearse, dnsParallel }) => [uploadEach.length, rehearse, dnsParallel]), [
+    [0, false, false],
+    [1, true, true],
+    [0, false, false],
+  ]);
 });
 
 Deno.test("loadConfig() takes a line's profile from its sections, then [every], then [config]", () => {
@@ -628,87 +283,397 @@ Deno.test("loadConfig() takes a line's profile from its sections, then [every], 
   ok(!("profile" in load({}).lines[0]!));
 });
 
-Deno.test("sectionsOf() finds the overrides of a name, else default; every comes last", () => {
+Deno.test("sectionsOf() finds the overrides of a name, else default; every comes last; names of Object's own are no trap", () => {
   const config = load({
     domains: "b.com a.com d.com\na.com\nd.com\n*.a.com\n",
     actions: `[every]
 challenge: dns-01
 dnsPresent: ["x"]
-[one]
+[constructor]
 domains: A.com b.com
 challenge: http-01
 [default]
-[two]
+[__proto__]
 domains: a.com *.a.com
 `,
   });
   const named = (name: string) => sectionsOf(config, name).map(({ name }) => name);
-  same(named("a.com"), ["one", "two", "every"]);
-  same(named("b.com"), ["one", "every"]);
-  same(named("d.com"), ["default", "every"]);
-  same(named("*.a.com"), ["two", "every"]);
-  same(named("constructor"), ["default", "every"]);
+  same(named("a.com"), ["constructor", "__proto__", "every"]);
+  same(named("b.com"), ["constructor", "every"]);
+  same(named("toString"), ["default", "every"]);
+  same(named("*.a.com"), ["__proto__", "every"]);
   same(config.lines.map(({ sections }) => sections.map(({ name }) => name)), [
-    ["one", "two", "default", "every"],
-    ["one", "two", "every"],
+    ["constructor", "__proto__", "default", "every"],
+    ["constructor", "__proto__", "every"],
     ["default", "every"],
-    ["two", "every"],
+    ["__proto__", "every"],
   ]);
   same(["a.com", "d.com", "*.a.com"].map((name) => challengeOf(config, name)), [
     "http-01",
     "dns-01",
     "dns-01",
   ]);
+  same([sectionsOf(load({}), "a.com"), challengeOf(load({}), "a.com")], [[], "http-01"]);
 });
 
-Deno.test("sectionsOf() and challengeOf() do without any section", () => {
-  const config = load({});
-  same([sectionsOf(config, "a.com"), challengeOf(config, "a.com")], [[], "http-01"]);
-});
-
-const noDropDir = "[config]\naccountKey: ../account.key\n";
-Deno.test("loadConfig() needs a drop directory if a name is proven by http-01, and only then", () => {
-  same(
-    faultsOf({
-      conf: noDropDir,
-      domains: "*.a.com\nb.com\n",
-      actions: "[a]\ndomains: *.a.com\nchallenge: dns-persist-01",
-    }),
-    [
-      '1 Cannot find "challengeDropDir" in [config] [name the directory that is served as ' +
-      "http://b.com/.well-known/acme-challenge/]",
-    ],
-  );
-  const config = load({
-    conf: noDropDir,
-    domains: "*.a.com\n",
-    actions: "[every]\nchallenge: dns-persist-01",
+const endpoints = rows`
+  mail.Example.com:465 => {"host":"mail.example.com","port":465}
+  mail.example.com:25/smtp => {"host":"mail.example.com","port":25,"starttls":"smtp"}
+  [2001:DB8::7]:443#www.example.com => {"host":"2001:db8::7","port":443,"sni":"www.example.com"}
+  192.0.2.7:5432/postgres#DOMAIN => {"host":"192.0.2.7","port":5432,"starttls":"postgres","sni":"DOMAIN"}
+  DOMAINS_ALL:443 => {"host":"DOMAINS_ALL","port":443}
+  mailhost:993 => {"host":"mailhost","port":993}
+  mail.example.com => no port.*such as mail.example.com:443
+  mail.example.com/smtp => no port.*such as mail.example.com:443
+  2001:db8::7:443 => not host:port.*brackets
+  mail.example.com:smtp => "smtp" is not a port
+  mail.example.com:65536 => "65536" is not a port
+  mail.example.com:465/smtps => unknown protocol "smtps"
+  [x]:443 => no IPv6 address in brackets
+  *.example.com:443 => a wildcard is not a host
+  -oProxy:22 => label "-oproxy" begins or ends with a dash
+  a b:22 => invisible character
+  mail.example.com:443# => after "#": no name
+  mail.example.com:443#192.0.2.1 => after "#": an address`;
+for (const [text, expected] of endpoints) {
+  const isRight = expected!.startsWith("{");
+  Deno.test(`loadConfig() ${isRight ? "takes" : "refuses"} ${JSON.stringify(text)} in verify`, () => {
+    const actions = `[default]\nverify: ["ok.example.com:443",\n  ${JSON.stringify(text)}]\n`;
+    if (isRight) same({ ...load({ actions }).sections[0]!.verify[1] }, { text, ...JSON.parse(expected!) });
+    else matches(refusal(() => load({ actions })).problems, [`actions.conf:3 verify: ".*": ${expected}`]);
   });
-  ok(!("challengeDropDir" in config));
+}
+
+// ---- what is refused -------------------------------------------------------------------------------------
+
+const refused = {
+  settings: rows`
+    reauthorizeDays: soon => 4 reauthorizeDays: "soon" is not a number from 0 to 36500
+    reauthorizeDays: -1 => 4 reauthorizeDays
+    reauthorizeDays: inf => 4 reauthorizeDays
+    reauthorizeDays: => 4 reauthorizeDays: no value
+    reauthorizeDays: 15 # days => 4 .*a comment needs a line of its own
+    reauthorizeDays: 15⏎ curve: P-256 => 4 .*line 5 is indented
+    keyBitsRSA: 2049 => 4 .*a multiple of 8 from 1024 to 8192
+    curve: secp256k1 => 4 .*"secp256k1" is not prime256v1, secp384r1 or secp521r1
+    rsaTag: a/b => 4 rsaTag: "a/b"
+    curveTag: a b => 4 curveTag: "a b"
+    rsaTag: x⏎curveTag: X => 5 .*the same names
+    alwaysGenerateNewKeys: maybe => 4 .*"maybe" is not yes or no
+    preflight: ask => 4 .*"ask" is not yes, no or warn
+    keyTypes: rsa dsa => 4 .*"dsa" is not rsa or ec
+    parallel: 1.5 => 4 .*a whole number from 1 to 100
+    commandTimeout: 0 => 4 commandTimeout
+    directory: http://ca.test/⏎testDirectory: https://b/ => 4 .*"http://ca.test/" is not a plain https URL
+    contact: a@example.com, b@example.com => 4 .*"a@example.com," is not a mail.*blanks
+    profile: a b => 4 .*"a b" is more than one word
+    profile: %(prefix)s => 4 .*no key for "%\(prefix\)s".*"%%"
+    caBundle: nowhere.pem => 4 .*BASE/CONF/nowhere.pem": it does not exist
+    caBundle: ../account.key => 4 .*no certificate
+    caBundle: ~/ca.pem => 4 .*in full
+    eabKeyId: kid => 1 no "eabHmacKey"
+    eabHmacKey: ../eab => 1 no "eabKeyId"
+    eabKeyId: kid⏎eabHmacKey: ../not-eab => 5 .*BASE/not-eab" holds no base64
+    reautorizeDays: 15 => 4 unknown key "reautorizeDays".*did you mean reauthorizeDays
+    challenge_drop_dir: /x => 4 .*did you mean challengeDropDir
+    [confg] => 4 .*did you mean \[config\]
+    parallel: 1⏎Parallel: 2 => 5 .*"Parallel".*line 4
+    what => 4 neither.*"challengeDropDir" of line 3`,
+  domains: rows`
+    $(reboot).example.com => 1 invalid name "\$\(reboot\).example.com": "\$" is not allowed
+    a.example.com,b.example.com => 1 .*",".*separate names by blanks
+    https://example.com => 1 .*"/".*not a URL
+    ../example.com => 1 .*"/"
+    example.com:443 => 1 .*":"
+    -rf.example.com => 1 .*label "-rf" begins or ends with a dash
+    a.example-.com => 1 .*label "example-"
+    a_b.example.com => 1 .*"_"
+    example.com. => 1 .*trailing dot
+    a..example.com .example.com => 1 .*empty label => 1 .*empty label
+    localhost www => 1 .*no dot
+    example.123 192.0.2.256 192.0.2.01 => 1 .*number => 1 .*number => 1 .*number
+    2001:db8::1::2 [2001:db8::1] => 1 .*":" => 1 .*invalid
+    ::ffff:192.0.2.1 => 1 .*IPv4-mapped IPv6 address.*write it as IPv4
+    example.com # mine => 1 .*a comment needs a line of its own
+    a.*.example.com => 1 .*"\*"
+    192.0.2.1 www => 1 .*"192.0.2.1" has no subdomains
+    exam\u{200d}ple.com => 1 .*u\{200d\}.*invisible character
+    \u{1b}[31mexample.com => 1 .*u\{1b\}.*invisible character
+    ｅxample.com => 1 .*another spelling of "example"
+    a／b.com => 1 .*another spelling of "a/b"
+    xn--a.com => 1 .*"xn--" label
+    example.com * => 1 .*wildcard needs dns-01.*challenge: dns-01
+    # none⏎⏎   # none => no names in BASE/CONF/domains.*such as`,
+  actions: rows`
+    [a]⏎update: [] => 1 no "domains" in \[a\]
+    [Default]⏎update: [] => 1 .*did you mean \[default\]
+    [every]⏎domains: example.com => 2 domains
+    [default]⏎update: true => 2 update: not a JSON list of strings.*write \["true"\]
+    [default]⏎update: "cmd %% x" => 2 .*write \["cmd %% x"\]
+    [default]⏎update:⏎  one⏎  'two' => 2 .*write \["one", "two"\]
+    [default]⏎update: ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6 .*unexpected ""c"
+    [default]⏎update: ["a",] => 2 .*unexpected "]"
+    [default]⏎update: ["a" => 2 .*no "]" at its end
+    [default]⏎update: ['a'] => 2 .*unexpected "'a'
+    [default]⏎update: ["b",⏎  "a⏎  b"] => 3 .*unexpected ""a
+    [default]⏎update: ["a\q"] => 2 .*unexpected ""a
+    [default]⏎update: ["a", 1] => 2 .*unexpected "1
+    [default]⏎update: ["a"] # why => 2 .*a comment needs a line of its own
+    [default]⏎update: ["a",⏎ "\u0000",⏎ "\ud800"] => 3 update => 4 update
+    [default]⏎update: ["date +%Y"] => 2 .*lone "%".*"%%"
+    [DEFAULT]⏎ocspStapleRequired: yes⏎[default]⏎[every] => 2 ocspStapleRequired
+    [default]⏎challenge: dns => 2 .*http-01, dns-01 or dns-persist-01
+    [default]⏎challenge: dns-01 => 2 .*"dnsPresent"
+    [a]⏎domains: x.com⏎challenge: http-01⏎[b]⏎domains: x.com⏎challenge: dns-persist-01
+      => 4 conflicting.*http-01 in \[a\]
+    [default]⏎updat: [] => 2 .*did you mean update
+    [a]⏎domains: example.com⏎[a]⏎domains: x.com => 3 .*line 1
+    [a\u{1b}[2J]⏎domains: example.com => 1 control character`,
+};
+const FILES = { settings: "lematt.conf", domains: "domains", actions: "actions.conf" };
+for (const file of ["settings", "domains", "actions"] as const) {
+  for (const [raw, ...problems] of refused[file]) {
+    const text = raw!.replace(/\\u\{(\w+)\}/g, (_, code) => String.fromCodePoint(parseInt(code, 16)));
+    Deno.test(`loadConfig() refuses ${JSON.stringify(raw!.slice(0, 70))} in ${FILES[file]}`, () => {
+      const { problems: found } = refusal(() => load({ [file]: text }));
+      matches(found, problems.map((problem) => `${FILES[file]}:${problem.replace(/^(?=no names)/, " ")}`));
+    });
+  }
+}
+
+/** The cells of a row that are lines of a file ("S: " for settings, "D: " domains, "A: " actions), and the others. */
+function filesOf(cells: string[]): [files: Files, others: string[]] {
+  const names: Record<string, string> = { S: "settings", D: "domains", A: "actions", C: "conf" };
+  const isFile = (cell: string) => /^[SDAC]: /.test(cell);
+  const files = cells.filter(isFile).map((cell) => [names[cell[0]!], cell.slice(3)]);
+  return [Object.fromEntries(files), cells.filter((cell) => !isFile(cell))];
+}
+
+const together = rows`
+  more names than a profile allows => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p
+    => S: profile: tlsserver => domains:1 26 names.*25 is the most
+  sections that want different profiles => D: a.com b.com
+    => A: [a]⏎domains: a.com⏎profile: one⏎[b]⏎domains: b.com⏎profile: two⏎[every]⏎profile: three
+    => domains:1 conflicting profiles: one in \[a\], two in \[b\]
+  a wildcard that only its parent's section would prove => D: example.com *
+    => A: [dns]⏎domains: example.com⏎challenge: dns-persist-01 => domains:1 .*add it to "domains" of \[dns\]
+  an IP address that is proven through the DNS => D: 192.0.2.1 => A: [every]⏎challenge: dns-persist-01
+    => domains:1 .*an IP address needs http-01
+  a name that is proven by http-01 without a drop directory => C: [config]⏎accountKey: ../account.key
+    => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01
+    => lematt.conf:1 no "challengeDropDir".*http://b.com/
+  a drop directory that is none => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
+    => lematt.conf:3 .*does not exist \[mkdir -p 'BASE/it'.*'s'
+  keys without a section => C: # nothing => lematt.conf: no section \[config\]`;
+for (const [behaviour, ...cells] of together) {
+  const [files, problems] = filesOf(cells);
+  Deno.test(`loadConfig() refuses ${behaviour}`, () =>
+    matches(refusal(() => load(files)).problems, problems));
+}
+
+Deno.test("loadConfig() tells every error of all three files at once, in the order of files and lines", () => {
+  const files = {
+    conf: "[config]\nparallel: 0\nnonsens: 1\n[other]\nx\n",
+    domains: "ok.com\n\na_b.com -c.com\n# x\n*.ok.com\n",
+    actions:
+      'x: 1\n[every]\ndomains: a.com\nupdate: x\n[a]\nverify: [\n  "a.com:443",\n  "a.com"]\ndomains: a.com\n',
+  };
+  matches(refusal(() => load(files)).problems, [
+    ...['lematt.conf:1 no "accountKey"', 'lematt.conf:1 no "challengeDropDir"', "lematt.conf:2 parallel"],
+    ...["lematt.conf:5 neither", 'domains:3 invalid name "a_b.com"', 'domains:3 invalid name "-c.com"'],
+    ...[
+      "domains:5 .*wildcard",
+      "actions.conf:1 text before",
+      "actions.conf:3 domains",
+      "actions.conf:4 update",
+    ],
+    "actions.conf:8 verify",
+  ]);
+  matches(refusal(() => load({ conf: null, domains: null, actions: null })).problems, [
+    "lematt.conf: .*BASE/CONF/lematt.conf.*does not exist.*copy",
+    "domains: .*BASE/CONF/domains.*does not exist.*example.com www",
+    "actions.conf: .*does not exist.*touch BASE/CONF/actions.conf",
+  ]);
 });
 
-Deno.test("loadConfig() refuses a drop directory that is none", () => {
-  const withDropDir = (path: string) => faultsOf({ conf: `${noDropDir}challengeDropDir: ${path}\n` });
-  same(withDropDir("../it's/missing"), [
-    `3 Cannot read "challengeDropDir": "BASE/it's/missing": it does not exist [mkdir -p 'BASE/it'\\''s/missing']`,
-  ]);
-  same(withDropDir("../account.key"), [
-    '3 Cannot read "challengeDropDir": "BASE/account.key": it is not a directory ' +
-    "[lematt, as the user that runs it, must be able to write files there]",
+Deno.test("a refusal names its directory, and the alert commands that could be read", () => {
+  const actions = '[every]\nalert: ["mail x"]\n[a]\ndomains: a.com\nalert: [x\nupdate: ["y"]\n';
+  const directory = directoryOf({ actions, settings: "parallel: many" });
+  const error = refusal(() => loadConfig("prod", directory));
+  matches(error.problems, ["lematt.conf:4 ", "actions.conf:5 "]);
+  same(error.alerts, [{ section: "every", commands: ["mail x"] }]);
+  same([error.name, error.directory], ["ConfigError", directory]);
+  ok(error.message.startsWith('lematt.conf:4: parallel: "many"'));
+});
+
+Deno.test("no message shows a secret that was written into a file", () => {
+  const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
+  for (
+    const settings of [
+      `eabKeyId: kid\neabHmacKey: ${secret}=`,
+      `eabKeyId: kid\neabHmacKey:\n${secret}==`,
+      `eabKeyId: kid\neabHmacKey:\n${secret}`,
+      `eabKeyId: kid\neabHmacKey: ~${secret}`,
+      `eabHmacKey: ${secret}\n${secret}: 1\n`,
+      `directory: https://me:${secret}@ca.test/`,
+    ]
+  ) {
+    const { problems } = refusal(() => load({ settings }));
+    ok(problems.length && !JSON.stringify(problems).includes(secret.slice(0, 12)), JSON.stringify(problems));
+  }
+});
+
+// ---- what is accepted, and warned of ---------------------------------------------------------------------
+
+const warned = rows`
+  rotation beyond the weekly limit of a pair => S: generateNewCertsAfterDays: 3.4 => lematt.conf:4 .*less than 3.5
+  rotation beyond the limit of one key type => S: generateNewCertsAfterDays: 1.3⏎keyTypes: ec
+    => lematt.conf:4 .*less than 1.4
+  two rules of renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60
+    => lematt.conf:5 reauthorizeDays: ignored
+  renewal after expiry => S: reauthorizeDays: 0 => lematt.conf:4 .*expired
+  keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 keyBitsRSA
+    => lematt.conf:5 curve
+  RSA that is not safe => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/
+    => lematt.conf:4 .*1024 bits is not safe
+  a private CA whose names --test would show to Let's Encrypt => S: directory: https://ca.test/
+    => lematt.conf:4 .*testDirectory
+  IP addresses in a profile that has none => D: a.com⏎192.0.2.1 ::1 => domains:2 .*profile: shortlived
+  a name that is alone and among others => D: a.com⏎b.com a.com => domains:2 "a.com".*line 1
+  an unknown key => S: nonsense: 1⏎[DEFAULT]⏎what: 2 => lematt.conf:4 .*"nonsense" is ignored
+    => lematt.conf:6 .*"what" is ignored
+  keys of the other file => S: update: [] => A: [every]⏎parallel: 5 => lematt.conf:4 .*"update".*actions.conf
+    => actions.conf:2 .*"parallel".*lematt.conf
+  an unknown section => S: [default]⏎x: 1 => lematt.conf:4 section \[default\] is ignored
+  a line that is there twice => D: a.com b⏎A.com b.a.com => domains:2 same names as line 1
+  the same names in another order => D: a.com b⏎b.a.com a.com => domains:2 same names as line 1 in another order
+  a comma and a short name in a section => A: [a]⏎domains: example.com, www
+    => actions.conf:2 .*"example.com,".*separate names by blanks => actions.conf:2 .*"www"
+  a section without names => A: [a]⏎domains: => actions.conf:2 .*does nothing
+  names of a section that no line has => D: a.com => A: [x]⏎domains: a.com⏎  ww.a.com => actions.conf:3 "ww.a.com"
+  names of a section that a wildcard has => D: *.b.com
+    => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 "www.b.com".*name \*.b.com
+  [DEFAULT] where [default] is meant => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 .*\[default\]
+  dnsPresent that is never run => A: [default]⏎dnsPresent: ["x"] => actions.conf:2 .*dns-01
+  a word that update does not replace => A: [default]⏎update: ["DOMAIN DOMAINS_CN MY_DOMAIN $LEMATT_CERTS \\KEYS"]
+    => actions.conf:2 update: "DOMAIN".*DOMAINS_CN, DOMAINS_ALL
+  a word that is the shell's => A: [default]⏎uploadCerts: ["a CERTS",⏎  "b $CERTS KEYS"]
+    => actions.conf:3 uploadCerts: "\$CERTS".*write CERTS, or \$LEMATT_CERTS => actions.conf:3 .*"KEYS"
+  an endpoint with the name of no line => D: a.com⏎b.com
+    => A: [every]⏎verify: ["192.0.2.1:443", "192.0.2.1:443#a.com", "DOMAIN:443", "web1:443#DOMAIN"]
+    => actions.conf:1 verify: "192.0.2.1:443".*192.0.2.1:443#a.com
+  a name for which the prepare of its line does not run => D: a.com b.a.com c.a.com
+    => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 "prepare" of \[x\].*"b.a.com"`;
+for (const [behaviour, ...cells] of warned) {
+  const [files, warnings] = filesOf(cells);
+  Deno.test(`loadConfig() warns of ${behaviour}`, () => matches(load(files).warnings, warnings));
+}
+
+Deno.test("loadConfig() says nothing of what is right", () => {
+  const right: Files[] = [
+    { settings: "generateNewCertsAfterDays: 3.5\n", actions: "[default]\n[every]\n" },
+    { actions: '[default]\nupdate: ["printf \'a\\n\' x | y\\nz", ""]\nverify: ["192.0.2.1:443"]\n' },
+    // a private CA has none of Let's Encrypt's limits, whatever its profiles are called
+    {
+      settings: "directory: https://ca.test/dir\ntestDirectory: https://ca.test/dir\nkeyBitsRSA: 8192\n" +
+        "profile: tlsserver\ngenerateNewCertsAfterDays: 0.25\n",
+      domains: `a.com${words(60)}\n192.0.2.1\n`,
+    },
+  ];
+  for (const files of right) {
+    const { warnings, advice } = load(files);
+    same(said([...warnings, ...advice]), []);
+  }
+});
+
+Deno.test("commands are as JSON has them, line breaks and empty ones too", () => {
+  const actions = '[default]\nupdate: ["printf \'a\\nb\'", "", " ", "\\u00e9 \\"x\\" \\\\"]\n';
+  same(load({ actions }).sections[0]!.update, ["printf 'a\nb'", "", " ", 'é "x" \\']);
+});
+
+// ---- files and their owners ------------------------------------------------------------------------------
+
+const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
+const ec = generateKeyPairSync("ec", { namedCurve: "secp384r1" }).privateKey;
+const sec1 = ec.export({ type: "sec1", format: "pem" }) as string;
+const pkcs8 = (type: "rsa" | "ec" | "ed25519", options: object = {}) =>
+  // deno-lint-ignore no-explicit-any
+  (generateKeyPairSync as any)(type, options).privateKey.export(pem) as string;
+const begin = (label: string, body: string) => `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
+const accountKeys: [behaviour: string, text: string, problem?: string][] = [
+  ["RSA in PKCS#8", rsa.export(pem) as string],
+  ["RSA in PKCS#1", rsa.export({ type: "pkcs1", format: "pem" }) as string],
+  ["EC in PKCS#8", ec.export(pem) as string],
+  [
+    "EC in SEC1 behind its parameters, as openssl ecparam writes it",
+    begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1,
+  ],
+  ["nothing", "", "holds no private key in PEM"],
+  ["a public key", begin("PUBLIC KEY", "c2VjcmV0"), "holds a PUBLIC KEY, not a private key"],
+  ["Ed25519", pkcs8("ed25519"), "type ed25519"],
+  ["secp256k1", pkcs8("ec", { namedCurve: "secp256k1" }), "type secp256k1"],
+  ["RSA of 1024 bits", pkcs8("rsa", { modulusLength: 1024 }), "RSA of 1024 bits"],
+  ["encrypted PKCS#8", begin("ENCRYPTED PRIVATE KEY", "c2VjcmV0"), "is encrypted.*openssl pkey -in BASE/key"],
+  [
+    "encrypted PKCS#1",
+    begin("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0"),
+    "is encrypted",
+  ],
+  ["ten megabytes of dashes", begin("PRIVATE KEY", "-a".repeat(5e6)), "cannot be decoded"],
+  ["damaged", begin("PRIVATE KEY", "c2VjcmV0"), "cannot be decoded"],
+];
+for (const [behaviour, text, problem] of accountKeys) {
+  Deno.test(`loadConfig() ${problem ? "refuses" : "takes"} an account key: ${behaviour}`, () => {
+    write("key", text);
+    const files = { conf: "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n" };
+    if (!problem) same(load(files).accountKey, join(base, "key"));
+    else matches(refusal(() => load(files)).problems, [`lematt.conf:2 accountKey: "BASE/key" .*${problem}`]);
+  });
+}
+
+Deno.test("loadConfig() takes only the certificates of caBundle", () => {
+  const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -".split(
+    " ",
+  );
+  const text = new TextDecoder().decode(
+    new Deno.Command("openssl", { args, stderr: "null" }).outputSync().stdout,
+  );
+  write("bundle.pem", text);
+  const { caBundle } = load({ settings: "caBundle: ../bundle.pem\n" });
+  ok(text.includes("PRIVATE KEY") && text.includes(caBundle!));
+  same(caBundle!.match(/BEGIN .*?-/g), ["BEGIN CERTIFICATE-"]);
+  write("bundle.pem", text.replace(/(BEGIN CERTIFICATE-----\n)..../, "$1AAAA"));
+  matches(refusal(() => load({ settings: "caBundle: ../bundle.pem\n" })).problems, [
+    "lematt.conf:4 .*cannot be decoded",
   ]);
 });
 
-/** The faults that another user would be told of; one who may read everything, so that Deno and this file are found. */
-function faultsForNobody(conf: string): Notice[] {
+Deno.test("a path that only made sense where the original was started is refused, with the path that is meant", () => {
+  const here = Deno.cwd();
+  try {
+    Deno.chdir(base);
+    const conf = "[config]\naccountKey: account.key\nchallengeDropDir: drop\n";
+    matches(refusal(() => load({ conf })).problems, [
+      'lematt.conf:2 .*no "account.key" in BASE/CONF.*write BASE/account.key',
+      "lematt.conf:3 .*write BASE/drop",
+    ]);
+  } finally {
+    Deno.chdir(here);
+  }
+});
+
+/** What loadConfig() says to another user, who may read everything, so that Deno and this file are found. */
+function saidToNobody(conf: string): string[] {
   const url = new URL("../lib/config.ts", import.meta.url);
-  const code = `try { (await import("${url}")).loadConfig("prod", "${conf}"); console.log("[]"); }
+  const code =
+    `try { console.log(JSON.stringify((await import("${url}")).loadConfig("prod", "${conf}").warnings)); }
     catch (error) { console.log(JSON.stringify(error.problems)); }`;
   const nobody =
     "--reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
   const as = Deno.uid() === 0 ? ["setpriv", ...nobody.split(" ")] : [];
   const [command, ...args] = [...as, Deno.execPath(), "eval", "--no-check", code];
   const { stdout } = new Deno.Command(command!, { args, stderr: "inherit" }).outputSync();
-  return JSON.parse(new TextDecoder().decode(stdout));
+  return said(JSON.parse(new TextDecoder().decode(stdout)));
 }
 
 Deno.test("loadConfig() refuses directories that its user cannot write to", () => {
@@ -716,228 +681,112 @@ Deno.test("loadConfig() refuses directories that its user cannot write to", () =
   Deno.mkdirSync(closed);
   Deno.chmodSync(closed, 0o555);
   const conf = directoryOf({ conf: `[config]\naccountKey: ${closed}/x/key\nchallengeDropDir: ${closed}\n` });
-  const hint = "lematt, as the user that runs it, must be able to write files there";
-  same(tell(faultsForNobody(conf)), [
-    '2 Cannot read "accountKey": "BASE/closed/x/key" does not exist and cannot be made: "BASE/closed": permission denied',
-    `3 Cannot read "challengeDropDir": "BASE/closed": permission denied [${hint}]`,
+  const found = saidToNobody(conf);
+  same(found.map((text) => text.slice(0, text.indexOf(" ["))), [
+    'lematt.conf:2 accountKey: "BASE/closed": permission denied',
+    'lematt.conf:3 challengeDropDir: "BASE/closed": permission denied',
   ]);
 });
 
-Deno.test("loadConfig() accepts directories that a group may write to, which may be the user's, and everything from root", () => {
-  const shared = join(base, "shared");
-  Deno.mkdirSync(shared);
-  Deno.chmodSync(shared, 0o770);
-  const conf = directoryOf({ conf: `[config]\naccountKey: ${shared}/key\nchallengeDropDir: ${shared}\n` });
-  same(faultsForNobody(conf), []);
-  if (Deno.uid() !== 0) return;
-  Deno.chownSync(shared, 65534, 65534);
-  Deno.chmodSync(shared, 0o500);
-  loadConfig("prod", conf);
-});
-
-const warned: [behaviour: string, files: Files, warnings: string[]][] = [
-  ["rotation beyond the weekly limit of a pair", { settings: "generateNewCertsAfterDays: 3.4\n" }, [
-    '4 "generateNewCertsAfterDays": fewer than 3.5 days: Let\'s Encrypt issues 5 certificates a week for one set of ' +
-    "names, and a pair of RSA and EC takes two",
-  ]],
-  ["rotation beyond the weekly limit of one key type", {
-    settings: "generateNewCertsAfterDays: 1.3\nkeyTypes: ec\n",
-  }, [
-    '4 "generateNewCertsAfterDays": fewer than 1.4 days: Let\'s Encrypt issues 5 certificates a week for one set of names',
-  ]],
-  ["two rules of renewal", { settings: "generateNewCertsAfterDays: 7\nreauthorizeDays: 60\n" }, [
-    '4 "generateNewCertsAfterDays": certificates are renewed at this age, "reauthorizeDays" is passed over',
-  ]],
-  ["renewal after expiry", { settings: "reauthorizeDays: 0\n" }, [
-    '4 "reauthorizeDays": with 0, a certificate is renewed only when it has expired',
-  ]],
-  ["keys that Let's Encrypt refuses", { settings: "keyBitsRSA: 8192\ncurve: P-521\n" }, [
-    '4 "keyBitsRSA": Let\'s Encrypt takes RSA keys of 2048, 3072 and 4096 bits, P-256 and P-384, not 8192',
-    '5 "curve": Let\'s Encrypt takes RSA keys of 2048, 3072 and 4096 bits, P-256 and P-384, not P-521',
-  ]],
-  ["IP addresses in a profile of Let's Encrypt that has none", { domains: "a.com\n192.0.2.1 ::1\n" }, [
-    '2 Let\'s Encrypt certifies IP addresses in its profile "shortlived" alone [profile: shortlived]',
-  ]],
-  ["a name that is alone and among others", { domains: "a.com\nb.com a.com\na.com c.com\nc.com x.org\n" }, [
-    `2 "a.com" is also alone in line 1: its files are that line's, not links to this one's`,
-    `3 "a.com" is also alone in line 1: its files are that line's, not links to this one's`,
-  ]],
-  ["a section's name that is issued nowhere", {
-    domains: "a.com\n*.b.com\n",
-    actions: "[every]\nchallenge: dns-persist-01\n[x]\ndomains: a.com\n  ww.a.com www.b.com\n",
-  }, [
-    '5 "ww.a.com" is in no line of "domains", so this section does nothing for it',
-    '5 "www.b.com" is in no line of "domains", so this section does nothing for it [name *.b.com, which is]',
-  ]],
-  ["commands in [DEFAULT] where [default] is meant", { actions: '[DEFAULT]\nupdate: ["true"]\n' }, [
-    "1 [DEFAULT] is what all sections fall back to, and none by itself " +
-    "[write [default] for what is to be run for names of no other section]",
-  ]],
-  ["dnsPresent that is never run", { actions: '[default]\ndnsPresent: ["x"]\n' }, [
-    '2 "dnsPresent": it is not used without "challenge: dns-01" in the same section',
-  ]],
-];
-for (const [behaviour, files, warnings] of warned) {
-  Deno.test(`loadConfig() warns of ${behaviour}`, () => same(tell(load(files).warnings), warnings));
-}
-
-Deno.test("loadConfig() says nothing of what is right", () => {
-  same(load({ settings: "generateNewCertsAfterDays: 3.5\n", actions: "[default]\n[every]\n" }).warnings, []);
-  const other = "directory: https://ca.test/dir\nkeyBitsRSA: 8192\n";
-  same(load({ settings: other, domains: "192.0.2.1\n" }).warnings, []);
-});
-
-const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
-const ec = generateKeyPairSync("ec", { namedCurve: "secp384r1" }).privateKey;
-const accountKeys: [behaviour: string, text: string, fault?: string][] = [
-  ["RSA in PKCS#8", rsa.export(pem) as string],
-  ["RSA in PKCS#1", rsa.export({ type: "pkcs1", format: "pem" }) as string],
-  ["EC in PKCS#8", ec.export(pem) as string],
-  ["EC in SEC1", ec.export({ type: "sec1", format: "pem" }) as string],
-  [
-    "EC in SEC1 behind its parameters, as openssl ecparam writes it",
-    "-----BEGIN EC PARAMETERS-----\nBgUrgQQAIg==\n-----END EC PARAMETERS-----\n" +
-    ec.export({ type: "sec1", format: "pem" }),
-  ],
-  ["nothing", "", "holds nothing in PEM, but no private key"],
-  [
-    "a public key",
-    generateKeyPairSync("ed25519").publicKey.export({ type: "spki", format: "pem" }) as string,
-    "holds a PUBLIC KEY, but no private key",
-  ],
-  [
-    "Ed25519",
-    generateKeyPairSync("ed25519").privateKey.export(pem) as string,
-    "is a key of type ed25519; an account needs RSA, P-256, P-384 or P-521",
-  ],
-  [
-    "secp256k1",
-    generateKeyPairSync("ec", { namedCurve: "secp256k1" }).privateKey.export(pem) as string,
-    "is a key of type secp256k1; an account needs RSA, P-256, P-384 or P-521",
-  ],
-  [
-    "RSA of 1024 bits",
-    generateKeyPairSync("rsa", { modulusLength: 1024 }).privateKey.export(pem) as string,
-    "is an RSA key of 1024 bits; 2048 are the least",
-  ],
-  [
-    "encrypted PKCS#8",
-    "-----BEGIN ENCRYPTED PRIVATE KEY-----\nc2VjcmV0\n-----END ENCRYPTED PRIVATE KEY-----\n",
-    "is encrypted [openssl pkey -in BASE/key -out FILE]",
-  ],
-  [
-    "encrypted PKCS#1",
-    "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0\n-----END RSA PRIVATE KEY-----\n",
-    "is encrypted [openssl pkey -in BASE/key -out FILE]",
-  ],
-  [
-    "ten megabytes of dashes",
-    `-----BEGIN PRIVATE KEY-----${"-a".repeat(5e6)}-----END PRIVATE KEY-----`,
-    "holds a private key that cannot be decoded",
-  ],
-  [
-    "damaged",
-    "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n",
-    "holds a private key that cannot be decoded",
-  ],
-];
-for (const [behaviour, text, fault] of accountKeys) {
-  Deno.test(`loadConfig() ${fault ? "refuses" : "takes"} an account key: ${behaviour}`, () => {
-    Deno.writeTextFileSync(join(base, "key"), text, { mode: 0o600 });
-    const files = { conf: "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n" };
-    if (fault) same(faultsOf(files), [`2 Cannot read "accountKey": "BASE/key" ${fault}`]);
-    else same(load(files).accountKey, join(base, "key"));
+/** What is changed, its path, mode and owner, and the beginning of what is said of it, unless that is nobody's business. */
+const open = rows`
+  actions.conf that all may change => conf/actions.conf 646 0 0 => actions.conf: others may write.*chmod go-w
+  actions.conf that a group may change => conf/actions.conf 664 0 1234 => actions.conf: others may write
+  actions.conf that root's group may change => conf/actions.conf 664 0 0
+  actions.conf of another user => conf/actions.conf 664 1234 1234 => actions.conf: .*user 1234.*root
+  lematt.conf of another user => conf/lematt.conf 644 1234 1234 => lematt.conf: .*user 1234.*chown root
+  domains of another user => conf/domains 644 1234 1234
+  domains that all may change => conf/domains 666 0 0 => domains: others may write
+  a directory of another user => conf 755 1234 1234 => BASE/CONF/prod: .*user 1234
+  a directory that all may change => conf 1777 0 0 => BASE/CONF/prod: others may write to "BASE/CONF" .*1777
+  a tree that all may change => conf/prod/key 777 0 0 => BASE/CONF/prod: others may write.*CONF/prod/key
+  a tree of another user => conf/prod/state.json 600 1234 1234 => BASE/CONF/prod: .*user 1234
+  a drop directory that all may write to => drop 1777 33 33 => lematt.conf:3 .*others may write.*chmod o-w
+  a drop directory that its group may write to => drop 2775 33 33
+  an account key that all may change => key 602 0 0 => lematt.conf:2 .*others may write
+  an account key that others may read => key 640 0 0 => lematt.conf:2 .*others may read.*chmod 600`;
+for (const [what, change, ...expected] of open) {
+  Deno.test({
+    name: `${expected.length ? "loadConfig() tells root of" : "loadConfig() accepts"} ${what}`,
+    ignore: Deno.uid() !== 0,
+    fn() {
+      const home = join(base, `home${count++}`);
+      const conf = join(home, `conf${count++}`);
+      for (const directory of [home, conf, join(conf, "prod"), join(conf, "prod/key"), join(home, "drop")]) {
+        Deno.mkdirSync(directory);
+      }
+      const texts = {
+        "lematt.conf": "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n",
+        domains: "example.com\n",
+        "actions.conf": "",
+        "prod/state.json": "{}",
+        "../key": accountKey,
+      };
+      for (const [name, text] of Object.entries(texts)) {
+        Deno.writeTextFileSync(join(conf, name), text, { mode: name === "../key" ? 0o600 : 0o644 });
+      }
+      const [path, mode, uid, gid] = change!.split(" ") as [string, string, string, string];
+      const changed = path.startsWith("conf") ? path.replace("conf", conf) : join(home, path);
+      Deno.chownSync(changed, Number(uid), Number(gid));
+      Deno.chmodSync(changed, parseInt(mode, 8));
+      let notices: readonly Notice[];
+      try {
+        notices = loadConfig("prod", conf).warnings;
+      } catch (error) {
+        notices = (error as ConfigError).problems;
+      }
+      const shown = notices.map(({ text, ...rest }) => ({ ...rest, text: text.replaceAll(home, base) }))
+        .map((notice) => ({ ...notice, file: notice.file.replace(home, base) }));
+      matches(shown, expected);
+    },
   });
 }
 
-Deno.test("loadConfig() takes an account key that is still to be made, and warns of one that others may read", () => {
-  const conf = (path: string) => `[config]\naccountKey: ${path}\nchallengeDropDir: ../drop\n`;
-  same(
-    load({ conf: conf("new/account.key") }).accountKey.replace(/conf\d+/, "CONF"),
-    join(base, "CONF/new/account.key"),
-  );
-  same(faultsOf({ conf: conf("../account.key/x") }), [
-    '2 Cannot read "accountKey": "BASE/account.key/x" does not exist and cannot be made: "BASE/account.key": ' +
-    "it is not a directory",
-  ]);
-  Deno.writeTextFileSync(join(base, "open.key"), accountKey);
-  Deno.chmodSync(join(base, "open.key"), 0o644);
-  same(tell(load({ conf: conf("../open.key") }).warnings), [
-    '2 "accountKey": others may read "BASE/open.key", its mode is 0644 [chmod 600 BASE/open.key]',
-  ]);
+Deno.test({
+  name: "loadConfig() tells a user of a tree that belongs to root, and of no group of the user's own",
+  ignore: Deno.uid() !== 0,
+  fn() {
+    const conf = directoryOf({ conf: "[config]\naccountKey: key\nchallengeDropDir: ../drop\n" });
+    for (const name of ["", "lematt.conf", "domains", "actions.conf"]) {
+      Deno.chownSync(join(conf, name), 65534, 65534);
+      Deno.chmodSync(join(conf, name), name ? 0o664 : 0o775);
+    }
+    Deno.chmodSync(join(base, "drop"), 0o775);
+    Deno.chownSync(join(base, "drop"), 0, 65534);
+    same(saidToNobody(conf), []);
+    Deno.mkdirSync(join(conf, "prod"));
+    const [text, ...more] = saidToNobody(conf);
+    ok(/^BASE\/CONF\/prod: .*belongs to user 0.*chown -R 65534 BASE\/CONF\/prod/.test(text!), text);
+    same(more, []);
+    Deno.chownSync(join(base, "drop"), 0, 0);
+    Deno.chmodSync(join(base, "drop"), 0o755);
+  },
 });
 
-Deno.test("loadConfig() takes only the certificates of caBundle", () => {
-  const made = new Deno.Command("openssl", {
-    args: "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -".split(" "),
-    stderr: "null",
-  }).outputSync();
-  const text = new TextDecoder().decode(made.stdout);
-  Deno.writeTextFileSync(join(base, "bundle.pem"), text);
-  const { caBundle } = load({ settings: "caBundle: ../bundle.pem\n" });
-  ok(text.includes("PRIVATE KEY") && text.includes(caBundle!));
-  same(caBundle!.match(/BEGIN .*?-/g), ["BEGIN CERTIFICATE-"]);
-  Deno.writeTextFileSync(join(base, "bundle.pem"), text.replace(/(BEGIN CERTIFICATE-----\n)..../, "$1AAAA"));
-  same(faultsOf({ settings: "caBundle: ../bundle.pem\n" }), [
-    '4 Cannot read "caBundle": certificate 1 in "BASE/bundle.pem" cannot be decoded',
-  ]);
-});
-
-Deno.test("loadConfig() tells every fault of all three files at once, in the order of files and lines", () => {
-  const directory = directoryOf({
-    conf: "[config]\nparallel: 0\nnonsense: 1\n[other]\nx\n",
-    domains: "ok.com\n\na_b.com -c.com\n# x\nok.com\n*.ok.com\n",
-    actions:
-      'x: 1\n[every]\ndomains: a.com\nupdate: x\n[a]\nverify: [\n  "a.com:443",\n  "a.com"]\ndomains: a.com\n',
-  });
-  const faults = refused(() => loadConfig("prod", directory));
-  same(tell(faults, true).map((fault) => fault.replace(/ \[.*/, "")), [
-    'lematt.conf:1 Cannot find "accountKey" in',
-    'lematt.conf:1 Cannot find "challengeDropDir" in',
-    'lematt.conf:2 Cannot read "parallel": "0" is not a whole number from 1 to 100',
-    'lematt.conf:3 Cannot use key "nonsense": it is unknown',
-    "lematt.conf:4 Cannot use section",
-    'lematt.conf:5 Cannot read "x": neither a',
-    'domains:3 Cannot use the name "a_b.com": "_" cannot stand in a name',
-    'domains:3 Cannot use the name "-c.com": the label "-c" begins or ends with a dash',
-    "domains:5 Cannot use the names of line 1 twice",
-    'domains:6 Cannot prove "*.ok.com" by http-01: a wildcard needs dns-01 or dns-persist-01',
-    'actions.conf:1 Cannot read "x: 1": it stands before any',
-    'actions.conf:3 Cannot use "domains" in',
-    'actions.conf:4 Cannot read list "update": not JSON, it does not begin with "["',
-    'actions.conf:8 Cannot read "verify": "a.com": it has no port',
-  ]);
-  const { message, name } = new ConfigError(faults.slice(0, 1));
-  same([name, message], ["ConfigError", 'lematt.conf:1: Cannot find "accountKey" in [config]']);
-});
-
-Deno.test("loadConfig() tells what is missing and how to begin", () => {
-  same(
-    tell(refused(() => loadConfig("prod", directoryOf({ conf: null, domains: null, actions: null }))), true),
-    [
-      'lematt.conf: Cannot read "BASE/CONF/lematt.conf": it does not exist ' +
-      "[copy the conf/lematt.conf that comes with lematt, and adapt it]",
-      'domains: Cannot read "BASE/CONF/domains": it does not exist [one line a certificate, such as: example.com www]',
-      'actions.conf: Cannot read "BASE/CONF/actions.conf": it does not exist ' +
-      "[an empty file will do to begin with: touch BASE/CONF/actions.conf]",
-    ],
-  );
-  same(faultsOf({ conf: "# nothing\n" }), [
-    " Cannot find section [config] [put [config] in a line above the keys]",
-  ]);
+Deno.test("loadConfig() refuses a directory whose path a command could not have", () => {
+  for (const name of ["with blank", "it's", "ünicode", "$HOME", "a*"]) {
+    const directory = join(base, name);
+    Deno.renameSync(directoryOf(), directory);
+    matches(refusal(() => loadConfig("prod", directory)).problems, [
+      `${base.replace(base, "BASE")}/ the path`,
+    ]);
+  }
+  const directory = join(base, "a-Z.0_@+,:%");
+  Deno.renameSync(directoryOf(), directory);
+  same(loadConfig("prod", directory).directory, directory);
 });
 
 Deno.test("loadConfig() refuses what is no text file, without waiting for it", () => {
   const directory = directoryOf({ domains: null, actions: null });
   Deno.mkdirSync(join(directory, "domains"));
   new Deno.Command("mkfifo", { args: [join(directory, "actions.conf")] }).outputSync();
-  same(tell(refused(() => loadConfig("prod", directory)), true), [
-    'domains: Cannot read "BASE/CONF/domains": it is not a file',
-    'actions.conf: Cannot read "BASE/CONF/actions.conf": it is not a file',
+  matches(refusal(() => loadConfig("prod", directory)).problems, [
+    "domains: BASE/CONF/domains.*not a file".replace(" ", ' "'),
+    "actions.conf: BASE/CONF/actions.conf.*not a file".replace(" ", ' "'),
   ]);
   Deno.removeSync(join(directory, "domains"));
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
-  same(tell(refused(() => loadConfig("prod", directory)), true)[0], "domains:2 Cannot read it: not UTF-8");
+  ok(said(refusal(() => loadConfig("prod", directory)).problems).includes("domains:2 not UTF-8"));
 });
 
 Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
@@ -951,8 +800,8 @@ Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
   same(sections[0]!.update, ["true"]);
 });
 
-Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else ./conf, else the one beside", () => {
-  const directory = directoryOf({});
+Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a ./conf that is ours, else the one beside", () => {
+  const directory = directoryOf();
   const here = Deno.cwd();
   const home = join(base, "home");
   Deno.mkdirSync(home);
@@ -961,23 +810,16 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else .
   try {
     Deno.chdir(home);
     for (
-      const path of [
-        directory,
-        join(directory, "lematt.conf"),
-        "../link",
-        "../link/lematt.conf",
-        "linked.conf",
-      ]
+      const path of [directory, `${directory}/lematt.conf`, "../link", "../link/lematt.conf", "linked.conf"]
     ) {
       const config = loadConfig("prod", path, "/nowhere");
       same([config.directory, config.file], [directory, join(directory, "lematt.conf")]);
     }
-    same(tell(refused(() => loadConfig("prod", undefined, "/nowhere")), true), [
-      'lematt.conf: Cannot find it in "conf": it does not exist, or in "/nowhere": it does not exist ' +
-      "[name lematt.conf, or its directory, with --config]",
+    matches(refusal(() => loadConfig("prod", undefined, "/nowhere")).problems, [
+      'lematt.conf: not found: "conf": .*"/nowhere": .*--config',
     ]);
-    same(tell(refused(() => loadConfig("prod", "missing.conf", directory)), true), [
-      'lematt.conf: Cannot find it in "missing.conf": it does not exist [name lematt.conf, or its directory, with --config]',
+    matches(refusal(() => loadConfig("prod", "missing.conf", directory)).problems, [
+      'lematt.conf: .*"missing.conf"',
     ]);
     same(loadConfig("prod", undefined, directory).directory, directory);
     Deno.mkdirSync("conf");
@@ -985,9 +827,20 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else .
     for (const { name } of Deno.readDirSync(directory)) {
       Deno.copyFileSync(join(directory, name), join("conf", name));
     }
-    Deno.copyFileSync(join(base, "account.key"), "account.key");
+    write("home/account.key", accountKey);
     Deno.mkdirSync("drop");
     same(loadConfig("prod", undefined, directory).directory, join(home, "conf"));
+    if (Deno.uid() !== 0) return;
+    Deno.chownSync("conf", 65534, 65534);
+    const beside = loadConfig("prod", undefined, directory);
+    same(beside.directory, directory);
+    matches(beside.warnings, ["BASE/home/CONF".replace("CONF", "conf") + ": passed over.*user 65534"]);
+    Deno.writeTextFileSync(join(directory, "domains"), "");
+    ok(
+      /is read since no --config/.test(
+        said(refusal(() => loadConfig("prod", undefined, directory)).problems).join(),
+      ),
+    );
   } finally {
     Deno.chdir(here);
   }
@@ -997,52 +850,85 @@ Deno.test("the samples in conf/ lack only names and the drop directory, and thei
   const read = (name: string) => Deno.readTextFileSync(new URL(`../conf/${name}`, import.meta.url));
   const directory = join(base, "samples");
   Deno.mkdirSync(directory);
-  const write = (name: string, text: string) => Deno.writeTextFileSync(join(directory, name), text);
-  for (const name of ["lematt.conf", "domains", "actions.conf"]) write(name, read(name));
-  const faults = refused(() => loadConfig("prod", directory)).map((
-    { file, text },
-  ) => [file, text.replace(/:.*/, "")]);
-  same(faults.at(-1), ["domains", "Cannot find a name in it"]);
-  ok(
-    faults.length === 1 || faults.length === 2 && faults[0]![1] === 'Cannot read "challengeDropDir"',
-    `${faults}`,
-  );
+  const put = (name: string, text: string) => write(`samples/${name}`, text);
+  for (const name of ["lematt.conf", "domains", "actions.conf"]) put(name, read(name));
+  const problems = said(refusal(() => loadConfig("prod", directory)).problems);
+  ok(problems.at(-1)!.startsWith("domains: no names"));
+  ok(problems.slice(0, -1).every((text) => text.includes("challengeDropDir")), problems.join());
 
   // All examples at once, but for files that only their owner has.
   const settings = read("lematt.conf").replace(/^# (?=[a-zA-Z]+: \S+( \S+ \S+)?$)/gm, "")
     .replace(/^(caBundle|eabKeyId|eabHmacKey):/gm, "# $1:");
-  write("lematt.conf", settings.replaceAll("/srv/web/challenges/", join(base, "drop")));
-  write("domains", read("domains").replace(/^# (?=([a-z0-9.]+\.(com|org|10)\b.*)$)/gm, ""));
-  write("actions.conf", read("actions.conf").replace(/^# (?=\[|\w+: )/gm, ""));
+  put("lematt.conf", settings.replaceAll("/srv/web/challenges/", join(base, "drop")));
+  put("domains", read("domains").replace(/^# (?=([a-z0-9.]+\.(com|org|10)\b.*)$)/gm, ""));
+  put("actions.conf", read("actions.conf").replace(/^# (?=\[|\w+: )/gm, ""));
   const config = loadConfig("prod", directory);
   same(config.lines.map(({ names }) => names[0]), [
     ..."example.com mail.example.com git.example.com example.org 192.0.2.10".split(" "),
   ]);
-  same(config.sections.map(({ name }) => name), ["default", "every", "mail", "intranet", "persistent"]);
+  same(config.sections.map(({ name }) => name).slice(0, 4), ["default", "every", "mail", "intranet"]);
   same(
     config.sections[3]!.dnsPresent,
     [`printf 'update add %s 60 TXT "%s"\\nsend\\n' RECORD VALUE | nsupdate -k /etc/lematt/tsig.key`],
   );
   same([config.preferredChain, config.dnsWaitSeconds, config.profile], ["ISRG Root X1", 120, "tlsserver"]);
+  ok(
+    !said(config.warnings).some((text) => /unknown|not replaced/.test(text)),
+    said(config.warnings).join("\n"),
+  );
 });
 
+// ---- much, and anything ----------------------------------------------------------------------------------
+
 Deno.test("loadConfig() reads 50,000 lines and 2,000 sections without quadratic work", () => {
-  const some = (length: number, text: (index: number) => string) =>
-    Array.from({ length }, (_, i) => text(i)).join("");
+  const sections = some(2000, (i) => {
+    const names = some(20, (j) => `\n  host${20 * i + j}.example.com`);
+    return `[s${i}]\ndomains: ${names}\nupdate: ["x"]\nprepare: ["y"]\nverify: ["a.b:1"]\n`;
+  });
   const directory = directoryOf({
     domains: some(50_000, (i) => `host${i}.example.com${i % 2 ? " www mail" : ""}\n`),
-    actions: "[default]\n[every]\n" +
-      some(
-        2000,
-        (i) => `[s${i}]\ndomains: ${some(20, (j) => `\n  host${20 * i + j}.example.com`)}\nupdate: ["x"]\n`,
-      ),
+    actions: "[default]\n[every]\n" + sections,
   });
   const start = performance.now();
   const config = loadConfig("prod", directory);
   const seconds = (performance.now() - start) / 1000;
   same([config.lines.length, config.sections.length], [50_000, 2002]);
   same(config.lines[39_999]!.sections.map(({ name }) => name), ["s1999", "default", "every"]);
-  ok(seconds < 5, `${seconds} s`); // some 0.4 s here; quadratic work takes minutes
+  ok(seconds < 5, `${seconds} s`); // some 0.5 s here; quadratic work takes minutes
+});
+
+Deno.test("loadConfig() takes time in proportion to a hostile value", () => {
+  const long = (unit: string) => unit.repeat(200_000);
+  for (
+    const unit of [
+      "9",
+      "a",
+      "-",
+      ".",
+      "_",
+      "1_",
+      " ",
+      '"',
+      "\\",
+      '\\"',
+      '"",',
+      "[",
+      "DOMAIN",
+      "$",
+      "a@",
+      "::",
+    ]
+  ) {
+    refusal(() =>
+      load({
+        settings: `reauthorizeDays: ${long(unit)}x\ncontact: ${long(unit)}\nrsaTag: ${
+          long(unit)
+        }!\nprofile: x ${long(unit)}`,
+        domains: `${long(unit)}!\n`,
+        actions: `[default]\nupdate: ["${long(unit)}\nverify: ["${long(unit)}"]\nalert: ${long(unit)}]x\n`,
+      })
+    );
+  }
 });
 
 Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => {
@@ -1063,15 +949,11 @@ Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => 
   };
   const pieces = [
     ...'[]":,=%#;\\*./\n\r\t\0 \x1b\u00e4\u202e\ud800',
+    ..."xn-- :: %(x)s __proto__:1".split(" "),
     "\n ",
-    "%(x)s",
-    "xn--",
-    "::",
     "[DEFAULT]\n",
-    "__proto__: 1\n",
-    "9".repeat(400),
   ];
-  for (let round = 0; round < 2000; round++) {
+  for (let round = 0; round < 1000; round++) {
     for (const [name, text] of Object.entries(texts)) {
       let changed = text;
       for (let times = random(4); times > 0; times--) {
@@ -1084,35 +966,15 @@ Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => 
       loadConfig("prod", directory);
     } catch (error) {
       ok(error instanceof ConfigError, `seed ${seed}, round ${round}: ${error}`);
-      for (const { text, hint = "" } of error.problems) {
-        ok(
-          !/[\p{C}]/u.test(text + hint),
-          `seed ${seed}, round ${round}: ${JSON.stringify(text)}`,
-        );
-      }
+      const shown = error.problems.map(({ text, hint }) => text + hint).join("");
+      ok(!/[\p{C}]/u.test(shown), `seed ${seed}, round ${round}: ${JSON.stringify(shown)}`);
     }
   }
 });
 
 Deno.test("isIP() tells addresses from all else as node:net does, but for zones", () => {
-  const parts = [
-    "0",
-    "1",
-    "09",
-    "255",
-    "256",
-    "ffff",
-    "g",
-    "00000",
-    "",
-    "1.2.3.4",
-    "::",
-    ":",
-    ".",
-    "%1",
-    " ",
-  ];
-  const texts = ["1.2.3.4.5", "01.2.3.4", "1.2.3.256", "::1.2.3.04", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8:9"];
+  const parts = ["", ..."0 1 09 255 256 ffff g 00000 1.2.3.4 :: : . %1".split(" "), " "];
+  const texts = "1.2.3.4.5 01.2.3.4 1.2.3.256 ::1.2.3.04 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7:8:9".split(" ");
   for (const a of parts) {
     for (const b of parts) {
       for (const c of parts) texts.push(`${a}:${b}:${c}`, `${a}.${b}.${c}`, `::${a}${b}${c}`);

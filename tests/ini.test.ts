@@ -1,68 +1,57 @@
 /** Goal: what each form of line means, and that Python's own configparser agrees about thousands of generated files. */
 
 import { deepStrictEqual as same, ok } from "node:assert/strict";
-import { lineFinder, parseIni, valueOf } from "../lib/ini.ts";
-import { printable } from "../lib/text.ts";
+import { linesOf, parseIni, valueOf } from "../lib/ini.ts";
+import { printable } from "../lib/names.ts";
+
+type Read = Record<string, Record<string, string | null>> | null;
 
 /** Sections -> keys -> values, as Python would give them; null for a value that cannot be substituted. */
-function read(text: string): Record<string, Record<string, string | null>> | null {
+function read(text: string): Read {
   const ini = parseIni(text);
-  if (ini.faults.length) return null;
-  return Object.fromEntries(
-    ini.sections.map((section) => {
-      const keys = new Set([...ini.defaults.entries.keys(), ...section.entries.keys()]);
-      return [
-        section.name,
-        Object.fromEntries(
-          [...keys].sort().map((key) => {
-            const value = valueOf(ini, section, key)!;
-            return [key, value.fault ? null : value.text];
-          }),
-        ),
-      ];
-    }),
-  );
+  if (ini.problems.length) return null;
+  return Object.fromEntries(ini.sections.map((section) => {
+    const keys = [...new Set([...ini.defaults.entries.keys(), ...section.entries.keys()])].sort();
+    return [
+      section.name,
+      Object.fromEntries(keys.map((key) => {
+        const { text, problem } = valueOf(ini, section, key)!;
+        return [key, problem ? null : text];
+      })),
+    ];
+  }));
 }
 
-const accepted: [behaviour: string, text: string, sections: ReturnType<typeof read>][] = [
+const accepted: [behaviour: string, text: string, sections: Read][] = [
   ["reads both delimiters", "[a]\nx: 1\ny=2\nz  =  a:b=c\n", { a: { x: "1", y: "2", z: "a:b=c" } }],
-  ["finds keys whatever their case", "[a]\nKeyBitsRSA: 2048\n", { a: { keybitsrsa: "2048" } }],
-  ["keeps sections apart by case", "[a]\n[A]\nx: 1\n", { a: {}, A: { x: "1" } }],
-  ["skips whole-line comments, indented ones too", "# c\n[a]\n  ; c\nx: 1\n   # c\n", { a: { x: "1" } }],
-  ["keeps what looks like a comment behind a value", "[a]\nx: 1 # one ; two\n", {
-    a: { x: "1 # one ; two" },
+  ["finds keys whatever their case, and keeps sections apart by it", "[a]\nXy: 1\n[A]\n", {
+    a: { xy: "1" },
+    A: {},
   }],
-  ["joins indented lines", "[a]\nx: [\n  1,\n\t2 ]\ny:\n 3\n", { a: { x: "[\n1,\n2 ]", y: "\n3" } }],
+  ["skips whole-line comments alone", "# c\n[a]\n  ; c\nx: 1 # one\n   # c\n", { a: { x: "1 # one" } }],
+  ["joins indented lines, without comments", "[a]\nx: [\n  1,\n# c\n\t2 ]\ny:\n 3\n", {
+    a: { x: "[\n1,\n2 ]", y: "\n3" },
+  }],
   ["keeps blank lines within a value, not at its end", "[a]\nx: 1\n\n 2\n\n\ny: 3\n", {
     a: { x: "1\n\n2", y: "3" },
   }],
-  ["drops comments within a value", "[a]\nx: 1\n# c\n  ; c\n 2\n", { a: { x: "1\n2" } }],
-  ["reads a key that is as deep as the one before", "[a]\n  x: 1\n  y: 2\n   z: 3\n", {
+  ["reads a key that is as deep as the one before", "  [a]\n    x: 1\n    y: 2\n     z: 3\n", {
     a: { x: "1", y: "2\nz: 3" },
   }],
-  ["reads an indented key after a header", "  [a]\n    x: 1\n", { a: { x: "1" } }],
-  ["takes a header up to its last bracket", "[a] b] c\nx: 1\n", { "a] b": { x: "1" } }],
-  ["reads empty values", "[a]\nx:\ny =\n", { a: { x: "", y: "" } }],
+  ["takes a header up to its last bracket", "[a] b] c\nx:\n", { "a] b": { x: "" } }],
   ["reads CRLF, CR and a byte order mark", "\ufeff[a]\r\nx: 1\ry: 2\r\n", { a: { x: "1", y: "2" } }],
   ["falls back to [DEFAULT], wherever it stands", "[a]\nx: 1\n[b]\n[DEFAULT]\nx: 2\n", {
     a: { x: "1" },
     b: { x: "2" },
   }],
-  [
-    "substitutes in the light of the section",
-    "[DEFAULT]\nto: %(host)s:/etc\n[a]\nhost: one\n[b]\nHost: two\n",
-    {
-      a: { host: "one", to: "one:/etc" },
-      b: { host: "two", to: "two:/etc" },
-    },
-  ],
-  ["reads %% as a percent sign", "[a]\nx: date +%%Y %%(y)s\n", { a: { x: "date +%Y %(y)s" } }],
-  ["fails only the value that lacks a key", "[a]\nx: %(no)s\ny: 1\n", { a: { x: null, y: "1" } }],
-  ["fails a lone percent sign", "[a]\nx: 5%\ny: %H\nz: %()s\nw: %(x\n", {
-    a: { x: null, y: null, z: null, w: null },
+  ["substitutes in the light of the section", "[DEFAULT]\nto: %(h)s:/etc\n[a]\nh: 1\n[b]\nH: 2\n", {
+    a: { h: "1", to: "1:/etc" },
+    b: { h: "2", to: "2:/etc" },
   }],
-  ["fails a circle", "[a]\nx: %(y)s\ny: %(x)s\n", { a: { x: null, y: null } }],
-  ["reads an empty file", "", {}],
+  ["reads %% as a percent sign", "[a]\nx: date +%%Y %%(y)s\n", { a: { x: "date +%Y %(y)s" } }],
+  ["fails only the value that cannot be substituted", "[a]\nx: %(no)s\ny: 1\nz: 5%\nv: %()s\nw: %(v)s\n", {
+    a: { v: null, w: null, x: null, y: "1", z: null },
+  }],
   ["is not fooled by names of Object's own", "[__proto__]\nconstructor: 1\ntoString: 2\n", {
     ["__proto__"]: { constructor: "1", tostring: "2" },
   }],
@@ -71,77 +60,56 @@ for (const [behaviour, text, sections] of accepted) {
   Deno.test(`parseIni() ${behaviour}`, () => same(read(text), sections));
 }
 
-const refused: [behaviour: string, text: string, faults: string[]][] = [
-  ["a key before any section, once", "x: 1\ny: 2\n[a]\n", [
-    '1 Cannot read "x: 1": it stands before any [section]',
-  ]],
-  ["a section that is there twice", "[a]\n[b]\n[a]\n", [
-    "3 Cannot use section [a] twice: it began in line 1",
-  ]],
+const refused: [behaviour: string, text: string, problems: RegExp[]][] = [
+  ["a key before any section, once", "x: 1\ny: 2\n[a]\n", [/^1 .*before any/]],
+  ["a section that is there twice", "[a]\n[b]\n[a]\n", [/^3 .*\[a\].*line 1$/]],
   ["a key that is there twice", "[a]\nx: 1\nX: 2\n[DEFAULT]\ny:\n[DEFAULT]\ny:\n", [
-    '3 Cannot use key "X" twice in one section: it is in line 2 already',
-    '7 Cannot use key "y" twice in one section: it is in line 5 already',
+    /^3 .*"X".*line 2$/,
+    /^7 .*"y".*line 5$/,
   ]],
-  ["a line that is nothing", "[a]\nupdate: [\n  1,\n]\n", [
-    '4 Cannot read "]": neither a [section] nor a "key: value"; indent it if it continues "update" of line 2',
-  ]],
-  ["a value without a key", "[a]\n: 1\n  = 2\n", [
-    '2 Cannot read ": 1": there is no key before the delimiter',
-    '3 Cannot read "= 2": there is no key before the delimiter',
-  ]],
-  ["every faulty line, not the first", "x\n[]\n[a]\nx\n[a]\ny\n", [
-    '1 Cannot read "x": it stands before any [section]',
-    '4 Cannot read "x": neither a [section] nor a "key: value"',
-    "5 Cannot use section [a] twice: it began in line 3",
-    '6 Cannot read "y": neither a [section] nor a "key: value"',
-  ]],
+  ["a line that is nothing", "[a]\nupdate: [\n  1,\n]\n", [/^4 neither.* indent it .*"update" of line 2$/]],
+  ["a value without a key", "[a]\n: 1\n  = 2\n", [/^2 no key/, /^3 no key/]],
+  ["every faulty line, not the first", "x\n[]\n[a]\nx\n[a]\ny\n", [/^1 /, /^4 /, /^5 /, /^6 /]],
 ];
-for (const [behaviour, text, faults] of refused) {
+for (const [behaviour, text, problems] of refused) {
   Deno.test(`parseIni() refuses ${behaviour}`, () => {
-    const told = parseIni(text).faults.map(({ line, text, hint }) =>
-      `${line} ${text}${hint?.startsWith("indent") ? `; ${hint}` : ""}`
+    const found = parseIni(text).problems.map(({ line, text, hint }) =>
+      [line, text, hint?.startsWith("indent") && hint].filter(Boolean).join(" ")
     );
-    same(told, faults);
+    same(found.length, problems.length);
+    problems.forEach((pattern, index) => ok(pattern.test(found[index]!), found[index]));
   });
 }
 
+Deno.test("parseIni() quotes no line and no key that may be a secret", () => {
+  const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0";
+  const { problems } = parseIni(`${secret}\n[a]\n${secret}\n${secret}==\n${secret}==\n${secret}\n`);
+  same(problems.map(({ line }) => line), [1, 3, 5, 6]);
+  ok(!JSON.stringify(problems).includes(secret.slice(0, 10)), JSON.stringify(problems));
+});
+
 Deno.test("parseIni() lets the text override built-in fallbacks, and substitutes them", () => {
-  const ini = parseIni("[DEFAULT]\nbits: 4096\n[a]\ntag: rsa%(bits)s-%(curve)s\n", {
-    bits: "2048",
-    Curve: "P-256",
-  });
-  same(ini.faults, []);
-  const value = valueOf(ini, ini.sections[0]!, "tag")!;
-  same(value.text, "rsa4096-P-256");
+  const text = "[DEFAULT]\nbits: 4096\n[a]\ntag: rsa%(bits)s-%(curve)s\n";
+  const ini = parseIni(text, { bits: "2048", Curve: "P-256" });
+  same(ini.problems, []);
+  same(valueOf(ini, ini.sections[0]!, "tag")!.text, "rsa4096-P-256");
   same([...ini.used], ["bits", "curve"]);
   same(valueOf(ini, ini.sections[0]!, "curve")!.entry.line, 0);
 });
 
-Deno.test("lineFinder() knows the line of each character, comments and blank lines counted", () => {
-  const ini = parseIni("[a]\nx: one\n\n# comment\n  two\n  three\n");
-  const value = valueOf(ini, ini.sections[0]!, "x")!;
-  same(value.text, "one\n\ntwo\nthree");
-  const lineAt = lineFinder(value);
-  same(["one", "two", "three"].map((word) => lineAt(value.text.indexOf(word))), [2, 5, 6]);
-});
-
-Deno.test("valueOf() names the line and the mend of what it cannot substitute", () => {
-  const ini = parseIni("[a]\nx: 1\ny: %(Host)s\nz: 5%\n");
-  same(["y", "z"].map((key) => valueOf(ini, ini.sections[0]!, key)!.fault), [
-    {
-      line: 3,
-      text: 'Cannot read "y": no key "Host" for "%(Host)s"',
-      hint: 'write it in this section or in [DEFAULT], or "%%" for a percent sign',
-    },
-    { line: 4, text: 'Cannot read "z": a lone "%" in it', hint: 'write "%%" for a percent sign' },
-  ]);
+Deno.test("linesOf() knows the line of each line of a value, comments and blank lines counted", () => {
+  const ini = parseIni("[a]\nx: one\n\n# comment\n  two\n  three\n\ny: %(x)s\n");
+  const lines = (key: string) =>
+    linesOf(valueOf(ini, ini.sections[0]!, key)!).map(({ text, line }) => `${line} ${text}`);
+  same(lines("x"), ["2 one", "3 ", "5 two", "6 three"]);
+  same(lines("y"), ["8 one", "8 ", "8 two", "8 three"]);
 });
 
 Deno.test("valueOf() ends substitutions that would grow without bound", () => {
   const levels = Array.from({ length: 9 }, (_, n) => `x${n}: ${`%(x${n + 1})s`.repeat(40)}`);
   for (const seed of ["seed", ""]) {
     const ini = parseIni(`[a]\n${levels.join("\n")}\nx9: ${seed}\n`);
-    ok(valueOf(ini, ini.sections[0]!, "x0")!.fault?.text.includes("longer than a megabyte"));
+    ok(valueOf(ini, ini.sections[0]!, "x0")!.problem?.why.includes("longer than a megabyte"));
   }
 });
 
@@ -153,10 +121,8 @@ Deno.test("parseIni() takes time in proportion to a hostile text", () => {
 });
 
 Deno.test("printable() hides nothing and lets nothing act on a terminal", () => {
-  same(
-    printable("a\tb\nc\x1b[31m\x07\u202e\u2028\x9b\ud800é"),
-    "a\\tb\\nc\\u{1b}[31m\\u{7}\\u{202e}\\u{2028}\\u{9b}\ufffdé",
-  );
+  const text = "a\tb\nc\x1b[31m\x07\u202e\u2028\x9b\ud800é";
+  same(printable(text), "a\\tb\\nc\\u{1b}[31m\\u{7}\\u{202e}\\u{2028}\\u{9b}\ufffdé");
   same(printable("x".repeat(100)).length, 80);
 });
 
@@ -214,11 +180,9 @@ Deno.test({
 function linesAreTrue(text: string) {
   const lines = text.split(/\r\n|\r|\n/);
   for (const { entries } of parseIni(text).sections) {
-    for (const { spelling, line, lines: numbers, raw } of entries.values()) {
+    for (const { spelling, line, lines: numbers, parts } of entries.values()) {
       ok(lines[line - 1]!.includes(spelling));
-      raw.split("\n").forEach((part, index) =>
-        ok(lines[numbers[index]! - 1]!.includes(part), JSON.stringify(text))
-      );
+      parts.forEach((part, index) => ok(lines[numbers[index]! - 1]!.includes(part), JSON.stringify(text)));
     }
   }
 }
@@ -251,30 +215,24 @@ function generate(seed: number, count: number): string[] {
     pick(["x", "X", "y", "Update", "long key", "é", "ẞ", "İx", "a%b", "uploadCerts", "z1", "z2"]);
   const word = () =>
     pick([
-      "",
-      "a",
-      "[1]",
-      "yes",
-      "# no",
-      "; no",
-      "a:b",
-      "c=d",
-      '["x"]',
-      "%%",
-      "%(x)s",
-      "%(Y)s",
-      "%(no)s",
-      "%",
-      "%(",
-      "%(x",
-      "%()s",
-      "%(x)d",
-      "\u2028",
-      "\ufeff",
-      "\x1d",
-      "é",
-      "]",
-      "[",
+      ...[
+        "",
+        "a",
+        "[1]",
+        "yes",
+        "# no",
+        "; no",
+        "a:b",
+        "c=d",
+        '["x"]',
+        "]",
+        "[",
+        "é",
+        "\u2028",
+        "\ufeff",
+        "\x1d",
+      ],
+      ...["%%", "%(x)s", "%(Y)s", "%(no)s", "%", "%(", "%(x", "%()s", "%(x)d"],
     ]);
   const value = () => many(3, () => word() + pick(["", " "]));
   const comment = () => `${blank()}${pick(["#", ";", "##", "; #"])}${value()}${end()}`;

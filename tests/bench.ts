@@ -5,6 +5,7 @@
  * Everything runs on loopback and is gone afterwards. A part that needs what is not installed says so and is passed over.
  */
 
+import { deliveries } from "./bench-deliver.ts";
 import { forward } from "./bench-forward.ts";
 import { idle } from "./bench-idle.ts";
 import { latency, throughput } from "./bench-issue.ts";
@@ -17,6 +18,7 @@ const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () =
   throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
   idle: { what: "nothing due", run: idle },
   limits: { what: "2,000 new lines at a CA with limits", run: limits },
+  deliver: { what: "200 sections with an upload and an update", run: deliveries },
   probe: { what: "500 endpoints with RSA and EC certificates", run: probes },
   forward: { what: "leforward, a connection a request", run: forward },
 };

@@ -1,0 +1,90 @@
+/**
+ * Delivery: what a command costs besides its shell, for 200 sections with `cp` as upload and `true` as update; and how long
+ * a section waits whose lines are done, while another line waits for a silent host.
+ */
+
+import { mkdirSync } from "node:fs";
+import { join } from "node:path";
+import { inTurns, measure, median, need, seconds, tell } from "./bench-measure.ts";
+import { type Bed, testBed } from "./bed.ts";
+import { LEMATT } from "./programs.ts";
+
+const SECTIONS = 200;
+const TURNS = 3;
+
+export async function deliveries(): Promise<void> {
+  need("cp", "sh");
+  await commands();
+  await waiting();
+}
+
+async function commands(): Promise<void> {
+  const names = Array.from({ length: SECTIONS }, (_, i) => `host${i}.example.com`);
+  await using bed = await testBed({ domains: names.join("\n"), settings: "keyTypes: ec\nari: no" });
+  await bed.plant();
+  mkdirSync(join(bed.home, "out"));
+  const nothing = names.map((name) => `[${name}]\ndomains: ${name}\n`).join("");
+  const lists = `uploadCerts: ["cp CERTS ${bed.home}/out/"]\nupdate: ["true"]\n`;
+  const full = names.map((name) => `[${name}]\ndomains: ${name}\n${lists}`).join("");
+  const lematt = [...LEMATT, "--test", "--config", bed.conf];
+  const shell = `for i in $(seq ${SECTIONS}); do /bin/sh -c 'cp ${bed.path("domains")} ${bed.home}/out/'; ` +
+    "/bin/sh -c true; done";
+  const cpu = async (command: readonly string[]) => (await measure(command)).cpuSeconds;
+  const [delivering, idle, shells] = await inTurns(
+    TURNS,
+    async () => {
+      bed.configure({ actions: full });
+      await Deno.remove(bed.path("test/state.json")).catch(() => {});
+      return await cpu(lematt);
+    },
+    async () => {
+      bed.configure({ actions: nothing });
+      return await cpu(lematt);
+    },
+    () => cpu(["/bin/sh", "-c", shell]),
+  ) as [number[], number[], number[]];
+  const own = median(delivering.map((all, i) => (all - idle[i]! - shells[i]!) / (2 * SECTIONS) * 1000));
+  tell(
+    `${2 * SECTIONS} commands, processor time`,
+    seconds(median(delivering)),
+    `shells ${seconds(median(shells))}`,
+  );
+  tell("of lematt's own, a command", `${own.toFixed(2)} ms`, "", { found: own, atMost: 2 });
+}
+
+async function waiting(): Promise<void> {
+  await using bed = await testBed({
+    domains: "quick.example.com\nslow.example.com\n",
+    settings: "keyTypes: ec",
+  });
+  bed.configure({
+    actions: `[quick]\ndomains: quick.example.com\nupdate: ["date +%s.%N > ${bed.home}/delivered"]\n` +
+      `[slow]\ndomains: slow.example.com\nprepare: ["sleep 60"]\n`,
+  });
+  const done = await issuedAndDelivered(bed);
+  tell("from issued to delivered", seconds(done), "beside a line that waits", { found: done, atMost: 0.2 });
+}
+
+/** Seconds between the certificate of the quick line and its delivery, while the other line waits for nothing. */
+async function issuedAndDelivered(bed: Bed): Promise<number> {
+  const stop = new AbortController();
+  const silent = () =>
+    new Promise<never>((_, reject) =>
+      stop.signal.addEventListener("abort", () => reject(stop.signal.reason))
+    );
+  const route = (host: string) =>
+    host.startsWith("slow") ? silent() : Promise.resolve([{ address: "127.0.0.1", port: bed.web.port }]);
+  const run = bed.run({ route, signal: stop.signal }).catch(() => {});
+  const marker = join(bed.home, "delivered");
+  const mtime = (path: string) => Deno.statSync(path).mtime!.getTime();
+  for (;;) {
+    try {
+      if (Deno.readTextFileSync(marker) !== "") break;
+    } catch { /* not yet */ }
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+  stop.abort(new DOMException("done", "AbortError"));
+  await run;
+  const cert = bed.path("test/cert/quick.example.com-cert-combined.prime256v1.test.pem");
+  return Math.max(0, mtime(marker) - mtime(cert)) / 1000;
+}

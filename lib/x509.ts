@@ -550,48 +550,7 @@ function element(der: Uint8Array, offset: number): Element {
   return { tag: der[offset]!, offset, start, end: start + length };
 }
 
-// ---- SHA-256 -----------------------------------------------------------------------------------------------------
-
-/** The first 64 primes: 32 bits behind the point of their cube roots are the round constants. */
-const PRIMES = Array.from({ length: 312 }, (_, n) => n).filter((n) => {
-  for (let i = 2; i * i <= n; i++) if (n % i === 0) return false;
-  return n > 1;
-});
-const fraction = (root: number) => (root % 1) * 2 ** 32 | 0;
-const ROUNDS = Int32Array.from(PRIMES, (prime) => fraction(Math.cbrt(prime)));
-const START = Int32Array.from(PRIMES.slice(0, 8), (prime) => fraction(Math.sqrt(prime)));
-type Eight = [number, number, number, number, number, number, number, number];
-const rotate = (x: number, n: number) => x >>> n | x << (32 - n);
-
-/**
- * SHA-256 (FIPS 180-4) in lower-case hexadecimal: for fingerprints and digests, not for secrets. Every run needs it of every
- * certificate; `node:crypto` takes as long to load as an empty program runs, and `crypto.subtle` is asynchronous.
- */
+/** SHA-256 in lower-case hexadecimal. */
 export function sha256(data: string | Uint8Array): string {
-  const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data;
-  const padded = new DataView(new ArrayBuffer(Math.ceil((bytes.length + 9) / 64) * 64));
-  new Uint8Array(padded.buffer).set(bytes);
-  padded.setUint8(bytes.length, 0x80);
-  padded.setBigUint64(padded.byteLength - 8, BigInt(bytes.length) * 8n);
-  const hash = Int32Array.from(START);
-  const schedule = new Int32Array(64);
-  for (let at = 0; at < padded.byteLength; at += 64) {
-    let [a, b, c, d, e, f, g, h] = hash as unknown as Eight;
-    for (let i = 0; i < 64; i++) {
-      if (i < 16) {
-        schedule[i] = padded.getInt32(at + 4 * i);
-      } else {
-        const x = schedule[i - 15]!, y = schedule[i - 2]!;
-        const small = rotate(x, 7) ^ rotate(x, 18) ^ x >>> 3,
-          large = rotate(y, 17) ^ rotate(y, 19) ^ y >>> 10;
-        schedule[i] = schedule[i - 16]! + small + schedule[i - 7]! + large;
-      }
-      const choice = (e & f) ^ (~e & g), majority = (a & b) ^ (a & c) ^ (b & c);
-      const first = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + choice + ROUNDS[i]! + schedule[i]!;
-      const second = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + majority;
-      h = g, g = f, f = e, e = d + first | 0, d = c, c = b, b = a, a = first + second | 0;
-    }
-    [a, b, c, d, e, f, g, h].forEach((part, i) => hash[i]! += part);
-  }
-  return Array.from(hash, (part) => (part >>> 0).toString(16).padStart(8, "0")).join("");
+  return nodeCrypto.hash("sha256", data, "hex");
 }

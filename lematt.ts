@@ -33,8 +33,8 @@ const HELP = `lematt ${VERSION}: Let's Encrypt certificates from one place, for 
   lematt.ts --test             rehearse everything with the CA's staging service
   lematt.ts --prod             issue and renew what is due, deliver what is
                                pending, check what is served
-  lematt.ts --check            validate the configuration; with --challenges also
-                               fetch a file through each name, as the CA would
+  lematt.ts --check            validate the configuration; --challenges also
+                               fetches a file through each name, as a CA would
 
 with --test or --prod, instead of a run:
   --plan [--json]              what a run would do and why; touches nothing

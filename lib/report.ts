@@ -225,8 +225,11 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
         : `, ${failure.count} times since ${timeText(new Date(failure.since))}`;
       return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
     }
-    case "disk":
-      return long ? `cannot write files, so nothing is issued: ${errorText(problem.error)}` : "writing files";
+    case "disk": {
+      if (!long) return "writing files";
+      const what = isSystemError(problem.error) ? "cannot write files, so nothing is issued" : "cannot run";
+      return `${what}: ${errorText(problem.error)}`;
+    }
     case "failing": {
       const name = nameText(problem.lines[0]!.names);
       if (!long) return `issuance of ${name}`;

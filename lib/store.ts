@@ -539,7 +539,9 @@ export class Store implements Disposable {
       listing(join(config.base, directory)).filter((name) => name.startsWith(".") && name.endsWith(TEMPORARY))
         .map((name) => join(config.base, directory, name))
     );
-    removeIfThere(temporaryOf(config.accountKey, config));
+    for (const end of ["", ".new", ".test", ".test.new"]) { // the account keys of issue.ts
+      removeIfThere(temporaryOf(config.accountKey + end, config));
+    }
     if (left.length === 0) return;
     const stuck: string[] = [];
     for (const entry of readInventory(config)) {

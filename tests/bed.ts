@@ -252,14 +252,23 @@ export class Bed implements AsyncDisposable {
 
   /** Runs the program to its end, in the home directory and with this configuration. */
   async lematt(...args: string[]): Promise<Ended> {
-    const { code, stdout, stderr } = await this.start(...args).output();
+    return await this.lemattBy([], ...args);
+  }
+
+  /** The same, started by a command that gets the program's command line as its last arguments. */
+  async lemattBy(by: readonly string[], ...args: string[]): Promise<Ended> {
+    const { code, stdout, stderr } = await this.#spawn(by, args).output();
     const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
     return { code, stdout: text(stdout), stderr: text(stderr) };
   }
 
   /** Starts the program; it does not outlive the bed. Its output is piped. */
   start(...args: string[]): Deno.ChildProcess {
-    const [command, ...rest] = LEMATT;
+    return this.#spawn([], args);
+  }
+
+  #spawn(by: readonly string[], args: readonly string[]): Deno.ChildProcess {
+    const [command, ...rest] = [...by, ...LEMATT];
     const child = new Deno.Command(command!, {
       args: [...rest, ...args, "--config", this.conf],
       cwd: this.home,

@@ -1,0 +1,152 @@
+/**
+ * The program under strace, which kills it at a system call or has the call fail (`strace -e inject`, strace(1)).
+ *
+ * strace counts calls by thread, and Deno changes files in threads that it chooses as it likes. So a point is named by
+ * what is certain: the situation in which the program starts, the file, the call, and the how-manieth it is, which can
+ * be more than the first in the main thread alone. What other threads do to one file several times (to state.json,
+ * mostly) is met in situations that begin between one time and the next.
+ */
+
+import assert from "node:assert/strict";
+import { join, relative } from "node:path";
+import { Store } from "../lib/store.ts";
+import { publicKeyHash } from "../lib/x509.ts";
+import type { Ended } from "./bed.ts";
+import { PROGRAM, Subject, textOf } from "./faults.ts";
+
+/** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
+const CHANGING = [
+  "openat write pwrite64 fsync fdatasync ftruncate fchmod chmod fchmodat rename renameat renameat2",
+  "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat",
+].flatMap((names) => names.split(" ")).map((name) => `?${name}`).join();
+
+/** Stops the program only at the calls that are looked at, which saves half the time; strace 6.1 sends no signals then. */
+const QUICK = "--seccomp-bpf";
+
+/** Why strace cannot be used here; undefined where it can. */
+export const missing = await (async () => {
+  try {
+    const args = ["-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"];
+    const { success, stderr } = await new Deno.Command("strace", { args }).output();
+    return success ? undefined : new TextDecoder().decode(stderr).trim();
+  } catch (error) {
+    return (error as Error).message;
+  }
+})();
+
+/** A system call of the program. */
+export interface Point {
+  /** Relative to the test bed's home. */
+  readonly path: string;
+  readonly call: string;
+  /** The how-manieth such call for that path of the thread that makes it. */
+  readonly when: number;
+  /** Whether it changes nothing. */
+  readonly reads: boolean;
+}
+
+/** What the program finds when it starts. */
+const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = {
+  /** No account, no certificate, no state. */
+  "first run": () => Promise.resolve(),
+  /** Everything is there, and new keys are due for all. */
+  "renewal": renewal,
+  /** Nothing is due, and everything is to be delivered. */
+  async "delivery"(subject) {
+    await subject.bed.run();
+    await subject.forgetReceipts();
+  },
+  /** A renewal was killed with a new key in its place, and the certificate for it not yet. */
+  async "cut off in a commit"(subject) {
+    await renewal(subject);
+    const points = (await pointsOf("renewal"))
+      .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
+    const { befell } = await traced(subject, "renewal", points, "signal=SIGKILL", "--parallel", "1");
+    assert(befell);
+    await subject.afterFault();
+  },
+  /** The account gets another key; a certificate is missing, for the next run to speak to the CA. */
+  async "rollover"(subject) {
+    await subject.bed.run();
+    Deno.removeSync(subject.inventory()[1]!.files.cert);
+  },
+};
+
+export const SITUATIONS = Object.keys(PREPARED);
+
+/** A subject in a situation. */
+export async function subjectIn(situation: string): Promise<Subject> {
+  const ca = { reuse: "none", renewalInfo: false } as const; // who is killed forgets when to ask again
+  const subject = await Subject.create({ settings: PROGRAM, ca });
+  await PREPARED[situation]!(subject);
+  subject.countOrders();
+  return subject;
+}
+
+async function renewal(subject: Subject): Promise<void> {
+  await subject.bed.run({ parallel: 1 }); // so that it is certain which line is first to expire
+  using store = await Store.open(subject.bed.config(), subject.bed.ca.now);
+  for (const { files } of subject.inventory()) await store.revoke(publicKeyHash(textOf(files.cert)));
+}
+
+/** The calls by which the program changes files when it starts in that situation. */
+export async function pointsOf(situation: string): Promise<readonly Point[]> {
+  return (await pointsIn(situation)).filter(({ reads }) => !reads);
+}
+
+/** The calls by which it opens files and directories to read them. */
+export async function readingPointsOf(situation: string): Promise<readonly Point[]> {
+  return (await pointsIn(situation)).filter(({ reads }) => reads);
+}
+
+function pointsIn(situation: string): Promise<readonly Point[]> {
+  return found[situation] ??= findPoints(situation);
+}
+const found: Record<string, Promise<readonly Point[]>> = {};
+
+async function findPoints(situation: string): Promise<Point[]> {
+  await using subject = await subjectIn(situation);
+  const ended = await traced(subject, situation);
+  assert.equal(ended.code, 0, ended.stderr);
+  const points = new Map<string, Point>();
+  const counts = new Map<string, number>();
+  const main = /^\d+/.exec(ended.trace)![0];
+  for (const line of ended.trace.split("\n")) {
+    const [, thread, call, rest] = /^(\d+) +(\w+)\((.*)/.exec(line) ?? [];
+    const file = /["<](\/[^">]*)/.exec(rest?.replace(/^AT_FDCWD<.*?>/, "") ?? "")?.[1] ?? "";
+    const path = relative(subject.bed.home, file);
+    if (!/^conf\b/.test(path)) continue; // challenge files have another name the next time
+    const counted = `${thread} ${call} ${path}`;
+    const when = (counts.get(counted) ?? 0) + 1;
+    counts.set(counted, when);
+    if (when > 1 && thread !== main) continue;
+    const reads = call === "openat" && !rest!.includes("O_CREAT");
+    points.set(`${call} ${path} ${when}`, { path, call: call!, when, reads });
+  }
+  return [...points.values()];
+}
+
+/**
+ * Runs the program to its end, with `inject` (strace's word for what is to be done) at a point, or at the first of
+ * several that it comes to, which must be the same call.
+ */
+export async function traced(
+  subject: Subject,
+  situation: string,
+  points: readonly Point[] = [],
+  inject = "",
+  ...more: string[]
+): Promise<Ended & { trace: string; befell: boolean }> {
+  const { bed } = subject;
+  const output = join(bed.home, "trace");
+  const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output];
+  if (!inject.startsWith("signal=")) options.push(QUICK);
+  for (const { path } of points) options.push("-P", join(bed.home, path));
+  const [first] = points;
+  options.push("-e", first === undefined ? `trace=${CHANGING}` : `trace=${first.call}`);
+  if (first !== undefined) options.push("-e", `inject=${first.call}:${inject}:when=${first.when}`);
+  const task = situation === "rollover" ? ["--rollover", "--yes"] : ["--retry", ...more];
+  const ended = await bed.lemattBy(["strace", ...options], "--test", ...task);
+  const trace = textOf(output);
+  return { ...ended, trace, befell: trace.includes("(INJECTED)") || ended.code === 128 + 9 };
+}

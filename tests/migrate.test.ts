@@ -1,0 +1,242 @@
+/**
+ * Goal: who moves in from another program by the commands of conf/migrate/README.md keeps certificates, keys and account,
+ * and services go on reading the files that they read before. With the real programs, as far as they are installed.
+ */
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { readCertificate } from "../lib/x509.ts";
+import { testBed } from "./bed.ts";
+import { which } from "./bench-measure.ts";
+import { adapt, blocks, ROOT, shell } from "./documents.ts";
+import { type Pebble, pebbleTest, startPebble } from "./pebble.ts";
+
+const README = "conf/migrate/README.md";
+
+/** How certificates came to be: example.com and www.example.com with an EC key, mail.example.com with an RSA key. */
+interface Way {
+  readonly program: string;
+  /**
+   * Issues both certificates with everything below `home`, whose `web` is served, and returns the URL of the account. RELOAD
+   * is to be run after a renewal, if the program remembers such commands.
+   */
+  readonly issue: (home: string, pebble: Pebble) => Promise<string>;
+  /** Where services find the EC certificate, its key, and the RSA certificate, below the directory. */
+  readonly places: readonly [string, string, string];
+  readonly reloads: boolean;
+}
+
+const names = ["example.com", "www.example.com"].map((name) => `-d ${name}`).join(" ");
+
+const certbot: Way = {
+  program: "certbot",
+  places: ["live/example.com/fullchain.pem", "live/example.com/privkey.pem", "live/mail/fullchain.pem"],
+  reloads: true,
+  async issue(home, { directoryUrl, caBundleFile }) {
+    const common = "certbot certonly -n --agree-tos -m root@example.com --no-eff-email --webroot -w web " +
+      `--server ${directoryUrl} --config-dir old --work-dir work --logs-dir log`;
+    await shell(
+      `${common} ${names} --key-type ecdsa --deploy-hook 'echo reloaded >> ${home}/reloads'
+      ${common} -d mail.example.com --cert-name mail --key-type rsa
+      rm ${home}/reloads`,
+      home,
+      { REQUESTS_CA_BUNDLE: caBundleFile },
+    );
+    return JSON.parse(await shell("cat old/accounts/*/*/*/regr.json", home)).uri;
+  },
+};
+
+const dehydrated: Way = {
+  program: "dehydrated",
+  places: ["certs/example.com/fullchain.pem", "certs/example.com/privkey.pem", "certs/mail/fullchain.pem"],
+  reloads: false,
+  async issue(home, { directoryUrl, caBundleFile }) {
+    const config = [
+      `CA=${directoryUrl}`,
+      `BASEDIR=${home}/old`,
+      `WELLKNOWN=${home}/drop`,
+      "KEY_ALGO=prime256v1",
+    ];
+    await Deno.writeTextFile(
+      join(home, "config"),
+      config.concat(`CURL_OPTS="--cacert ${caBundleFile}"\n`).join("\n"),
+    );
+    await shell(
+      `mkdir old
+      dehydrated -f config --register --accept-terms
+      dehydrated -f config -c -d "example.com www.example.com"
+      dehydrated -f config -c -d mail.example.com --alias mail --algo rsa`,
+      home,
+    );
+    return JSON.parse(await shell("cat old/accounts/*/account_id.json", home)).url;
+  },
+};
+
+const lego: Way = {
+  program: "lego",
+  places: [
+    "certificates/example.com.crt",
+    "certificates/example.com.key",
+    "certificates/mail.example.com.crt",
+  ],
+  reloads: false,
+  async issue(home, { directoryUrl, caBundleFile }) {
+    const common = `lego -s ${directoryUrl} -a -m root@example.com --path old --http --http.webroot web`;
+    const env = { LEGO_CA_CERTIFICATES: caBundleFile };
+    await shell(`${common} ${names} -k ec256 run\n${common} -d mail.example.com -k rsa2048 run`, home, env);
+    return JSON.parse(await shell("cat old/accounts/*/*/account.json", home)).registration.uri;
+  },
+};
+
+const acmeSh: Way = {
+  program: "acme.sh",
+  places: ["../ssl/cert.pem", "../ssl/key.pem", "../ssl/mail.pem"],
+  reloads: true,
+  async issue(home, { directoryUrl, caBundleFile }) {
+    const common = `acme.sh --home ${home}/old --server ${directoryUrl} --ca-bundle ${caBundleFile}`;
+    const reload = `--reloadcmd 'echo reloaded >> ${home}/reloads'`;
+    await shell(
+      `mkdir ssl
+      ${common} --issue ${names} -w ${home}/web --keylength ec-256
+      ${common} --issue -d mail.example.com -w ${home}/web --keylength 2048
+      ${common} --install-cert --ecc -d example.com --key-file ${home}/ssl/key.pem \
+        --fullchain-file ${home}/ssl/cert.pem ${reload}
+      ${common} --install-cert -d mail.example.com --fullchain-file ${home}/ssl/mail.pem
+      rm reloads`,
+      home,
+    );
+    return /^ACCOUNT_URL='(.*)'/m.exec(await shell("cat old/ca/*/*/ca.conf", home))![1]!;
+  },
+};
+
+/** acme.sh's files as its documentation and its source have them, made of lego's. */
+const acmeShByHand: Way = {
+  ...acmeSh,
+  async issue(home, pebble) {
+    const account = await lego.issue(home, pebble);
+    const conf = (lines: Record<string, string>) =>
+      Object.entries(lines).map(([key, value]) => `Le_${key}='${value}'\n`).join("");
+    const common = { Webroot: `${home}/web`, API: pebble.directoryUrl };
+    const reload = `__ACME_BASE64__START_${btoa(`echo reloaded >> ${home}/reloads`)}__ACME_BASE64__END_`;
+    const ec = conf({
+      Domain: "example.com",
+      Alt: "www.example.com",
+      ...common,
+      RealKeyPath: `${home}/ssl/key.pem`,
+      RealFullChainPath: `${home}/ssl/cert.pem`,
+      ReloadCmd: reload,
+    });
+    const rsa = conf({
+      Domain: "mail.example.com",
+      Alt: "no",
+      ...common,
+      RealFullChainPath: `${home}/ssl/mail.pem`,
+    });
+    await shell(
+      `mv old lego
+      cd lego/certificates
+      for name in example.com mail.example.com; do
+        to=${home}/old/$name; [ $name = mail.example.com ] || to=\${to}_ecc
+        mkdir -p $to ${home}/ssl
+        cp $name.crt $to/fullchain.cer
+        cp $name.key $to
+      done
+      cp example.com.crt ${home}/ssl/cert.pem; cp example.com.key ${home}/ssl/key.pem
+      cp mail.example.com.crt ${home}/ssl/mail.pem
+      mkdir -p ${home}/old/ca/127.0.0.1/dir
+      cp ../accounts/*/*/keys/*.key ${home}/old/ca/127.0.0.1/dir/account.key
+      touch ${home}/old/http.header
+      printf %s "$EC" > ${home}/old/example.com_ecc/example.com.conf
+      printf %s "$RSA" > ${home}/old/mail.example.com/mail.example.com.conf`,
+      home,
+      { EC: ec, RSA: rsa },
+    );
+    return account;
+  },
+};
+
+/** Commands of README below a heading, for one program and this bed. */
+function commands(heading: string, home: string, words: Record<string, string> = {}): string {
+  const text = adapt(blocks(README, heading).join(""), words);
+  return text.replaceAll("cd /opt/lematt\n", "").replaceAll("editor", ": editor")
+    .replaceAll("conf/migrate/", `${ROOT}/conf/migrate/`)
+    .replaceAll("./lematt.ts", `${ROOT}/lematt.ts --config conf`).replace(/^/, `cd ${home}\n`);
+}
+
+/** Issues by the other program, moves in, and renews. */
+async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
+  await using stack = new AsyncDisposableStack();
+  const bed = stack.use(await testBed({}));
+  // dehydrated 0.7.0 gives up on a nonce that is refused
+  const env = { PEBBLE_WFE_NONCEREJECT: "0" };
+  const pebble = stack.use(await startPebble({ httpPort: bed.web.port, env }));
+  for (const name of ["example.com", "www.example.com", "mail.example.com"]) {
+    pebble.dns.set(name, "A", "127.0.0.1");
+  }
+  const { home } = bed;
+  await shell("mkdir -p web/.well-known && ln -s ../../drop web/.well-known/acme-challenge", home);
+  const account = await issue(home, pebble);
+  const [chain, key, mail] = places.map((place) => join(home, "old", place)) as [string, string, string];
+  const before = [chain, key, mail].map((path) => Deno.readTextFileSync(path));
+
+  bed.configure({ settings: `directory: ${pebble.directoryUrl}\ncaBundle: ${pebble.caBundleFile}` });
+  const said = await shell(
+    commands("Moving in", home, { certbot: program, "/etc/letsencrypt": `${home}/old` }),
+    home,
+  );
+  assert.match(said, /^copied: account key to /m);
+  assert.match(said, /^copied: example\.com www\.example\.com \(ec\)$/m);
+  assert.match(said, /^copied: mail\.example\.com \(rsa\)$/m);
+  assert.match(said, /^ {2}directory: .*127\.0\.0\.1/m);
+
+  const idle = await bed.lematt("--prod");
+  assert.deepEqual([idle.code, idle.stderr], [0, ""]);
+  assert.match(idle.stdout, /^nothing due, 2 kept/m);
+  assert.deepEqual([chain, key, mail].map((path) => Deno.readTextFileSync(path)), before);
+
+  const renewed = await bed.lematt("--prod", "--renew", "example.com", "--renew", "mail.example.com");
+  assert.deepEqual([renewed.code, renewed.stderr], [0, ""]);
+  const after = [chain, key, mail].map((path) => Deno.readTextFileSync(path));
+  assert.deepEqual([before[0] !== after[0], before[1] === after[1], before[2] !== after[2]], [
+    true,
+    true,
+    true,
+  ]);
+  assert.deepEqual(readCertificate(after[2]!).names, ["mail.example.com"]);
+  if (reloads) assert.equal(await shell("cat reloads", home), "reloaded\n");
+  assert.equal(
+    Object.values<{ url: string }>(JSON.parse(bed.text("prod", "state.json")).accounts)[0]!.url,
+    account,
+  );
+}
+
+const missing = [certbot, dehydrated, lego].map(({ program }) => program).filter((name) =>
+  which(name) === undefined
+);
+const byHand = which("acme.sh") === undefined;
+const ways = [certbot, dehydrated, lego, byHand ? acmeShByHand : acmeSh].filter(({ program }) =>
+  !missing.includes(byHand && program === "acme.sh" ? "lego" : program)
+);
+for (const name of missing) console.log(`moving in from ${name} is not tested: it is not installed`);
+if (byHand) console.log("acme.sh is not installed: its files are made by hand of lego's");
+const programs = ways.map(({ program }) => program).join(", ");
+
+pebbleTest(`nothing is issued anew for who moves in from ${programs}, and the account stays`, async () => {
+  const failures = await Promise.allSettled(ways.map(moveIn)); // side by side, since they wait most of the time
+  for (const [index, outcome] of failures.entries()) {
+    if (outcome.status === "rejected") throw new Error(ways[index]!.program, { cause: outcome.reason });
+  }
+});
+
+Deno.test("nothing is issued anew, and nothing delivered, for who moves in from the Python original", async () => {
+  const domains = "example.com www.example.com";
+  const actions = `[default]\nuploadCerts: ["echo delivered >> delivered"]\n`;
+  await using bed = await testBed({ domains, actions, settings: "keyTypes: ec\nari: no" });
+  await bed.plant({ mode: "prod" });
+  const { home } = bed;
+  await shell("mkdir python && mv conf python && mkdir conf && rm python/conf/prod/.lock", home);
+  const said = await shell(commands("Python", home, { "/opt/lematt-python": "python" }), home);
+  assert.match(said, /^1 delivery noted as done/m);
+  assert.equal((await bed.lematt("--prod")).stdout.match(/^nothing due, 1 kept/m)?.length, 1);
+  assert.equal(await shell("ls", home), "conf\ndrop\npython\n");
+});

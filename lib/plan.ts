@@ -449,9 +449,9 @@ export function adoptReceipts(config: Config, state: State): void {
 }
 
 /**
- * Forgets what is remembered of lines, certificates, sections and endpoints that are no more. Receipts stay for as long
- * as their certificate is on disk: a line or section that is away for one run is not delivered again. `orphans` lists
- * the base names of certificates that belong to no line.
+ * Forgets what is remembered of lines, certificates, sections and endpoints that are no more, and failures of what is no
+ * longer due or pending. Receipts stay for as long as their certificate is on disk: a line or section that is away for
+ * one run is not delivered again. `orphans` lists the base names of certificates that belong to no line.
  */
 export function forgetUnknown(
   config: Config,
@@ -459,7 +459,9 @@ export function forgetUnknown(
   state: State,
   now: Date,
   orphans: () => ReadonlySet<string>,
+  options: PlanOptions = {},
 ): void {
+  const { tasks, waiting, deliveries, endpoints } = plan(config, inventory, state, now, options);
   const keep = (entries: Record<string, unknown>, isKnown: (key: string) => boolean) => {
     for (const key of Object.keys(entries)) if (!isKnown(key)) delete entries[key];
   };
@@ -467,8 +469,8 @@ export function forgetUnknown(
     inventory.map(({ finding }) => finding.kind === "present" ? finding.certificate.id : undefined),
   );
   keep(state.renewals, (id) => ids.has(id));
-  const stems = new Set(inventory.map(({ stem }) => stem));
-  keep(state.failures, (stem) => stems.has(stem));
+  const due = new Set([...tasks, ...waiting].flatMap(({ due }) => due.map(({ entry }) => entry.stem)));
+  keep(state.failures, (stem) => due.has(stem));
   const files = new Set(
     inventory.flatMap(({ file, former }) => former === undefined ? file : [file, former.file]),
   );
@@ -477,16 +479,12 @@ export function forgetUnknown(
     keep(receipts, (file) => files.has(file) || orphans().has(file));
   }
   keep(state.receipts, (name) => Object.keys(state.receipts[name]!).length > 0);
+  const failed = new Set(deliveries.filter(({ failure }) => failure).map(({ section }) => section.name));
+  keep(state.deliveries, (name) => failed.has(name));
   const sections = new Map(config.sections.map((section) => [section.name, section]));
-  keep(state.deliveries, (name) => sections.has(name));
   keep(state.alerts, (name) => (sections.get(name)?.alert.length ?? 0) > 0);
-  if (Object.keys(state.probes).length > 0) {
-    const certificates = groupBy(inventory.map((entry) => [entry.line, entry]));
-    const endpoints = new Set(
-      planEndpoints(config, config.sections, certificates, state, now, {}).map(({ key }) => key),
-    );
-    keep(state.probes, (key) => endpoints.has(key));
-  }
+  const keys = new Set(endpoints.map(({ key }) => key));
+  keep(state.probes, (key) => keys.has(key));
 }
 
 /** How often the commands are repeated for drift at once; then once in 20 hours. */

@@ -94,7 +94,7 @@ export async function run(
   if (options.selection === undefined) {
     let names: ReadonlySet<string> | undefined;
     const orphaned = () => names ??= new Set(orphans(config, inventory()).map((path) => basename(path)));
-    forgetUnknown(config, inventory(), state, begun, orphaned);
+    forgetUnknown(config, inventory(), state, begun, orphaned, planOptions);
   }
   for (const entry of inventory()) linkTo(entry, store, tell);
 

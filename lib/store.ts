@@ -68,6 +68,7 @@ export class LockedError extends Error {
 
 const FILE_NAME_MAX = 255;
 const TEMPORARY = ".new";
+const PENDING = ".pending";
 /** Below this, a CA that back-dates by an hour would make a certificate look older than it is. */
 const SHORT_LIFE_MS = 10 * 86_400_000;
 /** How long to wait for the lock of another run. */
@@ -529,6 +530,19 @@ export class Store implements Disposable {
     Deno.renameSync(temporary, path);
   }
 
+  /** Removes the keys of orders of which nothing is known any more. */
+  #dropPendingKeys(): void {
+    const { config, state: { orders } } = this;
+    const known = (["rsa", "ec"] as const).flatMap((keyType) => {
+      const end = fileNames(config, "", keyType).cert;
+      return Object.keys(orders).filter((file) => file.endsWith(end))
+        .map((file) => pendingOf(filesOf(config, file.slice(0, -end.length), keyType).key));
+    });
+    const directory = `${config.base}/key`;
+    listing(directory).filter((name) => name.endsWith(PENDING)).map((name) => `${directory}/${name}`)
+      .filter((path) => !known.includes(path)).forEach(removeIfThere);
+  }
+
   /**
    * After a run that was cut off: a complete pair of temporaries, or a certificate that is for the key already in place,
    * takes its place; whatever else was left half done is removed. What cannot take its place stays, and stops no other.
@@ -542,6 +556,7 @@ export class Store implements Disposable {
     for (const end of ["", ".new", ".test", ".test.new"]) { // the account keys of issue.ts
       removeIfThere(temporaryOf(config.accountKey + end, config));
     }
+    this.#dropPendingKeys();
     if (left.length === 0) return;
     const stuck: string[] = [];
     for (const entry of readInventory(config)) {
@@ -554,6 +569,8 @@ export class Store implements Disposable {
       try {
         if (keyIsNew) Deno.renameSync(newKey, files.key);
         Deno.renameSync(newCert, files.cert);
+        delete this.state.orders[entry.file];
+        this.dropPendingKey(entry);
         this.link(entry);
       } catch (error) {
         this.notices.push(`cannot complete what a run left half done: ${(error as Error).message}`);
@@ -648,8 +665,8 @@ function temporaryOf(path: string, { base, mode }: Config): string {
 }
 
 function pendingOf(key: string): string {
-  const name = `.${basename(key)}.pending`;
-  return join(dirname(key), name.length > FILE_NAME_MAX ? `.${sha256(name)}.pending` : name);
+  const name = `.${basename(key)}${PENDING}`;
+  return join(dirname(key), name.length > FILE_NAME_MAX ? `.${sha256(name)}${PENDING}` : name);
 }
 
 /** Adds to an error of the system which file it is about, as Deno mostly does unless that is open already. */

@@ -153,7 +153,7 @@ ${more}`);
   /** Removes the states that have been set aside because they could not be used. */
   dropUnusable(): void {
     const path = this.bed.path("test");
-    for (const name of Deno.statSync(path).isDirectory ? listing(path) : []) {
+    for (const name of listing(path)) {
       if (name.startsWith("state.json.unusable-")) Deno.removeSync(join(path, name), { recursive: true });
     }
   }

@@ -820,12 +820,22 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
     receipts: both("web", { "www.example.com-cert.rsa.pem": {} as Receipt }),
   });
   state.receipts.unknown = { unknown: {} as Receipt };
-  planning.forgetUnknown(configure([on]), [present(on)], state, day(2), () => new Set());
+  const config = configure([on]);
+  // it is due, and its delivery is pending
+  state.deliveries.web!.key = plan(config, [present(on)], state, day(61)).deliveries[0]!.key;
+  planning.forgetUnknown(config, [present(on)], state, day(61), () => new Set());
   for (const [what, kept] of Object.entries(state)) {
     if (typeof kept === "object") assert(!Object.hasOwn(kept, "unknown"), what);
   }
   const kinds = ["renewals", "failures", "orders", "deliveries", "alerts", "probes", "receipts"] as const;
   for (const kind of kinds) assert.equal(Object.keys(state[kind]).length, 1, kind);
+  Object.assign(state, receipts([WATCHED]));
+  planning.forgetUnknown(config, [present(on)], state, day(2), () => new Set());
+  assert.deepEqual(
+    [Object.keys(state.failures), Object.keys(state.deliveries)],
+    [[], []],
+    "not due, not pending",
+  );
 });
 
 Deno.test("a directory of version 1 is taken over with what was not delivered yet, and nothing else is delivered", () => {
@@ -863,7 +873,7 @@ Deno.test("names from outside may be anything, such as what every object has", (
     const { problems } = plan(config, [entry(on, MISSING)], state, day(2));
     const [alert] = planning.dueAlerts(config, problems, state, day(2));
     assert.equal(alert?.section, own);
-    planning.forgetUnknown(config, [one], state, day(2), () => new Set());
+    planning.forgetUnknown(config, [entry(on, MISSING)], state, day(2), () => new Set());
     assert.deepEqual([Object.keys(state.receipts), Object.keys(state.failures)], [[name], [name]]);
     const version1 = `{"version": 1, "owed": {"${name}": {"certificates": {"${one.file}": "new"}}}}`;
     const old = parseState(version1, day(2)) as State;

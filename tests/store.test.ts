@@ -349,9 +349,11 @@ Deno.test("a key of an order that is not finished stands beside the live one unt
   const next = await issue(["example.com"]);
   {
     using store = await open(config);
+    store.state.orders[entry.file] = { url: "https://ca/order", account: "", since: NOW.toISOString() };
     await store.keepPendingKey(entry, next.keyPem);
+    await store.saveState();
   }
-  using store = await open(config);
+  const store = await open(config);
   assert.equal(store.pendingKey(entry), next.keyPem);
   assert.equal(kinds(config), "present");
   assert.deepEqual(listing(config.base, "key").map((name) => modeOf(join(config.base, "key", name))), [
@@ -360,7 +362,11 @@ Deno.test("a key of an order that is not finished stands beside the live one unt
   ]);
   await store.commit(entry, next);
   assert.equal(store.pendingKey(entry), undefined);
-  assert.equal(listing(config.base, "key").length, 1);
+  await store.keepPendingKey(entry, next.keyPem);
+  close(store);
+  Deno.removeSync(join(config.base, "state.json"));
+  close(await open(config));
+  assert.equal(listing(config.base, "key").length, 1, "nothing is known of its order any more");
 });
 
 Deno.test("createSecret() never replaces what is there", async () => {
@@ -587,7 +593,7 @@ Deno.test({
 const EC = "keyTypes: ec\npreflight: no";
 
 Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
-  for (const [umask, mode] of [["077", 0o2777], ["000", 0o755]] as const) {
+  for (const [umask, mode] of [["077", 0o2755], ["000", 0o755]] as const) {
     await using bed = await testBed({ domains: "example.com www", settings: EC });
     Deno.chmodSync(bed.conf, mode);
     const { code, stderr } = await bed.lemattBy(

@@ -4,15 +4,22 @@
  */
 
 import assert from "node:assert/strict";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import type { Endpoint, KeyType } from "../lib/config.ts";
 import { systemContext } from "../lib/context.ts";
 import { probe } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
+import {
+  postgres,
+  run,
+  type Running,
+  startDovecot,
+  startHaproxy,
+  startPostfix,
+  startPostgres,
+} from "./services.ts";
 import { freePort, makeCertificate, startNginx, startServer } from "./tls.ts";
-
-type Running = AsyncDisposable & { readonly child: Deno.ChildProcess };
 
 /** A service that runs in `home`, where `rsa.pem`, `rsa.key`, `ec.pem` and `ec.key` are its certificates and keys. */
 interface Service {
@@ -30,11 +37,6 @@ interface Service {
 
 const hangUp = ({ child }: Running) => child.kill("SIGHUP");
 const BOTH: readonly KeyType[] = ["rsa", "ec"];
-/** Debian has it in no PATH. */
-const postgres = which("postgres") ??
-  ["17", "16", "15", "14"].map((version) => which(`../lib/postgresql/${version}/bin/postgres`)).find(Boolean);
-/** It refuses to run as root. */
-const POSTGRES = ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"];
 
 const services: readonly Service[] = [
   {
@@ -51,17 +53,7 @@ const services: readonly Service[] = [
     keyTypes: BOTH,
     async start(home, port) {
       await bundle(home);
-      await Deno.writeTextFile(
-        join(home, "haproxy.cfg"),
-        `defaults
-  mode http
-  timeout connect 5s
-  timeout client 5s
-  timeout server 5s
-frontend web
-  bind 127.0.0.1:${port} ssl crt ${home}/site.pem\n`,
-      );
-      return await startServer(which("haproxy")!, ["-W", "-f", join(home, "haproxy.cfg")], port);
+      return await startHaproxy(home, port, `bind 127.0.0.1:${port} ssl crt ${home}/site.pem`);
     },
     async reload({ child }, home) {
       await bundle(home);
@@ -73,37 +65,12 @@ frontend web
     program: "postfix",
     starttls: "smtp",
     keyTypes: BOTH,
-    async start(home, port) {
-      for (const name of ["queue", "data"]) await Deno.mkdir(join(home, name));
-      await run("chown", "postfix", join(home, "data"));
-      await Deno.writeTextFile(
-        join(home, "main.cf"),
-        `compatibility_level = 3.6
-queue_directory = ${home}/queue
-data_directory = ${home}/data
-maillog_file = /dev/stdout
-inet_interfaces = loopback-only
-local_recipient_maps =
-smtpd_tls_security_level = may
-smtpd_tls_chain_files = ${home}/rsa.key, ${home}/rsa.pem, ${home}/ec.key, ${home}/ec.pem\n`,
-      );
-      await Deno.writeTextFile(
-        join(home, "master.cf"),
-        `127.0.0.1:${port} inet n - n - - smtpd
-tlsmgr unix - - n 1000? 1 tlsmgr
-anvil unix - - n - 1 anvil
-rewrite unix - - n - - trivial-rewrite
-postlog unix-dgram n - n - 1 postlogd\n`,
-      );
-      const running = await startServer(which("postfix")!, ["-c", home, "start-fg"], port);
-      return {
-        child: running.child,
-        async [Symbol.asyncDispose]() {
-          await run(which("postfix")!, "-c", home, "stop"); // its master survives what has started it
-          await running[Symbol.asyncDispose]();
-        },
-      };
-    },
+    start: (home, port) =>
+      startPostfix(
+        home,
+        port,
+        `smtpd_tls_chain_files = ${home}/rsa.key, ${home}/rsa.pem, ${home}/ec.key, ${home}/ec.pem`,
+      ),
     reload: (_, home) => run(which("postfix")!, "-c", home, "reload"),
   },
   ...(["imap", "pop3"] as const).map((starttls): Service => ({
@@ -111,33 +78,16 @@ postlog unix-dgram n - n - 1 postlogd\n`,
     program: "dovecot",
     starttls,
     keyTypes: BOTH,
-    async start(home, port) {
-      await Deno.writeTextFile(
-        join(home, "dovecot.conf"),
-        `base_dir = ${home}/run
-state_dir = ${home}/state
-protocols = ${starttls}
-log_path = ${home}/log
-ssl = yes
-ssl_cert = <${home}/rsa.pem
+    start: (home, port) =>
+      startDovecot(
+        home,
+        port,
+        starttls,
+        `ssl_cert = <${home}/rsa.pem
 ssl_key = <${home}/rsa.key
 ssl_alt_cert = <${home}/ec.pem
-ssl_alt_key = <${home}/ec.key
-passdb {
-  driver = static
-}
-service ${starttls}-login {
-  inet_listener ${starttls} {
-    address = 127.0.0.1
-    port = ${port}
-  }
-  inet_listener ${starttls}s {
-    port = 0
-  }
-}\n`,
-      );
-      return await startServer(which("dovecot")!, ["-F", "-c", join(home, "dovecot.conf")], port);
-    },
+ssl_alt_key = <${home}/ec.key`,
+      ),
     reload: hangUp,
   })),
   {
@@ -145,18 +95,12 @@ service ${starttls}-login {
     program: "postgres",
     starttls: "postgres",
     keyTypes: ["rsa"],
-    async start(home, port) {
-      const data = join(home, "data");
-      const initdb = join(dirname(await Deno.realPath(postgres!)), "initdb");
-      await run("chown", "-R", "postgres", home);
-      await run("setpriv", ...POSTGRES, initdb, "--no-sync", "-A", "trust", "-D", data);
-      const set = { port, listen_addresses: "127.0.0.1", unix_socket_directories: data, ssl: "on" };
-      const files = { ssl_cert_file: `${home}/rsa.pem`, ssl_key_file: `${home}/rsa.key` };
-      const options = Object.entries({ ...set, ...files }).flatMap((
-        [name, value],
-      ) => ["-c", `${name}=${value}`]);
-      return await startServer("setpriv", [...POSTGRES, postgres!, "-D", data, ...options], port);
-    },
+    start: (home, port) =>
+      startPostgres(
+        home,
+        port,
+        `ssl = on\nssl_cert_file = '${home}/rsa.pem'\nssl_key_file = '${home}/rsa.key'`,
+      ),
     reload: hangUp,
   },
   {
@@ -204,15 +148,6 @@ async function bundle(home: string): Promise<void> {
     );
     await Deno.writeTextFile(join(home, `site.pem.${ending}`), parts.join(""));
   }
-}
-
-async function run(command: string, ...args: string[]): Promise<void> {
-  const { success, stdout, stderr } = await new Deno.Command(command, { args, stdin: "null", cwd: "/" })
-    .output();
-  assert(
-    success,
-    [command, ...args, ...[stdout, stderr].map((bytes) => new TextDecoder().decode(bytes))].join(" "),
-  );
 }
 
 /** Certificates before and after a renewal, made once. */

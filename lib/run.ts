@@ -299,9 +299,13 @@ export async function advice(config: Config, context: Context): Promise<string[]
     }" ${flag}`,
   ];
   const inventory = readInventory(config);
+  const keyless = inventory.filter(({ finding }) => finding.kind === "missing" && finding.what === "key");
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
+    ...keyless.map(({ files }) =>
+      `${files.key} is missing, so the next run issues a new certificate; a command that moves keys away has every run do so ${flag}`
+    ),
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
     ...plan(config, inventory, state, context.now()).shortLived.map((entry) =>
       `${shortLifeText(entry, usualInterval(state.runs))} ${flag}`

@@ -592,6 +592,17 @@ Deno.test({
 
 const EC = "keyTypes: ec\npreflight: no";
 
+Deno.test("--check says which keys are missing", async () => {
+  await using bed = await testBed({ domains: "example.com", settings: EC });
+  await bed.plant();
+  const key = bed.path("test/key/example.com-key.prime256v1.test.pem");
+  assert.doesNotMatch((await bed.lematt("--check", "--test")).stdout, /missing/);
+  Deno.removeSync(key);
+  const { code, stdout } = await bed.lematt("--check", "--test");
+  assert.equal(code, 0);
+  assert(stdout.includes(`${key} is missing, so the next run issues a new certificate`), stdout);
+});
+
 Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
   for (const [umask, mode] of [["077", 0o2755], ["000", 0o755]] as const) {
     await using bed = await testBed({ domains: "example.com www", settings: EC });

@@ -391,16 +391,16 @@ function certificateRow(line: readonly Certificate[], axis: Axis): Markup {
 <span class="time"><svg height="${line.length * 9 - 3}" aria-hidden="true">${
     line.map((one, lane) => bar(one, lane * 9, axis))
   }</svg></span>
-${expiry(notAfter, axis.now)}
+${expiry(notAfter, "none", axis.now)}
 <span class="next">${renewals}</span>
 </div>
 `;
 }
 
-function expiry(notAfter: string | undefined, now: number): Markup {
+function expiry(notAfter: string | undefined, unknown: string, now: number): Markup {
   const left = momentOf(notAfter) - now;
   return markup`<span class="left"><b>${
-    notAfter === undefined ? "none" : left <= 0 ? "expired" : duration(left)
+    notAfter === undefined ? unknown : left <= 0 ? "expired" : duration(left)
   }</b> <small>${dayOf(notAfter ?? "")}</small></span>`;
 }
 
@@ -489,7 +489,7 @@ function placeRow({ endpoints, isRight, until }: Place, now: number): Markup {
   return markup`<div class="row place ${isRight ? "fine" : "warn"}">
 <span class="names"><b>${endpoints[0]!.endpoint}</b> <small>${probedText(endpoints, now)}</small></span>
 <span class="sights">${texts}</span>
-${expiry(until, now)}
+${expiry(until, "–", now)}
 </div>
 `;
 }
@@ -693,7 +693,7 @@ const filter = document.getElementById("filter");
 if (filter !== null) {
   const section = document.getElementById("certificates");
   const rows = [...section.querySelectorAll(".row")].filter((row) => row.firstElementChild.title !== "");
-  filter.hidden = rows.length <= 10;
+  filter.hidden = 10 >= rows.length;
   filter.addEventListener("input", () => {
     const wanted = filter.value.trim().toLowerCase();
     for (const details of section.querySelectorAll("details")) details.open = wanted !== "";

@@ -1,0 +1,253 @@
+/**
+ * Goal: what is below conf/monitoring does what its README says, over real documents of lematt: metrics and alert rules,
+ * the timer's and cron's command, the check, the page, and that nothing from outside gets through to a reader of it.
+ */
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { page, type Status } from "../conf/monitoring/page.ts";
+import { type Bed, testBed } from "./bed.ts";
+import { adapt, blocks, ROOT, shell } from "./documents.ts";
+import { LEMATT } from "./programs.ts";
+import { find } from "./sshd.ts";
+
+const HERE = join(ROOT, "conf/monitoring");
+const text = (name: string) => Deno.readTextFileSync(join(HERE, name));
+const missing = ["promtool", "systemd-analyze", "jq"].filter((name) => find(name) === undefined);
+for (const name of missing) {
+  console.warn(`monitoring.test.ts: ${name} is not installed, so it judges nothing`);
+}
+
+const DOMAINS = "example.com www\nmail.example.com";
+const ACTIONS = `[mail]
+domains: mail.example.com
+update: ["echo 'no route | to <b>mail</b>' >&2; exit 7"]
+verify: ["127.0.0.1:1#DOMAIN"]
+`;
+
+/** A bed after a first run, and the commands of documents for it: lematt, its configuration and user are the bed's. */
+async function ranBed(actions = "") {
+  const bed = await testBed({ domains: DOMAINS, actions, settings: "keyTypes: rsa ec" });
+  await bed.lematt("--prod");
+  const lematt = join(bed.home, "lematt.ts");
+  await Deno.writeTextFile(lematt, `#!/bin/sh\nexec ${LEMATT.join(" ")} "$@"\n`, { mode: 0o755 });
+  const here = (command: string) =>
+    adapt(command, { "/opt/lematt/lematt.ts": lematt, "/etc/lematt": bed.conf })
+      .replaceAll("/opt/lematt/conf/monitoring", HERE).replaceAll("su - certmaint -c", "sh -c");
+  return { bed, lematt, here, [Symbol.asyncDispose]: () => bed[Symbol.asyncDispose]() };
+}
+
+async function statusOf(bed: Bed): Promise<Status> {
+  return JSON.parse((await bed.lematt("--prod", "--status", "--json")).stdout);
+}
+
+// ---- Prometheus -------------------------------------------------------------------------------------------
+
+Deno.test({
+  name: "alert rules fire when they should, and not before",
+  ignore: missing.includes("promtool"),
+  fn: async () => {
+    await shell("promtool check rules lematt.rules.yml && promtool test rules lematt.rules.test.yml", HERE);
+  },
+});
+
+Deno.test("the timer's command and cron's write metrics that promtool accepts and the rules know, whole or not at all", async () => {
+  await using ran = await ranBed(ACTIONS);
+  const [, unit] = /^ExecStart=\/bin\/sh -c '(.*)'$/m.exec(text("lematt-metrics.service"))!;
+  const [, cron] = /^\S+ \* \* \* \* certmaint cd \/var\/lib\/lematt && (.*)$/m.exec(text("crontab"))!;
+  assert.equal(cron, unit);
+  await shell(ran.here(unit!), ran.bed.home);
+  const file = join(ran.bed.home, "lematt.prom");
+  const metrics = await Deno.readTextFile(file);
+  if (!missing.includes("promtool")) await shell("promtool check metrics <lematt.prom", ran.bed.home);
+  const written = new Set(metrics.matchAll(/^lematt_\w+/gm).map(([name]) => name));
+  const used = new Set(text("lematt.rules.yml").matchAll(/\blematt_\w+/g).map(([name]) => name));
+  // no line fails here, nothing is served
+  for (const absent of ["certificate_failing_since", "endpoint_not_before", "endpoint_not_after"]) {
+    assert(used.delete(`lematt_${absent}_seconds`));
+    assert.match(metrics, new RegExp(`^# TYPE lematt_${absent}_seconds gauge$`, "m"));
+  }
+  assert.deepEqual([...used].filter((name) => !written.has(name)), []);
+
+  ran.bed.configure({ domains: "-.example.com" });
+  await assert.rejects(shell(ran.here(unit!), ran.bed.home), /domains:1: /);
+  assert.equal(await Deno.readTextFile(file), metrics);
+});
+
+Deno.test({
+  name: "systemd accepts the units",
+  ignore: missing.includes("systemd-analyze"),
+  fn: async () => {
+    assert.equal(
+      await shell("systemd-analyze verify lematt-metrics.service lematt-metrics.timer 2>&1", HERE),
+      "",
+    );
+  },
+});
+
+// ---- Nagios -----------------------------------------------------------------------------------------------
+
+Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
+  await using ran = await ranBed();
+  const check = async (...args: string[]) => {
+    const { code, stdout } = await new Deno.Command(join(HERE, "check_lematt"), {
+      args: ["--config", ran.bed.conf, ...args],
+      env: { LEMATT: ran.lematt },
+    }).output();
+    return { code, lines: new TextDecoder().decode(stdout).trimEnd().split("\n") };
+  };
+  assert.deepEqual(await check(), { code: 0, lines: ["LEMATT OK: no problems | problems=0"] });
+
+  ran.bed.configure({ actions: ACTIONS });
+  await ran.bed.lematt("--prod");
+  const { code, lines } = await check("--offline");
+  assert.equal(code, 1);
+  assert.equal(lines.length, 3, "the delivery, and the endpoint for each key type");
+  assert.match(
+    lines[0]!,
+    /^LEMATT WARNING: \[mail\] delivery of [^|]* "echo 'no route {2}[^|]* \| problems=3$/,
+  );
+  assert.match(lines[1]!, /^127\.0\.0\.1:1#mail\.example\.com \(rsa\) unreachable/);
+
+  const state = JSON.parse(ran.bed.text("prod", "state.json"));
+  state.deliveries.mail.since = new Date(Date.now() - 2 * 86_400_000).toISOString();
+  await Deno.writeTextFile(ran.bed.path("prod", "state.json"), JSON.stringify(state));
+  const later = await check("--offline");
+  assert.equal(later.code, 2);
+  assert.match(later.lines[0]!, /^LEMATT CRITICAL: /);
+
+  ran.bed.configure({ actions: "[mail]\nupdate: reload" });
+  assert.equal((await check()).code, 3);
+  assert.match((await check("--no-such-option")).lines[0]!, /^LEMATT UNKNOWN: lematt: /);
+});
+
+// ---- the page ---------------------------------------------------------------------------------------------
+
+/** Fails unless all elements are closed in their order, and attributes are quoted; returns what is in each kind. */
+function elementsOf(html: string): Map<string, string[]> {
+  const open: { name: string; start: number }[] = [];
+  const found = new Map<string, string[]>();
+  const rest = html.replace(/^<!DOCTYPE html>\n/, "").replaceAll(/(?<=<(style|script)>)[^<]*(?=<\/\1>)/g, "");
+  const tags = /<(\/?)([a-z][a-z0-9]*)((?: [a-z-]+[a-z0-9]*="[^"<>]*")*)( ?\/)?>/g;
+  for (const { 1: end, 2: name, 3: attributes, 4: empty, index, 0: tag } of rest.matchAll(tags)) {
+    if (end === "") {
+      found.set(name!, [...found.get(name!) ?? [], attributes!]);
+      if (empty === undefined) open.push({ name: name!, start: index + tag.length });
+    } else assert.equal(open.pop()?.name, name, `</${name}> at ${index}`);
+  }
+  assert.deepEqual(open, []);
+  const between = rest.replaceAll(tags, "").replaceAll(/&(amp|lt|gt|quot|#39);/g, "");
+  assert.doesNotMatch(between, /[<>&]/);
+  return found;
+}
+
+/** What a browser shows of it. */
+function shown(html: string): string {
+  return html.replaceAll(/<(style|script)>[^<]*<\/\1>|<[^>]*>/g, " ").replaceAll(/\s+/g, " ")
+    .replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&quot;", '"');
+}
+
+Deno.test("the page shows a real status, and is well-formed", async () => {
+  await using ran = await ranBed(ACTIONS);
+  const [command] = blocks("conf/monitoring/README.md", "A page");
+  await shell(ran.here(command!), ran.bed.home);
+  const html = await Deno.readTextFile(join(ran.bed.home, "status.html"));
+  const elements = elementsOf(html);
+  assert.equal(elements.get("h1")?.length, 1);
+  const lines = [
+    /3 problems as of \d{4}-/,
+    /delivery \[mail\] delivery of 2 certificates pending since /,
+    /mail\.example\.com rsa, ec/,
+    /example\.com rsa, ec · www\.example\.com 89 days \d{4}-/,
+    /127\.0\.0\.1:1#mail\.example\.com probed 0 minutes ago unreachable at 127\.0\.0\.1: /,
+    /\[mail\] 2 certificates: never delivered · failed once, first 0 minutes ago · next run mail\.example\.com/,
+    /exit 7": exit status 7 no route \| to <b>mail<\/b> /,
+    /Last runs 1 .* 4 issued, 3 problems usually 24 hours apart/,
+  ];
+  for (const line of lines) assert.match(shown(html), line);
+});
+
+Deno.test("the page needs nothing from elsewhere, and nothing that it shows becomes markup", async () => {
+  await using ran = await ranBed(ACTIONS);
+  const status = await statusOf(ran.bed);
+  const hostile =
+    `"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; \u202e\0\x1b[2J \ud800 javascript:`;
+  const poison = (value: unknown): unknown =>
+    typeof value === "string"
+      ? /^\d{4}-\d\d-\d\dT/.test(value) ? value : `${value}${hostile}`
+      : Array.isArray(value)
+      ? value.map(poison)
+      : typeof value === "object" && value !== null
+      ? Object.fromEntries(Object.entries(value).map(([key, one]) => [key, poison(one)]))
+      : value;
+  const orphans = ["cert/old.pem"];
+  const html = await page(poison({ ...status, orphans }) as Status);
+  const elements = elementsOf(html);
+  for (const name of ["img", "iframe", "object", "form", "base"]) assert(!elements.has(name), name);
+  assert.equal(elements.get("script")?.length, 1);
+  const attributes = [...elements.values()].flat().flatMap((
+    text,
+  ) => [...text.matchAll(/ ([a-z-]+)="([^"]*)"/g)]);
+  for (const [, name, value] of attributes) {
+    assert.doesNotMatch(name!, /^(on.*|style|src)$/);
+    if (name === "href") assert.match(value!, /^(#[a-z]+$|data:image\/svg\+xml,)/);
+  }
+  for (const character of ["\0", "\x1b", "\u202e"]) assert(!html.includes(character));
+  assert.doesNotMatch(html, /@import|url\(|https?:\/\/(?!www\.w3\.org\/2000\/svg)/);
+  assert.match(html, /http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;/);
+  assert.equal(html.isWellFormed(), true);
+});
+
+Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge is well-formed", async () => {
+  await using bed = await testBed({ domains: "example.com" });
+  const empty = { ...await statusOf(bed), certificates: [] };
+  assert.match(shown(await page(empty)), /No problems as of \S+ \S+ UTC \S+lematt\.conf · all times are UTC/);
+  const day = (number: number) => new Date(Date.parse(empty.at) + number * 86_400_000).toISOString();
+  const certificates = Array.from({ length: 2000 }, (_, index) => ({
+    names: [`host${index >> 1}.example.com`, `www.host${index >> 1}.example.com`],
+    keyType: index % 2 === 0 ? "rsa" : "ec",
+    notBefore: day(index % 60 - 60),
+    notAfter: day(index % 60 + 30),
+    renewAt: day(index % 60),
+    renewal: "soon: its lifetime",
+  }));
+  const many = await page({ ...empty, certificates });
+  elementsOf(many);
+  assert.match(shown(many), /all 1,000 lines .* 960 more lines /);
+  const edges = [
+    {},
+    { notBefore: day(-90), notAfter: day(-1) },
+    { notBefore: day(1), notAfter: day(9000) },
+    { notBefore: "+010000-01-01T00:00:00.000Z", notAfter: "+020000-01-01T00:00:00.000Z" },
+  ];
+  const odd = await page({
+    ...empty,
+    certificates: edges.map((dates, index) => ({ names: [`x${index}`], keyType: "ec", ...dates })),
+  });
+  elementsOf(odd);
+  assert.match(shown(odd), / x1 ec expired .* x0 ec none /);
+  assert.doesNotMatch(odd, /NaN|Infinity|undefined|Invalid Date/);
+});
+
+Deno.test("page.ts refuses what is not a status, and then writes nothing", async () => {
+  for (
+    const input of ["", "null", "{}", '{"command":"run","version":1}', '{"command":"status","version":2}']
+  ) {
+    const script = `printf %s '${input}' | ${join(HERE, "page.ts")}`;
+    const { code, stdout, stderr } = await new Deno.Command("sh", { args: ["-c", script] }).output();
+    const { length } = stdout;
+    assert.deepEqual([code, length], [1, 0], input);
+    assert.match(new TextDecoder().decode(stderr), /^page\.ts: standard input is not .*\n$/);
+  }
+});
+
+Deno.test({
+  name: "the example for jq lists what expires within two weeks",
+  ignore: missing.includes("jq"),
+  fn: async () => {
+    await using ran = await ranBed();
+    await ran.bed.plant({ mode: "prod", age: 80 });
+    const [command] = blocks("conf/monitoring/README.md", "Programs of your own");
+    assert.match(await shell(ran.here(command!), ran.bed.home), /^(\S+Z (mail\.)?example\.com\n){4}$/);
+  },
+});

@@ -130,7 +130,11 @@ export async function run(
     tell,
   );
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
-    const entry = await store.commit(due.entry, certificate);
+    const entry = await store.commit(
+      due.entry,
+      certificate,
+      (text) => tell({ kind: "notice", text, changed: true }),
+    );
     const { line } = entry;
     entries.set(line, entries.get(line)!.map((one) => one.keyType === entry.keyType ? entry : one));
     issued.add(entry.file);

@@ -377,20 +377,30 @@ export class Store implements Disposable {
   /**
    * Puts a certificate, and its key where that is new, in the place of the old. Both are complete on disk before the
    * first is renamed, so that a run cut off between the two renames is completed by the next. Returns the entry as it
-   * stands then.
+   * stands then; `warn` takes what goes wrong when both are in place.
    */
-  async commit(entry: Entry, issued: Issued): Promise<Entry> {
+  async commit(
+    entry: Entry,
+    issued: Issued,
+    warn: (text: string) => void = (text) => {
+      throw new Error(text);
+    },
+  ): Promise<Entry> {
     const { files } = entry;
+    await Deno.rename(await this.#temporary(files.csr, issued.csrPem, 0o644), files.csr);
     const renames: [string, string][] = [];
     if (this.keyOf(entry) !== issued.keyPem) {
       renames.push([await this.#temporary(files.key, issued.keyPem, 0o600), files.key]);
     }
     renames.push([await this.#temporary(files.cert, issued.chainPem, 0o644), files.cert]);
     for (const [from, to] of renames) await Deno.rename(from, to);
-    await Deno.rename(await this.#temporary(files.csr, issued.csrPem, 0o644), files.csr);
-    this.link(entry);
-    this.dropPendingKey(entry);
-    for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
+    try {
+      this.link(entry);
+      this.dropPendingKey(entry);
+      for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
+    } catch (error) {
+      warn(`${entry.file} is in its place, but: ${(error as Error).message}`);
+    }
     const { line, keyType, stem } = entry;
     return entryOf(line, keyType, stem, files, { kind: "present", certificate: issued.certificate });
   }

@@ -83,11 +83,13 @@ Deno.test("lematt can be interrupted at any moment, and no prepare command liste
       ca: { validationDelayMs: 500 },
     });
     const { bed } = subject;
-    const port = Deno.listen({ port: 0 });
-    const options = ["--baseurl", `http://127.0.0.1:${bed.web.port}`, "--port", `${port.addr.port}`];
-    port.close();
-    subject.configure({ prepare: `exec ${[...LEFORWARD, ...options].join(" ")}` });
-    bed.ca.switches.httpPort = port.addr.port;
+    const hostname = `127.${1 + random(200)}.${random(250)}.${1 + random(200)}`; // where no other test listens
+    const listener = Deno.listen({ hostname, port: 0 });
+    const { port } = listener.addr;
+    listener.close();
+    const options = `--baseurl http://127.0.0.1:${bed.web.port} --host ${hostname} --port ${port}`;
+    subject.configure({ prepare: `exec ${LEFORWARD.join(" ")} ${options}` });
+    bed.ca.switches.resolve = () => ({ hostname, port });
 
     const child = bed.start("--test");
     const output = child.output();
@@ -100,10 +102,10 @@ Deno.test("lematt can be interrupted at any moment, and no prepare command liste
     }
     const { stderr } = await output;
     await subject.afterFault({ stderr: new TextDecoder().decode(stderr) });
-    Deno.listen({ port: port.addr.port }).close();
+    Deno.listen({ hostname, port }).close();
     if (signal !== "SIGKILL") assert.deepEqual(bed.dropped(), []);
     subject.configure();
-    bed.ca.switches.httpPort = bed.web.port;
+    bed.ca.switches.resolve = undefined;
     await subject.recover();
     return interrupted;
   });
@@ -124,7 +126,8 @@ Deno.test("killed at any moment of a delivery, lematt delivers everything in the
     uploadEach: "cp CERT_FILE HERE/SECTION/KEY_TYPE.pem",
     update: "echo >> HERE/SECTION/updated",
   };
-  await sweep("SIGKILL in a delivery", MOMENTS, 3, async (moment) => {
+  const points = pairs(MOMENTS, ["a rollout", "new certificates"]);
+  await sweep("SIGKILL in a delivery", points, 3, async ([moment, situation]) => {
     const names = { site: "example.com", mail: "mail.example.com" };
     await using bed = await testBed({ domains: Object.values(names).join("\n"), settings: PROGRAM });
     const sections = SECTIONS.map((section) => {
@@ -139,6 +142,7 @@ Deno.test("killed at any moment of a delivery, lematt delivers everything in the
       return [`[${section}]`, ...domains, "rehearse: yes", ...lists].join("\n");
     });
     bed.act(sections.join("\n\n"));
+    if (situation === "a rollout") await bed.plant();
     Deno.writeTextFileSync(join(bed.home, moment), "");
     const { code } = await bed.lemattBy([], "--test");
     assert.equal(code, 128 + 9);
@@ -161,6 +165,6 @@ Deno.test("killed at any moment of a delivery, lematt delivers everything in the
       }
     }
     assert.equal((await bed.lematt("--test")).stdout.includes("delivered"), false);
-    assert.equal(bed.ca.orders.length, 2);
+    assert(bed.ca.orders.length <= (situation === "a rollout" ? 0 : 3), `${bed.ca.orders.length} orders`);
   }, AT_ONCE);
 });

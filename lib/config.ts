@@ -296,6 +296,11 @@ class Value {
   }
 }
 
+/** A section as messages show it. */
+function title({ name }: { readonly name: string }): string {
+  return `[${printable(name)}]`;
+}
+
 /** The values of a section's keys, and the lines of those that were written, there or in [DEFAULT]. */
 function readKeys<T extends Table>(table: T, page: Page, file: ini.Ini, section: ini.Section) {
   const values: Record<string, unknown> = {};
@@ -547,15 +552,13 @@ function path(value: Value): string | Invalid {
     if (/^[~$]/.test(text)) {
       return { why: `no shell replaces "${text[0]}" here`, hint: "write the path in full" };
     }
-    const [path, here] = [value.page.directory, Deno.cwd()].map((from) => resolve(from, text)) as [
-      string,
-      string,
-    ];
+    const path = resolve(value.page.directory, text);
+    const here = resolve(Deno.cwd(), text);
     if (path === here || exists(path) || !exists(here)) return path;
     // The original took paths as relative to where it was started.
     return {
       why: `no ${quote(text)} in ${value.page.directory}`,
-      hint: `write ${shellWord(here)} if that is meant`,
+      hint: `write ${shellWord(here)} if it is meant`,
     };
   });
 }
@@ -594,7 +597,7 @@ function accountKeyFile(value: Value): string | Invalid {
       const blocks = pemBlocks(content);
       const block = blocks.find(({ label }) => /^((RSA|EC|ENCRYPTED) )?PRIVATE KEY$/.test(label));
       if (!block) {
-        return error(`holds ${blocks[0] ? `a ${blocks[0].label}, not a` : "no"} private key in PEM`);
+        return error(`holds ${blocks[0] ? `a ${blocks[0].label}` : "nothing in PEM"}, not a private key`);
       }
       if (block.label.startsWith("ENCRYPTED") || block.pem.includes("Proc-Type: 4,ENCRYPTED")) {
         return error("is encrypted", `openssl pkey -in ${shellWord(path)} -out FILE`);
@@ -605,11 +608,9 @@ function accountKeyFile(value: Value): string | Invalid {
       } catch { // its message may quote what it read
         return error("holds a private key that cannot be decoded");
       }
-      const wrong = typeof spec === "string"
-        ? spec
-        : spec.type === "rsa" && spec.bits < 2048 && `RSA of ${spec.bits} bits`;
-      const hint = "an account needs RSA of 2048 bits or more, P-256, P-384 or P-521";
-      return wrong ? error(`is a key of type ${wrong}`, hint) : path;
+      if (typeof spec === "object" && (spec.type === "ec" || spec.bits >= 2048)) return path;
+      const type = typeof spec === "string" ? spec : "RSA of less than 2048 bits";
+      return error(`is a key of type ${type}`, "an account needs RSA of 2048 bits, P-256, P-384 or P-521");
     });
   });
 }
@@ -619,7 +620,7 @@ function hmacKey(value: Value): Uint8Array | Invalid {
   return ofPath(value, (path) => {
     // The value is not shown: it may be the key itself.
     if (!exists(path)) {
-      return { why: "it names no file", hint: "write the key into a file of its own, and its path here" };
+      return { why: "it names no file", hint: "write the key into a file, and its path here" };
     }
     return ofSecret(value, path, (content) => {
       try {
@@ -637,9 +638,7 @@ function certificates(value: Value): string | Invalid {
   return ofPath(value, (path) => {
     const content = readText(path);
     if (isInvalid(content)) return content;
-    const pems = pemBlocks(content).filter(({ label }) => label === "CERTIFICATE").map(({ pem }) =>
-      pem + "\n"
-    );
+    const pems = pemBlocks(content).flatMap(({ label, pem }) => label === "CERTIFICATE" ? [`${pem}\n`] : []);
     try {
       for (const pem of pems) readCertificate(pem);
     } catch {
@@ -658,10 +657,8 @@ function changeable(path: string, mend: "go-w" | "o-w" = "go-w"): Invalid | unde
   const byGroup = mode & 0o020 && mend === "go-w" && gid !== 0 && gid !== uid;
   if (!byGroup && !(mode & 0o002)) return undefined;
   const shown = (mode & 0o7777).toString(8).padStart(4, "0");
-  return {
-    why: `others may write to ${quote(path)} (mode ${shown})`,
-    hint: `chmod ${mend} ${shellWord(path)}`,
-  };
+  const hint = `chmod ${mend} ${shellWord(path)}`;
+  return { why: `others may write to ${quote(path)} (mode ${shown})`, hint };
 }
 
 /** Why root cannot do what is written there: another user has written it, as sudo has it. */
@@ -700,10 +697,8 @@ function notWritable(directory: string): Invalid | undefined {
   const us = Deno.uid();
   const classes = us === uid ? [mode >> 6] : [mode >> 3, mode];
   if (us === 0 || classes.some((bits) => (bits & 0o3) === 0o3)) return undefined;
-  return {
-    why: `${quote(directory)}: permission denied`,
-    hint: "the user who runs lematt must be able to write there",
-  };
+  const hint = "the user who runs lematt must be able to write there";
+  return { why: `${quote(directory)}: permission denied`, hint };
 }
 
 const MISSING = "it does not exist";
@@ -718,14 +713,11 @@ function exists(path: string): boolean {
 }
 
 /** Of a file that exists; who cannot reach it has no rights there. */
-function statOf(
-  path: string,
-): { isDirectory: boolean; mode: number; uid: number | null; gid: number | null } {
+function statOf(path: string): { isDirectory: boolean; mode: number; uid?: number; gid?: number } {
   try {
-    const { isDirectory, mode, uid, gid } = Deno.statSync(path);
-    return { isDirectory, mode: mode ?? 0, uid, gid };
+    return Deno.statSync(path) as Deno.FileInfo & { mode: number; uid: number; gid: number };
   } catch {
-    return { isDirectory: true, mode: 0, uid: null, gid: null };
+    return { isDirectory: true, mode: 0 };
   }
 }
 
@@ -755,19 +747,19 @@ function locate(path?: string, beside?: string): { file: string; passedOver: Not
     try {
       const { isDirectory, uid } = Deno.statSync(place);
       if (path === undefined && place !== beside && uid !== 0 && uid !== Deno.uid()) {
-        const [text, hint] = [
-          `passed over, for it belongs to user ${uid}`,
-          "name it with --config if it is meant",
-        ];
-        passedOver.push({ file: resolve(Deno.cwd(), place), text, hint });
+        const text = `passed over, for it belongs to user ${uid}`;
+        passedOver.push({
+          file: resolve(Deno.cwd(), place),
+          text,
+          hint: "name it with --config if it is meant",
+        });
         continue;
       }
       const file = isDirectory ? join(place, "lematt.conf") : place;
       // Without it, a directory that was named has two other files to be read.
-      if (exists(file) || !isDirectory || path === undefined) {
-        return { file: Deno.realPathSync(file), passedOver };
-      }
-      return { file: join(Deno.realPathSync(place), "lematt.conf"), passedOver };
+      const isMissing = path !== undefined && isDirectory && !exists(file);
+      const real = isMissing ? join(Deno.realPathSync(place), "lematt.conf") : Deno.realPathSync(file);
+      return { file: real, passedOver };
     } catch (error) {
       reasons.push(`${quote(place)}: ${whyNot(error)}`);
     }
@@ -834,10 +826,10 @@ const SAME_NAMES_PER_WEEK = 5;
 function readSettings(page: Page, mode: Mode) {
   const text = page.read("copy the conf/lematt.conf that comes with lematt, and adapt it");
   const file = page.parse(text ?? "", SETTINGS);
-  for (const { name, line } of file.sections.filter(({ name }) => name !== "config")) {
-    const shown = `section [${printable(name)}]`;
-    if (closest(name, ["config"])) page.error(`unknown ${shown}`, line, "did you mean [config]?");
-    else page.warn(`${shown} is ignored`, line, "sections of commands belong in actions.conf");
+  for (const other of file.sections.filter(({ name }) => name !== "config")) {
+    const isSlip = closest(other.name, ["config"]);
+    if (isSlip) page.error(`unknown section ${title(other)}`, other.line, "did you mean [config]?");
+    else page.warn(`section ${title(other)} is ignored`, other.line, "commands belong in actions.conf");
   }
   const section = file.sections.find(({ name }) => name === "config");
   const { values: settings, written } = readKeys(SETTINGS, page, file, section ?? file.defaults);
@@ -860,60 +852,32 @@ function readSettings(page: Page, mode: Mode) {
 
 /** What is known to go wrong with settings. */
 function checkSettings(settings: Settings, written: ReadonlyMap<string, number>, page: Page, mode: Mode) {
-  const {
-    rsaTag,
-    curveTag,
-    keyBitsRSA,
-    curve,
-    keyTypes,
-    reauthorizeDays = 15,
-    generateNewCertsAfterDays: age,
-  } = settings;
-  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // as a file system compares them that does not tell cases apart
+  const { rsaTag, curveTag, keyBitsRSA, curve, keyTypes, generateNewCertsAfterDays: age } = settings;
+  const days = settings.reauthorizeDays ?? 15;
+  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // as a file system that does not tell cases apart
     const later = (written.get("rsaTag") ?? 0) > (written.get("curveTag") ?? 0) ? "rsaTag" : "curveTag";
     const why = "the files of both key types would have the same names";
     page.error(`${later}: ${why}`, written.get(later), "make rsaTag and curveTag differ");
   }
   const letsEncrypt = isLetsEncrypt(settings, mode);
-  const isPrivate = written.has("directory") && !written.has("testDirectory") &&
-    !isLetsEncrypt(settings, "prod");
-  const [rsa, both] = [keyTypes.includes("rsa"), keyTypes.length > 1];
+  const half = written.has("directory") && !written.has("testDirectory") && !isLetsEncrypt(settings, "prod");
+  const [rsa, ec] = [keyTypes.includes("rsa"), keyTypes.includes("ec")];
   // A run renews all key types of a line, so as many runs fit into a week as whole sets fit into the limit.
   const least = 7 / Math.floor(SAME_NAMES_PER_WEEK / keyTypes.length);
-  const limit = `Let's Encrypt issues ${SAME_NAMES_PER_WEEK} certificates a week for one set of names`;
+  const limit = `Let's Encrypt issues ${SAME_NAMES_PER_WEEK} certificates a week for the same names`;
   // Its CP/CPS, "DV-SSL Subscriber Certificate".
-  const keys = "Let's Encrypt accepts RSA of 2048, 3072 and 4096 bits, P-256 and P-384 alone";
+  const accepted = "Let's Encrypt accepts RSA of 2048, 3072 and 4096 bits, P-256 and P-384 alone";
+  const shown = "--test would ask Let's Encrypt's staging, and show it the names of a private CA";
+  const late = "certificates of 45 days are renewed when 30 are left, whatever it says";
   const warnings: readonly (readonly [isSo: boolean, key: string, why: string, hint?: string])[] = [
-    [
-      age > 0 && written.has("reauthorizeDays"),
-      "reauthorizeDays",
-      "ignored, since certificates are renewed at the age of generateNewCertsAfterDays",
-    ],
-    [
-      age === 0 && reauthorizeDays > 30 && letsEncrypt,
-      "reauthorizeDays",
-      "more than two thirds of the life of a 45-day certificate, which is renewed when 30 days are left",
-      "15 is right for certificates of 45 days",
-    ],
-    [
-      age === 0 && reauthorizeDays === 0,
-      "reauthorizeDays",
-      "with 0, a certificate is renewed when it has expired",
-    ],
-    [
-      age > 0 && age < least && letsEncrypt,
-      "generateNewCertsAfterDays",
-      `less than ${least}: ${limit}${both ? ", RSA and EC together" : ""}`,
-    ],
-    [rsa && ![2048, 3072, 4096].includes(keyBitsRSA) && letsEncrypt, "keyBitsRSA", keys],
+    [age > 0 && written.has("reauthorizeDays"), "reauthorizeDays", "generateNewCertsAfterDays overrules it"],
+    [age === 0 && days === 0, "reauthorizeDays", "with 0, a certificate is renewed when it has expired"],
+    [letsEncrypt && age === 0 && days > 30, "reauthorizeDays", late, "15 is right for all"],
+    [letsEncrypt && age > 0 && age < least, "generateNewCertsAfterDays", `less than ${least}: ${limit}`],
+    [letsEncrypt && rsa && ![2048, 3072, 4096].includes(keyBitsRSA), "keyBitsRSA", accepted],
+    [letsEncrypt && ec && curve === "P-521", "curve", accepted],
     [rsa && keyBitsRSA < 2048, "keyBitsRSA", `RSA of ${keyBitsRSA} bits is not safe`],
-    [keyTypes.includes("ec") && curve === "P-521" && letsEncrypt, "curve", keys],
-    [
-      isPrivate,
-      "directory",
-      "--test would ask Let's Encrypt's staging, and show it the names of a private CA",
-      "write testDirectory too; it may be the same",
-    ],
+    [half, "directory", shown, "write testDirectory too; it may be the same"],
   ];
   for (const [isSo, key, why, hint] of warnings) {
     if (isSo) page.warn(`${key}: ${why}`, written.get(key), hint);
@@ -928,13 +892,9 @@ function isLetsEncrypt({ prodDirectory, testDirectory }: Settings, mode: Mode): 
 // --------------------------------------------------------------------------------------------- actions.conf
 
 /** The sections, and the names of their `domains` with the lines where they stand. */
-function readActions(
-  page: Page,
-  settings: Settings,
-): { sections: readonly Section[]; named: readonly Word[] } {
-  const text = page.read(
-    `an empty file is enough to begin with: touch ${shellWord(join(page.directory, page.name))}`,
-  );
+function readActions(page: Page, settings: Settings) {
+  const path = shellWord(join(page.directory, page.name));
+  const text = page.read(`an empty file is enough to begin with: touch ${path}`);
   const file = page.parse(text ?? "", SECTION_KEYS);
   const named: Word[] = [];
   const sections = file.sections.map((section) => readSection(page, file, section, settings, named));
@@ -954,7 +914,7 @@ function readActions(
       const other = proof.get(domain) ?? section;
       proof.set(domain, other);
       if (other.challenge === section.challenge) continue;
-      const ways = [other, section].map(({ name, challenge }) => `${challenge} in [${printable(name)}]`);
+      const ways = [other, section].map((each) => `${each.challenge} in ${title(each)}`);
       page.error(`conflicting challenges for ${quote(domain)}: ${ways.join(", ")}`, section.line);
     }
   }
@@ -972,26 +932,19 @@ function readSection(
   const { values, written } = readKeys(SECTION_KEYS, page, file, section);
   const { domains = [], ocspStapleRequired, ...rest } = values;
   const { challenge } = rest;
-  const error = (key: string, why: string, hint?: string) =>
+  const error = (key: string, why: string, hint = "remove the line") =>
     page.error(`${key}: ${why}`, written.get(key), hint);
-  if (/\p{Cc}/u.test(name)) page.error(`control character in the name of [${printable(name)}]`, line);
+  if (/\p{Cc}/u.test(name)) page.error(`control character in the name of ${title(section)}`, line);
   if (name === "default" || name === "every") {
-    const why = name === "every"
-      ? "[every] is for every name"
-      : "[default] is for the names of no other section";
-    if (written.has("domains")) error("domains", why, "remove the line");
+    const whose = name === "every" ? "every name" : "the names of no other section";
+    if (written.has("domains")) error("domains", `[${name}] is for ${whose}`);
   } else if (!written.has("domains")) {
     const meant = closest(name, ["default", "every"]);
     const hint = meant ? `did you mean [${meant}]?` : "such as domains: www.example.com";
-    page.error(`no "domains" in [${printable(name)}]`, line, hint);
+    page.error(`no "domains" in ${title(section)}`, line, hint);
   }
-  if (ocspStapleRequired) {
-    error(
-      "ocspStapleRequired",
-      "CAs have ended OCSP, and refuse a request that demands a staple",
-      "remove the line",
-    );
-  }
+  const staple = "CAs have ended OCSP, and refuse a request that demands a staple";
+  if (ocspStapleRequired) error("ocspStapleRequired", staple);
   if (challenge === "dns-01" && !written.has("dnsPresent")) {
     error("challenge", `dns-01 needs "dnsPresent" in the same section`, `dnsPresent: ["…"]`);
   } else if (challenge !== "dns-01" && written.has("dnsPresent")) {
@@ -1058,11 +1011,8 @@ function readNames(page: Page, words: readonly string[], line: number): readonly
   });
   const [first, ...rest] = new Set(all.filter((name) => typeof name === "string"));
   if (rest.length >= MAX_NAMES) {
-    page.error(
-      `${rest.length + 1} names in one certificate; ${MAX_NAMES} is the most`,
-      line,
-      "make it two lines",
-    );
+    const why = `${rest.length + 1} names in one certificate; ${MAX_NAMES} is the most`;
+    page.error(why, line, "make it two lines");
   } else if (!all.some(isInvalid)) return Object.freeze([first!, ...inStemOrder(rest)]);
 }
 
@@ -1087,10 +1037,9 @@ function inStemOrder(names: readonly string[]): readonly string[] {
 
 /** See `Line.formerNames`; none for what the original had no way to write. */
 function formerNames(words: readonly string[], names: readonly string[]): (readonly string[])[] {
-  const [first, ...rest] = words.map((word, index) =>
-    index && !word.includes(".") ? `${word}.${words[0]}` : word
-  );
-  const former = [first!, ...inStemOrder([...new Set(rest)])];
+  const [first, ...rest] = words;
+  const full = rest.map((word) => word.includes(".") ? word : `${word}.${first}`);
+  const former = [first!, ...inStemOrder([...new Set(full)])];
   const isSame = former.length === names.length && former.every((name, index) => name === names[index]);
   return isSame || words.some((word) => /[^!-~]/.test(word)) ? [] : [former];
 }
@@ -1107,7 +1056,7 @@ function assign(
 ): Line[] {
   const of = routes(sections);
   const letsEncrypt = isLetsEncrypt(settings, mode);
-  const shared = new Map<readonly Section[], Pick<Line, "keyTypes" | "profile">>(); // by most lines
+  const shared = new Map<readonly Section[], ReturnType<typeof wantedBy>>(); // by most lines
   return parsed.map(({ line, names, formerNames }) => {
     const delivering = deliverers(names, of);
     const made = shared.get(delivering) ?? wantedBy(delivering, settings, (text) => page.error(text, line));
@@ -1124,18 +1073,13 @@ function assign(
       const needs = wildcard ? "a wildcard needs dns-01 or dns-persist-01" : "an IP address needs http-01";
       if (wildcard === (challenge === "http-01")) {
         const by = of(name.slice(2)).find(({ challenge, domains }) => challenge && domains.length);
-        const place = by
-          ? `add it to "domains" of [${printable(by.name)}]`
-          : "name it in a section of actions.conf";
-        const hint = by ? place : `${place} with "challenge: ${wildcard ? "dns-01" : "http-01"}"`;
+        const section = `a section of actions.conf with "challenge: ${wildcard ? "dns-01" : "http-01"}"`;
+        const hint = `add it to "domains" of ${by ? title(by) : section}`;
         page.error(`${quote(name)} cannot be proven by ${challenge}: ${needs}`, line, hint);
       }
       if (!wildcard && profile !== "shortlived" && letsEncrypt) {
-        page.warn(
-          `Let's Encrypt certifies IP addresses in its profile shortlived alone`,
-          line,
-          "profile: shortlived",
-        );
+        const why = "Let's Encrypt certifies IP addresses in its profile shortlived alone";
+        page.warn(why, line, "profile: shortlived");
       }
     }
     return Object.freeze({ line, names, sections: delivering, ...made, formerNames });
@@ -1143,27 +1087,16 @@ function assign(
 }
 
 /** Key types and profile of the lines that these sections deliver. [every] decides only where no other section does. */
-function wantedBy(
-  sections: readonly Section[],
-  settings: Settings,
-  error: (text: string) => void,
-): Pick<Line, "keyTypes" | "profile"> {
+function wantedBy(sections: readonly Section[], settings: Settings, error: (text: string) => void) {
   const own = sections.filter(({ name }) => name !== "every");
-  const types = own.flatMap(({ keyTypes }) => keyTypes);
-  const keyTypes = own.length
-    ? (["rsa", "ec"] as const).filter((type) => types.includes(type))
-    : settings.keyTypes;
-  const deciding = [own, sections].map((those) => those.filter(({ profile }) => profile)).find(({ length }) =>
-    length
-  );
-  const [one = settings, ...others] = deciding ?? [];
-  const other = others.find(({ profile }) => profile !== one.profile);
-  if (other) {
-    error(
-      `conflicting profiles: ${one.profile} in [${deciding![0]!.name}], ${other.profile} in [${other.name}]`,
-    );
-  }
-  return { keyTypes, ...one.profile && { profile: one.profile } };
+  const types = own.length ? own.flatMap(({ keyTypes }) => keyTypes) : settings.keyTypes;
+  const [mine, all] = [own, sections].map((those) => those.filter(({ profile }) => profile));
+  const [one, ...others] = mine!.length ? mine! : all!;
+  const other = others.find(({ profile }) => profile !== one!.profile);
+  const ways = [one, other].map((each) => each && `${printable(each.profile!)} in ${title(each)}`);
+  if (other) error(`conflicting profiles: ${ways.join(", ")}`);
+  const profile = one ? one.profile : settings.profile;
+  return { keyTypes: [...new Set(types)], ...profile && { profile } };
 }
 
 type Route = (name: string) => readonly Section[];
@@ -1224,7 +1157,7 @@ function checkSections(
     const { name, line, verify, uploadCerts, uploadKeys, uploadEach, update } = section;
     const hasLists = [uploadCerts, uploadKeys, uploadEach, update].some(({ length }) => length);
     if (hasLists && lines.length && !verify.length && name !== "every") {
-      const why = `nothing is verified of what [${printable(name)}] delivers`;
+      const why = `nothing is verified of what ${title(section)} delivers`;
       page.advise(why, line, `name who must serve it, such as verify: ["DOMAIN:443"]`);
     }
     const wanted = verify.filter(({ host, sni = host }) => sni !== "DOMAIN" && sni !== "DOMAINS_ALL");
@@ -1232,23 +1165,22 @@ function checkSections(
     const names = new Set(lines.flatMap(({ names }) => names));
     for (const { text, host, sni = host } of wanted) {
       if (covers(names, sni)) continue;
-      const why = `verify: ${quote(text)} has the name of no line of [${
-        printable(name)
-      }], so any of its certificates is right`;
+      const why = `verify: ${quote(text)} names no line of ${
+        title(section)
+      }, so any of its certificates is right`;
       page.warn(why, line, `say which, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`);
     }
   }
 
-  if (!sections.some(({ prepare, domains }) => prepare.length && domains.length)) return;
+  const isPreparing = ({ prepare, domains }: Section) => prepare.length > 0 && domains.length > 0;
   const of = routes(sections);
-  for (const { names } of lines) {
-    const by = names.flatMap(of).find(({ prepare, domains }) => prepare.length && domains.length);
-    for (const name of by ? names : []) {
-      if (
-        of(name).some(({ prepare, domains }) => prepare.length || domains.length) ||
-        proofOf(sections, name) !== "http-01"
-      ) continue;
-      const why = `"prepare" of [${printable(by!.name)}] does not run for ${
+  const isLeft = (name: string) =>
+    proofOf(sections, name) === "http-01" &&
+    !of(name).some(({ prepare, domains }) => prepare.length || domains.length);
+  for (const { names } of sections.some(isPreparing) ? lines : []) {
+    const by = names.flatMap(of).find(isPreparing);
+    for (const name of by ? names.filter(isLeft) : []) {
+      const why = `prepare of ${title(by!)} does not run for ${
         quote(name)
       }, which is on a line with its names`;
       page.warn(why, by!.line, `add ${name} to its "domains"`);

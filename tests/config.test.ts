@@ -133,7 +133,7 @@ update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
     ...{ preflight: "yes", commandTimeoutSeconds: 600, dnsWaitSeconds: 120, verifyWaitSeconds: 60 },
     directoryUrl: "https://acme-v02.api.letsencrypt.org/directory",
   });
-  matches(warnings, ["lematt.conf:5 reauthorizeDays.*two thirds"]);
+  matches(warnings, ["lematt.conf:5 reauthorizeDays.*45 days"]);
   matches(advice, ["actions.conf:1 .*verify", "actions.conf:8 .*verify"]);
   const lists = "prepare uploadCerts uploadKeys uploadEach update verify alert dnsPresent dnsCleanup".split(
     " ",
@@ -530,7 +530,7 @@ const warned = rows`
   rotation beyond the limit of one key type => S: generateNewCertsAfterDays: 1.3⏎keyTypes: ec
     => lematt.conf:4 .*less than 1.4
   two rules of renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60
-    => lematt.conf:5 reauthorizeDays: ignored
+    => lematt.conf:5 reauthorizeDays: generate
   renewal after expiry => S: reauthorizeDays: 0 => lematt.conf:4 .*expired
   keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 keyBitsRSA
     => lematt.conf:5 curve
@@ -563,7 +563,7 @@ const warned = rows`
     => A: [every]⏎verify: ["192.0.2.1:443", "192.0.2.1:443#a.com", "DOMAIN:443", "web1:443#DOMAIN"]
     => actions.conf:1 verify: "192.0.2.1:443".*192.0.2.1:443#a.com
   a name for which the prepare of its line does not run => D: a.com b.a.com c.a.com
-    => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 "prepare" of \[x\].*"b.a.com"`;
+    => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 prepare of \[x\].*"b.a.com"`;
 for (const [behaviour, ...cells] of warned) {
   const [files, warnings] = filesOf(cells);
   Deno.test(`loadConfig() warns of ${behaviour}`, () => matches(load(files).warnings, warnings));
@@ -608,11 +608,11 @@ const accountKeys: [behaviour: string, text: string, problem?: string][] = [
     "EC in SEC1 behind its parameters, as openssl ecparam writes it",
     begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1,
   ],
-  ["nothing", "", "holds no private key in PEM"],
+  ["nothing", "", "holds nothing in PEM, not a private key"],
   ["a public key", begin("PUBLIC KEY", "c2VjcmV0"), "holds a PUBLIC KEY, not a private key"],
   ["Ed25519", pkcs8("ed25519"), "type ed25519"],
   ["secp256k1", pkcs8("ec", { namedCurve: "secp256k1" }), "type secp256k1"],
-  ["RSA of 1024 bits", pkcs8("rsa", { modulusLength: 1024 }), "RSA of 1024 bits"],
+  ["RSA of 1024 bits", pkcs8("rsa", { modulusLength: 1024 }), "RSA of less than 2048 bits"],
   ["encrypted PKCS#8", begin("ENCRYPTED PRIVATE KEY", "c2VjcmV0"), "is encrypted.*openssl pkey -in BASE/key"],
   [
     "encrypted PKCS#1",

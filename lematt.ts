@@ -234,7 +234,7 @@ async function check(
   const configs = (mode === undefined ? ["prod", "test"] as const : [mode]).map(load);
   const texts = new Set<string>();
   for (const config of configs) {
-    for (const warning of config.warnings) texts.add(noticeText(warning));
+    for (const notice of [...config.warnings, ...config.advice]) texts.add(noticeText(notice));
     for (const text of await advice(config, contextOf(config))) texts.add(text);
   }
   for (const text of texts) out(`${text}\n`);
@@ -250,10 +250,12 @@ async function check(
 
 /** Prints what is wrong with the configuration; a run that nobody watches alerts as far as that could be read. */
 async function configurationFailed(
-  { problems, alerts }: ConfigError,
+  { problems, directory, alerts }: ConfigError,
   { cron, mode }: Arguments,
 ): Promise<number> {
-  const text = problems.map((problem) => `${noticeText(problem)}\n`).join("");
+  const count = `${problems.length} ${problems.length === 1 ? "error" : "errors"}`;
+  const where = directory === undefined ? "" : `${count} in ${directory}\n`;
+  const text = problems.map((problem) => `${noticeText(problem)}\n`).join("") + where;
   err(text);
   for (const { commands } of cron ? alerts : []) {
     for (const command of commands.filter((command) => command.trim() !== "")) {

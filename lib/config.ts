@@ -93,7 +93,7 @@ export class ConfigError extends Error {
     readonly problems: readonly Notice[],
     /** The configuration directory, where one was found. */
     readonly directory?: string,
-    /** What could be read of the commands that send alerts, by the names of their sections. */
+    /** The commands that send alerts, by the names of their sections; none that others may have written. */
     readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
   ) {
     super(
@@ -114,7 +114,7 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const notes: Notes = { errors: [], warnings: [...passedOver], advice: [] };
   const page = (name: string) => new Page(directory, name, notes);
   const pages = [page(basename(file)), page("domains"), page("actions.conf")] as const;
-  checkDirectories(directory, base, page(base));
+  const isTrusted = checkDirectories(directory, base, page(base));
 
   const { settings, missing } = readSettings(pages[0], mode);
   const { sections, named } = readActions(pages[2], settings);
@@ -134,8 +134,9 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
     [...new Map(notices.map((notice) => [JSON.stringify(notice), notice])).values()]
       .sort((a, b) => order.indexOf(a.file) - order.indexOf(b.file) || (a.line ?? 0) - (b.line ?? 0));
   if (notes.errors.length) {
-    const alerts = sections.map(({ name, alert }) => ({ section: name, commands: alert }));
-    throw new ConfigError(sorted(notes.errors), directory, alerts.filter(({ commands }) => commands.length));
+    const alerting = isTrusted ? sections.filter(({ alert }) => alert.length) : [];
+    const alerts = alerting.map(({ name, alert }) => ({ section: name, commands: alert }));
+    throw new ConfigError(sorted(notes.errors), directory, alerts);
   }
   const { prodDirectory, testDirectory, eabKeyId: keyId, eabHmacKey: hmacKey, ...rest } = settings;
   return Object.freeze({
@@ -669,22 +670,26 @@ function foreign(path: string): Invalid | undefined {
   return { why, hint: `run lematt as user ${uid}, or: chown root ${shellWord(path)}` };
 }
 
-/** The configuration directory, and what stands in the tree of this mode, which is this user's and changed by no other. */
-function checkDirectories(directory: string, base: string, page: Page) {
+/**
+ * Checks the configuration directory, and what stands in the tree of this mode, which is this user's and changed by no
+ * other. Returns whether what is in the directory can be trusted.
+ */
+function checkDirectories(directory: string, base: string, page: Page): boolean {
   // It stands in commands.
   if (!/^[A-Za-z0-9/._@+,:%-]+$/.test(directory)) {
     const hint = "letters, digits and / . _ - @ + , : % can stand in every command";
     page.error(`the path ${quote(directory)} has other characters than a command can have`, undefined, hint);
   }
-  page.check(directory, changeable, foreign);
+  const isTrusted = page.check(directory, changeable, foreign);
   const tree = [base, ...["key", "csr", "cert", "state.json"].map((name) => join(base, name))].filter(exists);
   for (const path of tree) page.check(path, changeable);
   const us = Deno.uid();
   const other = tree.find((path) => statOf(path).uid !== us);
-  if (other === undefined) return;
+  if (other === undefined) return isTrusted;
   const { uid } = statOf(other);
   const hint = us === 0 ? `run lematt as user ${uid}` : `chown -R ${us} ${shellWord(base)}`;
   page.warn(`${quote(other)} belongs to user ${uid}`, undefined, hint);
+  return isTrusted;
 }
 
 /**
@@ -788,20 +793,21 @@ class Page {
     this.notes[kind].push({ file, ...line && { line }, text, ...hint !== undefined && { hint } });
   }
 
-  check(path: string, ...checks: readonly ((path: string) => Invalid | undefined)[]) {
-    for (const { why, hint } of checks.flatMap((check) => check(path) ?? [])) {
-      this.error(why, undefined, hint);
-    }
+  /** Whether nothing is wrong with a file or directory. */
+  check(path: string, ...checks: readonly ((path: string) => Invalid | undefined)[]): boolean {
+    const found = checks.flatMap((check) => check(path) ?? []);
+    for (const { why, hint } of found) this.error(why, undefined, hint);
+    return found.length === 0;
   }
 
-  /** The text of the file; root does not do what another user has written into it. */
+  /** The text of the file; undefined where it cannot be read, or not be trusted. */
   read(hintIfMissing: string): string | undefined {
     const path = join(this.directory, this.name);
     const text = readText(path);
     if (isInvalid(text)) {
       return void this.error(text.why, undefined, exists(path) ? undefined : hintIfMissing);
     }
-    this.check(path, changeable, ...this.name === "domains" ? [] : [foreign]);
+    if (!this.check(path, changeable, ...this.name === "domains" ? [] : [foreign])) return undefined;
     const lost = text.indexOf("\ufffd"); // what the decoder puts for bytes that are not UTF-8
     if (lost >= 0) this.error("not UTF-8", text.slice(0, lost).split(/\r\n|\r|\n/).length);
     return text;

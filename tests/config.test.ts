@@ -718,7 +718,7 @@ for (const [what, change, ...expected] of open) {
       const texts = {
         "lematt.conf": "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n",
         domains: "example.com\n",
-        "actions.conf": "",
+        "actions.conf": '[every]\nalert: ["mail x"]\n',
         "prod/state.json": "{}",
         "../key": accountKey,
       };
@@ -733,7 +733,13 @@ for (const [what, change, ...expected] of open) {
       try {
         notices = loadConfig("prod", conf).warnings;
       } catch (error) {
-        notices = (error as ConfigError).problems;
+        const { problems, alerts } = error as ConfigError;
+        notices = problems;
+        same(
+          alerts.length,
+          path === "conf" || path === "conf/actions.conf" ? 0 : 1,
+          "what others may write is not run",
+        );
       }
       const shown = notices.map(({ text, ...rest }) => ({ ...rest, text: text.replaceAll(home, base) }))
         .map((notice) => ({ ...notice, file: notice.file.replace(home, base) }));

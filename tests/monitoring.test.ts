@@ -47,7 +47,7 @@ Deno.test({
   name: "alert rules fire when they should, and not before",
   ignore: missing.includes("promtool"),
   fn: async () => {
-    await shell("promtool check rules lematt.rules.yml && promtool test rules lematt.rules.test.yml", HERE);
+    await shell("promtool test rules conf/monitoring/lematt.rules.test.yml", ROOT);
   },
 });
 
@@ -72,6 +72,36 @@ Deno.test("the timer's command and cron's write metrics that promtool accepts an
   ran.bed.configure({ domains: "-.example.com" });
   await assert.rejects(shell(ran.here(unit!), ran.bed.home), /domains:1: /);
   assert.equal(await Deno.readTextFile(file), metrics);
+});
+
+Deno.test({
+  name: "the commands for Prometheus put files where it finds them",
+  ignore: missing.includes("promtool"),
+  fn: async () => {
+    const home = await Deno.makeTempDir();
+    try {
+      const places = {
+        "/etc/systemd/system": `${home}/units`,
+        "/etc/cron.d": `${home}/cron.d`,
+        "/var/lib/lematt": `${home}/lematt`,
+        "/var/lib/prometheus/node-exporter": `${home}/collector`,
+        "/etc/prometheus": `${home}/prometheus`,
+        " -o certmaint": "",
+      };
+      for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
+        await Deno.mkdir(join(home, directory));
+      }
+      // systemd does not run everywhere: it is not tried that it takes up what was put there
+      const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
+      await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
+      await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
+      assert.equal(await Deno.readTextFile(join(home, "collector/lematt.prom")), "metrics");
+      const units = [...Deno.readDirSync(join(home, "units"))].map(({ name }) => name).sort();
+      assert.deepEqual(units, ["lematt-metrics.service", "lematt-metrics.timer"]);
+    } finally {
+      await Deno.remove(home, { recursive: true });
+    }
+  },
 });
 
 Deno.test({

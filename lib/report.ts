@@ -92,12 +92,12 @@ export function timeText(date: Date): string {
   return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
-/** `12 days`, `5 hours`, `20 minutes`: in the unit that is fine enough. */
+/** `12 days`, `5 hours`, `20 minutes`, `under a minute`: in the unit that is fine enough. */
 export function durationText(ms: number): string {
   const of = (number: number, unit: string) => `${number} ${unit}${number === 1 ? "" : "s"}`;
   if (ms >= 3 * DAY_MS) return of(Math.floor(ms / DAY_MS), "day");
   if (ms >= 2 * HOUR_MS) return of(Math.floor(ms / HOUR_MS), "hour");
-  return of(Math.max(0, Math.floor(ms / 60_000)), "minute");
+  return ms < 60_000 ? "under a minute" : of(Math.floor(ms / 60_000), "minute");
 }
 
 /** The moment, to the day where it is far enough. */

@@ -56,6 +56,9 @@ function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: s
   return next;
 }
 
+/** Least width of the last column of a table. */
+const NARROWEST = 20;
+
 /** A table as wide as the terminal; problems first. No name is broken: what does not fit goes on the next line. */
 export function statusTable({ plan, inventory, orphans, now }: Status, columns = 80): string {
   const lines: string[] = [];
@@ -126,17 +129,21 @@ function isRight({ sights }: EndpointStatus): boolean {
   return sights.length > 0 && sights.every(({ verdict }) => isGood(verdict));
 }
 
-/** Columns side by side; a first column that is too long stands on a line of its own, the last one is wrapped. */
+/**
+ * Columns side by side, the last one wrapped. Where the terminal is too narrow for that, or the first cell for its column,
+ * the first cell stands on a line of its own.
+ */
 function wrappedRow(row: readonly string[], widths: readonly number[], columns: number): string[] {
-  const cells = row.slice(0, -1).map((text, column) => text.padEnd(widths[column]!));
+  const padded = row.slice(0, -1).map((text, column) => text.padEnd(widths[column]!));
   const last = row.at(-1)!;
   const indent = widths.slice(0, -1).reduce((sum, width) => sum + width + 2, 0);
-  const tooLong = row[0]!.length > widths[0]!;
-  const head = tooLong ? " ".repeat(widths[0]!) : cells[0]!;
-  const start = [head, ...cells.slice(1)].join("  ") + "  ";
-  const hanging = " ".repeat(indent < columns - 20 ? indent : 4);
-  const rest = wrapped(last, columns, start, hanging);
-  return tooLong ? [row[0]!, ...rest] : rest;
+  if (indent + NARROWEST > columns) {
+    return [row[0]!, ...wrapped(`${padded.slice(1).join("  ")}  ${last}`, columns, "  ", "    ")];
+  }
+  const isTooLong = row[0]!.length > widths[0]!;
+  const first = isTooLong ? " ".repeat(widths[0]!) : padded[0]!;
+  const lines = wrapped(last, columns, `${[first, ...padded.slice(1)].join("  ")}  `, " ".repeat(indent));
+  return isTooLong ? [row[0]!, ...lines] : lines;
 }
 
 /** Words on lines of at most `columns`; a word that is longer stands alone, whole, so that it can be copied. */
@@ -195,12 +202,14 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
   type Sample = readonly [labels: Record<string, string>, value: number];
   const gauge = (name: string, help: string, samples: readonly Sample[]) => {
     lines.push(`# HELP lematt_${name} ${help}`, `# TYPE lematt_${name} gauge`);
+    const series = new Map<string, number>(); // an address may answer in several ways: the lowest counts
     for (const [labels, value] of samples) {
       const text = Object.entries({ mode: config.mode, ...labels }).map(([key, text]) =>
         `${key}="${escaped(text)}"`
       );
-      lines.push(`lematt_${name}{${text.join(",")}} ${value}`);
+      series.set(text.join(","), Math.min(value, series.get(text.join(",")) ?? Infinity));
     }
+    for (const [labels, value] of series) lines.push(`lematt_${name}{${labels}} ${value}`);
   };
   const seconds = (date: Date) => Math.floor(date.getTime() / 1000);
   const label = ({ line, keyType, stem }: Entry) => ({ name: line.names[0]!, stem, key_type: keyType });

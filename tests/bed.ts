@@ -296,6 +296,15 @@ export class Bed implements AsyncDisposable {
   }
 }
 
+/** The results of all; the first failure is thrown when none runs any more. */
+export async function all<T>(tasks: Iterable<Promise<T>>): Promise<T[]> {
+  const settled = await Promise.allSettled(tasks);
+  return settled.map((result) => {
+    if (result.status === "rejected") throw result.reason;
+    return result.value;
+  });
+}
+
 /** Waits until `condition` holds. */
 export async function until(
   what: string,

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import { type Bed, type Ended, testBed, until } from "./bed.ts";
+import { all, type Bed, type Ended, testBed, until } from "./bed.ts";
 import type { Fault } from "./ca.ts";
 import { LEMATT } from "./programs.ts";
 
@@ -79,7 +79,7 @@ Deno.test("what cannot be asked for is refused in one line, with exit status 2",
     ["--test --revoke a --json", /--json/],
     ["--test --status --json --metrics", /--metrics/],
   ];
-  await Promise.all(table.map(async ([args, said]) => {
+  await all(table.map(async ([args, said]) => {
     const { code, stdout, stderr } = await lematt(...args.split(" ").filter((word) => word !== ""));
     assert.deepEqual([code, stdout], [2, ""], args);
     assert.match(stderr, new RegExp(`^lematt: .*${said.source}.*\ntry --help\n$`), args);
@@ -105,7 +105,7 @@ Deno.test("the configuration is found by its file, its directory, a bare argumen
     [["conf/lematt.conf"], bed.home],
     [[], bed.home],
   ];
-  await Promise.all(ways.map(async ([args, cwd]) => {
+  await all(ways.map(async ([args, cwd]) => {
     const { code, stdout } = await output([...LEMATT, "--check", ...args], { cwd });
     assert.equal(code, 0);
     assert.ok(stdout.includes(`${bed.path("lematt.conf")}: 1 line of domains`), stdout);
@@ -294,7 +294,7 @@ Deno.test("a second run is turned away with exit status 3 while one is in progre
     "--test --revoke a.example.com --yes",
     "--test --accept a.example.com",
   ];
-  await Promise.all(others.map(async (args) => {
+  await all(others.map(async (args) => {
     const { code, stderr } = await bed.lematt(...args.split(" "));
     assert.equal(code, 3, args);
     assert.match(stderr, /^lematt: another --test run is in progress/);

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { accept, select } from "../lib/run.ts";
-import { type Bed, testBed, until } from "./bed.ts";
+import { all, type Bed, testBed, until } from "./bed.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 
@@ -305,7 +305,7 @@ Deno.test("what is there and not delivered is delivered, whatever has led to it,
     ["a section has no lists", { actions: `${begin}\n[none]\ndomains: a.example.com\nalert: ["true"]` }, []],
     ["a line is added", { domains: "a.example.com\nb.example.com\nc.example.com" }, []],
   ];
-  await Promise.all(table.map(async ([what, { domains, actions }, expected]) => {
+  await all(table.map(async ([what, { domains, actions }, expected]) => {
     await using bed = await bedOf("a.example.com\nb.example.com", begin);
     await settle(bed);
     if (domains !== undefined) bed.configure({ domains });
@@ -422,7 +422,7 @@ Deno.test("changed commands, changed endpoints, or a new certificate end the wai
     endpoints: (bed) => bed.act(`${failing}\nverify: ["DOMAIN:1"]\nverifyWait: 0`),
     certificate: (bed) => bed.configure({ domains: "a.example.com\nb.example.com" }),
   };
-  await Promise.all(
+  await all(
     Object.entries(changes).map(async ([what, change]) => {
       await using bed = await bedOf("a.example.com", failing);
       for (let run = 0; run < 5; run++) await bed.run({ retry: true });

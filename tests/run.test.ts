@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { prunable, prune, revocable, revoke, select } from "../lib/run.ts";
-import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
+import { all, type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
@@ -255,7 +255,7 @@ Deno.test("a state that is lost, cut short or spoilt is begun anew: all is deliv
     "of another kind": "[1,2]",
     "edited by hand": `{"version":2,"receipts":{"default":{"a":{"digest":1}}}}`,
   };
-  await Promise.all(
+  await all(
     Object.entries(spoilt).map(async ([what, text]) => {
       await using bed = await bedOf("a.example.com\nb.example.com", {}, LOG);
       await bed.run();

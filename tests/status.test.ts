@@ -1,0 +1,331 @@
+/** Goal: how everything is, problems first, for a terminal of any width, and the same for machines. */
+
+import assert from "node:assert/strict";
+import type { Mode } from "../lib/config.ts";
+import { status } from "../lib/run.ts";
+import type { Sight, State } from "../lib/state.ts";
+import { exitStatus, type Status, statusJson, statusMetrics, statusTable } from "../lib/status.ts";
+import { all, type Bed, testBed } from "./bed.ts";
+import { violations } from "./schema.ts";
+import { freePort } from "./tls.ts";
+
+const HOUR = 3_600_000, DAY = 24 * HOUR;
+
+async function bedOf(domains: string, actions = "", settings = "") {
+  const refused = new Set<string>();
+  const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
+  const bed = await testBed({ domains, settings: `keyTypes: ec\nari: no\n${settings}`, ca: { reject } });
+  bed.act(actions);
+  return Object.assign(bed, { refused });
+}
+
+async function statusOf(
+  bed: Bed,
+  { mode = "prod", offline = true }: { mode?: Mode; offline?: boolean } = {},
+) {
+  return await status(bed.config(mode), offline, bed.world(), () => {});
+}
+
+/** Changes what is remembered, as a run would have. */
+function remember(bed: Bed, change: (state: State) => void): void {
+  const state = bed.state("prod");
+  change(state);
+  Deno.writeTextFileSync(bed.path("prod", "state.json"), JSON.stringify(state));
+}
+
+/** A sight of the certificate that is on disk, with changes. */
+function sightOf(
+  bed: Bed,
+  name: string,
+  change: Partial<Sight["certificate"] & { address: string }> = {},
+): Sight {
+  const { fingerprint, names, notBefore, notAfter } = JSON.parse(JSON.stringify(currentOf(bed, name)));
+  const { address = "192.0.2.7", ...certificate } = change;
+  return {
+    address,
+    kind: "served",
+    certificate: { fingerprint, names, notBefore, notAfter, selfSigned: false, issuer: "x", ...certificate },
+  } as Sight;
+}
+
+function currentOf(bed: Bed, name: string): object {
+  const { certificates } = JSON.parse(bed.text("current.json")) as { certificates: { names: string[] }[] };
+  return certificates.find(({ names }) => names[0] === name)!;
+}
+
+// ---- problems and exit status ----------------------------------------------------------------------------
+
+Deno.test("status exits with 1 where there is a problem, and a renewal that is merely due is none", async () => {
+  const old = { age: 61 };
+  type Arrange = (bed: Awaited<ReturnType<typeof bedOf>>) => Promise<unknown>;
+  const run = (bed: Bed, options = {}) => bed.run({ mode: "prod", ...options });
+  const table: [what: string, arrange: Arrange, code: 0 | 1, shown?: RegExp][] = [
+    ["nothing was run yet", () => Promise.resolve(), 0, /no full run yet/],
+    ["all is well", (bed) => run(bed), 0, /^no problems\n/],
+    ["due since a day", (bed) => bed.plant({ mode: "prod", ...old }), 0],
+    ["due since a day, with runs by hand", async (bed) => {
+      await bed.plant({ mode: "prod", age: 59 });
+      for (let n = 0; n < 6; n++) await run(bed);
+      bed.ca.advance(1.5 * DAY);
+    }, 0],
+    [
+      "overdue",
+      (bed) => bed.plant({ mode: "prod", age: 63 }),
+      1,
+      /^1 problem:\n +a\.example\.com \(ec\) is overdue/,
+    ],
+    ["expired", (bed) => bed.plant({ mode: "prod", age: 91 }), 1],
+    [
+      "a line that failed",
+      async (bed) => {
+        bed.refused.add("a.example.com");
+        await run(bed);
+      },
+      1,
+      /a\.example\.com failed: [^]*not\s+this\s+one/,
+    ],
+    ["a line that failed and is not due any more", async (bed) => {
+      bed.refused.add("a.example.com");
+      await run(bed);
+      await bed.plant({ mode: "prod" });
+    }, 0],
+    [
+      "a delivery that is pending and was never tried",
+      async (bed) => {
+        await run(bed);
+        bed.act(`[default]\nupdate: ["true"]`);
+      },
+      0,
+      /^\[default\] +1 +next run +never delivered$/m,
+    ],
+    ["a delivery that failed", async (bed) => {
+      bed.act(`[default]\nupdate: ["false"]`);
+      await run(bed);
+    }, 1],
+    [
+      "revoked and in use",
+      async (bed) => {
+        await run(bed);
+        await bed.lematt("--prod", "--revoke", "a.example.com", "--yes");
+      },
+      1,
+      /was revoked/,
+    ],
+    [
+      "orphans",
+      async (bed) => {
+        await run(bed);
+        bed.configure({ domains: "b.example.com" });
+      },
+      0,
+      /^ORPHANED FILES.*\n +cert\/a\.example\.com-/m,
+    ],
+    [
+      "not run for a month",
+      async (bed) => {
+        await bed.plant({ mode: "prod" });
+        await run(bed);
+        bed.ca.advance(30 * DAY);
+      },
+      1,
+      /has not run since/,
+    ],
+  ];
+  await all(table.map(async ([what, arrange, code, shown]) => {
+    await using bed = await bedOf("a.example.com");
+    await arrange(bed);
+    const found = await statusOf(bed);
+    const text = statusTable(found);
+    assert.equal(exitStatus(found), code, `${what}: ${text}`);
+    assert.match(text, shown ?? /./, what);
+    assert.equal(JSON.parse(statusJson(found)).problems.length > 0, code === 1, what);
+  }));
+});
+
+Deno.test("status finds what is missing, changed, or belongs to no line, and changes nothing", async () => {
+  await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com\nd.example.com www");
+  await bed.plant({ mode: "prod", age: 10 });
+  const file = (name: string) => bed.path("prod", "cert", `${name}-cert-combined.prime256v1.pem`);
+  await Deno.copyFile(file("a.example.com"), file("b.example.com"));
+  await Deno.remove(file("c.example.com"));
+  bed.configure({ domains: "a.example.com\nb.example.com\nc.example.com\nd.example.com shop" });
+  const listing = () => [...Deno.readDirSync(bed.path("prod"))].map(({ name }) => name).sort();
+  const before = listing();
+  const found = await statusOf(bed);
+  const { certificates } = JSON.parse(statusJson(found));
+  assert.deepEqual(
+    certificates.map((
+      { names, state, notAfter }: Record<string, string>,
+    ) => [names![0], state, notAfter !== undefined]),
+    [
+      ["a.example.com", "present", true],
+      ["b.example.com", "other key", true],
+      ["c.example.com", "missing", false],
+      ["d.example.com", "missing", true], // the one that is in use is still shown
+    ],
+  );
+  assert.ok(found.orphans.length > 0);
+  assert.deepEqual(listing(), before);
+});
+
+Deno.test("--offline shows the last probes with their age; else endpoints are probed, and nothing is remembered", async () => {
+  const port = freePort();
+  await using bed = await bedOf("a.example.com", `[default]\nverify: ["127.0.0.1:${port}#DOMAIN"]`);
+  await bed.plant({ mode: "prod" });
+  assert.match(statusTable(await statusOf(bed)), /not probed yet/);
+  assert.equal(exitStatus(await statusOf(bed)), 0);
+  const live = await statusOf(bed, { offline: false });
+  assert.equal(exitStatus(live), 1);
+  assert.match(statusTable(live), /unreachable at 127\.0\.0\.1/);
+  assert.match(statusTable(await statusOf(bed)), /not probed yet/);
+  await bed.run({ mode: "prod" });
+  bed.ca.advance(5 * HOUR);
+  assert.match(
+    statusTable(await statusOf(bed)),
+    /127\.0\.0\.1:\d+#a\.example\.com +ec +5 hours ago +unreachable/,
+  );
+});
+
+// ---- the table -------------------------------------------------------------------------------------------
+
+/** A bed with names of all lengths, a problem of each kind, and endpoints that serve all sorts. */
+async function crowded() {
+  const label = "l".repeat(63);
+  const long = `${label}.${label}.${label}.example.com`;
+  const many = Array.from({ length: 100 }, (_, n) => `host-${n}.of.a.line.of.a.hundred.names.example.com`);
+  const section = `s${"s".repeat(60)}`;
+  const endpoint = "[2001:db8:1111:2222:3333:4444:5555:6666]:443#short.example.com";
+  const bed = await bedOf(
+    `${long}\n${many.join(" ")}\nxn--bcher-kva.example\nshort.example.com\nbad.example.com`,
+    `[default]\nverify: ["DOMAIN:443"]\n[${section}]\ndomains: short.example.com\nupdate: ["echo ${
+      "y".repeat(300)
+    }; exit 1"]\nverify: ["${endpoint}"]`,
+    "verifyWait: 0",
+  );
+  await bed.plant({ mode: "prod", age: 0.5, life: 2 });
+  Deno.removeSync(bed.path("prod", "cert", "bad.example.com-cert-combined.prime256v1.pem"));
+  bed.refused.add("bad.example.com");
+  await bed.run({ mode: "prod", route: () => Promise.resolve([]) });
+  Deno.writeTextFileSync(bed.path("current.json"), statusJson(await statusOf(bed)));
+  Deno.writeTextFileSync(bed.path("prod", "key", `${"z".repeat(200)}\x1b[31m\n.pem`), "");
+  remember(bed, (state) => {
+    const at = bed.ca.now.toISOString();
+    state.probes["xn--bcher-kva.example:443 ec"] = { at, sights: [sightOf(bed, "xn--bcher-kva.example")] };
+    state.probes[`${endpoint} ec`] = {
+      at,
+      badSince: at,
+      sights: [
+        sightOf(bed, "short.example.com", { fingerprint: "1", names: ["other.example.com"] }),
+        sightOf(bed, "short.example.com", { fingerprint: "2", notAfter: "2020-01-01T00:00:00.000Z" }),
+        { address: "192.0.2.9", kind: "unreachable", detail: "no route to host" },
+      ],
+    };
+  });
+  return Object.assign(bed, { words: [long, many[0]!, "xn--bcher-kva.example", `[${section}]`, endpoint] });
+}
+
+Deno.test("the table has problems first, fits 40, 80 and 200 columns, and breaks no name", async () => {
+  await using bed = await crowded();
+  const found = await statusOf(bed);
+  for (const columns of [40, 80, 200]) {
+    const table = statusTable(found, columns);
+    const lines = table.split("\n");
+    assert.match(lines[0]!, /^\d+ problems:$/);
+    for (const word of bed.words) {
+      assert.ok(lines.some((line) => line.includes(word)), `${word} at ${columns}`);
+    }
+    for (const line of lines.filter((line) => line.length > columns)) {
+      // only words that do not fit stand out
+      assert.ok(line.trim().split(/\s+/).some((word) => word.length > columns - 12), `${columns}: ${line}`);
+    }
+    assert.doesNotMatch(table, /[^\x20-\x7e…\n]/);
+    assert.ok(table.includes("z".repeat(200)));
+  }
+  const wide = statusTable(found, 200).split("\n");
+  assert.ok(
+    wide.filter((line) => line.startsWith("xn--bcher-kva.example")).every((line) => /\bec\b/.test(line)),
+  );
+  assert.ok(wide.length < statusTable(found, 80).split("\n").length, "uses the width");
+});
+
+Deno.test("times are told in hours where days are too coarse, and what has expired is marked", async () => {
+  const table: [age: number, life: number, shown: RegExp][] = [
+    [0, 90, /^a\.example\.com +ec +(89|90) days/m],
+    [0.5, 1, /^a\.example\.com +ec +(11|12) hours/m],
+    [0.95, 1, /^a\.example\.com +ec +(71|72) minutes/m],
+    [91, 90, /^a\.example\.com +ec +EXPIRED/m],
+  ];
+  await all(table.map(async ([age, life, shown]) => {
+    await using bed = await bedOf("a.example.com");
+    await bed.plant({ mode: "prod", age, life });
+    const table = statusTable(await statusOf(bed));
+    assert.match(table, shown);
+    assert.doesNotMatch(table, /\b0 (days|hours|minutes)/);
+  }));
+});
+
+// ---- for machines ----------------------------------------------------------------------------------------
+
+Deno.test("the status document is as conf/monitoring describes it", async () => {
+  await using bed = await crowded();
+  const document = JSON.parse(statusJson(await statusOf(bed)));
+  assert.deepEqual(violations(document, "status"), []);
+  for (const key of ["certificates", "pending", "endpoints", "orphans", "problems", "runs"]) {
+    assert.ok(document[key].length > 0, key);
+  }
+  await using empty = await bedOf("a.example.com");
+  assert.deepEqual(violations(JSON.parse(statusJson(await statusOf(empty))), "status"), []);
+});
+
+/** Reads the Prometheus text format (version 0.0.4) as its grammar has it; series -> value. */
+function readMetrics(text: string): Map<string, number> {
+  assert.ok(text.endsWith("\n"));
+  const series = new Map<string, number>();
+  const typed = new Set<string>();
+  let current = "";
+  for (const line of text.slice(0, -1).split("\n")) {
+    const [, help] = /^# HELP ([a-zA-Z_:][a-zA-Z0-9_:]*) (?:[^\\]|\\\\|\\n)*$/.exec(line) ?? [];
+    const [, type] = /^# TYPE ([a-zA-Z_:][a-zA-Z0-9_:]*) gauge$/.exec(line) ?? [];
+    const [, key, name] =
+      /^(([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?:[a-zA-Z_]\w*="(?:[^"\\]|\\\\|\\"|\\n)*"(?:,|(?=\})))*\})) -?\d+$/
+        .exec(line) ?? [];
+    if (help !== undefined) current = help;
+    else if (type !== undefined) {
+      assert.ok(type === current && !typed.has(type), line);
+      typed.add(type);
+    } else {
+      assert.ok(key !== undefined, `no metric: ${line}`);
+      assert.equal(name, current);
+      assert.ok(!series.has(key), `twice: ${key}`);
+      series.set(key, Number(line.slice(key.length + 1)));
+    }
+  }
+  return series;
+}
+
+Deno.test("metrics keep to the grammar of Prometheus, whatever is found", async () => {
+  await using bed = await crowded();
+  const found = await statusOf(bed);
+  const series = readMetrics(statusMetrics(found));
+  const of = (name: string) => [...series].filter(([key]) => key.startsWith(`lematt_${name}{`));
+  const seconds = (date: Date) => Math.floor(date.getTime() / 1000);
+  assert.equal(series.get(`lematt_problems{mode="prod",kind="all"}`), found.plan.problems.length);
+  assert.equal(series.get(`lematt_last_run_seconds{mode="prod"}`), seconds(found.plan.lastRun!));
+  assert.equal(series.get(`lematt_orphaned_files{mode="prod"}`), 1);
+  assert.equal(of("certificate_not_after_seconds").length, 4);
+  assert.equal(of("delivery_pending_certificates").length, 1);
+  // of several answers at one address the worst counts
+  const [, worst] = of("endpoint_not_after_seconds").find(([key]) => key.includes("2001:db8"))!;
+  assert.equal(worst, seconds(new Date("2020-01-01T00:00:00Z")));
+  assert.ok(of("endpoint_right").some(([key, value]) => key.includes("xn--bcher-kva") && value === 1));
+  assert.ok(of("endpoint_right").some(([key, value]) => key.includes("192.0.2.9") && value === 0));
+
+  await using quoted = await bedOf(
+    "a.example.com",
+    `[a "quoted" \\section]\ndomains: a.example.com\nupdate: ["false"]`,
+  );
+  await quoted.run({ mode: "prod" });
+  readMetrics(statusMetrics(await statusOf(quoted)));
+  await using empty = await bedOf("a.example.com");
+  readMetrics(statusMetrics(await statusOf(empty) as Status));
+});

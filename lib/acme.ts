@@ -25,8 +25,7 @@ import {
   words,
 } from "./http.ts";
 import type { Context } from "./context.ts";
-import { isIP } from "./names.ts";
-import { oneLine } from "./text.ts";
+import { isIP, oneLine } from "./names.ts";
 
 export type { AccountKey } from "./http.ts";
 

@@ -688,7 +688,8 @@ function checkDirectories(directory: string, base: string, page: Page): boolean 
   if (other === undefined) return isTrusted;
   const { uid } = statOf(other);
   const hint = us === 0 ? `run lematt as user ${uid}` : `chown -R ${us} ${shellWord(base)}`;
-  page.warn(`${quote(other)} belongs to user ${uid}`, undefined, hint);
+  const why = uid === undefined ? "cannot be read" : `belongs to user ${uid}`;
+  page.warn(`${quote(other)} ${why}`, undefined, hint);
   return isTrusted;
 }
 

@@ -10,7 +10,7 @@ import { Buffer } from "node:buffer";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ProcessPromise } from "zx";
 import type { Mode } from "./config.ts";
-import { oneLine, ownLines } from "./text.ts";
+import { oneLine, ownLines } from "./names.ts";
 
 /** Placeholder -> what it stands for. A list becomes words. */
 export type Values = Readonly<Record<string, string | readonly string[]>>;

@@ -8,7 +8,7 @@
 import defer * as nodeCrypto from "node:crypto";
 import type { CryptoKey, JWK } from "jose";
 import { type Context, limit } from "./context.ts";
-import { oneLine } from "./text.ts";
+import { oneLine } from "./names.ts";
 import { CURVES, keySpecOf } from "./x509.ts";
 
 /** RFC 8555 §6.7, RFC 7807. `type` is without the prefix `urn:ietf:params:acme:error:`. */

@@ -12,8 +12,7 @@
 
 import type { Endpoint, KeyType } from "./config.ts";
 import { type Context, type Destination, isUnrouted, limit } from "./context.ts";
-import { isIP } from "./names.ts";
-import { oneLine } from "./text.ts";
+import { isIP, oneLine } from "./names.ts";
 import { type Certificate, readCertificate } from "./x509.ts";
 
 /** What to probe: an endpoint, its words DOMAIN and DOMAINS_ALL replaced, for one type of key. */

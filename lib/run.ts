@@ -26,9 +26,8 @@ import {
 } from "./plan.ts";
 import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
 import type { Status } from "./status.ts";
-import { toIdentifier } from "./names.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
-import { quote } from "./text.ts";
+import { quote, toIdentifier } from "./names.ts";
 import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x509.ts";
 import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
 

@@ -9,8 +9,7 @@ import http from "node:http";
 import { BlockList, connect } from "node:net";
 import { connect as connectTls } from "node:tls";
 import { type Context, type Destination, isUnrouted, within } from "./context.ts";
-import { isIP } from "./names.ts";
-import { oneLine } from "./text.ts";
+import { isIP, oneLine } from "./names.ts";
 
 /** What one check came to: `fault` where the CA would not find the challenge; `note` where it could not be seen fully. */
 export interface Verdict {

@@ -20,7 +20,7 @@ import {
   timeText,
 } from "./report.ts";
 import type { Entry } from "./store.ts";
-import { printable } from "./text.ts";
+import { printable } from "./names.ts";
 
 /** All that a status shows. */
 export interface Status {

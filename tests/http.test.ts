@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { generateKeyPairSync, type KeyObject } from "node:crypto";
 import { AcmeClient } from "../lib/acme.ts";
 import { AcmeError, describe, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
-import { oneLine } from "../lib/text.ts";
+import { oneLine } from "../lib/names.ts";
 import { type Bed, befalling, refusing, testBed, type TestWorld } from "./bed.ts";
 import type { Exchange, Fault, Switches } from "./ca.ts";
 

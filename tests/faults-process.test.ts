@@ -129,7 +129,10 @@ Deno.test("killed at any moment of a delivery, lematt delivers everything in the
   const points = pairs(MOMENTS, ["a rollout", "new certificates"]);
   await sweep("SIGKILL in a delivery", points, 3, async ([moment, situation]) => {
     const names = { site: "example.com", mail: "mail.example.com" };
-    await using bed = await testBed({ domains: Object.values(names).join("\n"), settings: PROGRAM });
+    await using bed = await testBed({
+      domains: Object.values(names).join("\n"),
+      settings: `${PROGRAM}\nari: no`, // the CA does not know what is planted
+    });
     const sections = SECTIONS.map((section) => {
       Deno.mkdirSync(join(bed.home, section));
       const kill = (when: string) =>
@@ -147,7 +150,8 @@ Deno.test("killed at any moment of a delivery, lematt delivers everything in the
     const { code } = await bed.lemattBy([], "--test");
     assert.equal(code, 128 + 9);
     assert(!existsSync(join(bed.home, moment)));
-    const done = Object.keys(bed.state().receipts);
+    const isWritten = existsSync(bed.path("test/state.json"));
+    const done = isWritten ? Object.keys(bed.state().receipts) : [];
 
     const again = await bed.lematt("--test");
     assert.equal(again.code, 0, again.stderr);

@@ -1,0 +1,180 @@
+/** Goal: the commands of conf/operations.md do what that page says. Only paths differ, and systemctl is one that notes its words. */
+
+import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { readCertificate } from "../lib/x509.ts";
+import { testBed, type Texts } from "./bed.ts";
+import { which } from "./bench-measure.ts";
+import { adapt, blocks, ROOT, shell } from "./documents.ts";
+import { freePort, makeCertificate, startNginx } from "./tls.ts";
+
+const PAGE = "conf/operations.md";
+const LEMATT = blocks(PAGE)[0]!;
+
+/** A host with lematt in `opt/lematt` and its configuration in `etc/lematt`, below the home of a bed. */
+async function startHost(texts: Texts) {
+  await using stack = new AsyncDisposableStack();
+  const bed = stack.use(await testBed({ settings: "keyTypes: ec", ...texts }));
+  const { home } = bed;
+  const files = ["deno.json", "deno.lock", "lematt.ts", "lib"].map((name) => join(ROOT, name)).join(" ");
+  await shell(
+    `mkdir -p opt/lematt etc/systemd/system etc/cron.d bin var/tmp && cp -r ${files} opt/lematt
+    mv conf etc/lematt && ln -s etc/lematt conf && chmod 700 etc/lematt`,
+    home,
+  );
+  await Deno.writeTextFile(join(home, "bin/systemctl"), `#!/bin/sh\necho systemctl "$@"\n`, { mode: 0o755 });
+  const open = stack.move();
+  return {
+    bed,
+    /** Runs commands of the page, as they stand but for paths; `etc` is the configuration's parent. Returns what they print. */
+    sh: (commands: string, etc = "etc") =>
+      shell(
+        `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("/etc/", `${home}/${etc}/`)
+          .replaceAll("-C /etc ", `-C ${home}/${etc} `).replaceAll("/opt/", `${home}/opt/`)
+          .replaceAll("/var/tmp", `${home}/var/tmp`),
+        home,
+      ),
+    [Symbol.asyncDispose]: () => open.disposeAsync(),
+  };
+}
+
+/** The block below a heading that begins with `start`. */
+function block(heading: string, start: string): string {
+  const found = blocks(PAGE, heading).find((text) => text.startsWith(start));
+  assert(found !== undefined, `no block below ${heading} begins with ${start}`);
+  return found;
+}
+
+const DELIVERY = `[default]\nuploadCerts: ["echo delivered >> HOME/log"]\n`;
+
+const lacksNginx = which("nginx") === undefined || which("openssl") === undefined ||
+  which("rsync") === undefined;
+if (lacksNginx) {
+  console.log("that a second host takes over is not tested: nginx, openssl or rsync is not installed");
+}
+Deno.test(
+  "a second host takes over from a copy: nothing is issued anew or delivered, and the first host does no harm",
+  {
+    ignore: lacksNginx,
+  },
+  async () => {
+    await using host = await startHost({ domains: "example.com" });
+    const { bed, sh } = host;
+    await makeCertificate(bed.home, "site", "ec", ["example.com"]);
+    const port = freePort();
+    await using nginx = await startNginx(
+      bed.home,
+      port,
+      (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair("site")} }`,
+    );
+    bed.configure({
+      actions: `[default]
+uploadCerts: ["cat CERTS > ${bed.home}/site.pem; echo delivered >> ${bed.home}/log"]
+uploadKeys: ["cat KEYS > ${bed.home}/site.key"]
+update: ["kill -HUP ${nginx.child.pid}"]
+verify: ["127.0.0.1:${port}#example.com"]\n`,
+    });
+    const deliveries = () => Deno.readTextFileSync(join(bed.home, "log")).split("\n").length - 1;
+    assert.match(await sh("lematt --prod"), /^issued /m);
+    assert.equal(deliveries(), 1);
+    await Deno.mkdir(join(bed.home, "standby", "lematt"), { recursive: true });
+    const copy = block("central burns", "ExecStopPost=");
+    await sh(adapt(copy, { "ExecStopPost=": "", "standby-copy:": `${bed.home}/standby/lematt/` }));
+
+    assert.equal(
+      await sh(block("central burns", "systemctl disable")),
+      "systemctl disable --now lematt.timer\n",
+    );
+    const orders = bed.ca.orders.length;
+    const said = await sh(block("central burns", "lematt --prod --rollover"), "standby");
+    assert.doesNotMatch(said, /^(issue|deliver|roll out|wait)\b/m);
+    assert.match(await sh("lematt --prod", "standby"), /^nothing due, 1 kept/m);
+    assert.deepEqual([bed.ca.orders.length, deliveries()], [orders, 1]);
+
+    await sh("lematt --prod --renew example.com", "standby");
+    assert.equal(deliveries(), 2);
+    const ours = bed.ca.orders.length;
+
+    // the first host comes back
+    await assert.rejects(() => sh("lematt --prod --status"), /127\.0\.0\.1/);
+    await assert.rejects(
+      () => sh("lematt --prod --renew example.com"),
+      /cannot create an order: .*signature/,
+    );
+    assert.deepEqual([bed.ca.orders.length, deliveries()], [ours, 2]);
+    bed.ca.violations.splice(0);
+  },
+);
+
+Deno.test("a backup is taken between runs, and put back nothing is due", async () => {
+  await using host = await startHost({ domains: "example.com" });
+  const { bed, sh } = host;
+  bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
+  await sh("lematt --prod");
+  await sh(block("Backup", "umask"));
+  await Deno.remove(bed.path(), { recursive: true });
+  await Deno.remove(join(bed.home, "etc", "lematt"), { recursive: true }).catch(() => {});
+  const said = await sh(block("Backup", "tar"));
+  assert.match(said, /^keep +example/m);
+  assert.doesNotMatch(said, /^(issue|deliver|roll out)/m);
+});
+
+Deno.test("an upgrade and its rehearsal, what the next person needs, and the end of it", async () => {
+  await using host = await startHost({
+    domains: "example.com",
+    settings: "keyTypes: ec\nreauthorizeDays: 15",
+  });
+  const { bed, sh } = host;
+  await sh("lematt --prod");
+  const upgraded = await sh(block("Upgrade", "cp -a"));
+  assert.match(upgraded, /no errors[^]*^issued [^]*^keep +example/m);
+  assert.match(await sh(block("Handing over", "lematt --check")), /no errors/);
+
+  const files = ["etc/systemd/system/lematt.service", "etc/systemd/system/lematt.timer", "etc/cron.d/lematt"];
+  for (const file of files) await Deno.writeTextFile(join(bed.home, file), "");
+  await shell(`rm conf && cp -r etc/lematt conf`, bed.home); // what the bed cleans up
+  await sh(block("Uninstall", "systemctl"));
+  for (const path of [...files, "etc/lematt", "opt/lematt"]) assert(!existsSync(join(bed.home, path)), path);
+});
+
+Deno.test("a host is removed: its certificate is revoked, its files move to orphaned/, nothing else is due", async () => {
+  await using host = await startHost({ domains: "example.com\nold.example.com" });
+  const { bed, sh } = host;
+  await sh("lematt --prod");
+  await sh(block("Removing a host", "lematt --prod --revoke"));
+  bed.configure({ domains: "example.com" });
+  const said = await sh(block("Removing a host", "lematt --prod --plan"));
+  assert.doesNotMatch(said, /^issue/m);
+  assert.deepEqual([...Deno.readDirSync(bed.path("prod", "cert"))].map(({ name }) => name), [
+    "example.com-cert-combined.prime256v1.pem",
+  ]);
+  assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
+});
+
+Deno.test("a compromised key is replaced and delivered, then revoked, and never used again", async () => {
+  await using host = await startHost({ domains: "www.example.com" });
+  const { bed, sh } = host;
+  bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
+  await sh("lematt --prod");
+  const file = "www.example.com-cert-combined.prime256v1.pem";
+  const old = readCertificate(bed.text("prod", "cert", file)).fingerprint;
+  const said = await sh(block("compromised key", "cp -p"));
+  assert.match(said, /^issued [^]*^delivered [^]*^revoked/m);
+  assert.notEqual(readCertificate(bed.text("prod", "cert", file)).fingerprint, old);
+  assert.equal(bed.text("prod", "revoked-keys").split("\n").length, 2);
+  assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
+});
+
+Deno.test("hours of maintenance are three moments of one night", {
+  ignore: which("systemd-analyze") === undefined,
+}, async () => {
+  const [, calendar] = /OnCalendar=(.*)/.exec(block("Maintenance", "[Timer]"))!;
+  const said = await shell(`systemd-analyze calendar --iterations=4 '${calendar}'`, "/");
+  assert.deepEqual(
+    Array.from(said.matchAll(/(?:elapse|Iter\. #\d): .*? (\d\d:\d\d):00 UTC/g), ([, time]) => time)
+      .toSorted()
+      .filter((time, index, all) => time !== all[index - 1]),
+    ["02:00", "03:00", "04:00"],
+  );
+});

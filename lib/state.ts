@@ -37,6 +37,8 @@ export interface State {
   runs: RunRecord[];
   /** Of version 1, until taken over: section -> base name of a certificate file -> fingerprint not delivered yet. */
   owed?: Record<string, Record<string, string>>;
+  /** Of version 1, until taken over: fingerprints of revoked certificates, to be replaced under new keys. */
+  revoked?: string[];
 }
 
 /** A full run that came to its end. */
@@ -246,6 +248,7 @@ function fromVersion1(old: Record<string, unknown>): unknown {
     ...emptyState(),
     ...defined({ accounts, renewals, holds, failures }),
     owed: Object.fromEntries(certificates),
+    ...(isRecord(old.revoked) && { revoked: Object.keys(old.revoked) }),
   };
 }
 
@@ -369,4 +372,5 @@ const STATE = shape({
     problems: optional(isCount),
   }))),
   owed: optional(recordOf(recordOf(isText))),
+  revoked: optional(listOf(isText)),
 });

@@ -338,6 +338,7 @@ export class Store implements Disposable {
       }
       const store = new Store(config, lock, state, text, notices);
       store.#completeCommits();
+      await store.#takeOverRevoked();
       return store;
     } catch (error) {
       lock.close();
@@ -448,6 +449,17 @@ export class Store implements Disposable {
     const path = revokedPath(this.config);
     const known = readIfPresent(path) ?? "";
     if (!known.split("\n").includes(hash)) await this.#replace(path, `${known}${hash}\n`, 0o600);
+  }
+
+  /** Version 1 of the state remembered certificates in the place of keys. */
+  async #takeOverRevoked(): Promise<void> {
+    const { revoked } = this.state;
+    if (revoked === undefined) return;
+    for (const { finding, files } of readInventory(this.config)) {
+      if (finding.kind !== "present" || !revoked.includes(finding.certificate.fingerprint)) continue;
+      await this.revoke(publicKeyHash(Deno.readTextFileSync(files.cert)));
+    }
+    delete this.state.revoked;
   }
 
   isRevoked(keyPem: string): boolean {

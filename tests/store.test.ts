@@ -341,6 +341,16 @@ Deno.test("a key that was revoked is never used again", async () => {
   assert.equal(kinds(config), "revoked,present");
   const path = join(config.base, "revoked-keys");
   assert.deepEqual([Deno.readTextFileSync(path), modeOf(path)], [`${publicKeyHash(keyPem)}\n`, "600"]);
+
+  assert(b!.finding.kind === "present");
+  const old = { version: 1, revoked: { [b!.finding.certificate.fingerprint]: NOW.toISOString() } };
+  Deno.writeTextFileSync(join(config.base, "state.json"), JSON.stringify(old));
+  close(await open(config));
+  assert.equal(
+    kinds(config),
+    "revoked,revoked",
+    "what version 1 of the state remembered of it is taken over",
+  );
 });
 
 Deno.test("a key of an order that is not finished stands beside the live one until that is replaced", async () => {

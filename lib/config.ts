@@ -96,9 +96,8 @@ export class ConfigError extends Error {
     /** The commands that send alerts, by the names of their sections; none that others may have written. */
     readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
   ) {
-    super(
-      problems.map(({ file, line, text }) => [file, line, ` ${text}`].filter(Boolean).join(":")).join("\n"),
-    );
+    const textOf = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
+    super(problems.map(textOf).join("\n"));
   }
 }
 
@@ -121,12 +120,8 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const lines = assign(readDomains(pages[1], path === undefined), sections, pages[1], settings, mode);
   checkSections(sections, named, lines, pages[2]);
   const proven = lines.flatMap(({ names }) => names).find((name) => proofOf(sections, name) === "http-01");
-  if (proven) {
-    missing(
-      "challengeDropDir",
-      `the directory that is served as http://${proven}/.well-known/acme-challenge/`,
-    ); // RFC 8555 §8.3
-  }
+  const served = `http://${proven}/.well-known/acme-challenge/`; // RFC 8555 §8.3
+  if (proven) missing("challengeDropDir", `the directory that is served as ${served}`);
 
   const order = pages.map(({ name }) => name);
   const sorted = (notices: readonly Notice[]) =>
@@ -441,9 +436,8 @@ function mailUrls(value: Value): string[] {
   return value.words().map(({ text, line }) => {
     const address = text.replace(/^mailto:/i, "");
     const isOne = /^[\w.!#$&'*+/=^`{|}~-]{1,64}@[A-Za-z0-9.-]{1,255}$/.test(address);
-    if (!isOne) {
-      value.error({ why: `${quote(text)} is not a mail address`, hint: "separate them by blanks" }, line);
-    }
+    const problem = { why: `${quote(text)} is not a mail address`, hint: "separate them by blanks" };
+    if (!isOne) value.error(problem, line);
     return `mailto:${address}`;
   });
 }
@@ -470,10 +464,8 @@ function commands(...replaced: string[]): Read<string[]> {
       if (!isArgument) value.error({ why: `NUL, or half a character, in ${quote(text)}` }, line);
       for (const [all, behind, word] of text.matchAll(placeholder)) {
         const isOurs = replaced.includes(word!);
-        const hint = isOurs
-          ? `write ${word}, or $LEMATT_${word}`
-          : `what is replaced is ${replaced.join(", ")}`;
-        if (behind || !isOurs) value.warn({ why: `"${all}" is not replaced here`, hint }, line);
+        const hint = isOurs ? `write ${word}, or $LEMATT_${word}` : `here it is ${replaced.join(", ")}`;
+        if (behind || !isOurs) value.warn({ why: `"${all}" is not replaced`, hint }, line);
       }
       return text;
     });
@@ -502,9 +494,8 @@ function toEndpoint(text: string): Endpoint | Invalid {
     return { why: `unknown protocol ${quote(protocol)} for STARTTLS`, hint };
   }
   const address = /^\[(.*)\]$/s.exec(hostText)?.[1];
-  const host = address === undefined
-    ? toHost(hostText)
-    : toIPv6(address) ?? { why: "no IPv6 address in brackets" };
+  const none: Invalid = { why: "no IPv6 address in brackets" };
+  const host = address === undefined ? toHost(hostText) : toIPv6(address) ?? none;
   if (isInvalid(host)) return host;
   const sni = sniText === undefined ? undefined : toHost(sniText);
   if (isInvalid(sni)) return { ...sni, why: `after "#": ${sni.why}` };
@@ -554,13 +545,13 @@ function path(value: Value): string | Invalid {
       return { why: `no shell replaces "${text[0]}" here`, hint: "write the path in full" };
     }
     const path = resolve(value.page.directory, text);
-    const here = resolve(Deno.cwd(), text);
-    if (path === here || exists(path) || !exists(here)) return path;
+    if (exists(path)) return path;
     // The original took paths as relative to where it was started.
-    return {
-      why: `no ${quote(text)} in ${value.page.directory}`,
-      hint: `write ${shellWord(here)} if it is meant`,
-    };
+    const here = resolve(Deno.cwd(), text);
+    const hint = `write ${shellWord(here)} if it is meant`;
+    return path === here || !exists(here)
+      ? path
+      : { why: `no ${quote(text)} in ${value.page.directory}`, hint };
   });
 }
 
@@ -1164,18 +1155,19 @@ function checkSections(
     const { name, line, verify, uploadCerts, uploadKeys, uploadEach, update } = section;
     const hasLists = [uploadCerts, uploadKeys, uploadEach, update].some(({ length }) => length);
     if (hasLists && lines.length && !verify.length && name !== "every") {
-      const why = `nothing is verified of what ${title(section)} delivers`;
-      page.advise(why, line, `name who must serve it, such as verify: ["DOMAIN:443"]`);
+      page.advise(`deliveries of ${title(section)} are not verified`, line, `such as verify: ["DOMAIN:443"]`);
     }
     const wanted = verify.filter(({ host, sni = host }) => sni !== "DOMAIN" && sni !== "DOMAINS_ALL");
     if (lines.length < 2 || !wanted.length) continue;
     const names = new Set(lines.flatMap(({ names }) => names));
     for (const { text, host, sni = host } of wanted) {
       if (covers(names, sni)) continue;
-      const why = `verify: ${quote(text)} names no line of ${
-        title(section)
-      }, so any of its certificates is right`;
-      page.warn(why, line, `say which, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`);
+      const why = `${quote(text)} names no line of ${title(section)}, so any of its certificates will do`;
+      page.warn(
+        `verify: ${why}`,
+        line,
+        `say which, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`,
+      );
     }
   }
 
@@ -1187,10 +1179,8 @@ function checkSections(
   for (const { names } of sections.some(isPreparing) ? lines : []) {
     const by = names.flatMap(of).find(isPreparing);
     for (const name of by ? names.filter(isLeft) : []) {
-      const why = `prepare of ${title(by!)} does not run for ${
-        quote(name)
-      }, which is on a line with its names`;
-      page.warn(why, by!.line, `add ${name} to its "domains"`);
+      const why = `not run for ${quote(name)}, which is on a line with names of ${title(by!)}`;
+      page.warn(`prepare: ${why}`, by!.line, `add ${name} to its "domains"`);
     }
   }
 }

@@ -294,7 +294,8 @@ export class Session {
       throw new AcmeError(step, reason + this.#hint(reason), url, { passing: true });
     }
     const { headers } = response;
-    const date = Date.parse(header(headers, "date"));
+    // RFC 9111 §4.2.3: what a cache has kept was dated so many seconds ago
+    const date = Date.parse(header(headers, "date")) + 1000 * (Number(header(headers, "age")) || 0);
     if (!Number.isNaN(date)) this.aheadMs = context.now().getTime() - date;
     const nonce = nonceOf(headers);
     if (nonce !== undefined && init.method !== "HEAD") this.#nonces.push(nonce);

@@ -76,8 +76,8 @@ const MOST_RESPONSES = 5;
 const ORDER_LIFE_MS = 7 * DAY_MS;
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = HOUR_MS;
-/** A clock that differs by less is nobody's fault. */
-const CLOCK_SKEW_MS = 5 * MINUTE_MS;
+/** A clock that differs by more makes certificates due that are not, and limits of the CA are used up on them. */
+const MOST_SKEW_MS = DAY_MS;
 
 /** RFC 9773 §4.3.2: Retry-After is heeded within these bounds, and is six hours where the CA says nothing. */
 const SOONEST_ASK_MS = MINUTE_MS, LATEST_ASK_MS = DAY_MS, USUAL_ASK_MS = 6 * HOUR_MS;
@@ -85,6 +85,7 @@ const SOONEST_ASK_MS = MINUTE_MS, LATEST_ASK_MS = DAY_MS, USUAL_ASK_MS = 6 * HOU
 /** The conversation with one CA, opened by whoever first needs it. */
 export class Issuer {
   #connected: Promise<AcmeClient> | undefined;
+  #client: AcmeClient | undefined;
   #opened: Promise<AcmeClient> | undefined;
   #successor: Promise<void> | undefined;
   #challenges: Challenges | undefined;
@@ -95,7 +96,13 @@ export class Issuer {
 
   #connect(hurry = false): Promise<AcmeClient> {
     const { config: { directoryUrl }, context, parallel } = this.options;
-    return this.#connected ??= AcmeClient.connect(directoryUrl, context, parallel, { hurry });
+    return this.#connected ??= AcmeClient.connect(directoryUrl, context, parallel, { hurry })
+      .then((client) => this.#client = client);
+  }
+
+  /** By how much this clock is ahead of the CA's, in milliseconds, as far as an answer showed. */
+  get aheadMs(): number {
+    return this.#client?.aheadMs ?? 0;
   }
 
   /** The conversation under an account that exists; throws AcmeError. */
@@ -327,6 +334,7 @@ export class Issuer {
     const { config, store, context, parallel, tell } = this.options;
     let closed: Error | undefined;
     const opened = this.open().then(async (client) => {
+      if (Math.abs(client.aheadMs) > MOST_SKEW_MS) throw wrongClock(client, config, context.now());
       await store.ensureWritable();
       delete store.state.holds[config.directoryUrl];
       return client;
@@ -632,10 +640,7 @@ export class Issuer {
       return { keyPem, csrPem: csr.pem, chainPem, certificate: leaf };
     } catch (error) {
       if (!(error instanceof ChainError)) throw error;
-      const ahead = Math.round(client.aheadMs / MINUTE_MS);
-      const clock = !error.isDated || Math.abs(client.aheadMs) < CLOCK_SKEW_MS
-        ? ""
-        : `; it is ${Math.abs(ahead)} minutes ${ahead > 0 ? "ahead of" : "behind"} the CA's`;
+      const clock = error.isDated ? `, the CA's ${caTime(client, context.now())}` : "";
       throw new AcmeError("check the certificate", error.message + clock, order.url, { spent: true });
     }
   }
@@ -825,6 +830,16 @@ function failureAfter(
     retryAt: retryAt?.toISOString(),
     ...(shared && { shared }),
   };
+}
+
+function wrongClock(client: AcmeClient, { directoryUrl }: Config, now: Date): AcmeError {
+  const times = `this host's clock says ${now.toISOString()}, the CA's ${caTime(client, now)}`;
+  return new AcmeError("issue certificates", times, directoryUrl);
+}
+
+/** The time by the CA's clock. */
+function caTime({ aheadMs }: AcmeClient, now: Date): string {
+  return new Date(now.getTime() - aheadMs).toISOString();
 }
 
 /** What is said of an error of the CA's: the step first. */

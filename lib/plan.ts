@@ -43,6 +43,8 @@ export interface PlanOptions {
   readonly delivered?: Set<string>;
   /** Why nothing can be remembered or put in place. */
   readonly writeError?: () => Error | undefined;
+  /** By how much this clock is ahead of the CA's, in milliseconds, as far as the CA has answered. */
+  readonly aheadMs?: () => number;
   /** The certificates of the other mode. */
   readonly counterpart?: () => readonly Entry[];
   /** When a rehearsal last delivered something, which may be served where production's certificates belong. */
@@ -200,6 +202,7 @@ export type Problem = ProblemKind & {
 export type ProblemKind =
   | { readonly kind: "CA"; readonly failure: Failure; readonly notAfter?: Date }
   | { readonly kind: "disk"; readonly error: Error }
+  | { readonly kind: "clock"; readonly now: Date; readonly evidence: ClockEvidence }
   | { readonly kind: "failing"; readonly failure: Failure; readonly notAfter?: Date }
   | { readonly kind: "rate-limited"; readonly until: Date }
   | { readonly kind: "overdue"; readonly entry: Entry; readonly notAfter: Date }
@@ -218,8 +221,16 @@ export type ProblemKind =
   }
   | { readonly kind: "not run"; readonly since: Date };
 
+/** What shows that this clock is wrong: the CA's clock, the start of a certificate, or a run in the future. */
+export interface ClockEvidence {
+  readonly of: "CA" | "certificate" | "run";
+  readonly at: Date;
+}
+
 const HOUR_MS = 3_600_000;
 const DAY_MS = 24 * HOUR_MS;
+/** A clock that differs by less is nobody's fault: certificates are back-dated by an hour. */
+const CLOCK_SKEW_MS = HOUR_MS;
 /** Nothing waits longer, so that a nightly run is never skipped: two runs may be a little less than a day apart. */
 export const LONGEST_PAUSE_MS = 20 * HOUR_MS;
 
@@ -233,8 +244,8 @@ export function plan(
   now: Date,
   options: PlanOptions = {},
 ): Plan {
-  const intervalMs = usualInterval(state.runs);
-  const { runs } = state;
+  const runs = state.runs.filter(({ at }) => Date.parse(at) <= now.getTime());
+  const intervalMs = usualInterval(runs);
   const lastRun = moment(runs.at(-1)?.at);
   const entries = groupBy(inventory.map((entry) => [entry.line, entry]));
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
@@ -246,7 +257,27 @@ export function plan(
     return !fitsRuns(notAfter.getTime() - (issuedAt ?? notBefore).getTime(), intervalMs);
   });
   const rest = { ...issuing, endpoints, deliveries, shortLived, intervalMs, lastRun, runs };
-  return { ...rest, problems: findProblems(config, rest, now, options.writeError?.()) };
+  const clock = clockEvidence(inventory, state, now, options.aheadMs?.());
+  return { ...rest, problems: findProblems(config, rest, now, options.writeError?.(), clock) };
+}
+
+/** Why this clock must be wrong: certificates would expire unseen. */
+function clockEvidence(
+  inventory: readonly Entry[],
+  { runs }: State,
+  now: Date,
+  aheadMs = 0,
+): ClockEvidence | undefined {
+  const starts = inventory.map((entry) => inUse(entry)?.notBefore).filter((date) => date !== undefined);
+  const evidence: ClockEvidence[] = [
+    { of: "CA", at: new Date(now.getTime() - aheadMs) },
+    ...starts.map((at) => ({ of: "certificate" as const, at })),
+    ...runs.map(({ at }) => ({ of: "run" as const, at: new Date(at) })),
+  ];
+  return evidence.find(({ of, at }) => {
+    const ahead = at.getTime() - now.getTime();
+    return (of === "CA" ? Math.abs(ahead) : ahead) > CLOCK_SKEW_MS;
+  });
 }
 
 /**
@@ -840,6 +871,7 @@ function findProblems(
   decided: Omit<Plan, "problems">,
   now: Date,
   writeError: Error | undefined,
+  clock: ClockEvidence | undefined,
 ): Problem[] {
   const { tasks, waiting, deliveries, endpoints, intervalMs, lastRun } = decided;
   const problems: Problem[] = [];
@@ -862,6 +894,7 @@ function findProblems(
   const expiryOf = (due: readonly Due[]) => firstOf(due.map(({ entry }) => lastsUntil(entry)));
 
   if (writeError !== undefined) add({ kind: "disk", error: writeError }, "disk", true, [], config.sections);
+  if (clock !== undefined) add({ kind: "clock", now, evidence: clock }, "clock", true, [], config.sections);
   const limited = waiting.filter(({ limited }) => limited);
   if (limited.length > 0) {
     const { until } = limited[0]!;

@@ -226,9 +226,20 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
       return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
     }
     case "disk": {
+      const { error } = problem;
       if (!long) return "writing files";
-      const what = isSystemError(problem.error) ? "cannot write files, so nothing is issued" : "cannot run";
-      return `${what}: ${errorText(problem.error)}`;
+      if (!isSystemError(error)) return `cannot run: ${errorText(error)}`;
+      return `cannot write files: ${errorText(error)}; nothing is issued until that is mended`;
+    }
+    case "clock": {
+      const { now, evidence: { of, at } } = problem;
+      if (!long) return "this host's clock";
+      const other = {
+        CA: "the CA's",
+        certificate: "but a certificate is valid from",
+        run: "but lematt has run at",
+      }[of];
+      return `this host's clock says ${timeText(now)}, ${other} ${timeText(at)}`;
     }
     case "failing": {
       const name = nameText(problem.lines[0]!.names);

@@ -22,7 +22,6 @@ import {
   type PlanOptions,
   type Selection,
   takeOver,
-  usualInterval,
 } from "./plan.ts";
 import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
 import type { Status } from "./status.ts";
@@ -84,6 +83,7 @@ export async function run(
     counterpart: counterpartOf(config),
     rehearsedAt: rehearsedAtOf(config, begun),
     writeError: () => store.writeError,
+    aheadMs: () => issuer.aheadMs,
   };
 
   const entries = groupBy(readInventory(config).map((entry) => [entry.line, entry] as const));
@@ -113,8 +113,10 @@ export async function run(
   for (const entry of decided.shortLived) {
     tell({ kind: "notice", text: shortLifeText(entry, decided.intervalMs) });
   }
-  for (const problem of decided.problems.filter(({ kind }) => kind === "not run")) {
-    tell({ kind: "notice", text: problemText(problem), changed: true }); // at the end of this run it is none any more
+  for (const problem of decided.problems) {
+    // at the end of this run it is none any more
+    const passes = problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
+    if (passes) tell({ kind: "notice", text: problemText(problem), changed: true });
   }
   if (decided.tasks.length > 0) tell({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections(
@@ -152,7 +154,7 @@ export async function run(
     issued: issued.size,
     delivered: sections.delivered,
   };
-  if (options.selection === undefined) state.runs = [...state.runs, record].slice(-RUNS);
+  if (options.selection === undefined) state.runs = [...decided.runs, record].slice(-RUNS);
   await store.saveState();
   const final = plan(config, inventory(), state, ended, planOptions);
   record.problems = final.problems.length;
@@ -303,6 +305,7 @@ export async function advice(config: Config, context: Context): Promise<string[]
   ];
   const inventory = readInventory(config);
   const keyless = inventory.filter(({ finding }) => finding.kind === "missing" && finding.what === "key");
+  const { shortLived, intervalMs } = plan(config, inventory, state, context.now());
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
@@ -310,9 +313,7 @@ export async function advice(config: Config, context: Context): Promise<string[]
       `${files.key} is missing, so the next run issues a new certificate; a command that moves keys away has every run do so ${flag}`
     ),
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
-    ...plan(config, inventory, state, context.now()).shortLived.map((entry) =>
-      `${shortLifeText(entry, usualInterval(state.runs))} ${flag}`
-    ),
+    ...shortLived.map((entry) => `${shortLifeText(entry, intervalMs)} ${flag}`),
   ];
 }
 

@@ -256,7 +256,7 @@ function defined(values: Record<string, unknown>): Record<string, unknown> {
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined));
 }
 
-/** Nothing that is remembered lies in the future, or waits for longer than a day: the CA's Retry-After is cut to that. */
+/** Nothing that is remembered, but runs, lies in the future, or waits for longer than a day: the CA's Retry-After is cut to that. */
 function dropFuture(state: State, now: Date): void {
   const present = now.getTime();
   const isAfter = (text: string | undefined, limit: number) => text !== undefined && Date.parse(text) > limit;
@@ -285,7 +285,6 @@ function dropFuture(state: State, now: Date): void {
   for (const records of [...Object.values(state.receipts), ...Object.values(state.alerts)]) {
     for (const one of Object.values(records)) if (isFuture(one.at)) one.at = NEVER;
   }
-  state.runs = state.runs.filter(({ at }) => !isFuture(at));
 }
 
 // ---- the shape ----------------------------------------------------------------------------------------

@@ -279,7 +279,9 @@ function checkLink({ der, facts, judge }: Link, issuer: Link | undefined, index:
     : minutesUntil > CLOCK_SKEW_MINUTES
     ? `is not valid before ${notBefore.toISOString()}`
     : undefined;
-  if (date !== undefined) throw new ChainError(`${what} ${date}; this clock says ${now.toISOString()}`, true);
+  if (date !== undefined) {
+    throw new ChainError(`${what} ${date}; this host's clock says ${now.toISOString()}`, true);
+  }
   if (index > 0 && !judge.ca) throw new ChainError(`${what} is not that of an authority`);
   const [algorithm] = children(der, certificateFields(der).algorithm);
   if (algorithm && WEAK_SIGNATURES.includes(hexOf(der, algorithm)) && !selfSigned) {

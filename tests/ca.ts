@@ -307,6 +307,7 @@ export class Ca implements AsyncDisposable {
   /** What every answer carries (RFC 8555 §6.5, §7.1). */
   #finish(answer: Answer, request: Request): Answer {
     answer.headers.append("link", `<${this.directoryUrl}>;rel="index"`);
+    answer.headers.set("date", this.now.toUTCString());
     if (request.method === "POST") answer.headers.set("replay-nonce", this.#newNonce());
     return answer;
   }

@@ -605,7 +605,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
     [
       "thirty seconds of life",
       () => ca.forge({ publicKey, identifiers, ...valid(), notAfter: new Date(ca.now.getTime() + 30_000) }),
-      /in less than 5 minutes; this clock says \S+; it is \d+ minutes ahead of the CA's$/,
+      /in less than 5 minutes; this host's clock says \S+, the CA's \S+$/,
     ],
     [
       "a chain without end",

@@ -723,6 +723,9 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
     ["run every 8 hours, and not for two days", { runs: runsTo(10, 1 / 3) }, 12.1, "not run!"],
     ["run weekly, and not for two weeks", { runs: runsTo(10, 7) }, 24, ""],
     ["run weekly, and not for three", { runs: runsTo(10, 7) }, 31.1, "not run!"],
+    ["a certificate that begins within the hour", {}, -1 / 25, ""],
+    ["a certificate that begins tomorrow", {}, -1, "clock!"],
+    ["a run of tomorrow", { ...delivered, runs: runsTo(3) }, 2, "clock!"],
   ];
   for (const [what, state, now, expected, found = present(WATCHED_SITE)] of table) {
     const { problems } = plan(config, [found], stateOf(state), day(now));
@@ -734,6 +737,9 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
   assert.deepEqual(problemsOf({ mode: "test" }, {}), [], "only production has to run");
   const full = { writeError: () => new Error("No space left on device") };
   assert.deepEqual(problemsOf({}, full).map(({ kind, alert }) => [kind, alert]), [["disk", true]]);
+  for (const [hours, expected] of [[0.9, []], [1.1, ["clock"]], [-1.1, ["clock"]]] as const) {
+    assert.deepEqual(problemsOf({}, { aheadMs: () => hours * HOUR }).map(({ kind }) => kind), expected);
+  }
 });
 
 Deno.test("a CA that is down is one problem, whatever it keeps from being issued", () => {

@@ -201,8 +201,8 @@ export type Problem = ProblemKind & {
 
 export type ProblemKind =
   | { readonly kind: "CA"; readonly failure: Failure; readonly notAfter?: Date }
-  | { readonly kind: "disk"; readonly error: Error }
-  | { readonly kind: "clock"; readonly now: Date; readonly evidence: ClockEvidence }
+  | { readonly kind: "disk"; readonly error: Error; readonly notAfter?: Date }
+  | { readonly kind: "clock"; readonly now: Date; readonly evidence: ClockEvidence; readonly notAfter?: Date }
   | { readonly kind: "failing"; readonly failure: Failure; readonly notAfter?: Date }
   | { readonly kind: "rate-limited"; readonly until: Date }
   | { readonly kind: "overdue"; readonly entry: Entry; readonly notAfter: Date }
@@ -893,8 +893,15 @@ function findProblems(
 
   const expiryOf = (due: readonly Due[]) => firstOf(due.map(({ entry }) => lastsUntil(entry)));
 
-  if (writeError !== undefined) add({ kind: "disk", error: writeError }, "disk", true, [], config.sections);
-  if (clock !== undefined) add({ kind: "clock", now, evidence: clock }, "clock", true, [], config.sections);
+  // one cause, however many lines it keeps from being issued
+  const down = [...tasks, ...waiting].filter(({ failure }) => failure?.shared);
+  const notAfter = expiryOf(down.flatMap(({ due }) => due));
+  if (writeError !== undefined) {
+    add({ kind: "disk", error: writeError, notAfter }, "disk", true, [], config.sections);
+  }
+  if (clock !== undefined) {
+    add({ kind: "clock", now, evidence: clock, notAfter }, "clock", true, [], config.sections);
+  }
   const limited = waiting.filter(({ limited }) => limited);
   if (limited.length > 0) {
     const { until } = limited[0]!;
@@ -906,13 +913,10 @@ function findProblems(
     const late = since !== undefined && isLate(since, notAfter, now, intervalMs);
     return late || notAfter <= now || entry.finding.kind === "revoked";
   };
-  // a CA that is down is one cause, however many lines it keeps from being issued
-  const down = [...tasks, ...waiting].filter(({ failure }) => failure?.shared);
-  if (down.length > 0) {
+  if (down.length > 0 && writeError === undefined && clock?.of !== "CA") {
     const failure = down.map(({ failure }) => failure!).reduce((a, b) => a.count >= b.count ? a : b);
-    const due = down.flatMap(({ due }) => due);
-    const alert = failure.count >= ALERT_FAILURES || due.some(isOverdue);
-    add({ kind: "CA", failure, notAfter: expiryOf(due) }, "CA", alert, down.map(({ line }) => line));
+    const alert = failure.count >= ALERT_FAILURES || down.some(({ due }) => due.some(isOverdue));
+    add({ kind: "CA", failure, notAfter }, "CA", alert, down.map(({ line }) => line));
   }
   for (const { line, due, failure } of [...tasks, ...waiting]) {
     if (failure?.shared) continue;

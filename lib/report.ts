@@ -226,20 +226,22 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
       return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
     }
     case "disk": {
-      const { error } = problem;
+      const { error, notAfter } = problem;
       if (!long) return "writing files";
       if (!isSystemError(error)) return `cannot run: ${errorText(error)}`;
-      return `cannot write files: ${errorText(error)}; nothing is issued until that is mended`;
+      return `cannot write files: ${errorText(error)}; nothing is issued until that is mended` +
+        expiryText("the first certificate", notAfter);
     }
     case "clock": {
-      const { now, evidence: { of, at } } = problem;
+      const { now, evidence: { of, at }, notAfter } = problem;
       if (!long) return "this host's clock";
       const other = {
         CA: "the CA's",
         certificate: "but a certificate is valid from",
         run: "but lematt has run at",
       }[of];
-      return `this host's clock says ${timeText(now)}, ${other} ${timeText(at)}`;
+      return `this host's clock says ${timeText(now)}, ${other} ${timeText(at)}` +
+        expiryText("the first certificate", notAfter);
     }
     case "failing": {
       const name = nameText(problem.lines[0]!.names);

@@ -75,6 +75,14 @@ export async function run(
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();
+  const issuer = new Issuer({
+    config,
+    store,
+    context,
+    parallel: options.parallel,
+    newKey: options.selection?.newKey ?? false,
+    tell,
+  });
   const planOptions: PlanOptions = {
     retry: options.retry,
     selection: options.selection,
@@ -97,14 +105,6 @@ export async function run(
   }
   for (const entry of inventory()) linkTo(entry, store, tell);
 
-  const issuer = new Issuer({
-    config,
-    store,
-    context,
-    parallel: options.parallel,
-    newKey: options.selection?.newKey ?? false,
-    tell,
-  });
   const asked = inventory().filter(({ line }) => options.selection?.lines.has(line) ?? true);
   await issuer.askRenewalWindows(asked);
   context.signal.throwIfAborted();

@@ -160,12 +160,10 @@ Deno.test("a run that is restricted finds nothing well that it has left aside", 
 
 Deno.test("an all-clear is sent though the clock was a year ahead when the alert was", async () => {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
-  bed.refused.add("a.example.com");
   const now = () => new Date(bed.ca.now.getTime() + 365 * DAY);
-  for (let run = 0; run < 3; run++) await bed.run({ retry: true, now });
-  assert.match(takeAlerts(bed), /failed 3 times/);
-  bed.refused.clear();
-  await bed.run({ retry: true });
+  await bed.run({ now });
+  assert.match(takeAlerts(bed), /this host's clock says .*, the CA's /);
+  await bed.run();
   assert.match(takeAlerts(bed), /^well again/);
 });
 

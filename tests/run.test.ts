@@ -230,7 +230,10 @@ Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is
   );
   const stop = new AbortController();
   const running = bed.run({ signal: stop.signal });
-  await until("both run", () => existsSync(join(bed.home, "b")) && existsSync(join(bed.home, "log")));
+  await until(
+    "[b] runs, and [a] has been delivered",
+    () => existsSync(join(bed.home, "b")) && Object.hasOwn(bed.state().receipts, "a"),
+  );
   stop.abort(new DOMException("interrupted", "AbortError"));
   await assert.rejects(running, { name: "AbortError" });
   const [pid] = bed.take("b");

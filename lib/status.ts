@@ -122,7 +122,7 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   const run = lastRun === undefined
     ? "no full run yet"
     : `last full run ${timeText(lastRun)}, ${durationText(now.getTime() - lastRun.getTime())} ago`;
-  return [...lines, "", run, ""].join("\n");
+  return [...lines, "", ...wrapped(run, columns, "", "  "), ""].join("\n");
 }
 
 function isRight({ sights }: EndpointStatus): boolean {

@@ -135,7 +135,7 @@ export function reasonText(reason: Reason): string {
       return `expired ${timeText(reason.at)}`;
     case "renewal": {
       const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
-      return `due since ${dateText(reason.at)}: ${ruleText(reason.rule)}${why}`;
+      return `due since ${dateText(reason.at)}, ${ruleText(reason.rule)}${why}`;
     }
     default:
       return reason satisfies never;
@@ -146,17 +146,17 @@ export function reasonText(reason: Reason): string {
 export function ruleText(rule: Rule): string {
   switch (rule) {
     case "age":
-      return "generateNewCertsAfterDays";
+      return "by generateNewCertsAfterDays";
     case "expiry":
-      return "reauthorizeDays";
+      return "by reauthorizeDays";
     case "expiry, capped":
-      return "reauthorizeDays, capped";
+      return "by reauthorizeDays, capped";
     case "life":
-      return "its lifetime";
+      return "by its lifetime";
     case "runs":
       return "early enough for two more runs";
     case "ari":
-      return "renewal information of the CA";
+      return "as the CA suggests";
     default:
       return rule satisfies never;
   }
@@ -480,7 +480,7 @@ export class Report {
     const parts = [
       issued > 0 ? `${issued} issued` : tasks.length + waiting.length === 0 ? "nothing due" : "",
       delivered > 0 ? `${count(delivered, "section")} delivered` : "",
-      `${kept.length} kept`,
+      `${Math.max(0, kept.length - issued)} kept`,
       problems.length > 0 ? count(problems.length, "problem") : "",
       next === undefined
         ? ""
@@ -583,10 +583,10 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
     });
   group("issue", dues(plan.tasks), "line");
   for (const task of plan.waiting) {
-    const why = task.limited ? "rate-limited by the CA" : `failed (${task.failure?.error})`;
+    const why = task.limited ? "rate-limited by the CA" : `failed: ${task.failure?.error}`;
     group(
       "wait",
-      dues([task]).map(([reason, what]) => [`${reason}; ${why}, until ${timeText(task.until)}`, what]),
+      dues([task]).map(([reason, what]) => [`${reason}; until ${timeText(task.until)}, ${why}`, what]),
       "line",
     );
   }
@@ -610,7 +610,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
         ? "not probed yet"
         : record.badSince === undefined
         ? "probed more than six hours ago"
-        : "not right",
+        : "not right when last probed",
       `${endpoint.text} (${keyType})`,
     ]),
     "endpoint",
@@ -618,7 +618,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
   group(
     "keep",
     plan.kept.map(({ entry, renewAt, rule }) => [
-      `renewed ${untilText(renewAt, now)}: ${ruleText(rule)}`,
+      `renewed ${untilText(renewAt, now)}, ${ruleText(rule)}`,
       entryText(entry),
     ]),
     "certificate",

@@ -51,7 +51,7 @@ function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: s
     }
   }
   for (const { entry, renewAt, rule } of kept) {
-    next.set(entry, { at: renewAt, text: `${dateText(renewAt)}: ${ruleText(rule)}` });
+    next.set(entry, { at: renewAt, text: `${dateText(renewAt)}, ${ruleText(rule)}` });
   }
   return next;
 }
@@ -81,9 +81,12 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   }
   const next = nextOf(plan);
   const left = (entry: Entry) => (lastsUntil(entry)?.getTime() ?? 0) - now.getTime();
+  const byLine = [...Map.groupBy(inventory, ({ line }) => line).values()]
+    .map((entries) => ({ entries, first: Math.min(...entries.map(left)) }))
+    .sort((a, b) => a.first - b.first);
   table(
     ["CERTIFICATE", "KEY", "EXPIRES IN", "RENEWED"],
-    inventory.toSorted((a, b) => left(a) - left(b)).map((entry) => [
+    byLine.flatMap(({ entries }) => entries).map((entry) => [
       nameText(entry.line.names),
       entry.keyType,
       lastsUntil(entry) === undefined ? "none" : left(entry) <= 0 ? "EXPIRED" : durationText(left(entry)),

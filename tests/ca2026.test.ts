@@ -281,12 +281,12 @@ pebbleTest(
     askAgain();
     await suggest(window(40 * DAY, 41 * DAY), window(40 * DAY, 41 * DAY));
     await ca.lematt();
-    assert.match(await ca.lematt("--plan"), /^keep .*renewal information/m);
+    assert.match(await ca.lematt("--plan"), /^keep .*as the CA suggests/m);
 
     askAgain();
     await suggest(window(-2 * HOUR, -HOUR), window(-2 * HOUR, -HOUR));
     const drill = await ca.lematt();
-    const issued = /^issued .*renewal information of the CA.*https:\/\/pebble\.example\/incident/gm;
+    const issued = /^issued .*as the CA suggests.*https:\/\/pebble\.example\/incident/gm;
     assert.equal(drill.match(issued)?.length, 2, drill);
     assert.deepEqual(readFileSync(join(bed.home, "log"), "utf8").split(/\s/).sort(), [
       "",

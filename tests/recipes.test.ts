@@ -253,19 +253,18 @@ recipeTest("recipe for servers behind a balancer: nothing is well until each of 
   const bind = `mode tcp\n  bind 127.0.0.1:${front}\n  default_backend webs\nbackend webs\n  mode tcp\n` +
     ports.map((port, index) => `  server web${index + 1} 127.0.0.1:${port}`).join("\n");
   stack.use(await startHaproxy(bed.home, front, bind));
-  bed.configure({
-    actions: adapt(block("balancer.md", "[www]"), {
-      ...words,
-      "192.0.2.11:443": `127.0.0.1:${ports[0]}`,
-      "192.0.2.12:443": `127.0.0.1:${ports[1]}`,
-      '"www.example.com:443"': `"127.0.0.1:${front}#www.example.com"`,
-      "verify:": "verifyWait: 1\nverify:",
-    }),
+  const actions = adapt(block("balancer.md", "[www]"), {
+    ...words,
+    "192.0.2.11:443": `127.0.0.1:${ports[0]}`,
+    "192.0.2.12:443": `127.0.0.1:${ports[1]}`,
+    '"www.example.com:443"': `"127.0.0.1:${front}#www.example.com"`,
   });
+  bed.configure({ actions: `${actions}verifyWait: 1\n` });
   const first = await bed.lematt("--prod");
   assert.equal(first.code, 1);
   assert.match(first.stderr, new RegExp(`127\\.0\\.0\\.1:${ports[1]}`));
   await Deno.rename(join(bed.home, "mend"), join(bed.home, "reload"));
+  bed.configure({ actions });
   await deliverTwice(bed, "www.example.com");
 });
 

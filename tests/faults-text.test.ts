@@ -20,7 +20,7 @@ import { ALL, listing, presentable, randomFrom, SEED, Subject } from "./faults.t
 import { startLeforward } from "./programs.ts";
 
 /** Inputs for each reader. */
-const INPUTS = ALL ? 100_000 : 300;
+const INPUTS = ALL ? 20_000 : 300;
 /** None of them takes more than some milliseconds; the rest is for a machine that is busy. */
 const LONGEST_MS = 5_000;
 

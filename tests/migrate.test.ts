@@ -9,6 +9,7 @@ import { readCertificate } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
+import { makeCertificate } from "./tls.ts";
 import { type Pebble, pebbleTest, startPebble } from "./pebble.ts";
 
 const README = "conf/migrate/README.md";
@@ -226,6 +227,34 @@ pebbleTest(`nothing is issued anew for who moves in from ${programs}, and the ac
   for (const [index, outcome] of failures.entries()) {
     if (outcome.status === "rejected") throw new Error(ways[index]!.program, { cause: outcome.reason });
   }
+});
+
+Deno.test("a wildcard is asked to be given its challenge, and a name of two certificates is in no section's domains", async () => {
+  await using bed = await testBed({});
+  const { home } = bed;
+  const directory = join(home, "lego/certificates");
+  await Deno.mkdir(directory, { recursive: true });
+  for (
+    const [file, ...names] of [["_.example.com", "*.example.com", "example.com"], [
+      "example.com",
+      "example.com",
+      "www.example.com",
+    ]]
+  ) {
+    await makeCertificate(directory, file!, "ec", names);
+    await Deno.rename(join(directory, `${file}.pem`), join(directory, `${file}.crt`));
+  }
+  const migrate = (...args: string[]) =>
+    shell(`${ROOT}/conf/migrate/migrate.ts lego lego ${args.join(" ")}`, home);
+  assert.match(await migrate(), /^- \*\.example\.com needs challenge: dns-01 /m);
+  assert.equal(await migrate("--domains"), "*.example.com example.com\nexample.com www.example.com\n");
+  const actions = await migrate("--actions");
+  assert.deepEqual(actions.match(/^domains: .*|(?<="cp KEY_FILE .*\/)[^/"]*(?=")/gm), [
+    "domains: *.example.com",
+    "_.example.com.key",
+    "domains: www.example.com",
+    "DOMAIN.key",
+  ]);
 });
 
 Deno.test("nothing is issued anew, and nothing delivered, for who moves in from the Python original", async () => {

@@ -341,7 +341,13 @@ function overview({ found, accounts, dropDir, left }: Source): string {
       "prime256v1",
     ),
   ];
-  const others = found.filter(({ validation = "webroot", webroot }) => validation !== "webroot" && !webroot);
+  const others = found.flatMap(({ names, validation = "webroot", webroot }) => {
+    const wildcard = names.find((name) => name.startsWith("*"));
+    if (wildcard !== undefined) {
+      return [`${wildcard} needs challenge: dns-01 and hooks in its section, before --into`];
+    }
+    return validation === "webroot" || webroot ? [] : [`${names[0]} was validated by ${validation}`];
+  });
   return [
     ...found.map(({ names, keyType, certificate, ca }) =>
       `${names.join(" ")} (${keyType}), until ${certificate.notAfter.toISOString().slice(0, 10)}${
@@ -353,9 +359,7 @@ function overview({ found, accounts, dropDir, left }: Source): string {
     "",
     ...(settings.length > 0 ? ["in lematt.conf, before --into:", ...settings, ""] : []),
     "left to do:",
-    ...others.map(({ names, validation }) =>
-      `- ${names[0]} was validated by ${validation}: see conf/recipes`
-    ),
+    ...new Set(others.map((text) => `- ${text}: see conf/recipes`)),
     ...found.some(({ reload }) => reload?.includes("RENEWED_"))
       ? ["- update: uses certbot's variables RENEWED_…; write names and paths instead"]
       : [],
@@ -428,6 +432,7 @@ async function main(args: readonly string[]): Promise<number> {
     return 2;
   }
   const all = PROGRAMS[program]!(Deno.realPathSync(directory));
+  if (all.found.length === 0) throw new Error(`no certificates of ${program} in ${directory}`);
   const { ca = "" } = values;
   const source = { ...all, found: all.found.filter((one) => (one.ca ?? "").includes(ca)) };
   const text = values.domains

@@ -183,16 +183,17 @@ function entryOf(line: Line, keyType: KeyType, stem: string, files: Files, findi
 /** The stem under which the Python original has the files of a line, where it is another and they are there. */
 function olderSpelling(config: Config, line: Line, keyType: KeyType): string | undefined {
   const stems = line.formerNames.map((names) => stemOf(config, names));
-  const known = stems.find((stem) => exists(filesOf(config, stem, keyType).cert));
-  if (known !== undefined || line.names.length < 3) return known;
+  const found = stems.find((stem) => exists(filesOf(config, stem, keyType).cert));
+  if (found !== undefined || line.names.length < 3) return found;
   // it left to chance in which order names that differ in the last label alone (`example.net example.org`) stand in a
   // stem; the link of the primary shows which it was
   const target = linkTarget(filesOf(config, stemOf(config, line.names.slice(0, 1)), keyType).cert);
   const end = fileNames(config, "", keyType).cert;
   if (target === undefined || target.includes("/") || !target.endsWith(end)) return undefined;
   const stem = target.slice(0, -end.length);
-  const names = stem.split("_").sort();
-  return names.join() === line.names.map(spelled).sort().join() ? stem : undefined;
+  const asSet = (names: readonly string[]) => names.toSorted().join();
+  const known = [line.names, ...line.formerNames].map((names) => asSet(names.map(spelled)));
+  return known.includes(asSet(stem.split("_"))) ? stem : undefined;
 }
 
 /** The certificate under the primary name, which is for other names: those that the line had before. */

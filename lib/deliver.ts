@@ -4,7 +4,7 @@
  */
 
 import type { Config, Line, Section } from "./config.ts";
-import { type Context, limit } from "./context.ts";
+import { type Context, limit, settled } from "./context.ts";
 import { CommandError, runCommand, type Values } from "./hooks.ts";
 import {
   type Alert,
@@ -393,7 +393,13 @@ export async function probeAll(
   },
 ): Promise<void> {
   const { counterpart } = options;
-  const first = await sightsOf(endpoints, context, 1);
+  // what was wrong is not right for one good answer: it may be a balancer's
+  const { wrong = [], others = [] } = Object.groupBy(
+    endpoints,
+    ({ record }) => record?.badSince === undefined ? "others" : "wrong",
+  );
+  const looks = await settled([sightsOf(others, context, 1), sightsOf(wrong, context, PROBES)]);
+  const first = new Map(looks.flatMap((sights) => [...sights]));
   const judge = (endpoint: EndpointStatus, sights: readonly Sight[], confirmed: boolean) =>
     recordOf(endpoint, sights, config, context.now(), { confirmed, afterDelivery: false, counterpart });
   const doubtful = endpoints.filter((endpoint) => {
@@ -403,9 +409,19 @@ export async function probeAll(
   });
   const second = doubtful.length > 0 ? await sightsOf(doubtful, context, PROBES) : new Map<string, Sight[]>();
   for (const endpoint of endpoints) {
-    const again = second.get(endpoint.key);
-    state.probes[endpoint.key] = judge(endpoint, again ?? first.get(endpoint.key)!, again !== undefined);
+    const [once, again] = [first.get(endpoint.key)!, second.get(endpoint.key)];
+    const found = judge(endpoint, again ?? once, again !== undefined);
+    // a certificate that was served, and then was not: one server of several, or one that is being reloaded
+    const isDoubtful = again !== undefined && found.badSince === undefined;
+    state.probes[endpoint.key] = isDoubtful ? judge(endpoint, union(again, once), false) : found;
   }
+}
+
+/** What was served at the second look, or at the first. */
+function union(again: readonly Sight[], once: readonly Sight[]): Sight[] {
+  const keyOf = ({ address, certificate }: Sight) => `${address} ${certificate?.fingerprint}`;
+  const known = new Set(again.map(keyOf));
+  return [...again, ...once.filter((sight) => sight.kind === "served" && !known.has(keyOf(sight)))];
 }
 
 /** Key of an endpoint -> what its addresses serve. Without openssl nothing can be seen, and all else goes on. */

@@ -948,9 +948,10 @@ function findProblems(
   for (const endpoint of endpoints) {
     const { sights, record, sections, wanted } = endpoint;
     const lines = [...new Set(wanted.map(({ line }) => line))];
+    if (record?.badSince === undefined) continue; // it was right, whatever has been issued since
     for (const sight of sights) {
-      if (isGood(sight.verdict) || record === undefined) continue;
-      const since = new Date(record.badSince ?? record.at);
+      if (isGood(sight.verdict)) continue;
+      const since = new Date(record.badSince);
       const expired = sight.certificate !== undefined && new Date(sight.certificate.notAfter) <= now;
       const alert = expired || sight.verdict === "mismatched" || record.brokenByDelivery === true ||
         isOld(since);

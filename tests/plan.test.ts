@@ -709,6 +709,7 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
     ["a delivery failed", stuck(1.9), 2, "delivery web"],
     ["a delivery is pending for 20 hours", stuck(1), 2, "delivery web!"],
     ["a failure of what is no longer pending", { ...stuck(1), ...delivered }, 2, ""],
+    ["renewed since an endpoint was right", { ...receipts([WATCHED]), ...seen([OLD]) }, 2.1, ""],
     ["an endpoint is wrong", wrong({}, 2), 2.1, endpoint],
     ["an endpoint is wrong for 20 hours", wrong({}, 1), 2.1, `${endpoint}!`],
     ["an endpoint is unreachable", wrong("unreachable", 2), 2.1, endpoint],

@@ -147,11 +147,15 @@ export class Sections {
   async #pendingOf(section: Section): Promise<Delivery | undefined> {
     this.delivering.context.signal.throwIfAborted();
     const first = this.#plan(section);
+    const { delivery } = first;
     // endpoints are probed after a delivery anyway; where an earlier one has not helped, before it is repeated
-    const certain = first.delivery?.urgent && first.delivery.until === undefined &&
-      first.delivery.pending.some(({ reason }) => reason !== "drift");
-    const due = first.endpoints.filter(({ due }) => due);
-    if (certain || due.length === 0) return first.delivery;
+    const certain = delivery?.urgent && delivery.until === undefined &&
+      delivery.pending.some(({ reason }) => reason !== "drift");
+    const delivered = new Set(certain ? delivery.entries.map(({ line }) => line) : []);
+    const due = first.endpoints.filter(({ due, wanted }) =>
+      due && !wanted.some(({ line }) => delivered.has(line))
+    );
+    if (due.length === 0) return delivery;
     await this.#probe(due);
     const then = this.#plan(section);
     const wrong = drifted(
@@ -283,14 +287,21 @@ function remember(
       options.delivered?.add(`${section.name}/${entry.file}`);
     }
   }
+  const last = state.deliveries[section.name];
   delete state.deliveries[section.name];
-  if (error === undefined) return;
+  // also what a restricted run leaves aside
+  const left = planSection(section, certificates, config, state, now, { ...options, selection: undefined });
+  const { key } = left.delivery ?? delivery;
+  if (error === undefined) {
+    if (last !== undefined && left.delivery !== undefined) state.deliveries[section.name] = { ...last, key };
+    return;
+  }
   const count = (failure?.count ?? 0) + 1;
-  const left = planSection(section, certificates, config, state, now, options).delivery ?? delivery;
   state.deliveries[section.name] = {
-    key: left.key,
+    key,
     count,
-    since: failure?.since ?? now.toISOString(),
+    // another certificate or another command begins without back-off, but it fails no less long
+    since: last?.since ?? now.toISOString(),
     at: now.toISOString(),
     error: error.message,
     output: error.output.trimEnd().split("\n").slice(-OUTPUT_LINES).join("\n").slice(-OUTPUT_CHARACTERS),

@@ -162,6 +162,8 @@ export async function run(
   const whole = options.selection === undefined
     ? final
     : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
+  const pending = new Set(whole.deliveries.map(({ section }) => section.name));
+  for (const name of Object.keys(state.deliveries)) if (!pending.has(name)) delete state.deliveries[name];
   await sendAlerts(whole, config, store, context, tell);
   const known = reportedBefore(whole, state, context.now());
   await store.saveState();

@@ -130,6 +130,32 @@ Deno.test("a delivery that is pending for 20 hours is alerted with the command, 
   assert.equal(takeAlerts(bed), "well again ()\nwell again: [mail] delivery of 1 certificate");
 });
 
+Deno.test("a delivery that fails every night is alerted though there is another certificate every night", async () => {
+  await using bed = await bedOf(
+    "",
+    `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; exit 1"]\n${ALERT}`,
+  );
+  for (
+    const domains of [
+      "a.example.com",
+      "a.example.com\nb.example.com",
+      "a.example.com\nb.example.com\nc.example.com",
+    ]
+  ) {
+    assert.equal(takeAlerts(bed), "");
+    bed.configure({ domains });
+    await bed.run();
+    bed.ca.advance(12 * HOUR);
+  }
+  assert.match(takeAlerts(bed), /^1 problem: .*\n\[default\] delivery of 3 certificates pending since /);
+  // a part that is delivered is not the end of it
+  bed.act(`[default]\nuploadCerts: ["test DOMAINS_CN = a.example.com"]\n${ALERT}`);
+  bed.ca.advance(DAY);
+  await bed.run({ named: { deliver: ["a.example.com"] } });
+  await bed.run();
+  assert.doesNotMatch(takeAlerts(bed), /well again/);
+});
+
 Deno.test("a new cause is alerted though another was today", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",

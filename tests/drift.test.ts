@@ -176,6 +176,25 @@ Deno.test(
   },
 );
 
+Deno.test(
+  "what a section serves of other lines is seen, too, when it is given a new certificate",
+  NEEDS_NGINX,
+  async () => {
+    const domains = "www.example.com\nother.example.com";
+    await withSite({ domains, age: 30 }, async ({ bed, run, save, restore }) => {
+      const old = await save();
+      await run({ named: { renew: ["www.example.com"] } });
+      await run();
+      await restore(old);
+      bed.ca.advance(7 * HOUR);
+      Deno.removeSync(bed.path("prod", "cert", "other.example.com-cert-combined.prime256v1.pem"));
+      const { stdout } = await run();
+      assert.match(stdout, /^issued +other/m);
+      assert.match(stdout, /^drift .*#www\.example\.com \(ec\) serves an older certificate/m);
+    });
+  },
+);
+
 Deno.test("an expired or self-signed certificate for the name is repaired, too", NEEDS_NGINX, async () => {
   await withSite({ age: 80 }, async ({ bed, run, restore }) => {
     await run();

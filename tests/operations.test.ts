@@ -50,9 +50,9 @@ function block(heading: string, start: string): string {
 const DELIVERY = `[default]\nuploadCerts: ["echo delivered >> HOME/log"]\n`;
 
 const lacksNginx = which("nginx") === undefined || which("openssl") === undefined ||
-  which("rsync") === undefined;
+  which("rrsync") === undefined;
 if (lacksNginx) {
-  console.log("that a second host takes over is not tested: nginx, openssl or rsync is not installed");
+  console.log("that a second host takes over is not tested: nginx, openssl or rrsync is not installed");
 }
 Deno.test(
   "a second host takes over from a copy: nothing is issued anew or delivered, and the first host does no harm",
@@ -81,7 +81,12 @@ verify: ["127.0.0.1:${port}#example.com"]\n`,
     assert.equal(deliveries(), 1);
     await Deno.mkdir(join(bed.home, "standby", "lematt"), { recursive: true });
     const copy = block("central burns", "ExecStopPost=");
-    await sh(adapt(copy, { "ExecStopPost=": "", "standby-copy:": `${bed.home}/standby/lematt/` }));
+    // ssh to a key with the forced command of the page
+    const [, forced] = /command="(rrsync [^"]*)"/.exec(Deno.readTextFileSync(join(ROOT, PAGE)))!;
+    const confined = adapt(forced!, { "/etc/lematt": join(bed.home, "standby/lematt") });
+    const ssh = `#!/bin/sh\nshift\nSSH_ORIGINAL_COMMAND="$*" exec ${confined}\n`;
+    await Deno.writeTextFile(join(bed.home, "bin/ssh"), ssh, { mode: 0o755 });
+    await sh(adapt(copy, { "ExecStopPost=": "", "rsync -a": `rsync -e ${bed.home}/bin/ssh -a` }));
 
     assert.equal(
       await sh(block("central burns", "systemctl disable")),

@@ -54,7 +54,14 @@ async function recipeBed(texts: Texts & { ca?: Switches }): Promise<Bed & { read
   const bed = await testBed(texts);
   await Deno.chmod(bed.home, 0o755);
   const ssl = join(bed.home, "ssl");
-  await Deno.mkdir(join(ssl, "private"), { recursive: true });
+  await shell(
+    adapt(block("README.md", "install -d"), {
+      "/etc/ssl/lematt": ssl,
+      certmaint: "root",
+      "ssl-cert": "root",
+    }),
+    bed.home,
+  );
   return Object.assign(bed, { ssl });
 }
 
@@ -113,20 +120,32 @@ recipeTest("recipe HAProxy", ["haproxy", "openssl"], async () => {
   const words = { "/etc/haproxy/certs": certs };
   const bind = adapt(block("haproxy.md", "bind"), { ...words, ":443": `127.0.0.1:${port}` });
   await using haproxy = await startHaproxy(bed.home, port, bind);
-  bed.configure({
-    actions: adapt(block("haproxy.md", "[balancer]"), {
+  const section = block("haproxy.md", "[balancer]");
+  const actions = (text: string) =>
+    adapt(text, {
       ...words,
       "sudo haproxy": which("haproxy")!,
       "/etc/haproxy/haproxy.cfg": `${bed.home}/haproxy.cfg`,
       "sudo service haproxy reload": `kill -USR2 ${haproxy.child.pid}`,
       "example.com:443": `127.0.0.1:${port}#example.com`,
-    }),
-  });
+    });
+  bed.configure({ actions: actions(section) });
   await deliverTwice(bed, "example.com");
   assert.deepEqual([...Deno.readDirSync(certs)].map(({ name }) => name).sort(), [
     "example.com.ec.pem",
     "example.com.rsa.pem",
   ]);
+
+  // the same by ssh, of which the client's and the server's part are a script
+  const forced = adapt(block("haproxy.md", "#!/bin/sh"), words);
+  await Deno.writeTextFile(join(bed.home, "forced"), forced, { mode: 0o755 });
+  const ssh = `#!/bin/sh\nshift\nSSH_ORIGINAL_COMMAND="$*" exec ${bed.home}/forced\n`;
+  await Deno.writeTextFile(join(bed.home, "ssh"), ssh, { mode: 0o755 });
+  const remote = adapt(block("haproxy.md", "uploadEach"), { "ssh lb-bundle": `${bed.home}/ssh lb-bundle` });
+  bed.configure({ actions: actions(section).replace(/^uploadEach.*\n/m, remote) });
+  await deliverTwice(bed, "example.com");
+  await assert.rejects(() => shell(`echo half | ./ssh lb-bundle example.com.ec`, bed.home));
+  await assert.rejects(() => shell(`cat certs/example.com.ec.pem | ./ssh lb-bundle ../x`, bed.home));
 });
 
 recipeTest("recipe Postfix and Dovecot", ["postfix", "dovecot", "openssl"], async () => {

@@ -5,7 +5,7 @@
  */
 
 import { createPrivateKey } from "node:crypto";
-import { basename, join } from "node:path";
+import { basename, dirname, join, relative } from "node:path";
 import { parseArgs } from "node:util";
 import { ConfigError, type KeyType, loadConfig } from "../../lib/config.ts";
 import { type Entry, readIfPresent, readInventory, Store } from "../../lib/store.ts";
@@ -82,7 +82,10 @@ function certbot(home: string): Source {
       accounts.push({ ca: server, file: key });
     }
     const places = { chain: conf.fullchain, leaf: conf.cert, issuers: conf.chain, key: conf.privkey };
-    return read(conf.fullchain!, conf.privkey!, basename(file, ".conf"), {
+    // where the files are in a copy of the directory
+    const root = dirname(dirname(conf.archive_dir!));
+    const [chain, privkey] = [conf.fullchain!, conf.privkey!].map((path) => join(home, relative(root, path)));
+    return read(chain!, privkey!, basename(file, ".conf"), {
       ca: server,
       webroot: webroot_path?.split(",")[0],
       validation: authenticator,

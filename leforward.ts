@@ -109,9 +109,10 @@ async function listen(hostname: string, port: number): Promise<Deno.TcpListener>
         if (Date.now() < deadline) await pause(WATCH_MS);
         else exit(1, `${where}: it is taken, by a web server (let it redirect) or by another leforward`);
       } else if (code === "EACCES") {
-        const sysctl = `"sysctl net.ipv4.ip_unprivileged_port_start=${port}"`;
-        const setcap = `"setcap cap_net_bind_service=+ep" on the compiled leforward`;
-        exit(1, `${where}: it needs a privilege; allow it with ${sysctl}, with ${setcap}, or use sudo`);
+        exit(
+          1,
+          `${where}: it needs cap_net_bind_service; conf/remote/README.md has the ways and what each grants`,
+        );
       } else {
         exit(1, `${where}: ${message}`);
       }

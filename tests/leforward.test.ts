@@ -279,7 +279,7 @@ Deno.test("a port that needs a privilege is one line that names the ways out", a
   assert.equal(code, 1);
   assert.match(
     stderr,
-    /^leforward: Cannot listen on port 1 .*ip_unprivileged_port_start=1".*setcap.*sudo\n$/,
+    /^leforward: Cannot listen on port 1 .*cap_net_bind_service; conf\/remote\/README\.md .*\n$/,
   );
 });
 

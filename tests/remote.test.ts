@@ -4,10 +4,23 @@
  */
 import assert from "node:assert/strict";
 import { startCa, startWebroot, type Switches } from "./ca.ts";
-import { accepts, find, freePort, kill, missing, type Remote, run, startRemote, until } from "./sshd.ts";
+import {
+  accepts,
+  find,
+  freePort,
+  kill,
+  missing,
+  type Remote,
+  replaceAll,
+  run,
+  startRemote,
+  until,
+} from "./sshd.ts";
 
 const CENTRAL = "http://central.example.com";
 const CHALLENGE = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
+
+const ACTIONS = Deno.readTextFileSync(new URL("../conf/actions.conf", import.meta.url));
 
 const ignore = missing.length > 0;
 if (ignore) console.warn(`remote.test.ts: nothing is tested, for lack of ${missing.join(", ")}`);
@@ -224,13 +237,119 @@ Deno.test({
   },
 });
 
+/** The names in a directory. */
+function listing(directory: string): string[] {
+  return [...Deno.readDirSync(directory)].map(({ name }) => name).sort();
+}
+
+Deno.test({
+  name: "an upload drops set-uid bits and what others may write, and takes no hidden file",
+  ignore,
+  async fn() {
+    await using remote = await startRemote({ baseUrl: CENTRAL });
+    const { certificates } = remote;
+    const from = `${remote.directory}/from`;
+    await Deno.mkdir(from);
+    await Deno.writeTextFile(`${from}/a.pem`, "a\n");
+    await Deno.writeTextFile(`${from}/.hidden`, "a\n");
+    await run("chmod", "7666", `${from}/a.pem`);
+    const scp = (...files: string[]) =>
+      attempt("scp", ...remote.ssh, "-O", "-p", ...files, `mail-upload:${certificates}`);
+    for (
+      const upload of [
+        () => rsync(remote, "-a", `${from}/a.pem`, `mail-upload:${certificates}/`),
+        () => scp(`${from}/a.pem`),
+      ]
+    ) {
+      const { code, stderr } = await upload();
+      assert.equal(code, 0, stderr);
+      assert.equal(Deno.statSync(`${certificates}/a.pem`).mode! & 0o7777, 0o664);
+      await Deno.remove(`${certificates}/a.pem`);
+    }
+    assert.notEqual((await rsync(remote, "-a", `${from}/.hidden`, `mail-upload:${certificates}/`)).code, 0);
+    assert.notEqual((await scp(`${from}/.hidden`)).code, 0);
+    assert.deepEqual(listing(certificates), ["private"]);
+  },
+});
+
+Deno.test({
+  name: "an upload is bounded: each file, and all that is in the directory",
+  ignore,
+  async fn() {
+    await using remote = await startRemote({ baseUrl: CENTRAL });
+    const { certificates, uploadOnly } = remote;
+    const script = await Deno.readTextFile(uploadOnly);
+    await Deno.writeTextFile(
+      uploadOnly,
+      replaceAll(script, { "DIRECTORY_KIB=262144": "DIRECTORY_KIB=3000" }),
+    );
+    const from = `${remote.directory}/from`;
+    await Deno.mkdir(from);
+    const sizes = { "large.pem": 1100, "a.pem": 1000, "b.pem": 1000, "c.pem": 1000 };
+    for (const [name, kib] of Object.entries(sizes)) {
+      await Deno.writeFile(`${from}/${name}`, new Uint8Array(kib * 1024));
+    }
+    const upload = (...args: string[]) => rsync(remote, "-az", ...args, `mail-upload:${certificates}/`);
+    const large = await upload(`${from}/large.pem`);
+    assert.notEqual(large.code, 0);
+    assert.match(large.stderr, /File too large/);
+    // known at the end of a fast transfer, during a slow one
+    for (const options of [[], ["--no-compress", "--bwlimit=1000"]]) {
+      const { code, stderr } = await upload(
+        ...options,
+        ...["a", "b", "c"].map((name) => `${from}/${name}.pem`),
+      );
+      assert.notEqual(code, 0);
+      assert.match(stderr, /nothing was taken; a file may have 1024 KiB, .* 3000 KiB/);
+    }
+    await until(() => listing(certificates).length === 1, "something is left");
+    assert.equal((await upload(`${from}/a.pem`)).code, 0);
+  },
+});
+
+Deno.test({
+  name: "nothing is left of an upload that was cut off, whoever was ended",
+  ignore,
+  async fn(t) {
+    await using remote = await startRemote({ baseUrl: CENTRAL });
+    const { certificates, uploadOnly } = remote;
+    const from = `${remote.directory}/key.pem`;
+    await Deno.writeFile(from, new Uint8Array(1000 * 1024));
+    const arrives = () => listing(certificates).some((name) => name.startsWith(".incoming-"));
+    const victims: [who: string, signal: Deno.Signal, commandLine: string][] = [
+      ["upload-only", "SIGTERM", `sh ${uploadOnly}`],
+      ["upload-only", "SIGHUP", `sh ${uploadOnly}`],
+      ["the client", "SIGKILL", `rsync .*--bwlimit=77 ${from}`],
+    ];
+    for (const [who, signal, commandLine] of victims) {
+      await t.step(`${who} by ${signal}`, async () => {
+        const upload = rsync(remote, "-a", "--bwlimit=77", from, `mail-upload:${certificates}/`);
+        await until(arrives, "nothing arrives");
+        const pids = (await run("pgrep", "-f", commandLine)).trim().split("\n");
+        for (const pid of pids) kill(Number(pid), signal);
+        assert.notEqual((await upload).code, 0);
+        await until(() => !arrives(), "it is still there");
+        assert.deepEqual(listing(certificates), ["private"]);
+      });
+    }
+    await t.step("upload-only by SIGKILL: the next upload removes it, a day later", async () => {
+      const left = `${certificates}/.incoming-0123456789`;
+      await run("install", "-d", "-o", remote.user, left);
+      await run("touch", "-d", "2 days ago", left);
+      await Deno.writeTextFile(from, "key\n");
+      assert.equal((await rsync(remote, "-a", from, `mail-upload:${certificates}/`)).code, 0);
+      assert.deepEqual(listing(certificates), ["key.pem", "private"]);
+    });
+  },
+});
+
 Deno.test({
   name: "a reload key runs its one command, whatever the client asks for",
   ignore,
   async fn() {
     await using remote = await startRemote({ baseUrl: CENTRAL, reload: () => "echo reloaded" });
     await Promise.all([[], ["id"], ["$(id)"]].map(async (command) => {
-      const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-nginx", ...command);
+      const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-postfix", ...command);
       assert.deepEqual([code, stdout], [0, "reloaded\n"]);
     }));
   },
@@ -389,14 +508,17 @@ testDirectory: ${ca.directoryUrl}
 caBundle: ${ca.caBundleFile}
 `,
       domains: "mail.example.com\nimap.example.com smtp.example.com\ndown.example.com\n",
-      "actions.conf": `[mail]
-domains: ${names.join(" ")}
-prepare: ["${ssh} mail-forward ${CENTRAL}"]
-uploadCerts: ["rsync -avz -e '${ssh}' --chmod=F644 CERTS mail-upload:${certificates}/"]
-uploadKeys: ["rsync -avz -e '${ssh}' --chmod=F640 KEYS mail-upload:${certificates}/private/"]
-update: ["${ssh} mail-reload-nginx"]
-verify: ${JSON.stringify(names.map((name) => `127.0.0.1:${tls}#${name}`))}
-
+      // the example in conf/actions.conf, which names what the kit makes
+      "actions.conf": `${
+        replaceAll(ACTIONS.match(/^# \[mail\]\n(# .*\n)+/m)![0].replaceAll(/^# /gm, ""), {
+          "domains: mail.example.com": `domains: ${names.join(" ")}`,
+          "ssh mail-": `${ssh} mail-`,
+          "rsync -a": `rsync -a -e '${ssh}'`,
+          "/etc/ssl/lematt": certificates,
+          '"mail.example.com:465", "mail.example.com:25/smtp", "mail.example.com:143/imap"': names
+            .map((name) => `"127.0.0.1:${tls}#${name}"`).join(", "),
+        })
+      }
 [down]
 domains: down.example.com
 prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${CENTRAL}"]
@@ -439,7 +561,7 @@ Deno.exit(await main(args, {
         const { code, stdout, stderr } = await lematt(days).output();
         const told = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
         assert.equal(code, 1, told);
-        assert.match(told, /^FAILED {2}down\.example\.com [\s\S]*timed out during banner exchange/m);
+        assert.match(told, /^FAILED +down\.example\.com [\s\S]*timed out during banner exchange/m);
         assert.equal(ca.issued.length, 4 * (days === 0 ? 1 : 2), told); // 2 lines, 2 key types
         const after: bigint[] = [];
         for (const name of names) {

@@ -14,7 +14,7 @@ export const missing = ["ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "
 export interface RemoteOptions {
   /** The URL that leforward is allowed to redirect to. */
   readonly baseUrl: string;
-  /** What the reload key runs, a line for /bin/sh; told the directory of the host. */
+  /** What the reload keys run, a line for /bin/sh; told the directory of the host. */
   readonly reload?: (directory: string) => string;
   /** Changes authorized_keys further. */
   readonly keys?: (text: string) => string;
@@ -23,6 +23,8 @@ export interface RemoteOptions {
 export interface Remote extends AsyncDisposable {
   /** Everything is below it; readable for all. */
   readonly directory: string;
+  /** upload-only as it is installed. */
+  readonly uploadOnly: string;
   /** Where uploads go, with `private` below it. */
   readonly certificates: string;
   /** The user that logs in. */
@@ -31,7 +33,7 @@ export interface Remote extends AsyncDisposable {
   readonly port: number;
   /** Where leforward listens. */
   readonly httpPort: number;
-  /** Arguments that make ssh and scp find the aliases: mail-forward, mail-upload, mail-reload-nginx. */
+  /** Arguments that make ssh and scp find the aliases: mail-forward, mail-upload, mail-reload-postfix, … */
   readonly ssh: readonly ["-F", string];
   /** Process ids of what sshd has begun for its connections. */
   sessions(): Promise<number[]>;
@@ -73,12 +75,14 @@ export async function startRemote(
   await install(`${KIT}upload-only`, `${bin}/upload-only`);
   const [sshPort, httpPort] = [freePort(), freePort()];
   let authorizedKeys = replaceAll(await Deno.readTextFile(`${KIT}authorized_keys`), {
+    "/usr/local/lib/lematt:/usr/bin": `${bin}:/usr/bin`,
     "/usr/local/bin": bin,
     "/etc/ssl/lematt": certificates,
     "http://central.example.com": `${baseUrl} --port ${httpPort} --host 127.0.0.1`,
-    "exec sudo -n /usr/sbin/service nginx reload": reload(directory),
+    "exec sudo -n /usr/sbin/service postfix reload": reload(directory),
+    "exec sudo -n /usr/sbin/service dovecot reload": reload(directory),
   });
-  for (const key of ["forward", "upload", "reload-nginx"]) {
+  for (const key of ["forward", "upload", "reload-postfix", "reload-dovecot"]) {
     await run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", `${directory}/${key}`);
     const publicKey = (await Deno.readTextFile(`${directory}/${key}.pub`)).trim();
     authorizedKeys = replaceAll(authorizedKeys, { [`@${key}@`]: publicKey });
@@ -113,7 +117,7 @@ MaxStartups 100
 KbdInteractiveAuthentication no
 # the default takes a third of a second longer
 KexAlgorithms curve25519-sha256
-SetEnv PATH=${bin}:/usr/local/bin:/usr/bin:/bin DENO_DIR=${directory}/deno
+SetEnv PATH=/usr/local/bin:/usr/bin:/bin DENO_DIR=${directory}/deno
 Subsystem sftp internal-sftp
 `,
   );
@@ -137,6 +141,7 @@ Subsystem sftp internal-sftp
   const cleanup = stack.move();
   return {
     directory,
+    uploadOnly: `${bin}/upload-only`,
     certificates,
     user,
     port: sshPort,

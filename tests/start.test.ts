@@ -26,6 +26,9 @@ if (!CRON) {
   console.warn("start.test.ts: nothing is run by cron: it is not installed, or only root can start it");
 }
 
+const SYSTEMD = find("systemd-analyze") !== undefined;
+if (!SYSTEMD) console.warn("start.test.ts: no units are checked without systemd-analyze");
+
 /**
  * Runs a line for /bin/sh at a pseudo-terminal, as the user of an installation, and types each answer when its question
  * is there. Returns what is to be seen. A question of Deno's ends it, and so does a minute.
@@ -197,6 +200,37 @@ exec cron -f -L 0`;
     }
   });
 }
+
+Deno.test("the units of conf/remote are ones that systemd understands, and expose little", {
+  ignore: !SYSTEMD,
+}, async () => {
+  const directory = await Deno.makeTempDir();
+  try {
+    const units = [...Deno.readDirSync(join(ROOT, "conf/remote"))].map(({ name }) => name)
+      .filter((name) => /\.(service|timer)$/.test(name));
+    assert.equal(units.length, 4);
+    for (const name of units) {
+      const text = await Deno.readTextFile(join(ROOT, "conf/remote", name));
+      const programs = text.replace("/opt/lematt/lematt.ts", join(ROOT, "lematt.ts"))
+        .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
+      await Deno.writeTextFile(join(directory, name), programs);
+    }
+    // it prints what it does not understand, and exits with 0
+    const { stderr } = await new Deno.Command("systemd-analyze", {
+      args: ["verify", ...units],
+      cwd: directory,
+    }).output();
+    const printed = new TextDecoder().decode(stderr).split("\n").filter((line) =>
+      line.includes(directory) || units.some((name) => line.includes(name))
+    );
+    assert.deepEqual(printed, []);
+    for (const name of ["lematt.service", "leforward.service"]) {
+      await run("systemd-analyze", "security", "--offline=true", "--threshold=20", join(directory, name));
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
 
 Deno.test("deno task compile makes programs that take in everything and never prompt", async () => {
   const directory = await Deno.makeTempDir();

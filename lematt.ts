@@ -40,7 +40,7 @@ with --test or --prod, instead of a run:
   --plan [--json]              what a run would do and why; touches nothing
   --status [--offline]         certificates, endpoints, problems;
                                --json or --metrics (Prometheus) for machines
-  --accept WHAT                note as delivered what is already in place
+  --accept WHAT [--plan]       note as delivered what is already in place
   --prune [--yes]              move files that belong to no line to orphaned/
   --revoke WHAT [--yes]        revoke the certificates of a line, or the one in
                                a file; --reason keyCompromise, superseded, …
@@ -151,7 +151,8 @@ function parse(args: readonly string[]) {
   if (reason !== undefined && !REASONS.has(reason)) {
     throw new UsageError(`--reason takes one of ${[...REASONS.keys()].join(", ")}`);
   }
-  const commands = COMMANDS.filter((command) => values[command] !== undefined);
+  const commands = COMMANDS.filter((command) => values[command] !== undefined)
+    .filter((command) => command !== "accept" || values.plan === undefined); // it has a plan like a run
   if (commands.length > 1) throw new UsageError(`--${commands[0]} does not go with --${commands[1]}`);
   const command: Command = commands[0] ?? "run";
   for (const [option, allowed] of Object.entries(GOES_WITH)) {
@@ -308,11 +309,17 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
 
   switch (command) {
     case "run":
-      return report.finish(await run(config, runOptions, context, tell));
+      try {
+        return report.finish(await run(config, runOptions, context, tell));
+      } catch (error) {
+        report.interrupted();
+        throw error;
+      }
     case "plan": {
       const plan = preview(config, runOptions, context, tell);
       const toPlace = await records(config, context);
-      out(json ? planJson(config.mode, plan, toPlace) : planText(plan, toPlace, context.now()));
+      const accepts = options.accept !== undefined;
+      out(json ? planJson(config.mode, plan, toPlace) : planText(plan, toPlace, context.now(), accepts));
       return 0;
     }
     case "status": {

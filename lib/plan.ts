@@ -303,6 +303,7 @@ function planIssuing(
   const dues = new Map<Line, Due[]>();
   const kept: Kept[] = [];
   for (const entry of inventory) {
+    if (selection !== undefined && !selection.lines.has(entry.line)) continue;
     const asked = selection?.renew.has(entry.line) && !issued?.has(entry.file);
     const verdict = asked
       ? { entry, reason: { kind: "asked for" } as const }
@@ -311,7 +312,6 @@ function planIssuing(
       kept.push(verdict);
       continue;
     }
-    if (selection !== undefined && !selection.lines.has(entry.line)) continue;
     const due = dues.get(entry.line);
     if (due === undefined) dues.set(entry.line, [verdict]);
     else due.push(verdict);

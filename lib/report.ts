@@ -493,6 +493,11 @@ export class Report {
     return problems.length > 0 || this.#alertFailed ? 1 : 0;
   }
 
+  /** Prints what --cron holds back of a run that does not come to its end. */
+  interrupted(): void {
+    for (const { text } of this.#heldFailures) this.options.err(text);
+  }
+
   #sayError(text: string): void {
     this.options.err(`${text}\n`);
   }
@@ -554,8 +559,8 @@ function soonest(kept: readonly Kept[]): Kept | undefined {
 /** How many members of a group are named. */
 const MOST_NAMED = 10;
 
-/** What a run would do, grouped by reason. */
-export function planText(plan: Plan, records: readonly string[], now: Date): string {
+/** What a run would do, grouped by reason; or what `--accept` would note as delivered. */
+export function planText(plan: Plan, records: readonly string[], now: Date, accepts = false): string {
   const lines: string[] = [];
   const group = (
     verb: string,
@@ -581,6 +586,11 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
         [reason, subjectText(line.names, due.map(({ entry }) => entry.keyType))] as const
       );
     });
+  const reasonsOf = ({ pending }: Delivery) => [...new Set(pending.map(({ reason }) => reason))].join(", ");
+  if (accepts) {
+    group("accept", plan.deliveries.map((one) => [reasonsOf(one), `[${one.section.name}]`]), "section");
+    return lines.length === 0 ? "nothing is pending\n" : `${lines.join("\n")}\n`;
+  }
   group("issue", dues(plan.tasks), "line");
   for (const task of plan.waiting) {
     const why = task.limited ? "rate-limited by the CA" : `failed: ${task.failure?.error}`;
@@ -592,12 +602,9 @@ export function planText(plan: Plan, records: readonly string[], now: Date): str
   }
   const isNow = ({ until }: Delivery) => until === undefined;
   const sections = (deliveries: readonly Delivery[]) =>
-    deliveries.map(({ section, pending, until }) => {
-      const reason = [...new Set(pending.map(({ reason }) => reason))].join(", ");
-      return [
-        until === undefined ? reason : `${reason}; until ${timeText(until)}`,
-        `[${section.name}]`,
-      ] as const;
+    deliveries.map((one) => {
+      const wait = one.until === undefined ? "" : `; until ${timeText(one.until)}`;
+      return [`${reasonsOf(one)}${wait}`, `[${one.section.name}]`] as const;
     });
   group("deliver", sections(plan.deliveries.filter((one) => isNow(one) && one.urgent)), "section");
   group("roll out", sections(plan.deliveries.filter((one) => isNow(one) && !one.urgent)), "section");

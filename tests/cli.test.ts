@@ -192,6 +192,10 @@ Deno.test("--plan touches neither the CA nor the disk, and groups what it would 
   const { code, stdout, stderr } = await bed.lematt("--test", "--plan");
   assert.deepEqual([code, stderr], [0, ""]);
   assert.match(stdout, /^issue +2 lines: .*\n +a\.example\.com.*\n +b\.example\.com/m);
+  assert.equal(
+    (await bed.lematt("--test", "--plan", "--accept", "[default]")).stdout,
+    "nothing is pending\n",
+  );
   const one = await bed.lematt("--test", "--plan", "--only", "a.example.com");
   assert.match(one.stdout, /a\.example\.com/);
   assert.doesNotMatch(one.stdout, /b\.example\.com/);

@@ -97,9 +97,11 @@ Deno.test("--plan groups by reason, names ten of each, and says what waits until
   assert.match(text, /^roll out +57 sections: commands changed\n( +\[h\d+\]\n){10} +and 47 more\n/m);
   assert.ok(text.split("\n").length < 40);
   const one = planText(planned(bed, { deliver: ["[h3]"], renew: ["host5.example.com"] }), [], bed.ca.now);
+  const accepted = planText(planned(bed, { accept: ["[h3]", "host4.example.com"] }), [], bed.ca.now, true);
+  assert.match(accepted, /^accept +2 sections: commands changed\n +\[h3\]\n +\[h4\]\n$/);
   assert.match(one, /^issue +host5\.example\.com \(ec\): --renew$/m);
   assert.match(one, /^deliver +\[h3\]: asked for$/m);
-  assert.doesNotMatch(one, /\[h4\]/);
+  assert.doesNotMatch(one, /\[h4\]|^keep/m);
   bed.configure({ domains: "bad.example.com" });
   bed.act("");
   await bed.run();

@@ -1,15 +1,27 @@
-#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt -P=lematt --v8-flags=--max-semi-space-size=4
+#!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt --cached-only -P=lematt --v8-flags=--max-semi-space-size=4
 /**
  * lematt: Let's Encrypt automation from one place. Arguments, help and exit status; the commands are in lib/run.ts.
  */
 
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
-import { type Config, ConfigError, loadConfig, type Mode } from "./lib/config.ts";
-import { type Context, systemContext } from "./lib/context.ts";
-import { killAll, runCommand } from "./lib/hooks.ts";
-import { errorText, isSystemError, noticeText, planJson, planText, Report } from "./lib/report.ts";
-import {
+import type { Config, Mode } from "./lib/config.ts";
+import type { Context } from "./lib/context.ts";
+
+/** The oldest that can read lib/ (`import defer`), and that the tests have seen. */
+const OLDEST_DENO = [2, 9] as const;
+const [major = 0, minor = 0] = Deno.version.deno.split(".").map(Number);
+if (major < OLDEST_DENO[0] || (major === OLDEST_DENO[0] && minor < OLDEST_DENO[1])) {
+  err(`lematt: Deno ${OLDEST_DENO.join(".")} or newer is needed; this is ${Deno.version.deno}\n`);
+  Deno.exit(2);
+}
+// loaded here, so that an older Deno comes to say so
+const { ConfigError, loadConfig } = await import("./lib/config.ts");
+const { systemContext } = await import("./lib/context.ts");
+const { killAll, runCommand } = await import("./lib/hooks.ts");
+const { checkPackages } = await import("./lib/http.ts");
+const { errorText, isSystemError, noticeText, planJson, planText, Report } = await import("./lib/report.ts");
+const {
   accept,
   advice,
   preview,
@@ -23,8 +35,8 @@ import {
   select,
   status,
   tryChallenges,
-} from "./lib/run.ts";
-import { exitStatus, statusJson, statusMetrics, statusTable } from "./lib/status.ts";
+} = await import("./lib/run.ts");
+const { exitStatus, statusJson, statusMetrics, statusTable } = await import("./lib/status.ts");
 
 const VERSION = "0.2.0";
 
@@ -208,8 +220,9 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
   };
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
+  const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
   try {
-    const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
+    if (!["plan", "status"].includes(options.command)) await checkPackages();
     const load = (mode: Mode) => loadConfig(mode, options.config, join(program, "conf"));
     const context = (config: Config) => contextFor(config, stop.signal, outside);
     if (options.command === "check") return await check(options, load, context);
@@ -217,6 +230,10 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
     return await act(options, config, context(config));
   } catch (error) {
     if (error instanceof ConfigError) return await configurationFailed(error, options);
+    if ((error as { code?: string }).code === "ERR_MODULE_NOT_FOUND") {
+      err(`lematt: packages are missing or broken; as this user: cd ${program} && deno install --frozen\n`);
+      return 2;
+    }
     const known = KNOWN_ERRORS.get((error as Error).name);
     if (known === undefined && !isSystemError(error as Error)) throw error;
     err(`lematt: ${errorText(error as Error)}\n`);
@@ -251,7 +268,7 @@ async function check(
 
 /** Prints what is wrong with the configuration; a run that nobody watches alerts as far as that could be read. */
 async function configurationFailed(
-  { problems, directory, alerts }: ConfigError,
+  { problems, directory, alerts }: InstanceType<typeof ConfigError>,
   { cron, mode }: Arguments,
 ): Promise<number> {
   const count = `${problems.length} ${problems.length === 1 ? "error" : "errors"}`;

@@ -110,6 +110,11 @@ const LONGEST_MESSAGE = 20_000;
 
 const ERROR_PREFIX = "urn:ietf:params:acme:error:";
 
+/** Throws where a package is missing: Deno looks for all of them when it loads the first. */
+export async function checkPackages(): Promise<void> {
+  await import("jose");
+}
+
 /** Reads an account key, or a certificate's; throws where `pem` is none. */
 export async function importKey(pem: string): Promise<AccountKey> {
   const spec = keySpecOf(pem);

@@ -107,9 +107,9 @@ export interface Registration {
 /** The first look at an order; each next waits three times as long, up to the longest. */
 const FIRST_POLL_MS = 20;
 const LONGEST_POLL_MS = 5_000;
-/** How often finalize is tried where a replica does not know yet that the order is ready; the pauses double: 8 s in all. */
-const FINALIZE_ATTEMPTS = 6;
-const FIRST_FINALIZE_PAUSE_MS = 250;
+/** How often something is asked where a replica does not know yet what another has said; the pauses double: 8 s in all. */
+const LAG_ATTEMPTS = 6;
+const FIRST_LAG_PAUSE_MS = 250;
 /** Let's Encrypt has offered two alternate chains at the most, four profiles, four challenges, one CAA identity. */
 const MOST_ALTERNATES = 5;
 const MOST_LISTED = 20;
@@ -291,22 +291,29 @@ export class AcmeClient {
   /** RFC 8555 §7.5. */
   async getAuthorization(url: string): Promise<Authorization> {
     const step = "read an authorization";
-    return this.#authorization(step, url, await this.#postAsGet(step, url));
+    for (let tries = 1;; tries++) {
+      const authorization = this.#authorization(step, url, await this.#postAsGet(step, url));
+      const { status, challenges } = authorization;
+      // acme2certifier makes challenges one after the other, and may be asked in between
+      if (status !== "pending" || challenges.length > 0 || tries === LAG_ATTEMPTS) return authorization;
+      await this.#pause(tries);
+    }
   }
 
-  /** RFC 8555 §7.5.1: tells the CA that a challenge of this authorization can be checked now. */
-  async respondToChallenge(authorization: Authorization, { url }: Challenge): Promise<void> {
+  /** RFC 8555 §7.5.1: has the CA check a challenge of this authorization now. Returns whether it has found it wrong already. */
+  async respondToChallenge(authorization: Authorization, { url }: Challenge): Promise<boolean> {
     const step = "answer a challenge";
     try {
-      jsonObject(step, url, await this.session.post(step, url, {}, this.account, { isNew: true }));
+      const answer = await this.session.post(step, url, {}, this.account, { isNew: true });
+      const { status, error } = jsonObject(step, url, answer);
+      return status === "invalid" || error !== undefined;
     } catch (error) {
       // as in finalizeOrder: the second try of a request that had arrived meets a challenge under way
       if (!isProblem(error, "malformed")) throw error;
       const { status, challenges } = await this.getAuthorization(authorization.url);
-      const untouched = challenges.some((challenge) =>
-        challenge.url === url && challenge.status === "pending" && challenge.error === undefined
-      );
-      if (status !== "valid" && untouched) throw error;
+      const own = challenges.find((challenge) => challenge.url === url);
+      if (status !== "valid" && own?.status === "pending" && own.error === undefined) throw error;
+      return status === "invalid" || own?.error !== undefined;
     }
   }
 
@@ -314,7 +321,6 @@ export class AcmeClient {
   async finalizeOrder(order: Order, csr: Uint8Array): Promise<Order> {
     const step = "finalize the order";
     const payload = { csr: Buffer.from(csr).toString("base64url") };
-    const { context } = this.session;
     for (let tries = 1;; tries++) {
       try {
         const answer = await this.session.post(step, order.finalize, payload, this.account, { isNew: true });
@@ -324,10 +330,13 @@ export class AcmeClient {
         // either an answer was lost on its way, and the second try meets an order that is no longer ready, or a replica
         // does not know yet that it is
         const current = await this.getOrder(order.url, step);
-        if (current.status !== "ready" && current.status !== "pending") return current;
-        if (tries === FINALIZE_ATTEMPTS) throw error;
+        if (current.status !== "ready" && current.status !== "pending") {
+          const { problem } = error.cause instanceof AcmeError ? error.cause : {};
+          return { ...current, error: current.error ?? problem };
+        }
+        if (tries === LAG_ATTEMPTS) throw error;
       }
-      await context.sleep(this.session.jittered(FIRST_FINALIZE_PAUSE_MS * 2 ** (tries - 1)));
+      await this.#pause(tries);
     }
   }
 
@@ -386,6 +395,10 @@ export class AcmeClient {
   /** RFC 8555 §6.3, of what was made a moment ago. */
   #postAsGet(step: string, url: string, accept?: string): Promise<Answer> {
     return this.session.post(step, url, undefined, this.account, { accept, isNew: true });
+  }
+
+  async #pause(tries: number): Promise<void> {
+    await this.session.context.sleep(this.session.jittered(FIRST_LAG_PAUSE_MS * 2 ** (tries - 1)));
   }
 
   #location(step: string, url: string, answer: Answer): string {

@@ -227,6 +227,7 @@ export class Session {
     lagAttempts: (error: AcmeError) => number = notFoundAttempts,
   ): Promise<Answer> {
     const { context } = this;
+    let first: AcmeError | undefined;
     for (let failures = 0, lagging = 0;;) {
       const limited = this.#limited.get(url);
       try {
@@ -234,6 +235,8 @@ export class Session {
       } catch (error) {
         // another URL is that of newNonce, which has been tried often enough
         if (!(error instanceof AcmeError) || error.url !== url) throw error;
+        if (first !== undefined) error.cause ??= first; // what follows from it may say less
+        first ??= error;
         const wait = error.retryAfter && error.retryAfter.getTime() - context.now().getTime();
         if (wait !== undefined && wait > LONGEST_WAIT_MS) throw error;
         if (error.problem?.type === "rateLimited" && error.retryAfter !== undefined) {

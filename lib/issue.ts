@@ -69,9 +69,9 @@ export const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
  * has failed (step-ca, Caddy, acme2certifier). Sooner where others of the order cannot be answered before. Each next look
  * waits twice as long, up to the longest.
  */
-const FIRST_LOOK_MS = 1_500, FIRST_PAUSE_MS = 250, LONGEST_PAUSE_MS = 20_000;
-/** How often a CA is asked to check a challenge that it has found wrong: within half a minute. */
-const MOST_RESPONSES = 5;
+const FIRST_LOOK_MS = 1_500, FIRST_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
+/** How often a CA is asked to check a challenge that it has found wrong: for a quarter of a minute. */
+const MOST_RESPONSES = 4;
 /** Let's Encrypt's orders expire after a week. */
 const ORDER_LIFE_MS = 7 * DAY_MS;
 /** How long the CA is left alone where it set a limit and did not say until when. */
@@ -538,11 +538,11 @@ export class Issuer {
       settled(
         open.map(({ authorization, challenge }) => client.respondToChallenge(authorization, challenge)),
       );
-    await respond(answers);
+    const areWrong = await respond(answers);
     let open = answers;
     let responses = 1;
     let pause = areLast ? FIRST_LOOK_MS : FIRST_PAUSE_MS;
-    let lookAt = later(pause);
+    let lookAt = later(areWrong.includes(true) ? 0 : pause);
     for await (const current of client.watch(step, order, later(ORDER_DEADLINE_MS))) {
       if (current.status === "invalid") {
         const all = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
@@ -561,7 +561,10 @@ export class Issuer {
       if (failed || (wrong.length > 0 && responses === MOST_RESPONSES)) {
         throw validationError(current, open.map(({ authorization }) => authorization));
       }
-      if (wrong.length > 0) responses++;
+      if (wrong.length > 0 && responses++ === 1) {
+        const [error] = errorsOf(wrong.map(({ authorization }) => authorization));
+        context.warn(`${error!.text}; the CA is asked to check it again`);
+      }
       await respond(wrong);
       pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
       lookAt = later(pause);
@@ -594,7 +597,9 @@ export class Issuer {
         order = current;
         if (current.status === "valid") return await this.#fetch(line, client, current, request);
         if (current.status !== "invalid") continue;
-        const message = current.error ? describe(current.error) : "the order became invalid";
+        const message = current.error
+          ? describe(current.error)
+          : "the order became invalid, and the CA gives no reason";
         throw new AcmeError(step, message, order.url, { problem: current.error, spent: true });
       }
       const text = `order still ${order.status} after ${
@@ -778,8 +783,10 @@ function errorsOf(authorizations: readonly Pick<Authorization, "name" | "challen
 /** Why the names of an order could not be validated. */
 function validationError({ url, error }: Order, authorizations: readonly Authorization[]): AcmeError {
   const errors = errorsOf(authorizations);
-  const message = errors.map(({ text }) => text).join("; ") ||
-    (error ? describe(error) : "the order became invalid");
+  const failed = authorizations.filter(({ status }) => status !== "valid" && status !== "pending");
+  const message = errors.map(({ text }) => text).join("; ") || (error && describe(error)) ||
+    failed.map(({ name, status }) => `${name}: ${status}, and the CA gives no reason`).join("; ") ||
+    "the order became invalid, and the CA gives no reason";
   const problem = errors[0]?.problem ?? error;
   return new AcmeError("validate the order", message, url, { problem, spent: true });
 }

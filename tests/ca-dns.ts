@@ -33,8 +33,8 @@ export interface Dns extends AsyncDisposable {
 /** Further records: what a hook command has put into a file, say. Asked anew with every question. */
 export type Further = (name: string, type: RecordType) => readonly string[];
 
-/** Starts a DNS server on a free port of 127.0.0.1. */
-export async function startDns(further: Further = () => []): Promise<Dns> {
+/** Starts a DNS server on 127.0.0.1; port 0 takes a free one. */
+export async function startDns(further: Further = () => [], wanted = 0): Promise<Dns> {
   const records = new Map<string, Map<RecordType, readonly string[]>>();
   const log: string[] = [];
   const key = (name: string) => name.toLowerCase().replace(/\.$/, "");
@@ -70,7 +70,7 @@ export async function startDns(further: Further = () => []): Promise<Dns> {
     return Buffer.concat([head, text, ...answers]);
   }
 
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: wanted });
   const { port } = listener.addr;
   const carried = new Set<Promise<void>>();
   const open = new Set<Deno.Conn>();

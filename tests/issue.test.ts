@@ -460,7 +460,7 @@ for (
       "validated, for no reason",
       { fault: befalling("order", put({ status: "invalid" })) },
       "validate the order",
-      "the order became invalid",
+      "the order became invalid, and the CA gives no reason",
     ],
     [
       "finalized",

@@ -164,7 +164,7 @@ export function listenerCertificate(): { root: string; certificate: string; key:
  * A loopback address that was free a moment ago, for Pebble cannot choose its ports itself. It is below those that the
  * system gives away on its own, to whoever comes in between.
  */
-function freeAddress(): string {
+export function freeAddress(): string {
   for (;;) {
     const port = 20_000 + Math.floor(Math.random() * 12_000);
     try {

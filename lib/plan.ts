@@ -23,8 +23,7 @@ export interface Plan {
   readonly deliveries: readonly Delivery[];
   readonly endpoints: readonly EndpointStatus[];
   readonly problems: readonly Problem[];
-  /** Certificates whose life is too short for the interval between runs. */
-  readonly shortLived: readonly Entry[];
+  readonly warnings: readonly Warning[];
   /** How long it usually takes from one run to the next, in milliseconds. */
   readonly intervalMs: number;
   readonly lastRun?: Date;
@@ -63,6 +62,18 @@ export interface Selection {
   /** Lines and sections that are delivered whatever their receipts. */
   readonly deliver: ReadonlySet<Line | string>;
 }
+
+/** What a person should know of a present certificate. */
+export type Warning =
+  /** its life is too short for the interval between runs */
+  | {
+    readonly kind: "short life";
+    readonly entry: Entry;
+    readonly lifeMs: number;
+    readonly intervalMs: number;
+  }
+  /** its key is not as configured, until the next renewal */
+  | { readonly kind: "other key"; readonly entry: Entry };
 
 /** One line of `domains` of which at least one certificate is due. */
 export interface Task {
@@ -251,12 +262,8 @@ export function plan(
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
   const endpoints = planEndpoints(config, config.sections, entries, state, now, options);
   const deliveries = planDeliveries(config, entries, state, now, endpoints, options);
-  const shortLived = inventory.filter(({ finding, issuedAt }) => {
-    if (finding.kind !== "present") return false;
-    const { notBefore, notAfter } = finding.certificate;
-    return !fitsRuns(notAfter.getTime() - (issuedAt ?? notBefore).getTime(), intervalMs);
-  });
-  const rest = { ...issuing, endpoints, deliveries, shortLived, intervalMs, lastRun, runs };
+  const warnings = inventory.flatMap((entry) => warningsOf(entry, config, intervalMs));
+  const rest = { ...issuing, endpoints, deliveries, warnings, intervalMs, lastRun, runs };
   const clock = clockEvidence(inventory, state, now, options.aheadMs?.());
   return { ...rest, problems: findProblems(config, rest, now, options.writeError?.(), clock) };
 }
@@ -393,6 +400,20 @@ export function renewal(
   }
   const late = runs < wanted.at;
   return { renewAt: new Date(late ? runs : wanted.at), rule: late ? "runs" : wanted.rule };
+}
+
+function warningsOf(entry: Entry, config: Config, intervalMs: number): Warning[] {
+  const { finding, issuedAt, keyType } = entry;
+  if (finding.kind !== "present") return [];
+  const { notBefore, notAfter, keySpec } = finding.certificate;
+  const lifeMs = notAfter.getTime() - (issuedAt ?? notBefore).getTime();
+  const isAsConfigured = keyType === "rsa"
+    ? keySpec?.type === "rsa" && keySpec.bits === config.keyBitsRSA
+    : keySpec?.type === "ec" && keySpec.curve === config.curve;
+  return [
+    ...(fitsRuns(lifeMs, intervalMs) ? [] : [{ kind: "short life" as const, entry, lifeMs, intervalMs }]),
+    ...(isAsConfigured ? [] : [{ kind: "other key" as const, entry }]),
+  ];
 }
 
 /** Whether certificates of this life can be renewed by runs that are so far apart, and one of them may fail. */

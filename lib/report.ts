@@ -20,6 +20,7 @@ import {
   type Rule,
   type Task,
   type Verdict,
+  type Warning,
 } from "./plan.ts";
 import type { Sight } from "./state.ts";
 import type { Entry } from "./store.ts";
@@ -162,15 +163,21 @@ export function ruleText(rule: Rule): string {
   }
 }
 
-/** That a certificate lives too short for the interval between runs. */
-export function shortLifeText(entry: Entry, intervalMs: number): string {
-  const { finding } = entry;
-  if (finding.kind !== "present") return "";
-  const { notBefore, notAfter } = finding.certificate;
-  const life = durationText(notAfter.getTime() - notBefore.getTime());
-  return `${entryText(entry)} lives ${life}, but runs are ${
-    durationText(intervalMs)
-  } apart: run lematt more often`;
+/** What a person should know of a certificate. */
+export function warningText(warning: Warning): string {
+  const what = entryText(warning.entry);
+  switch (warning.kind) {
+    case "short life": {
+      const { lifeMs, intervalMs } = warning;
+      return `${what} lives ${durationText(lifeMs)}, but runs are ${
+        durationText(intervalMs)
+      } apart: run lematt more often`;
+    }
+    case "other key":
+      return `the key of ${what} is not as configured; the next renewal makes one that is`;
+    default:
+      return warning satisfies never;
+  }
 }
 
 /** What an address serves. */
@@ -630,6 +637,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
     ]),
     "certificate",
   );
+  for (const warning of plan.warnings) lines.push(`note      ${warningText(warning)}`);
   for (const record of records) lines.push(`place     ${record}`);
   for (const problem of plan.problems) lines.push(`problem   ${problemText(problem)}`);
   if (lines.length === 0) lines.push("nothing to do");

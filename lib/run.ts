@@ -23,7 +23,7 @@ import {
   type Selection,
   takeOver,
 } from "./plan.ts";
-import { alertOf, type Event, problemText, shortLifeText } from "./report.ts";
+import { alertOf, type Event, problemText, warningText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
 import { quote, toIdentifier } from "./names.ts";
@@ -110,9 +110,7 @@ export async function run(
   context.signal.throwIfAborted();
 
   const decided = plan(config, inventory(), state, context.now(), planOptions);
-  for (const entry of decided.shortLived) {
-    tell({ kind: "notice", text: shortLifeText(entry, decided.intervalMs) });
-  }
+  for (const warning of decided.warnings) tell({ kind: "notice", text: warningText(warning) });
   for (const problem of decided.problems) {
     // at the end of this run it is none any more
     const passes = problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
@@ -307,7 +305,7 @@ export async function advice(config: Config, context: Context): Promise<string[]
   ];
   const inventory = readInventory(config);
   const keyless = inventory.filter(({ finding }) => finding.kind === "missing" && finding.what === "key");
-  const { shortLived, intervalMs } = plan(config, inventory, state, context.now());
+  const { warnings } = plan(config, inventory, state, context.now());
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
@@ -315,7 +313,7 @@ export async function advice(config: Config, context: Context): Promise<string[]
       `${files.key} is missing, so the next run issues a new certificate; a command that moves keys away has every run do so ${flag}`
     ),
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
-    ...shortLived.map((entry) => `${shortLifeText(entry, intervalMs)} ${flag}`),
+    ...warnings.map((warning) => `${warningText(warning)} ${flag}`),
   ];
 }
 

@@ -15,9 +15,9 @@ import {
   problemText,
   reasonText,
   ruleText,
-  shortLifeText,
   sightText,
   timeText,
+  warningText,
 } from "./report.ts";
 import type { Entry } from "./store.ts";
 import { printable } from "./names.ts";
@@ -76,8 +76,8 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   lines.push(problems.length === 0 ? "no problems" : `${count(problems.length, "problem")}:`);
   for (const problem of problems) lines.push(...wrapped(problemText(problem), columns, "  ", "    "));
 
-  for (const entry of plan.shortLived) {
-    lines.push(...wrapped(`warning: ${shortLifeText(entry, plan.intervalMs)}`, columns, "", "  "));
+  for (const warning of plan.warnings) {
+    lines.push(...wrapped(`warning: ${warningText(warning)}`, columns, "", "  "));
   }
   const next = nextOf(plan);
   const left = (entry: Entry) => (lastsUntil(entry)?.getTime() ?? 0) - now.getTime();

@@ -20,6 +20,7 @@ import {
   type State,
 } from "../lib/state.ts";
 import type { Entry, Finding } from "../lib/store.ts";
+import type { KeySpec } from "../lib/x509.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const START = Date.UTC(2026, 0, 1);
@@ -205,6 +206,27 @@ Deno.test("what is missing, unreadable, revoked, for other names or for another 
   ];
   for (const finding of findings) assert.equal(fateOf(entry(on, finding), 1), finding.kind);
   assert.equal(fateOf(entry(on, MISSING, FORMER), 1), "other names");
+});
+
+Deno.test("plan() warns of lives too short for the runs, and of keys that are not as configured any more", () => {
+  const lines = [line("short.example.com"), line("small.example.com"), line("good.example.com")];
+  const rsa = (bits: number): KeySpec => ({ type: "rsa", bits });
+  const kept = (line: Line, to: number, bits: number) => {
+    const facts = { ...certificate(line.names, { to }), keySpec: rsa(bits) };
+    return entry(line, { kind: "present", certificate: facts });
+  };
+  const inventory = [kept(lines[0]!, 2, 2048), kept(lines[1]!, 90, 2048), kept(lines[2]!, 90, 3072)];
+  const { warnings } = plan(
+    configure(lines, { keyBitsRSA: 3072, curve: "P-256" }),
+    inventory,
+    stateOf(),
+    day(1),
+  );
+  assert.deepEqual(warnings.map(({ kind, entry }) => [kind, entry.line.names[0]]), [
+    ["short life", "short.example.com"],
+    ["other key", "short.example.com"],
+    ["other key", "small.example.com"],
+  ]);
 });
 
 Deno.test("the life of a short-lived certificate counts from when it was issued, not from a date before", () => {

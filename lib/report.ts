@@ -464,12 +464,12 @@ export class Report {
       this.#sayAloud(`delivered [${section.name}] ${count(entries.length, "certificate")}: ${reasons}`);
     }
     for (const { key, endpoint, keyType, sights } of endpoints) {
+      const wrong = new Set(sights.filter(({ verdict }) => !isGood(verdict)).map(({ address }) => address));
       for (const sight of sights) {
         const text = `[${section.name}] ${endpoint.text} (${keyType}) ${sightText(sight)}`;
-        if (isGood(sight.verdict)) this.#sayAloud(`verified  ${text}`);
-        else {
+        if (!isGood(sight.verdict)) {
           this.#sayFailure(`endpoint ${key} ${sight.address}`, `WRONG     ${text}\n`);
-        }
+        } else if (!wrong.has(sight.address)) this.#sayAloud(`verified  ${text}`);
       }
     }
   }

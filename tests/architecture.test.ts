@@ -104,6 +104,13 @@ Deno.test("what is expensive to load is loaded when it is needed", () => {
   }
 });
 
+Deno.test("lematt.ts can be read by an older Deno, which then says that it is one", () => {
+  const values = importsOf(sources.get("lematt")!.replace(/\bimport\(.*/g, "")).filter(({ typesOnly }) =>
+    !typesOnly
+  );
+  assert.ok(values.every(({ from }) => from.startsWith("node:")));
+});
+
 Deno.test("each effect has its owners", () => {
   const owners: [what: string, pattern: RegExp, files: string[]][] = [
     ["arguments and the end of the process", /\bDeno\.(args|exit)\b|\bprocess\./, ["leforward", "lematt"]],

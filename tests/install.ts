@@ -23,8 +23,15 @@ export interface Installation {
   as(...command: string[]): string[];
 }
 
-/** Installs lematt for the user `uid` below `directory`, which all may read then. */
-export async function install(directory: string, uid = Deno.uid()!): Promise<Installation> {
+/**
+ * Installs lematt for the user `uid` below `directory`, which all may read then. Its packages come from Deno's cache of
+ * the user who runs the tests; without them, the user has an empty one.
+ */
+export async function install(
+  directory: string,
+  uid = Deno.uid()!,
+  { packages = true } = {},
+): Promise<Installation> {
   const [bin, program, home] = [join(directory, "bin"), join(directory, "program"), join(directory, "home")];
   for (const path of [bin, program, home]) await Deno.mkdir(path);
   await Deno.chmod(directory, 0o755);
@@ -33,7 +40,11 @@ export async function install(directory: string, uid = Deno.uid()!): Promise<Ins
   const files = ["deno.json", "deno.lock", "lematt.ts", "leforward.ts", "lib"];
   await run("cp", "-r", ...files.map((file) => join(ROOT, file)), program);
   const { npmPackages } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
-  for (const { name, localPath, registryUrl } of Object.values<Record<string, string>>(npmPackages)) {
+  for (
+    const { name, localPath, registryUrl } of Object.values<Record<string, string>>(
+      packages ? npmPackages : {},
+    )
+  ) {
     const at = join(home, ".cache/deno/npm", new URL(registryUrl!).hostname, dirname(name!));
     await Deno.mkdir(at, { recursive: true });
     await run("cp", "-r", dirname(localPath!), at);

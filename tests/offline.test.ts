@@ -1,0 +1,136 @@
+/**
+ * Goal: the command that README names fetches all that is ever needed; every way of starting works from that alone,
+ * without a network, for an ordinary user, from a cache that cannot be written. Without it, or with a Deno that is too
+ * old, the programs say so in one line. Runs itself in a network namespace that has loopback alone.
+ */
+
+import assert from "node:assert/strict";
+import { dirname, join } from "node:path";
+import { testBed } from "./bed.ts";
+import { install, type Installation, NOBODY, run } from "./install.ts";
+
+const ROOT = join(import.meta.dirname!, "..");
+const README = Deno.readTextFileSync(join(ROOT, "README.md"));
+const [, INSTALL] = /^ {4}(cd \/opt\/lematt && deno install --frozen) /m.exec(README)!;
+const [, CRON] = /^ {4}(?:\S+ +){5}(.* --cron)$/m.exec(README)!;
+/** Set within the namespace, to a directory of its own. */
+const DIRECTORY = Deno.env.get("LEMATT_OFFLINE");
+const isRoot = Deno.uid() === 0;
+const UID = isRoot ? NOBODY : Deno.uid()!;
+const NAMESPACE = ["unshare", isRoot ? "-n" : "-rn"];
+
+/** Runs a line for /bin/sh as the user of an installation, with no variables but its own and `more`. */
+async function as({ as, env }: Installation, line: string, more: Record<string, string> = {}) {
+  const [command, ...args] = as("/bin/sh", "-c", line);
+  const { code, stdout, stderr } = await new Deno.Command(command!, {
+    args,
+    cwd: "/",
+    env: { NO_COLOR: "1", ...more, ...env },
+    clearEnv: true,
+    stdin: "null",
+  }).output();
+  const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
+  return { code, out: out!, err: err! };
+}
+
+/** All ways in which lematt is started. */
+const WAYS = ["", "deno run -q -P=lematt ", "deno run -q -P=lematt --cached-only --frozen "];
+
+if (DIRECTORY === undefined) {
+  const lack = await run(NAMESPACE[0]!, NAMESPACE[1]!, "ip", "link", "set", "lo", "up").then(
+    () => "",
+    () => " (no network namespaces)",
+  );
+  Deno.test({ name: `without a network${lack}`, ignore: lack !== "" }, async () => {
+    const directory = await Deno.makeTempDir({ prefix: "lematt-offline-" });
+    try {
+      const installation = await install(directory, UID, { packages: false });
+      const { DENO_DIR: _, ...ours } = Deno.env.toObject(); // with what this host needs to reach the registry
+      const fetched = await as(installation, INSTALL!.replace("/opt/lematt", installation.program), ours);
+      if (/error sending request|client error/.test(fetched.err)) {
+        return console.warn("offline.test.ts: no registry to fetch packages from");
+      }
+      assert.equal(fetched.code, 0, fetched.err);
+      await Deno.writeTextFile(join(directory, "installation.json"), JSON.stringify(installation));
+      const line =
+        `ip link set lo up && exec '${Deno.execPath()}' test -q --no-prompt -P=tests --no-check '${import.meta
+          .filename!}'`;
+      const inside = await new Deno.Command(NAMESPACE[0]!, {
+        args: [NAMESPACE[1]!, "sh", "-c", line],
+        env: { LEMATT_OFFLINE: directory },
+        stdout: "inherit",
+        stderr: "inherit",
+      }).output();
+      assert.equal(inside.code, 0);
+    } finally {
+      await run("rm", "-rf", directory);
+    }
+  });
+} else {
+  offline(DIRECTORY);
+}
+
+function offline(directory: string) {
+  const read: Omit<Installation, "as"> = JSON.parse(
+    Deno.readTextFileSync(join(directory, "installation.json")),
+  );
+  const setpriv = ["setpriv", `--reuid=${UID}`, `--regid=${UID}`, "--clear-groups"];
+  const host: Installation = { ...read, as: (...command) => isRoot ? [...setpriv, ...command] : command };
+  const program = `${host.program}/lematt.ts`;
+  const empty = { DENO_DIR: join(directory, "empty") }; // cannot be made either
+
+  Deno.test("lematt issues and delivers, started in every way, from what was installed once", async () => {
+    await run("chmod", "-R", "a-w", join(host.home, ".cache"));
+    await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec\npreflight: no" });
+    bed.configure({ actions: `[default]\nprepare: ["exec cat"]\nupdate: ["touch ${bed.drop}/updated"]\n` });
+    await run("chown", "-R", `${UID}`, bed.conf, bed.drop);
+    await run("chmod", "755", bed.home, dirname(bed.ca.caBundleFile));
+    await Deno.symlink(bed.conf, join(host.program, "conf"));
+    const lines: [line: string, out: RegExp][] = [
+      ...WAYS.flatMap((way): [string, RegExp][] => [
+        [`${way}${program} --check`, /no errors/],
+        [`${way}${program} --test --renew a.example.com`, /^issued .*a\.example\.com/m],
+      ]),
+      [CRON!.replace("/opt/lematt", host.program), /^issued .*a\.example\.com/m],
+    ];
+    for (const [line, expected] of lines) {
+      const { code, out, err } = await as(host, line);
+      assert.deepEqual([code, err], [0, ""], `${line}: ${out}`);
+      assert.match(out, expected, line);
+    }
+    await Deno.stat(join(bed.drop, "updated"));
+    await Deno.remove(join(host.program, "conf"));
+  });
+
+  for (const way of ["", "deno run -q -P=leforward --cached-only --frozen "]) {
+    Deno.test(`leforward needs no package, started by ${way || "its first line"}`, async () => {
+      const { code, out, err } = await as(host, `${way}${host.program}/leforward.ts --help`, empty);
+      assert.deepEqual([code, err], [0, ""]);
+      assert.match(out, /--baseurl/);
+    });
+  }
+
+  Deno.test("where packages are missing, lematt says so in one line before it does anything", async () => {
+    for (const way of WAYS) {
+      for (const args of ["--check", "--test", "--prod --cron", "--prod --revoke a.example.com"]) {
+        const { code, out, err } = await as(host, `${way}${program} ${args}`, empty);
+        const text =
+          "lematt: packages are missing or broken; as this user: cd DIRECTORY && deno install --frozen\n";
+        assert.deepEqual([code, out, err], [2, "", text.replace("DIRECTORY", host.program)], way + args);
+      }
+    }
+  });
+
+  Deno.test("a Deno that is too old says so in one line", async () => {
+    const preload = join(directory, "old.ts");
+    await Deno.writeTextFile(
+      preload,
+      `Object.defineProperty(Deno, "version", { value: { deno: "2.8.3" } });\n`,
+    );
+    const { code, out, err } = await as(
+      host,
+      `deno run -q -P=lematt --preload ${preload} ${program} --check`,
+    );
+    assert.deepEqual([code, out, err], [2, "", "lematt: Deno 2.9 or newer is needed; this is 2.8.3\n"]);
+  });
+}

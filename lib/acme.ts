@@ -124,7 +124,7 @@ export function keyAuthorization(token: string, key: AccountKey): string {
 }
 
 /** A name of the configuration as the CA is asked for it. */
-export function identifierOf(name: string): Identifier {
+function identifierOf(name: string): Identifier {
   return { type: isIP(name) ? "ip" : "dns", value: name };
 }
 

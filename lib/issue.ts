@@ -63,13 +63,13 @@ type Answers = Presented["answers"];
 const MINUTE_MS = 60_000, HOUR_MS = 60 * MINUTE_MS, DAY_MS = 24 * HOUR_MS;
 
 /** How long an order may be validated or issued; Let's Encrypt needs seconds. */
-export const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
+const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
 /**
- * When the authorizations of an order that is still pending are first looked at: some CAs leave it pending when a validation
- * has failed (step-ca, Caddy, acme2certifier). Sooner where others of the order cannot be answered before. Each next look
- * waits twice as long, up to the longest.
+ * When the authorizations of an order that is still pending are looked at, since some CAs leave it pending when a validation
+ * has failed: as soon as one has said so (step-ca, Caddy), else after a while (acme2certifier), and soon where others of the
+ * order can be answered only then. Each next look waits twice as long, up to the longest.
  */
-const FIRST_LOOK_MS = 1_500, FIRST_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
+const WRONG_LOOK_MS = 1_500, FIRST_LOOK_MS = 5_000, SOON_LOOK_MS = 250, LONGEST_LOOK_MS = 8_000;
 /** How often a CA is asked to check a challenge that it has found wrong: for a quarter of a minute. */
 const MOST_RESPONSES = 4;
 /** Let's Encrypt's orders expire after a week. */
@@ -538,11 +538,11 @@ export class Issuer {
       settled(
         open.map(({ authorization, challenge }) => client.respondToChallenge(authorization, challenge)),
       );
-    const areWrong = await respond(answers);
+    const isWrong = (await respond(answers)).includes(true);
     let open = answers;
     let responses = 1;
-    let pause = areLast ? FIRST_LOOK_MS : FIRST_PAUSE_MS;
-    let lookAt = later(areWrong.includes(true) ? 0 : pause);
+    let pause = isWrong ? WRONG_LOOK_MS : areLast ? FIRST_LOOK_MS : SOON_LOOK_MS;
+    let lookAt = later(isWrong ? 0 : pause);
     for await (const current of client.watch(step, order, later(ORDER_DEADLINE_MS))) {
       if (current.status === "invalid") {
         const all = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
@@ -566,8 +566,8 @@ export class Issuer {
         context.warn(`${error!.text}; the CA is asked to check it again`);
       }
       await respond(wrong);
-      pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
       lookAt = later(pause);
+      pause = Math.min(2 * pause, LONGEST_LOOK_MS);
     }
     const errors = errorsOf(open.map(({ authorization }) => authorization)).map(({ text }) => text);
     const text = `order still pending after ${ORDER_DEADLINE_MS / 1000} s`;

@@ -78,7 +78,9 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
 
   const listener = listenerCertificate();
   const caBundleFile = await file("root.pem", listener.root);
-  const acme = freeAddress(), management = freeAddress();
+  const acme = freeAddress();
+  let management = freeAddress();
+  while (management === acme) management = freeAddress();
   const configuration = await file(
     "pebble.json",
     JSON.stringify({

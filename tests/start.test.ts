@@ -8,6 +8,7 @@ import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { testBed, until } from "./bed.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
+import { LEMATT } from "./programs.ts";
 import { find, freePort, replaceAll } from "./sshd.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
@@ -80,14 +81,12 @@ async function bedFor(uid: number) {
 prepare: ["exec cat"]
 uploadCerts: ["cp CERTS ${host}"]
 uploadKeys: ["cp KEYS ${host}"]
-update: ["${serve} </dev/null >/dev/null 2>&1 & echo $! >${host}/pid"]
+update: ["${serve} </dev/null >/dev/null 2>&1 & touch ${host}/served"]
 verify: ["127.0.0.1:${port}#DOMAIN"]
 alert: ["cat"]
 `,
   });
-  stack.defer(() => {
-    if (existsSync(`${host}/pid`)) Deno.kill(Number(Deno.readTextFileSync(`${host}/pid`)));
-  });
+  stack.defer(() => run("pkill", "-f", `openssl s_server .* ${host}/`).then(() => {}, () => {})); // it may have ended
   await run("chown", "-R", `${uid}`, bed.conf, bed.drop, host);
   await run("chmod", "755", dirname(bed.ca.caBundleFile));
   await Deno.symlink(bed.conf, join(installation.program, "conf"));
@@ -123,7 +122,7 @@ for (const [user, uid] of Object.entries(USERS)) {
         assert.deepEqual(ended.code, code, `${args}: ${ended.seen}`);
         assert.match(ended.seen, shown, args);
       }
-      assert.equal(Deno.statSync(join(bed.home, "host", "pid")).uid, uid);
+      assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, uid);
     });
   }
 
@@ -193,7 +192,7 @@ exec cron -f -L 0`;
       const log = await Deno.readTextFile(join(home, "log"));
       assert.equal(await Deno.readTextFile(join(home, "status")), "0\n", log);
       assert.match(log, /^issued .*a\.example\.com/m);
-      assert.equal(Deno.statSync(join(bed.home, "host", "pid")).uid, NOBODY);
+      assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, NOBODY);
     } finally {
       child.kill("SIGKILL");
       await child.status;
@@ -229,6 +228,19 @@ Deno.test("the units of conf/remote are ones that systemd understands, and expos
     }
   } finally {
     await Deno.remove(directory, { recursive: true });
+  }
+});
+
+Deno.test("where packages were not fetched, lematt fetches none and says in one line how to", async () => {
+  await using bed = await testBed({ domains: "a.example.com" });
+  const [command, ...args] = LEMATT;
+  for (const what of ["--check", "--test"]) {
+    const { code, stderr } = await new Deno.Command(command!, {
+      args: [...args, what, "--config", bed.conf],
+      env: { DENO_DIR: join(bed.home, "empty") },
+    }).output();
+    assert.equal(code, 2);
+    assert.match(new TextDecoder().decode(stderr), /^lematt: .* cd \/.* && deno install --frozen\n$/);
   }
 });
 

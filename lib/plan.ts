@@ -63,7 +63,7 @@ export interface Selection {
   readonly deliver: ReadonlySet<Line | string>;
 }
 
-/** What a person should know of a present certificate. */
+/** What a person should know. */
 export type Warning =
   /** its life is too short for the interval between runs */
   | {
@@ -73,7 +73,9 @@ export type Warning =
     readonly intervalMs: number;
   }
   /** its key is not as configured, until the next renewal */
-  | { readonly kind: "other key"; readonly entry: Entry };
+  | { readonly kind: "other key"; readonly entry: Entry }
+  /** what `--deliver` names has no command to run, or no certificate */
+  | { readonly kind: "nothing to deliver"; readonly what: Line | string };
 
 /** One line of `domains` of which at least one certificate is due. */
 export interface Task {
@@ -262,7 +264,10 @@ export function plan(
   const issuing = planIssuing(config, inventory, state, now, intervalMs, options);
   const endpoints = planEndpoints(config, config.sections, entries, state, now, options);
   const deliveries = planDeliveries(config, entries, state, now, endpoints, options);
-  const warnings = inventory.flatMap((entry) => warningsOf(entry, config, intervalMs));
+  const warnings = [
+    ...inventory.flatMap((entry) => warningsOf(entry, config, intervalMs)),
+    ...undeliverable(issuing.tasks, deliveries, options),
+  ];
   const rest = { ...issuing, endpoints, deliveries, warnings, intervalMs, lastRun, runs };
   const clock = clockEvidence(inventory, state, now, options.aheadMs?.());
   return { ...rest, problems: findProblems(config, rest, now, options.writeError?.(), clock) };
@@ -400,6 +405,22 @@ export function renewal(
   }
   const late = runs < wanted.at;
   return { renewAt: new Date(late ? runs : wanted.at), rule: late ? "runs" : wanted.rule };
+}
+
+/** What `--deliver` names, and nothing can come of. */
+function undeliverable(
+  tasks: readonly Task[],
+  deliveries: readonly Delivery[],
+  { selection }: PlanOptions,
+): Warning[] {
+  const whats = [...selection?.deliver ?? []].filter((one) =>
+    typeof one === "string"
+      ? !deliveries.some(({ section }) => section.name === one) &&
+        !tasks.some(({ line }) => line.sections.some(({ name }) => name === one))
+      : !deliveries.some(({ entries }) => entries.some(({ line }) => line === one)) &&
+        !tasks.some(({ line }) => line === one)
+  );
+  return whats.map((what) => ({ kind: "nothing to deliver", what }));
 }
 
 function warningsOf(entry: Entry, config: Config, intervalMs: number): Warning[] {

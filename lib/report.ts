@@ -165,6 +165,11 @@ export function ruleText(rule: Rule): string {
 
 /** What a person should know of a certificate. */
 export function warningText(warning: Warning): string {
+  if (warning.kind === "nothing to deliver") {
+    const { what } = warning;
+    const name = typeof what === "string" ? `[${what}]` : what.names[0];
+    return `nothing to deliver for ${name}: it has no command, or no certificate`;
+  }
   const what = entryText(warning.entry);
   switch (warning.kind) {
     case "short life": {
@@ -352,6 +357,8 @@ export class Report {
   #progressShown = false;
   #issued: Extract<Event, { kind: "issued" }>[] = [];
   readonly #events: Event[] = [];
+  /** What has been said; each round of probes says the same of an endpoint. */
+  readonly #notices = new Set<string>();
   /** Problems whose failure has been printed as it happened. */
   readonly #printed = new Set<string>();
   #alertFailed = false;
@@ -364,6 +371,8 @@ export class Report {
 
   /** Takes one event and prints what there is to say. */
   tell(event: Event): void {
+    if (event.kind === "notice" && this.#notices.has(event.text)) return;
+    if (event.kind === "notice") this.#notices.add(event.text);
     if (this.options.json) this.#events.push(event);
     this.#clearProgress();
     switch (event.kind) {
@@ -477,7 +486,7 @@ export class Report {
   /** Prints the end of a run and returns the exit status: 1 where there is a problem. */
   finish({ plan, issued, delivered, known }: Ended): 0 | 1 {
     this.#clearProgress();
-    const { problems, kept, tasks, waiting } = plan;
+    const { problems, kept, tasks, waiting, deliveries } = plan;
     for (const { key, text } of this.#heldFailures) if (!known.has(key)) this.options.err(text);
     for (const problem of problems) {
       if (this.#printed.has(problem.key) || (this.options.cron && known.has(problem.key))) continue;
@@ -487,6 +496,7 @@ export class Report {
     const parts = [
       issued > 0 ? `${issued} issued` : tasks.length + waiting.length === 0 ? "nothing due" : "",
       delivered > 0 ? `${count(delivered, "section")} delivered` : "",
+      deliveries.length > 0 ? `${count(deliveries.length, "section")} pending` : "",
       `${Math.max(0, kept.length - issued)} kept`,
       problems.length > 0 ? count(problems.length, "problem") : "",
       next === undefined

@@ -222,7 +222,7 @@ Deno.test("plan() warns of lives too short for the runs, and of keys that are no
     stateOf(),
     day(1),
   );
-  assert.deepEqual(warnings.map(({ kind, entry }) => [kind, entry.line.names[0]]), [
+  assert.deepEqual(warnings.map((one) => [one.kind, "entry" in one && one.entry.line.names[0]]), [
     ["short life", "short.example.com"],
     ["other key", "short.example.com"],
     ["other key", "small.example.com"],

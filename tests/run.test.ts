@@ -186,6 +186,15 @@ Deno.test("what an option names must exist", async () => {
   assert.equal(select(config, { deliver: ["[mail]", "A.Example.com"] })!.lines.size, 1);
 });
 
+Deno.test("--deliver says where there is nothing to deliver", async () => {
+  await using bed = await bedOf("a.example.com", {}, `[mail]\ndomains: a.example.com`);
+  await bed.plant();
+  for (const [what, name] of [["[mail]", "[mail]"], ["a.example.com", "a.example.com"]] as const) {
+    const { stdout } = await bed.run({ named: { deliver: [what] } });
+    assert.ok(stdout.startsWith(`note      nothing to deliver for ${name}: `), stdout);
+  }
+});
+
 // ---- interrupted -----------------------------------------------------------------------------------------
 
 Deno.test("a run that is interrupted ends with the signal's reason, wherever it is, and nobody is to blame", async () => {

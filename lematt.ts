@@ -311,10 +311,10 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     out,
     err,
   });
-  const tell = report.tell.bind(report);
-  const context = { ...outside, warn: (text: string) => tell({ kind: "notice", text }) };
+  const emit = report.emit.bind(report);
+  const context = { ...outside, warn: (text: string) => emit({ kind: "notice", text }) };
   if (command !== "status") {
-    for (const warning of config.warnings) tell({ kind: "notice", text: noticeText(warning) });
+    for (const warning of config.warnings) emit({ kind: "notice", text: noticeText(warning) });
   }
   const selection = select(config, { ...options, newKey: options["new-key"] });
   const runOptions = {
@@ -327,13 +327,13 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
   switch (command) {
     case "run":
       try {
-        return report.finish(await run(config, runOptions, context, tell));
+        return report.finish(await run(config, runOptions, context, emit));
       } catch (error) {
         report.interrupted();
         throw error;
       }
     case "plan": {
-      const plan = preview(config, runOptions, context, tell);
+      const plan = preview(config, runOptions, context, emit);
       const toPlace = await records(config, context);
       const accepts = options.accept !== undefined;
       out(json ? planJson(config.mode, plan, toPlace) : planText(plan, toPlace, context.now(), accepts));
@@ -347,7 +347,7 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
       return options.metrics ? 0 : exitStatus(found);
     }
     case "accept": {
-      const count = await accept(config, selection!, context, tell);
+      const count = await accept(config, selection!, context, emit);
       out(`${count} ${count === 1 ? "delivery" : "deliveries"} noted as done; nothing was run\n`);
       return 0;
     }
@@ -360,7 +360,7 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
       out(`Files in ${config.base} that belong to no line; a service may still use them:\n`);
       out(paths.map((path) => `  ${path}\n`).join(""));
       if (!agreed("Move them to orphaned/?", options)) return 2;
-      await prune(config, paths, context, tell);
+      await prune(config, paths, context, emit);
       out(`moved to ${join(config.base, "orphaned")}\n`);
       return 0;
     }
@@ -375,13 +375,13 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
         );
       }
       if (!agreed("Revoke them?", options)) return 2;
-      await revoke(config, found, options.reason, context, tell);
+      await revoke(config, found, options.reason, context, emit);
       out(`revoked; the next run with --${config.mode} replaces them under new keys\n`);
       return 0;
     }
     case "rollover":
       if (!agreed(`Give the account at ${config.directoryUrl} a new key?`, options)) return 2;
-      await rollover(config, context, tell);
+      await rollover(config, context, emit);
       return 0;
     case "check": // has been done
       return 0;

@@ -80,7 +80,7 @@ export class Sections {
 
   constructor(
     private readonly delivering: Delivering,
-    private readonly tell: (event: DeliverEvent) => void,
+    private readonly emit: (event: DeliverEvent) => void,
   ) {}
 
   /** A line has been issued, or failed. */
@@ -162,7 +162,7 @@ export class Sections {
       then.endpoints.filter(({ key }) => due.some((one) => one.key === key)),
       this.delivering.config,
     );
-    if (wrong.length > 0) this.tell({ kind: "drift", section: section.name, endpoints: wrong });
+    if (wrong.length > 0) this.emit({ kind: "drift", section: section.name, endpoints: wrong });
     return then.delivery;
   }
 
@@ -179,9 +179,9 @@ export class Sections {
   /** Carries out a delivery; false where it failed, or its endpoints are not right. */
   async #deliver(delivery: Delivery): Promise<boolean> {
     this.delivering.context.signal.throwIfAborted();
-    const { tell } = this;
-    const delivered = await deliver(delivery, this.delivering, tell);
-    tell({ kind: "delivered", delivered });
+    const { emit } = this;
+    const delivered = await deliver(delivery, this.delivering, emit);
+    emit({ kind: "delivered", delivered });
     if (delivered.errors.length === 0) this.delivered++;
     else await this.#probe(this.#plan(delivery.section).endpoints.filter(({ due }) => due));
     return delivered.errors.length === 0 &&
@@ -198,7 +198,7 @@ export class Sections {
 async function deliver(
   delivery: Delivery,
   delivering: Delivering,
-  tell: (event: DeliverEvent) => void,
+  emit: (event: DeliverEvent) => void,
 ): Promise<Delivered> {
   const { section } = delivery;
   const { store } = delivering;
@@ -208,7 +208,7 @@ async function deliver(
     const { seconds } = await runCommand(template, values, {
       ...commandOptions(delivering),
       onOutput: delivering.verbose
-        ? (text) => tell({ kind: "output", section: section.name, text })
+        ? (text) => emit({ kind: "output", section: section.name, text })
         : undefined,
     });
     ran.push({ template, seconds });

@@ -46,7 +46,7 @@ export interface IssuerOptions {
   readonly parallel: number;
   /** What was asked for gets a new key. */
   readonly newKey: boolean;
-  readonly tell: (event: IssueEvent) => void;
+  readonly emit: (event: IssueEvent) => void;
 }
 
 /** What is handed to the CA for a certificate. */
@@ -111,7 +111,7 @@ export class Issuer {
   }
 
   async #open(): Promise<AcmeClient> {
-    const { config, store, store: { state }, tell } = this.options;
+    const { config, store, store: { state }, emit } = this.options;
     const connecting = this.#connect(); // while the key is made ready
     connecting.catch(() => {}); // awaited below
     const path = accountKeyPath(config);
@@ -126,7 +126,7 @@ export class Issuer {
     if (key === undefined) {
       const pem = await generateKey({ type: "ec", curve: "P-256" });
       await store.createSecret(path, pem);
-      tell({ kind: "account key", path, how: "made" });
+      emit({ kind: "account key", path, how: "made" });
       key = await importKey(pem);
     }
     const client = await connecting;
@@ -214,10 +214,10 @@ export class Issuer {
   }
 
   #putNewKey(): void {
-    const { config, tell } = this.options;
+    const { config, emit } = this.options;
     const path = accountKeyPath(config);
     Deno.renameSync(newKeyPath(config), path);
-    tell({ kind: "account key", path, how: "changed" });
+    emit({ kind: "account key", path, how: "changed" });
   }
 
   /**
@@ -331,7 +331,7 @@ export class Issuer {
     done: (task: Task) => void = () => {},
   ): Promise<void> {
     if (tasks.length === 0) return;
-    const { config, store, context, parallel, tell } = this.options;
+    const { config, store, context, parallel, emit } = this.options;
     let closed: Error | undefined;
     const opened = this.open().then(async (client) => {
       if (Math.abs(client.aheadMs) > MOST_SKEW_MS) throw wrongClock(client, config, context.now());
@@ -357,7 +357,7 @@ export class Issuer {
     ));
     context.signal.throwIfAborted();
     if (closed === undefined) return;
-    tell({ kind: "no CA", error: closed, tasks });
+    emit({ kind: "no CA", error: closed, tasks });
     for (const task of tasks) this.#rememberFailure(task, closed, { shared: true });
     for (const task of tasks) done(task);
   }
@@ -376,8 +376,8 @@ export class Issuer {
     requests: readonly Promise<Request>[],
     keep: (due: Due, issued: Issued, seconds: number) => Promise<void>,
   ): Promise<void> {
-    const { store, context, tell } = this.options;
-    tell({ kind: "task", task });
+    const { store, context, emit } = this.options;
+    emit({ kind: "task", task });
     const begun = context.now().getTime();
     let unkept = false; // a certificate was issued, and could not be put in its place
     const results = await Promise.allSettled(
@@ -405,10 +405,10 @@ export class Issuer {
     const waits = errors.every((error) => limitsAccount(error, task.line.names));
     if (errors.length === 0) delete store.state.failures[task.due[0]!.entry.stem];
     else if (!context.signal.aborted) {
-      if (!waits) { for (const [error, due] of failures) tell({ kind: "failed", due, error }); }
+      if (!waits) { for (const [error, due] of failures) emit({ kind: "failed", due, error }); }
       this.#rememberFailure(task, errors[0]!, { unkept });
     }
-    tell({ kind: "end", task });
+    emit({ kind: "end", task });
   }
 
   /** Remembers why a line could not be issued, or until when the CA takes no orders at all. */

@@ -150,7 +150,7 @@ export type DeliveryReason =
   | "new certificate"
   | "drift"
   | "commands changed"
-  | "never delivered"
+  | "first delivery"
   | "asked for";
 
 /** A place to probe for one key type, and what is known of it. */
@@ -615,7 +615,7 @@ function planDelivery(
     const asked = selection?.deliver.has(line) || selection?.deliver.has(section.name);
     if (asked && !delivered?.has(`${section.name}/${file}`)) pending.push({ entry, reason: "asked for" });
     else if (receipt === undefined) {
-      pending.push({ entry, reason: issued?.has(file) ? "new certificate" : "never delivered" });
+      pending.push({ entry, reason: issued?.has(file) ? "new certificate" : "first delivery" });
     } else if (receipt.fingerprint !== finding.certificate.fingerprint) {
       pending.push({ entry, reason: "new certificate" });
     } else if (receipt.digest !== digest) pending.push({ entry, reason: "commands changed" });
@@ -630,7 +630,7 @@ function planDelivery(
   const key = deliveryKey(section, digest, pending.map(({ entry }) => entry));
   const last = state.deliveries[section.name];
   const failure = last?.key === key ? last : undefined;
-  const rollout: readonly DeliveryReason[] = ["never delivered", "commands changed"];
+  const rollout: readonly DeliveryReason[] = ["first delivery", "commands changed"];
   const rests = pending.every(({ until }) => until !== undefined);
   const moments = [
     failure?.retryAt === undefined ? 0 : Date.parse(failure.retryAt),

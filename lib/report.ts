@@ -370,7 +370,7 @@ export class Report {
   }
 
   /** Takes one event and prints what there is to say. */
-  tell(event: Event): void {
+  emit(event: Event): void {
     if (event.kind === "notice" && this.#notices.has(event.text)) return;
     if (event.kind === "notice") this.#notices.add(event.text);
     if (this.options.json) this.#events.push(event);

@@ -31,7 +31,7 @@ import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x50
 import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
 
 /** Takes what happens, as it happens. */
-export type Tell = (event: Event) => void;
+export type Emit = (event: Event) => void;
 
 export interface RunOptions {
   /** Lines at a time. */
@@ -66,10 +66,10 @@ export async function run(
   config: Config,
   options: RunOptions,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<Summary> {
-  using store = await openStore(config, context, tell).catch(async (error) => {
-    if (!(error instanceof LockedError)) await alertUnopened(error, config, context, tell);
+  using store = await openStore(config, context, emit).catch(async (error) => {
+    if (!(error instanceof LockedError)) await alertUnopened(error, config, context, emit);
     throw error;
   });
   const { state } = store;
@@ -81,7 +81,7 @@ export async function run(
     context,
     parallel: options.parallel,
     newKey: options.selection?.newKey ?? false,
-    tell,
+    emit,
   });
   const planOptions: PlanOptions = {
     retry: options.retry,
@@ -103,20 +103,20 @@ export async function run(
     const orphaned = () => names ??= new Set(orphans(config, inventory()).map((path) => basename(path)));
     forgetUnknown(config, inventory(), state, begun, orphaned, planOptions);
   }
-  for (const entry of inventory()) linkTo(entry, store, tell);
+  for (const entry of inventory()) linkTo(entry, store, emit);
 
   const asked = inventory().filter(({ line }) => options.selection?.lines.has(line) ?? true);
   await issuer.askRenewalWindows(asked);
   context.signal.throwIfAborted();
 
   const decided = plan(config, inventory(), state, context.now(), planOptions);
-  for (const warning of decided.warnings) tell({ kind: "notice", text: warningText(warning) });
+  for (const warning of decided.warnings) emit({ kind: "notice", text: warningText(warning) });
   for (const problem of decided.problems) {
     // at the end of this run it is none any more
     const passes = problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
-    if (passes) tell({ kind: "notice", text: problemText(problem), changed: true });
+    if (passes) emit({ kind: "notice", text: problemText(problem), changed: true });
   }
-  if (decided.tasks.length > 0) tell({ kind: "begin", tasks: decided.tasks });
+  if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections(
     {
       config,
@@ -126,18 +126,18 @@ export async function run(
       certificates: entries,
       verbose: options.verbose ?? false,
     },
-    tell,
+    emit,
   );
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(
       due.entry,
       certificate,
-      (text) => tell({ kind: "notice", text, changed: true }),
+      (text) => emit({ kind: "notice", text, changed: true }),
     );
     const { line } = entry;
     entries.set(line, entries.get(line)!.map((one) => one.keyType === entry.keyType ? entry : one));
     issued.add(entry.file);
-    tell({ kind: "issued", due, certificate: entry, seconds });
+    emit({ kind: "issued", due, certificate: entry, seconds });
   }, (task) => sections.lineDone(task.line));
   const results = await Promise.allSettled([
     issuing.finally(() => sections.allDone()),
@@ -162,14 +162,14 @@ export async function run(
     : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
   const pending = new Set(whole.deliveries.map(({ section }) => section.name));
   for (const name of Object.keys(state.deliveries)) if (!pending.has(name)) delete state.deliveries[name];
-  await sendAlerts(whole, config, store, context, tell);
+  await sendAlerts(whole, config, store, context, emit);
   const known = reportedBefore(whole, state, context.now());
   await store.saveState();
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
 }
 
 /** Alerts that nothing could be run, and of what can be read. */
-async function alertUnopened(error: Error, config: Config, context: Context, tell: Tell): Promise<void> {
+async function alertUnopened(error: Error, config: Config, context: Context, emit: Emit): Promise<void> {
   let found = { state: emptyState(), inventory: [] as readonly Entry[] };
   try {
     found = observe(config, context, () => {});
@@ -178,7 +178,7 @@ async function alertUnopened(error: Error, config: Config, context: Context, tel
   }
   const options = { counterpart: counterpartOf(config), writeError: () => error };
   const problems = plan(config, found.inventory, found.state, context.now(), options);
-  await sendAlerts(problems, config, found, context, tell);
+  await sendAlerts(problems, config, found, context, emit);
 }
 
 /** An error that ends a run: what has been done is remembered all the same. */
@@ -187,10 +187,10 @@ async function endWith(reason: unknown, store: Store): Promise<never> {
   throw reason;
 }
 
-async function openStore(config: Config, context: Context, tell: Tell): Promise<Store> {
+async function openStore(config: Config, context: Context, emit: Emit): Promise<Store> {
   const store = await Store.open(config, context.now());
   try {
-    for (const text of store.notices) tell({ kind: "notice", text, changed: true });
+    for (const text of store.notices) emit({ kind: "notice", text, changed: true });
     await removeLeftovers(config, context, store);
     return store;
   } catch (error) {
@@ -199,12 +199,12 @@ async function openStore(config: Config, context: Context, tell: Tell): Promise<
   }
 }
 
-function linkTo(entry: Entry, store: Store, tell: Tell): void {
+function linkTo(entry: Entry, store: Store, emit: Emit): void {
   try {
     if (entry.finding.kind === "present") store.link(entry);
   } catch (error) {
     const text = `cannot link to the files of ${entry.stem}: ${(error as Error).message}`;
-    tell({ kind: "notice", text, changed: true });
+    emit({ kind: "notice", text, changed: true });
   }
 }
 
@@ -243,13 +243,13 @@ async function sendAlerts(
   config: Config,
   store: Pick<Store, "state">,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<void> {
   const whats = new Map(decided.problems.map((problem) => [problem.key, problemText(problem, "short")]));
   for (const alert of dueAlerts(config, decided.problems, store.state, context.now())) {
     const { subject, text } = alertOf(config, alert);
     const error = await sendAlert(alert, { subject, text, whats }, { config, store, context });
-    tell({ kind: "alert", section: alert.section.name, text, error });
+    emit({ kind: "alert", section: alert.section.name, text, error });
   }
 }
 
@@ -329,10 +329,10 @@ export async function tryChallenges(config: Config, context: Context): Promise<C
 // ---- plan, status ---------------------------------------------------------------------------------------
 
 /** What a run would do, by what is remembered. Touches neither CA nor disk nor endpoints. */
-export function preview(config: Config, options: RunOptions, context: Context, tell: Tell): Plan {
-  const { state, inventory } = observe(config, context, tell);
+export function preview(config: Config, options: RunOptions, context: Context, emit: Emit): Plan {
+  const { state, inventory } = observe(config, context, emit);
   const { retry, selection } = options;
-  for (const text of changingLinks(config, inventory)) tell({ kind: "notice", text });
+  for (const text of changingLinks(config, inventory)) emit({ kind: "notice", text });
   return plan(config, inventory, state, context.now(), {
     retry,
     selection,
@@ -345,9 +345,9 @@ export async function status(
   config: Config,
   offline: boolean,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<Status> {
-  const { state, inventory } = observe(config, context, tell);
+  const { state, inventory } = observe(config, context, emit);
   const options = { counterpart: counterpartOf(config) };
   const decide = () => plan(config, inventory, state, context.now(), options);
   let decided = decide();
@@ -362,11 +362,11 @@ export async function status(
 function observe(
   config: Config,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): { state: State; inventory: readonly Entry[] } {
   const { state, unusable } = readState(config, context.now());
   if (unusable !== undefined) {
-    tell({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${unusable}` });
+    emit({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${unusable}` });
   }
   const inventory = readInventory(config);
   takeOver(config, inventory, state, context.now());
@@ -380,9 +380,9 @@ export async function accept(
   config: Config,
   selection: Selection,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<number> {
-  using store = await openStore(config, context, tell);
+  using store = await openStore(config, context, emit);
   const inventory = readInventory(config);
   takeOver(config, inventory, store.state, context.now());
   adoptReceipts(config, store.state);
@@ -410,9 +410,9 @@ export async function prune(
   config: Config,
   paths: readonly string[],
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<void> {
-  using store = await openStore(config, context, tell);
+  using store = await openStore(config, context, emit);
   const found = new Set(prunable(config)); // a run may have come in between
   store.moveOrphans(paths.filter((path) => found.has(path)));
 }
@@ -479,10 +479,10 @@ export async function revoke(
   certificates: readonly Revocable[],
   reason: number,
   context: Context,
-  tell: Tell,
+  emit: Emit,
 ): Promise<void> {
-  using store = await openStore(config, context, tell);
-  const issuer = new Issuer({ config, store, context, parallel: 1, newKey: false, tell });
+  using store = await openStore(config, context, emit);
+  const issuer = new Issuer({ config, store, context, parallel: 1, newKey: false, emit });
   for (const { pem, keyPem } of certificates) {
     await issuer.revoke(pem, reason, keyPem);
     await store.revoke(publicKeyHash(pem));
@@ -542,7 +542,7 @@ function exists(path: string): boolean {
 // ---- rollover -------------------------------------------------------------------------------------------
 
 /** Gives the account a new key, at the CA of this mode. */
-export async function rollover(config: Config, context: Context, tell: Tell): Promise<void> {
-  using store = await openStore(config, context, tell);
-  await new Issuer({ config, store, context, parallel: 1, newKey: false, tell }).rollover();
+export async function rollover(config: Config, context: Context, emit: Emit): Promise<void> {
+  using store = await openStore(config, context, emit);
+  await new Issuer({ config, store, context, parallel: 1, newKey: false, emit }).rollover();
 }

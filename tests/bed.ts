@@ -235,15 +235,15 @@ export class Bed implements AsyncDisposable {
       err: (text) => err.push(text),
     });
     const config = this.config(mode);
-    const tell = (event: Event) => {
+    const emit = (event: Event) => {
       events.push(event);
-      report.tell(event);
+      report.emit(event);
     };
     const summary = await run(
       config,
       { parallel: parallel ?? config.parallel, retry, verbose, selection: select(config, named) },
-      this.world({ warn: (text) => tell({ kind: "notice", text }), ...context }),
-      tell,
+      this.world({ warn: (text) => emit({ kind: "notice", text }), ...context }),
+      emit,
     );
     const code = report.finish(summary);
     const requests = ca.log.slice(begun);

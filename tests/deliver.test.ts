@@ -276,7 +276,7 @@ Deno.test("new certificates go out side by side while a rollout waits for its tu
   const ran = await bed.run();
   assert.equal(ran.code, 0);
   assert.deepEqual(reasonsIn(ran), {
-    a: ["never delivered"],
+    a: ["first delivery"],
     b: ["new certificate"],
     c: ["new certificate"],
   });

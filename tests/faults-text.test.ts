@@ -114,11 +114,11 @@ async function describe({ bed }: Subject, config: Config, json: boolean): Promis
     ...{ mode: "test", cron: false, color: false, json, now: () => bed.ca.now, out: speak, err: speak },
   });
   const options = { parallel: 1, retry: false };
-  const plan = preview(config, options, bed.world(), (event) => report.tell(event));
+  const plan = preview(config, options, bed.world(), (event) => report.emit(event));
   report.finish({ plan, issued: 0, delivered: 0, known: new Set() });
   speak(planText(plan, [], bed.ca.now));
   for (const problem of plan.problems) speak(problemText(problem));
-  const found = await status(config, true, bed.world(), (event) => report.tell(event));
+  const found = await status(config, true, bed.world(), (event) => report.emit(event));
   for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
   presentable(withoutControls(said.join("")));
 }

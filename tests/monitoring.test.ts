@@ -190,7 +190,7 @@ Deno.test("the page shows a real status, and is well-formed", async () => {
     /mail\.example\.com rsa, ec/,
     /example\.com rsa, ec · www\.example\.com 89 days \d{4}-/,
     /127\.0\.0\.1:1#mail\.example\.com probed 0 minutes ago unreachable at 127\.0\.0\.1: /,
-    /\[mail\] 2 certificates: never delivered · failed once, first 0 minutes ago · next run mail\.example\.com/,
+    /\[mail\] 2 certificates: first delivery · failed once, first 0 minutes ago · next run mail\.example\.com/,
     /exit 7": exit status 7 no route \| to <b>mail<\/b> /,
     /Last runs 1 .* 4 issued, 3 problems usually 24 hours apart/,
   ];

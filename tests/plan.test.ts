@@ -328,7 +328,7 @@ Deno.test("back-offs grow, skip no nightly run, and take no more than an eighth 
 
 const WEB = section("web", { update: ["reload"] });
 const SITE = line("www.example.com", [WEB]);
-const NEVER = "[web] never delivered";
+const NEVER = "[web] first delivery";
 const NEW = "[web] new certificate (urgent)";
 
 /** A state with receipts of these sections for the certificate of `SITE`. */
@@ -366,7 +366,7 @@ Deno.test("plan() finds each delivery that is pending, why, and whether it is ur
   const bySection = selection({ deliver: ["web"] });
   const table: [what: string, state: Partial<State>, pending: string, options?: PlanOptions][] = [
     ["delivered", done, ""],
-    ["never delivered: a rollout", {}, NEVER],
+    ["first delivery: a rollout", {}, NEVER],
     ["issued just now", {}, NEW, { issued: new Set([file]) }],
     ["renewed", receipts([WEB], { fingerprint: "old" }), NEW],
     ["commands changed", receipts([WEB], { digest: "x" }), "[web] commands changed"],
@@ -389,16 +389,16 @@ Deno.test("what cannot be delivered, or has nowhere to go, is not pending", () =
   const each = section("each", { uploadEach: ["push"] });
   const on = line("a.example", [idle, each]);
   const rehearsed = line("a.example", [{ ...each, rehearse: true }]);
-  assert.equal(pending(on), "[each] never delivered");
+  assert.equal(pending(on), "[each] first delivery");
   assert.equal(pending(on, {}, { mode: "test" }), "", "a rehearsal runs no uploadEach");
-  assert.equal(pending(rehearsed, {}, { mode: "test" }), "[each] never delivered");
+  assert.equal(pending(rehearsed, {}, { mode: "test" }), "[each] first delivery");
   assert.equal(pending(on, {}, { inventory: [entry(on, MISSING)] }), "");
 });
 
 Deno.test("a line that moves is delivered to its new section; one that is away for a run is not delivered again", () => {
   const mail = section("mail", { update: ["postfix reload"] });
   const moved = line("www.example.com", [mail]);
-  assert.equal(pending(moved, receipts([WEB]), { sections: [WEB, mail] }), "[mail] never delivered");
+  assert.equal(pending(moved, receipts([WEB]), { sections: [WEB, mail] }), "[mail] first delivery");
 
   const state = stateOf(receipts([WEB]));
   const away = (onDisk: string[]) =>
@@ -438,7 +438,7 @@ Deno.test("a section gets the key types that it wants, and a line whole", () => 
 
 Deno.test("[every] is delivered last", () => {
   const on = line("a.example", [section("every", { update: ["a"] }), WEB]);
-  assert.equal(pending(on), `${NEVER}; [every] never delivered`);
+  assert.equal(pending(on), `${NEVER}; [every] first delivery`);
 });
 
 Deno.test("a delivery that failed waits, and starts anew with another certificate, other commands or endpoints", () => {
@@ -702,7 +702,7 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
   // an exclamation mark: an alert goes out
   const table: [what: string, state: Partial<State>, now: number, problems: string, found?: Entry][] = [
     ["all is well", delivered, 2, ""],
-    ["never delivered yet", {}, 2, ""],
+    ["first delivery yet", {}, 2, ""],
     ["a line failed", failing({}), 61, failed],
     ["a line failed three times", failing({ count: 3 }), 61, `${failed}!`],
     ["a line failed, and is overdue", failing({}), 63, `${failed}!`],
@@ -878,9 +878,9 @@ Deno.test("a directory of version 1 is taken over with what was not delivered ye
     assert.equal(state.owed, undefined);
     return pending(on, state);
   };
-  assert.equal(taken(JSON.stringify({ version: 1, owed })), "[mail] never delivered");
+  assert.equal(taken(JSON.stringify({ version: 1, owed })), "[mail] first delivery");
   assert.equal(taken(JSON.stringify({ version: 1 })), "");
-  assert.equal(taken(JSON.stringify(emptyState())), `${NEVER}; [mail] never delivered`);
+  assert.equal(taken(JSON.stringify(emptyState())), `${NEVER}; [mail] first delivery`);
 });
 
 Deno.test("names from outside may be anything, such as what every object has", () => {
@@ -888,7 +888,7 @@ Deno.test("names from outside may be anything, such as what every object has", (
     const own = section(name, { update: ["x"], alert: ["mail"], verify: endpoints("web1:443") });
     const on = line(name, [own]);
     const [config, one] = [configure([on]), present(on)];
-    const never = `[${name}] never delivered`;
+    const never = `[${name}] first delivery`;
     assert.equal(pending(on), never);
     const receipt = { digest: listsDigest(own, "prod"), fingerprint: "new", at: iso(1) };
     const text = JSON.stringify({

@@ -39,7 +39,7 @@ function printed(options: Partial<OutputOptions>, events: readonly Event[]): str
     },
     ...options,
   });
-  for (const event of events) report.tell(event);
+  for (const event of events) report.emit(event);
   return text;
 }
 

@@ -96,7 +96,7 @@ Deno.test("status exits with 1 where there is a problem, and a renewal that is m
         bed.act(`[default]\nupdate: ["true"]`);
       },
       0,
-      /^\[default\] +1 +next run +never delivered$/m,
+      /^\[default\] +1 +next run +first delivery$/m,
     ],
     ["a delivery that failed", async (bed) => {
       bed.act(`[default]\nupdate: ["false"]`);

@@ -46,7 +46,7 @@ Deno.test("a section uploads certificates, keys, each certificate, then updates,
     "a.example.com",
     `[default]
 rehearse: yes
-update: ["echo pause >> HERE/log", "echo reload a >> HERE/log", "echo pause >> HERE/log", "echo reload b >> HERE/log"]
+update: ["echo pause >> HERE/log", "echo reload a >> HERE/log", "", "echo pause >> HERE/log", "echo reload b >> HERE/log"]
 uploadEach: ["echo each KEY_TYPE DOMAIN >> HERE/log"]
 uploadKeys: ["echo keys >> HERE/log"]
 uploadCerts: ["echo certs 1 >> HERE/log", "echo certs 2 >> HERE/log"]`,
@@ -261,6 +261,21 @@ Deno.test("twenty hosts that are given new commands are given them one at a time
   bed.act(names.map((name) => `[${name}]\ndomains: ${name}\nupdate: ${update}`).join("\n"));
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual(bed.take(), names);
+});
+
+Deno.test("at most eight sections are given new certificates at once", async () => {
+  const names = Array.from({ length: 12 }, (_, n) => `host${n}.example.com`);
+  // each waits until eight have begun, and says how many are at it
+  const update =
+    `["echo >> HERE/begun; mkdir -p HERE/at/DOMAINS_CN; until test $(wc -l < HERE/begun) -ge 8; do sleep 0.01; done", ` +
+    `"ls HERE/at | wc -l >> HERE/log; sleep 0.02; rmdir HERE/at/DOMAINS_CN"]`;
+  await using bed = await bedOf(
+    names.join("\n"),
+    names.map((name) => `[${name}]\ndomains: ${name}\nupdate: ${update}`).join("\n"),
+  );
+  assert.equal((await bed.run()).code, 0);
+  const counts = bed.take().map(Number);
+  assert.deepEqual([counts.length, Math.max(...counts)], [12, 8]);
 });
 
 Deno.test("new certificates go out side by side while a rollout waits for its turn", async () => {

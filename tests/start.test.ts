@@ -104,6 +104,7 @@ for (const [user, uid] of Object.entries(USERS)) {
       const table: [args: string, code: number, seen: RegExp, answers?: Record<string, string>][] = [
         ["--help", 0, /Exit status: 0/],
         ["--check", 0, /1 line of domains/],
+        ["--check --challenges", 1, /a\.example\.com: http-01/],
         ["--prod --plan", 0, /a\.example\.com/],
         ["--prod", 0, /^issued .*a\.example\.com/m],
         ["--prod", 0, /nothing due/],
@@ -112,6 +113,7 @@ for (const [user, uid] of Object.entries(USERS)) {
         ["--prod --prune", 0, /no file/],
         ["--prod --status", 0, /a\.example\.com/],
         ["--prod --status --offline --json", 0, /^\{/m],
+        ["--prod --status --metrics", 0, /^lematt_/m],
         ["--prod --rollover", 0, /new key/, { "[y/N]": "y\n" }],
         ["--prod --revoke a.example.com", 2, /nothing was done/, { "[y/N]": "n\n" }],
         ["--prod --revoke a.example.com", 0, /revoked/, { "[y/N]": "y\n" }],

@@ -59,8 +59,8 @@ const RUNS = 6;
 // ---- run ------------------------------------------------------------------------------------------------
 
 /**
- * A whole run, or a part that `selection` names. Throws LockedError, StateError, and the signal's reason. Where it cannot even
- * begin, alerts are sent all the same.
+ * A whole run, or a part that `selection` names. Throws LockedError, StateError, and the signal's reason. Where it cannot
+ * begin, or does not come to its end, alerts are sent all the same.
  */
 export async function run(
   config: Config,
@@ -69,9 +69,25 @@ export async function run(
   emit: Emit,
 ): Promise<Summary> {
   using store = await openStore(config, context, emit).catch(async (error) => {
-    if (!(error instanceof LockedError)) await alertUnopened(error, config, context, emit);
+    if (!(error instanceof LockedError)) await alertEnd(error, undefined, config, context, emit);
     throw error;
   });
+  try {
+    return await runWith(store, config, options, context, emit);
+  } catch (error) {
+    if (!context.signal.aborted) await alertEnd(error as Error, store.state, config, context, emit);
+    await store.saveState(); // what has been done
+    throw error;
+  }
+}
+
+async function runWith(
+  store: Store,
+  config: Config,
+  options: RunOptions,
+  context: Context,
+  emit: Emit,
+): Promise<Summary> {
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();
@@ -143,7 +159,7 @@ export async function run(
     issuing.finally(() => sections.allDone()),
     sections.attend(decided),
   ]);
-  for (const result of results) if (result.status === "rejected") await endWith(result.reason, store);
+  for (const result of results) if (result.status === "rejected") throw result.reason;
 
   const ended = context.now();
   const record: RunRecord = {
@@ -168,23 +184,24 @@ export async function run(
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
 }
 
-/** Alerts that nothing could be run, and of what can be read. */
-async function alertUnopened(error: Error, config: Config, context: Context, emit: Emit): Promise<void> {
-  let found = { state: emptyState(), inventory: [] as readonly Entry[] };
+/** Alerts that a run ended with an error, and of all else that can be read. */
+async function alertEnd(
+  error: Error,
+  known: State | undefined,
+  config: Config,
+  context: Context,
+  emit: Emit,
+): Promise<void> {
+  let found = { state: known ?? emptyState(), inventory: [] as readonly Entry[] };
   try {
-    found = observe(config, context, () => {});
+    const { state, inventory } = observe(config, context, () => {});
+    found = { state: known ?? state, inventory };
   } catch {
     // it is the state that cannot be read
   }
   const options = { counterpart: counterpartOf(config), writeError: () => error };
-  const problems = plan(config, found.inventory, found.state, context.now(), options);
-  await sendAlerts(problems, config, found, context, emit);
-}
-
-/** An error that ends a run: what has been done is remembered all the same. */
-async function endWith(reason: unknown, store: Store): Promise<never> {
-  await store.saveState();
-  throw reason;
+  const decided = plan(config, found.inventory, found.state, context.now(), options);
+  await sendAlerts(decided, config, found, context, emit);
 }
 
 async function openStore(config: Config, context: Context, emit: Emit): Promise<Store> {

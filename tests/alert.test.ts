@@ -298,6 +298,22 @@ Deno.test(
   },
 );
 
+Deno.test("an error that ends a run is alerted, once in 20 hours", async () => {
+  await using bed = await bedOf(
+    "a.example.com",
+    `[default]\nupdate: ["true"]\nverify: ["127.0.0.1:1"]\n${ALERT}`,
+  );
+  await bed.plant();
+  const sleep = () => Promise.reject(new TypeError("a bug"));
+  for (const count of [1, 0]) {
+    await assert.rejects(bed.run({ named: { deliver: ["[default]"] }, sleep }), { message: "a bug" });
+    assert.equal(takeAlerts(bed).match(/TypeError: a bug/g)?.length ?? 0, count);
+  }
+  bed.act(`[default]\nupdate: ["true"]\n${ALERT}`);
+  await bed.run();
+  assert.match(takeAlerts(bed), /^well again/);
+});
+
 // ---- when nothing can be written -------------------------------------------------------------------------
 
 async function mount(path: string, options: string): Promise<void> {

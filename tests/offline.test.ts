@@ -52,16 +52,14 @@ if (DIRECTORY === undefined) {
       }
       assert.equal(fetched.code, 0, fetched.err);
       await Deno.writeTextFile(join(directory, "installation.json"), JSON.stringify(installation));
-      const line =
-        `ip link set lo up && exec '${Deno.execPath()}' test -q --no-prompt -P=tests --no-check '${import.meta
-          .filename!}'`;
-      const inside = await new Deno.Command(NAMESPACE[0]!, {
-        args: [NAMESPACE[1]!, "sh", "-c", line],
-        env: { LEMATT_OFFLINE: directory },
-        stdout: "inherit",
-        stderr: "inherit",
+      const script = 'ip link set lo up && exec "$0" test --no-prompt -P=tests --no-check "$1" 2>&1';
+      const { code, stdout } = await new Deno.Command(NAMESPACE[0]!, {
+        args: [NAMESPACE[1]!, "sh", "-c", script, Deno.execPath(), import.meta.filename!],
+        env: { LEMATT_OFFLINE: directory, NO_COLOR: "1" },
       }).output();
-      assert.equal(inside.code, 0);
+      const shown = new TextDecoder().decode(stdout);
+      assert.equal(code, 0, shown);
+      assert.match(shown, /5 passed/);
     } finally {
       await run("rm", "-rf", directory);
     }

@@ -1,0 +1,596 @@
+/**
+ * Runs lematt and the Python original side by side on generated configurations before Pebble, and lists what differs:
+ *
+ *     deno run -q --no-prompt -P=tests tests/compare-original.ts DIRECTORY_OF_ORIGINAL [COUNT [FIRST]]
+ *
+ * Files (names, kinds, modes, links), hook commands (order, arguments, environment, directory) and exit status are
+ * compared. Then lematt takes over what the original has made: nothing may be issued, everything is delivered once.
+ * Each difference must be one that conf/migrate/original.md documents; any other is printed and makes the exit status 1.
+ * The original needs python3 and openssl; it runs from a copy that is pointed at Pebble.
+ */
+
+import { existsSync } from "node:fs";
+import { join, relative } from "node:path";
+import { startWebroot } from "./ca.ts";
+import { run } from "./install.ts";
+import { startPebble } from "./pebble.ts";
+import { LEMATT } from "./programs.ts";
+
+const [source, count = "100", first = "1"] = Deno.args;
+if (source === undefined) {
+  console.error("usage: compare-original.ts DIRECTORY_OF_ORIGINAL [COUNT [FIRST]]");
+  Deno.exit(2);
+}
+
+// ---- what is documented ------------------------------------------------------------------------------------------
+
+const DOCUMENT = Deno.readTextFileSync(join(import.meta.dirname!, "../conf/migrate/original.md"));
+
+/** Documented differences, and how often each was seen. */
+const seen = new Map<string, number>();
+
+/** A difference that the document has under this name. */
+function documented(name: string): string {
+  if (!DOCUMENT.includes(`\n| ${name} |`)) throw new Error(`conf/migrate/original.md does not have: ${name}`);
+  seen.set(name, (seen.get(name) ?? 0) + 1);
+  return name;
+}
+
+// ---- configurations ----------------------------------------------------------------------------------------------
+
+/** A configuration, and what about it leads to documented differences. */
+interface Sample {
+  readonly mode: "test" | "prod";
+  readonly settings: string;
+  readonly domains: string;
+  readonly actions: string;
+  /** Names of each line, as the original reads them. */
+  readonly lines: readonly (readonly string[])[];
+  /** Of actions.conf, and the names in their `domains`. */
+  readonly overrides: ReadonlyMap<string, readonly string[]>;
+  /** The names of documented differences that make the one or the other refuse it. */
+  readonly refusedHere?: string;
+  readonly acceptedHereOnly?: string;
+  /** A name that the CA cannot find. */
+  readonly lost?: string;
+  /** Whether a command fails; a prepare command. */
+  /** Whether file names are spelled otherwise: in upper case, or with the primary twice. */
+  readonly spelled: boolean;
+  readonly failing: boolean;
+  readonly failingPrepare: boolean;
+}
+
+/** A sequence of numbers that is the same each time (mulberry32). */
+function dice(seed: number) {
+  const next = () => {
+    seed = seed + 0x6d2b79f5 | 0;
+    let t = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+  const below = (n: number) => Math.floor(next() * n);
+  return {
+    below,
+    chance: (p: number) => next() < p,
+    pick: <T>(all: readonly T[]): T => all[below(all.length)]!,
+    some: <T>(all: readonly T[], most: number): T[] => {
+      const rest = [...all];
+      return Array.from({ length: below(most + 1) }, () => rest.splice(below(rest.length), 1)[0]!);
+    },
+  };
+}
+
+const PRIMARIES =
+  "example.com example.com.au example.org mail.example.org a-b.example.net xn--bcher-kva.example " +
+  "deep.er.sub.example.com static.example.info";
+const SUBDOMAINS = "www shop mail git wiki chat";
+
+/** What the original takes and lematt does not, by file. */
+const REFUSED: readonly (readonly [name: string, settings?: string, domains?: string, actions?: string])[] = [
+  ["slips", "reauthorizeDay: 10"],
+  ["slips", undefined, undefined, "[mailer]\ndomains: x.example.com\nupdates: []"],
+  ["numbers", "reauthorizeDays: -1"],
+  ["numbers", "keyBitsRSA: 2050"],
+  ["curves", "curve: secp256k1"],
+  ["tags", "rsaTag: same\ncurveTag: same"],
+  ["tags", "rsaTag: rsa=1024"],
+  ["host names", undefined, "under_score.example.com"],
+  ["host names", undefined, "dot.example.com."],
+];
+
+/** What both take, though it is odd. */
+const ODD_SETTINGS = [
+  "reauthorizeDays: 1e1",
+  "reauthorizeDays = +15",
+  "REAUTHORIZEDAYS: 12.5",
+  "rsaTag: rsa@+1",
+  "rsaTag: r%(keyBitsRSA)s\ncurveTag: e.%(curve)s",
+  "colour: blue",
+  "alwaysGenerateNewKeys: on",
+  "generateNewCertsAfterDays: 30",
+  "curve: secp384r1",
+];
+const ODD_ACTIONS = ["colour: blue", "ocspStapleRequired: no", "ocspStapleRequired = off"];
+
+function sample(seed: number, hook: string): Sample {
+  const { below, chance, pick, some } = dice(seed * 7919);
+  const lines: string[][] = [];
+  let spelled = false;
+  const texts: string[] = [];
+  const pool = PRIMARIES.split(" ");
+  for (let left = 1 + below(4); left > 0; left--) {
+    let [primary] = pool.splice(below(pool.length), 1);
+    if (chance(0.05)) primary = primary!.replace(/^./, (letter) => letter.toUpperCase());
+    const words = [primary!, ...some(SUBDOMAINS.split(" "), chance(0.5) ? 0 : 4)];
+    if (words.length > 1 && chance(0.1)) words.push(primary!);
+    spelled ||= /[A-Z]/.test(primary!) || words.lastIndexOf(primary!) > 0;
+    if (words.length > 1 && chance(0.1)) words.push(words[1]!);
+    if (words.length > 1 && chance(0.1)) words[1] = `${words[1]}.${primary}`;
+    if (lines.length && chance(0.06)) words.push(lines[0]!.at(-1)!); // on two lines
+    lines.push([...new Set(words.map((word) => word.includes(".") ? word : `${word}.${primary}`))]);
+    texts.push(`${words.join(pick([" ", "  ", "\t"]))}${pick(["", "", " "])}`);
+    if (chance(0.1)) texts.push(texts.at(-1)!); // the same line twice
+    if (chance(0.2)) texts.push(pick(["# example.net", ""]));
+  }
+  const names = lines.flat();
+  const lost = chance(0.06) ? pick(names) : undefined;
+  const refused = chance(0.1) ? pick(REFUSED) : undefined;
+  let acceptedHereOnly: string | undefined;
+  const only = (name: string) => {
+    acceptedHereOnly = name;
+    return true;
+  };
+
+  const odd = some(ODD_SETTINGS, chance(0.5) ? 0 : 3).filter((text, i, all) =>
+    all.findIndex((other) => other.slice(0, 5).toLowerCase() === text.slice(0, 5).toLowerCase()) === i
+  );
+  const settings = [
+    ...odd,
+    ...chance(0.3) ? [] : ["keyBitsRSA: 1024"],
+    ...refused?.[1] ? [refused[1]] : [],
+  ].filter((text, i, all) =>
+    // a key stands once
+    !all.slice(i + 1).some((other) =>
+      other.split(/[:=\n ]/).some((word) =>
+        /^(reauth|rsaTag|keyBits|curve)/i.test(word) && text.toLowerCase().startsWith(word.toLowerCase())
+      )
+    )
+  );
+
+  let failing = false, failingPrepare = false;
+  const list = (section: string, kind: "prepare" | "certs" | "keys" | "update") => {
+    const word =
+      { prepare: ["DOMAIN"], certs: ["CERTS"], keys: ["KEYS"], update: ["DOMAINS_CN", "DOMAINS_ALL"] }[kind];
+    const commands = Array.from({ length: 1 + below(2) }, (_, index) => {
+      const fails = chance(0.03);
+      if (fails && kind === "prepare") failingPrepare = true;
+      else if (fails) failing = true;
+      const plain = `${hook} ${fails ? "fail" : "well"} ${section} ${kind} ${index} -- ${pick(word)}`;
+      if (kind === "prepare" || fails) return plain;
+      return pick([
+        plain,
+        plain,
+        `${plain} && true`,
+        `: "$HOME" | ${plain} 2>&1 | cat`,
+        `printf '100%%%%\\n' >/dev/null; ${plain}`,
+        `printf 'a\nb' >/dev/null\n${plain}`,
+      ]);
+    });
+    if (chance(0.05) && kind !== "prepare") commands.splice(below(2), 0, "");
+    const items = commands.map((command) => JSON.stringify(command));
+    return chance(0.3) ? `[${items.join(",\n   ")}]` : `[${items.join(", ")}]`;
+  };
+  const keysOf = (section: string) =>
+    [
+      ...chance(0.4) ? [`prepare: ${list(section, "prepare")}`] : [],
+      ...chance(0.7) ? [`uploadCerts${pick([": ", " = ", ":"])}${list(section, "certs")}`] : [],
+      ...chance(0.6) ? [`uploadKeys: ${list(section, "keys")}`] : [],
+      ...chance(0.8) ? [`${pick(["update", "update", "UPDATE"])}: ${list(section, "update")}`] : [],
+      ...chance(0.15)
+        ? [pick(ODD_ACTIONS.filter((text) => section !== "every" || !text.startsWith("ocsp")))]
+        : [],
+    ].join("\n");
+  const overrides = new Map<string, readonly string[]>();
+  const sections = [
+    ...chance(0.04) && only("sections") ? [] : [`[default]\n${keysOf("default")}`],
+    ...chance(0.04) && only("sections") ? [] : [`[every]\n${chance(0.5) ? "" : keysOf("every")}`],
+  ];
+  for (const name of some(["mail", "web", "Extra-1", "constructor"], 3)) {
+    const own = some(names, 3);
+    if (chance(0.1)) own.push(pick(["elsewhere.example.com", "www", "x.example.com,"]));
+    if (chance(0.05) && own[0]) own[0] = own[0].toUpperCase();
+    overrides.set(name, own);
+    sections.push(
+      `[${name}]\ndomains${pick([": ", " = "])}${own.join(pick([" ", "  ", "\n  "]))}\n${keysOf(name)}`,
+    );
+  }
+  if (refused?.[3]) sections.push(refused[3]);
+  if (chance(0.03) && only("`domains`")) texts.push(pick(["   ", "  # indented"]));
+  if (refused?.[2]) texts.push(refused[2]);
+  return {
+    mode: pick(["test", "prod"]),
+    settings: settings.join("\n"),
+    domains: `${texts.join("\n")}\n`,
+    actions: `${sections.join("\n\n")}\n`,
+    lines,
+    overrides,
+    refusedHere: refused?.[0],
+    acceptedHereOnly,
+    lost,
+    spelled,
+    failing,
+    failingPrepare,
+  };
+}
+
+// ---- what comes of a run -----------------------------------------------------------------------------------------
+
+interface Hook {
+  readonly section: string;
+  /** Kind and place in its list, such as `certs 0`. */
+  readonly command: string;
+  readonly args: readonly string[];
+  readonly environment: string;
+  readonly directory: string;
+}
+
+interface Outcome {
+  readonly code: number;
+  readonly output: string;
+  readonly hooks: readonly Hook[];
+  /** Path below the tree of the mode -> what stands there. */
+  readonly files: ReadonlyMap<string, string>;
+  /** Contents of certificates by path. */
+  readonly certificates: ReadonlyMap<string, string>;
+}
+
+const home = await Deno.makeTempDir({ prefix: "lematt-compare-" });
+const HOOK = join(home, "hook"), LOG = join(home, "log"), DROP = join(home, "drop");
+await Deno.mkdir(DROP);
+await Deno.writeTextFile(
+  HOOK,
+  `#!/bin/sh
+exec 9>>${LOG}; flock 9
+{ printf '%s\\037' "$PWD" "$@"; printf '\\036'; env -0 | tr '\\0' '\\037'; printf '\\035'; } >&9
+[ "$1" != fail ]
+`,
+  { mode: 0o755 },
+);
+
+/** The hooks that have run, in the order of time; `root` is where the run was started. */
+function takeHooks(root: string): Hook[] {
+  if (!existsSync(LOG)) return [];
+  const text = Deno.readTextFileSync(LOG).replaceAll(root, "HERE");
+  Deno.removeSync(LOG);
+  const ours = /^(LEMATT_\w*|DENO_\w+|_|PWD|OLDPWD|SHLVL)=/; // the latter three are shells'
+  return text.split("\x1d").slice(0, -1).map((record) => {
+    const [head, environment] = record.split("\x1e").map((part) => part.split("\x1f").slice(0, -1));
+    const [directory, , section, kind, index, , ...args] = head!;
+    return {
+      section: section!,
+      command: `${kind} ${index}`,
+      args,
+      environment: environment!.filter((variable) => !ours.test(variable)).sort().join("\n"),
+      directory: directory!,
+    };
+  });
+}
+
+function* tree(directory: string, base = directory): Iterable<[string, string]> {
+  if (!existsSync(directory)) return;
+  for (const { name } of Deno.readDirSync(directory)) {
+    const path = join(directory, name);
+    const { isDirectory, isSymlink, mode } = Deno.lstatSync(path);
+    const bits = (mode! & 0o7777).toString(8).padStart(4, "0");
+    const kind = isSymlink
+      ? `-> ${Deno.readLinkSync(path)}`
+      : `${isDirectory ? "directory" : "file"} ${bits}`;
+    yield [relative(base, path), kind];
+    if (isDirectory) yield* tree(path, base);
+  }
+}
+
+const environment = {
+  PATH: Deno.env.get("PATH")!,
+  HOME: Deno.env.get("HOME")!,
+  LC_ALL: "C.UTF-8",
+  OF_THE_USER: "a value  with blanks",
+};
+
+async function outcome(root: string, mode: string, command: readonly string[], env = {}): Promise<Outcome> {
+  const [program, ...args] = command;
+  const { code, stdout, stderr } = await new Deno.Command(program!, {
+    args: [...args, `--${mode}`, "--config", "conf/lematt.conf"],
+    cwd: root,
+    env: { ...environment, ...env },
+    clearEnv: true,
+    stdin: "null",
+  }).output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  const base = join(root, "conf", mode);
+  const files = new Map(tree(base));
+  const certificates = new Map(
+    [...files].filter(([path, kind]) => path.startsWith("cert/") && kind.startsWith("file"))
+      .map(([path]) => [path, Deno.readTextFileSync(join(base, path))]),
+  );
+  return { code, output: text(stdout) + text(stderr), hooks: takeHooks(root), files, certificates };
+}
+
+// ---- comparing ---------------------------------------------------------------------------------------------------
+
+/** Differences that are not documented. */
+function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
+  const found: string[] = [];
+  const { lines, overrides, lost, spelled, failing, failingPrepare } = sample;
+  /** Notes a difference, documented where one of the conditions holds. */
+  const differ = (text: string, ...reasons: [isSo: boolean, name: string][]) => {
+    const reason = reasons.find(([isSo]) => isSo);
+    if (reason) documented(reason[1]);
+    else found.push(text);
+  };
+  const all = lines.flat();
+  const isShared = new Set(all.map((name) => name.toLowerCase())).size < all.length;
+  const isUpper = all.some((name) => name !== name.toLowerCase());
+  const named = [...overrides.values()].flatMap((names) => [...new Set(names)]).map((name) =>
+    name.toLowerCase()
+  );
+  const isTwice = new Set(named).size < named.length;
+  const isOtherCase = isUpper || [...overrides.values()].flat().some((name) => name !== name.toLowerCase());
+  const failed: [boolean, string] = [lost !== undefined, "an issuance that fails"];
+  const stopped: [boolean, string] = [failing, "a command that fails"];
+  const unprepared: [boolean, string] = [failingPrepare, "`prepare`"];
+  const cased: [boolean, string] = [isOtherCase, "names in `domains` of a section"];
+  const lower: [boolean, string] = [spelled, "names"];
+  const shared: [boolean, string] = [isShared, "a name on two lines"];
+  const several: [boolean, string] = [isTwice, "several override sections for one name"];
+
+  if (original.code !== here.code) {
+    differ(`exit status ${original.code}, here ${here.code}`, failed, unprepared, stopped);
+  }
+
+  for (const path of new Set([...original.files.keys(), ...here.files.keys()])) {
+    const [there, now] = [original.files.get(path), here.files.get(path)];
+    if (there === now) continue;
+    differ(
+      `${path}: ${there ?? "nothing"}, here ${now ?? "nothing"}`,
+      [/^(state\.json|\.lock)$/.test(path), "files of its own"],
+      [path === "key" && now === "directory 0700", "directories of keys"],
+      failed,
+      unprepared,
+      lower,
+      shared,
+    );
+  }
+
+  const sections = new Set([...original.hooks, ...here.hooks].map(({ section }) => section));
+  for (const section of sections) {
+    const [there, now] = [original, here].map(({ hooks }) =>
+      hooks.filter((hook) => hook.section === section)
+    );
+    const isPrepare = ({ command }: Hook) => command.startsWith("prepare");
+    const prepared = [there!, now!].map((hooks) =>
+      hooks.filter(isPrepare).map(({ command, args }) => `${command} ${args.join(" ").toLowerCase()}`).sort()
+    );
+    if (prepared[0]!.join() !== prepared[1]!.join()) {
+      const [a, b] = prepared.map((list) => [...new Set(list)].join());
+      const isSame = a === b;
+      differ(
+        `[${section}] prepare: ${a}, here ${b}`,
+        [isSame, "`prepare`"],
+        failed,
+        unprepared,
+        several,
+        cased,
+        shared,
+      );
+    }
+    const [lists, ours] = [there!, now!].map((hooks) => hooks.filter((hook) => !isPrepare(hook)));
+    const order = [lists!, ours!].map((hooks) => hooks.map(({ command }) => command).join(", "));
+    if (order[0] !== order[1]) {
+      differ(
+        `[${section}] ran ${order[0] || "nothing"}, here ${order[1] || "nothing"}`,
+        stopped,
+        failed,
+        unprepared,
+        several,
+        cased,
+        shared,
+      );
+    }
+    for (const hook of lists!) {
+      const own = ours!.find(({ command }) => command === hook.command);
+      if (!own) continue;
+      const words = new Set(own.args.map((word) => word.toLowerCase()));
+      const theirs = new Set(hook.args.map((word) => word.toLowerCase()));
+      const less = [...theirs].filter((word) => !words.has(word));
+      const more = [...words].filter((word) => !theirs.has(word));
+      const isPath = /^(certs|keys)/.test(hook.command);
+      if (less.length) {
+        const isPattern = isPath &&
+          less.every((path) =>
+            path.endsWith("*") || original.files.has(path.replace(/^here\/conf\/(test|prod)\//, ""))
+          );
+        differ(`[${section}] ${hook.command} had ${less.join(" ")}`, failed, unprepared, lower, [
+          isPattern,
+          "`CERTS`, `KEYS`",
+        ], shared);
+      }
+      if (more.length) {
+        differ(
+          `[${section}] ${hook.command} has ${more.join(" ")} here`,
+          failed,
+          unprepared,
+          several,
+          cased,
+          lower,
+          shared,
+        );
+      }
+      if (hook.environment !== own.environment) {
+        found.push(
+          `[${section}] ${hook.command}: environment\n${hook.environment}\nhere\n${own.environment}`,
+        );
+      }
+      if (hook.directory !== own.directory) {
+        found.push(`[${section}] ${hook.command}: run in ${hook.directory}, here ${own.directory}`);
+      }
+    }
+  }
+  const sequence = (
+    { hooks }: Outcome,
+  ) => [
+    ...new Set(hooks.filter(({ command }) => !command.startsWith("prepare")).map(({ section }) => section)),
+  ];
+  const [a, b] = [sequence(original), sequence(here)];
+  if (b.includes("every") && b.at(-1) !== "every") found.push(`[every] is not last: ${b.join(" ")}`);
+  if (a.join() !== b.join() && a.toSorted().join() === b.toSorted().join()) documented("sections");
+  return found;
+}
+
+/** What is wrong after lematt has taken over a directory that the original made. */
+function compareTakenOver(sample: Sample, before: Outcome, after: Outcome, fresh: Outcome): string[] {
+  const found: string[] = [];
+  const all = sample.lines.flat().map((name) => name.toLowerCase());
+  const isShared = new Set(all).size < all.length;
+  for (const [path, text] of before.certificates) {
+    if (after.certificates.get(path) === text) continue;
+    if (isShared) documented("a name on two lines");
+    else found.push(`taken over: ${path} was issued anew`);
+  }
+  if (isShared) return found;
+  for (const path of after.files.keys()) {
+    if (!before.files.has(path) && !/^(state\.json|\.lock)$/.test(path)) {
+      found.push(`taken over: ${path} is new`);
+    }
+  }
+  const shown = (words: readonly string[]) =>
+    sample.spelled
+      ? words.length
+      : words.map((word) => word.replace(/.*\//, "").toLowerCase()).sort().join(" ");
+  const lists = ({ hooks }: Outcome) =>
+    hooks.filter(({ command }) => !command.startsWith("prepare"))
+      .map(({ section, command, args }) => `[${section}] ${command} ${shown(args)}`)
+      .sort();
+  const [once, expected] = [lists(after), lists(fresh)];
+  if (once.join("\n") !== expected.join("\n")) {
+    found.push(`taken over: delivered\n${once.join("\n")}\nnot\n${expected.join("\n")}`);
+  }
+  return found;
+}
+
+// ---- the programs --------------------------------------------------------------------------------------------------
+
+await using web = startWebroot(DROP);
+await using pebble = await startPebble({
+  httpPort: web.port,
+  env: { PEBBLE_WFE_NONCEREJECT: "0", PEBBLE_AUTHZREUSE: "0" },
+});
+
+/** A copy of the original that asks Pebble, waits less, and names the single name of a request as a SAN as well. */
+const copy = join(home, "original");
+await Deno.mkdir(copy);
+const changes: Record<string, readonly (readonly [from: RegExp, to: string])[]> = {
+  "lematt.py": [
+    [/STAGING = ".*"/, `STAGING = "${pebble.directoryUrl}"`],
+    [/PRODUCTION = ".*"/, `PRODUCTION = "${pebble.directoryUrl}"`],
+    [/useSAN = len\(domains\) > 1/, "useSAN = True"],
+  ],
+  "acme_tiny.py": [
+    [/disable_check=False,/, "disable_check=True,"], // names here are found by Pebble alone
+    [/else 2\)/, "else 0.1)"],
+  ],
+};
+for (const [file, replacements] of Object.entries(changes)) {
+  let text = await Deno.readTextFile(join(source, file));
+  for (const [from, to] of replacements) {
+    if (!from.test(text)) throw new Error(`${file} has no ${from}`);
+    text = text.replace(from, to);
+  }
+  await Deno.writeTextFile(join(copy, file), text);
+}
+// not a wrapper that adds variables of its own
+const PYTHON = await run("python3", "-c", "import sys; print(sys.executable, end='')");
+const account = join(home, "account.key");
+await run("openssl", "genrsa", "-out", account, "2048");
+await Deno.chmod(account, 0o600);
+
+async function configure(root: string, { settings, domains, actions }: Sample) {
+  await Deno.mkdir(join(root, "conf"), { recursive: true });
+  const write = (name: string, text: string) => Deno.writeTextFile(join(root, "conf", name), text);
+  await write("domains", domains);
+  await write("actions.conf", actions);
+  await write("lets-encrypt-x3-cross-signed.pem", ""); // else the original fetches it
+  await write(
+    "lematt.conf",
+    `[config]
+accountKey: ${account}
+challengeDropDir: ${DROP}
+directory: ${pebble.directoryUrl}
+testDirectory: ${pebble.directoryUrl}
+caBundle: ${pebble.caBundleFile}
+preflight: no
+${settings}
+`,
+  );
+}
+
+const python = (root: string, mode: string) =>
+  outcome(root, mode, [PYTHON, join(copy, "lematt.py")], { SSL_CERT_FILE: pebble.caBundleFile });
+const lematt = (root: string, mode: string) =>
+  outcome(root, mode, LEMATT, { SSL_CERT_FILE: pebble.caBundleFile });
+
+let wrong = 0, taken = 0;
+for (let seed = Number(first); seed < Number(first) + Number(count); seed++) {
+  const each = sample(seed, HOOK);
+  for (const name of each.lines.flat()) {
+    if (name !== each.lost) pebble.dns.set(name, "A", "127.0.0.1");
+    else pebble.dns.set(name, "A");
+  }
+  const [theirs, ours] = ["theirs", "ours"].map((name) => join(home, String(seed), name));
+  for (const root of [theirs!, ours!]) await configure(root, each);
+  const here = await lematt(ours!, each.mode);
+  let original = await python(theirs!, each.mode);
+  // it finalizes orders that Pebble does not call ready yet, and gives up then
+  for (let left = 5; left && !each.lost && original.output.includes("orderNotReady"); left--) {
+    await Deno.remove(theirs!, { recursive: true });
+    await configure(theirs!, each);
+    original = await python(theirs!, each.mode);
+  }
+  const found: string[] = [];
+  if (each.refusedHere) {
+    documented(each.refusedHere);
+    if (here.code !== 2 || here.files.size || here.hooks.length) {
+      found.push(`not refused: ${each.refusedHere}`);
+    }
+  } else if (each.acceptedHereOnly && original.code !== 0) {
+    documented(each.acceptedHereOnly);
+    if (here.code === 2) found.push(`not accepted: ${each.acceptedHereOnly}`);
+  } else {
+    found.push(...compare(each, original, here));
+    if (original.code === 0 && here.code === 0) {
+      const again = await lematt(ours!, each.mode);
+      if (again.hooks.length || again.code) found.push(`a second run is not idle: ${again.output}`);
+      taken++;
+      const over = await lematt(theirs!, each.mode);
+      found.push(...compareTakenOver(each, original, over, here));
+    }
+  }
+  if (found.length) {
+    wrong++;
+    console.log(
+      `--- configuration ${seed}, --${each.mode}\n${each.settings}\n\n${each.domains}\n${each.actions}`,
+    );
+    const said = original.output.split("\n").filter((line) => /FAILED|Error/.test(line)).join("\n");
+    console.log(`the original: ${original.code}\n${said}\nhere: ${here.code}\n${here.output}`);
+    for (const text of found) console.log(`DIFFERENT ${text}`);
+  } else console.error(`${seed}: as documented (${original.code}, ${here.code})`);
+  await Deno.remove(join(home, String(seed)), { recursive: true });
+}
+await Deno.remove(home, { recursive: true });
+console.log(
+  `${count} configurations, ${taken} directories taken over, ${wrong} with differences that are not documented`,
+);
+for (const [name, times] of [...seen].sort((a, b) => b[1] - a[1])) {
+  console.log(`${String(times).padStart(6)}  ${name}`);
+}
+Deno.exit(wrong ? 1 : 0);

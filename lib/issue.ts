@@ -125,9 +125,18 @@ export class Issuer {
     let key = await readAccountKey(config, state);
     if (key === undefined) {
       const pem = await generateKey({ type: "ec", curve: "P-256" });
-      await store.createSecret(path, pem);
-      emit({ kind: "account key", path, how: "made" });
-      key = await importKey(pem);
+      try {
+        await store.createSecret(path, pem);
+        emit({ kind: "account key", path, how: "made" });
+        key = await importKey(pem);
+      } catch (error) {
+        // as with the original, the key that is there may be where this user can only read: it serves both modes then
+        const shared = readIfPresent(config.accountKey);
+        if (!["EACCES", "EPERM", "EROFS"].includes((error as { code?: string }).code ?? "") || !shared) {
+          throw error;
+        }
+        key = await importKey(shared);
+      }
     }
     const client = await connecting;
     await this.#register(client, key);

@@ -127,11 +127,13 @@ function linkOwners(config: Config): Map<string, Line> {
   return owners;
 }
 
-/** The files by which the names of a line of several find its bundle. */
+/** The files by which the names of a line of several find its bundle; those under an older spelling are kept with it. */
 function linksOf(config: Config, { line, keyType, stem }: Entry, owners: ReadonlyMap<string, Line>): Files[] {
   if (line.names.length === 1) return [];
-  return line.names.filter((name) => owners.get(name) === line).map((name) => stemOf(config, [name]))
-    .filter((own) => own !== stem).map((own) => filesOf(config, own, keyType));
+  const former = stem === stemOf(config, line.names) ? [] : line.formerNames.flat();
+  return [...new Set([...line.names, ...former])].filter((name) => owners.get(name.toLowerCase()) === line)
+    .map((name) => stemOf(config, [name])).filter((own) => own !== stem)
+    .map((own) => filesOf(config, own, keyType));
 }
 
 // ---- inventory ------------------------------------------------------------------------------------------

@@ -156,6 +156,23 @@ Deno.test("each mode has a key of its own; --test goes on with that of --prod wh
   assert.deepEqual(keyFiles(bed), ["account.key 600", ...ONE_KEY]);
 });
 
+Deno.test("--test shares a key beside which this user can write nothing", async () => {
+  await using bed = await bedFor();
+  const directory = bed.path("keys"), key = bed.path("keys", "account.key");
+  await Deno.mkdir(directory);
+  await Deno.writeTextFile(key, newKey(), { mode: 0o600 });
+  await Deno.chmod(directory, 0o555);
+  bed.configure({ settings: `accountKey: ${key}\nkeyTypes: ec\npreflight: no` });
+  // root is refused nothing, unless that is taken from it
+  const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-dac_override"] : [];
+  for (const out of [/^issued /m, /^nothing due/m]) {
+    const { code, stdout, stderr } = await bed.lemattBy(by, "--test");
+    assert.deepEqual([code, stderr], [0, ""]);
+    assert.match(stdout, out);
+  }
+  assert.deepEqual([bed.ca.accounts.length, [...Deno.readDirSync(directory)].length], [1, 1]);
+});
+
 Deno.test("a key that cannot be used is an error in one line, which does not show it", async () => {
   await using bed = await bedFor();
   const text = `-----BEGIN PRIVATE KEY-----\n${btoa("secret".repeat(20))}\n-----END PRIVATE KEY-----\n`;

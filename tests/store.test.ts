@@ -172,6 +172,15 @@ Deno.test("files under a spelling of the original's are found, and renewed under
   await issueAll(lower);
   assert.equal(kinds(lower), "present");
   assert.equal(listing(config.base, "csr").length, 1);
+  // what a service reads under an old name is neither an orphan nor left out of deliveries
+  assert.deepEqual(orphans(lower, [entry!]), []);
+  using store = await open(lower);
+  assert.deepEqual(store.pathsOf(entry!).certs.map((path) => basename(path).split("-")[0]), [
+    "example.com_WWW.example.com",
+    "example.com",
+    "www.example.com",
+    "WWW.example.com",
+  ]);
 });
 
 Deno.test("a name that has a line of its own keeps its file; of two lines of several, the first has the link", async () => {

@@ -2,10 +2,9 @@
  * Keys, certificate signing requests, and the facts that a certificate states.
  *
  * Works on text and bytes alone: it knows neither files nor the network. A run reads all certificates and mostly has
- * nothing else to do, so what stands in them is read here, byte by byte: `node:crypto` takes as long to load as an empty
- * program runs, and its X509Certificate, which takes twice as long for each, does not know the authority's key identifier.
- * Whether what is read is true, and all that keys do, is left to `node:crypto` and to `@peculiar/x509`, which no other
- * file imports; both are loaded when they are first needed.
+ * nothing else to do, so what stands in them is read here, byte by byte: X509Certificate of `node:crypto` takes twice as
+ * long, and does not know the authority's key identifier. Whether it is true, and all that keys do, is left to `node:crypto`
+ * and to `@peculiar/x509`, which no other file imports; both are loaded when they are first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */

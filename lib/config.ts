@@ -18,11 +18,10 @@ import {
   toIdentifier,
   toIPv6,
 } from "./names.ts";
-import { type KeySpec, keySpecOf, pemBlocks, readCertificate } from "./x509.ts";
+import { type Curve, CURVES, type KeySpec, keySpecOf, pemBlocks, readCertificate } from "./x509.ts";
 
 export type Mode = "test" | "prod";
 export type KeyType = "rsa" | "ec";
-export type Curve = "P-256" | "P-384" | "P-521";
 export type ChallengeType = "http-01" | "dns-01" | "dns-persist-01";
 
 /** An error, a warning or advice: `file:line: text`, with an optional hint. */
@@ -208,9 +207,7 @@ const SETTINGS = {
   curve: key(
     oneOf<Curve>(
       "prime256v1, secp384r1 or secp521r1",
-      ["P-256", "prime256v1", "secp256r1", "p-256"], // as OpenSSL, the SEC and NIST call them
-      ["P-384", "secp384r1", "p-384"],
-      ["P-521", "secp521r1", "p-521"],
+      ...CURVES.map(({ curve, names }) => [curve, ...names, curve.toLowerCase()] as [Curve, ...string[]]),
     ),
     "prime256v1",
   ),

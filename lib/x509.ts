@@ -17,8 +17,9 @@ import { isIP, toIPv6 } from "./names.ts";
 /** What kind of key. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
   readonly type: "ec";
-  readonly curve: typeof CURVES[number]["curve"];
+  readonly curve: Curve;
 };
+export type Curve = typeof CURVES[number]["curve"];
 
 /**
  * The curves under each name that they have here: NIST's, the object identifier (SEC 2 §A.2, in hexadecimal), OpenSSL's and

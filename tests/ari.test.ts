@@ -231,7 +231,11 @@ Deno.test("after a mass revocation the next run renews everything, and the runs 
   suggest(bed, -2 * HOUR, -HOUR, "https://ca.example/incident");
   const drill = await bed.run();
   assert.equal(drill.code, 0, drill.stderr);
-  assert.equal(drill.stdout.match(/https:\/\/ca\.example\/incident/g)?.length, 3, drill.stdout);
+  const issued = drill.stdout.match(/^issued .*/gm) ?? [];
+  assert.ok(
+    issued.length >= 3 && issued.every((line) => line.includes("https://ca.example/incident")),
+    drill.stdout,
+  );
   assert.deepEqual(bed.ca.issued.slice(6).map(({ replaces }) => replaces).sort(), before.sort());
   for (let hour = 4; hour < 24; hour += 4) {
     suggest(bed, -2 * HOUR, -HOUR);

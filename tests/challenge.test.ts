@@ -172,7 +172,7 @@ Deno.test("a CA that does not offer http-01 is asked nothing, and what it offers
       ...body,
       challenges: change(body.challenges as { type: string }[]),
     });
-    bed.ca.switches.fault = befalling("authz", { kind: "rewrite", rewrite });
+    bed.ca.switches.fault = befalling("authz", { kind: "rewrite", rewrite }, 20);
     const ran = await bed.run({ retry: true });
     assert(ran.stderr.includes(`the CA does not offer http-01 for ${NAME}, only ${offered}\n`), ran.stderr);
   }

@@ -25,6 +25,7 @@ import {
   generateKey,
   type KeySpec,
   keySpecOf,
+  pemBlocks,
   publicKeyHash,
   rootOf,
 } from "./x509.ts";
@@ -76,6 +77,8 @@ const MOST_RESPONSES = 4;
 const ORDER_LIFE_MS = 7 * DAY_MS;
 /** How long the CA is left alone where it set a limit and did not say until when. */
 const UNSTATED_HOLD_MS = HOUR_MS;
+/** What the CA says of a hundred names need not be in the state, and in every alert, whole. */
+const LONGEST_REMEMBERED = 2_000;
 /** A clock that differs by more makes certificates due that are not, and limits of the CA are used up on them. */
 const MOST_SKEW_MS = DAY_MS;
 
@@ -651,6 +654,9 @@ export class Issuer {
     const received = await this.#chainOf(order, line, client);
     try {
       const { leaf, chainPem } = checkChain(received, line.names, keyPem, context.now());
+      if (pemBlocks(chainPem).length === 1 && !leaf.selfSigned) {
+        context.warn(`the CA sent no certificate of an issuer for ${line.names[0]}; clients may miss it`);
+      }
       return { keyPem, csrPem: csr.pem, chainPem, certificate: leaf };
     } catch (error) {
       if (!(error instanceof ChainError)) throw error;
@@ -842,7 +848,7 @@ function failureAfter(
     count,
     since: before?.since ?? now.toISOString(),
     at: now.toISOString(),
-    error: messageOf(error).split("\n")[0]!,
+    error: messageOf(error).split("\n")[0]!.slice(0, LONGEST_REMEMBERED),
     retryAt: retryAt?.toISOString(),
     ...(shared && { shared }),
   };

@@ -665,6 +665,18 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
   }
 });
 
+Deno.test("a chain that holds no issuer is taken, since that may be a root, and is said", async () => {
+  await using bed = await oneCertificate({
+    fault: befalling("certificate", {
+      kind: "rewrite text",
+      rewrite: (chain) => chain.slice(0, chain.indexOf("-----END") + 26),
+    }),
+  });
+  const { code, stdout } = await bed.run();
+  assert.equal(code, 0);
+  assert.match(stdout, /no certificate of an issuer for example\.com; clients may miss it/);
+});
+
 // ---- faults ------------------------------------------------------------------------------------------------------
 
 const STEPS: readonly Resource[] = [

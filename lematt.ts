@@ -312,7 +312,11 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     err,
   });
   const emit = report.emit.bind(report);
-  const context = { ...outside, warn: (text: string) => emit({ kind: "notice", text }) };
+  const context: Context = {
+    ...outside,
+    warn: (text) => emit({ kind: "notice", text }),
+    onOutput: options.verbose ? (text, whose) => emit({ kind: "output", text, whose }) : undefined,
+  };
   if (command !== "status") {
     for (const warning of config.warnings) emit({ kind: "notice", text: noticeText(warning) });
   }
@@ -321,7 +325,6 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     parallel: options.parallel ?? config.parallel,
     retry,
     selection,
-    verbose: options.verbose ?? false,
   };
 
   switch (command) {

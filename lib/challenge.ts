@@ -188,7 +188,15 @@ export class Challenges {
     });
     for (const wanted of group) {
       placed.add(wanted);
-      await runHooks("dnsPresent", wanted.name, wanted.content, config, this.#oneHook, context.signal);
+      await runHooks(
+        "dnsPresent",
+        wanted.name,
+        wanted.content,
+        config,
+        context,
+        this.#oneHook,
+        context.signal,
+      );
     }
     const last = group.at(-1)!;
     let displaced: readonly Wanted[] = [];
@@ -264,7 +272,7 @@ export async function checkChallenges(
   context: Context,
   account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<ChallengeFinding[]> {
-  await using prepare = new PrepareCommands(context.warn);
+  await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
   const atOnce = limit(MOST_CHECKS);
   const names = [...new Set(config.lines.flatMap(({ names }) => names))];
   return await settled(names.map((name) =>
@@ -403,12 +411,16 @@ async function runHooks(
   name: string,
   value: string,
   config: Config,
+  { onOutput }: Context,
   oneHook: ReturnType<typeof limit>,
   signal?: AbortSignal,
 ): Promise<void> {
   const values = { DOMAIN: name, RECORD: recordOf(name), VALUE: value };
-  const options = { mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal };
   for (const section of dnsSections(config, name)) {
+    const options = {
+      ...{ mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal },
+      onOutput: (text: string) => onOutput?.(text, `[${section.name}]`),
+    };
     const run = async () => {
       for (const command of section[key]) await runCommand(command, values, options);
     };
@@ -474,7 +486,7 @@ async function unpublish(
   oneHook: ReturnType<typeof limit>,
 ): Promise<boolean> {
   try {
-    if ("value" in entry) await runHooks("dnsCleanup", entry.name, entry.value, config, oneHook);
+    if ("value" in entry) await runHooks("dnsCleanup", entry.name, entry.value, config, context, oneHook);
     else if (TOKEN.test(entry.token)) removeIfThere(join(config.challengeDropDir!, entry.token));
     return true;
   } catch (error) {

@@ -22,6 +22,8 @@ export interface Context {
   readonly signal: AbortSignal;
   /** Takes what is odd but stops nothing: a sentence for the user. */
   readonly warn: (text: string) => void;
+  /** With --verbose: takes what commands print, and whose they are, `[mail]` or `prepare`. */
+  readonly onOutput?: (text: string, whose: string) => void;
 }
 
 /** One address of a host with the port to dial there. */

@@ -45,15 +45,12 @@ export interface Delivering {
   /** As they are on disk at any moment. */
   readonly certificates: ByLine;
   readonly options: PlanOptions;
-  /** Has what commands print become events. */
-  readonly verbose: boolean;
 }
 
 /** What happens while sections are delivered. */
 export type DeliverEvent =
   | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
-  | { readonly kind: "delivered"; readonly delivered: Delivered }
-  | { readonly kind: "output"; readonly section: string; readonly text: string };
+  | { readonly kind: "delivered"; readonly delivered: Delivered };
 
 /** Sections that are delivered side by side. */
 const MOST_SECTIONS = 8;
@@ -179,9 +176,8 @@ export class Sections {
   /** Carries out a delivery; false where it failed, or its endpoints are not right. */
   async #deliver(delivery: Delivery): Promise<boolean> {
     this.delivering.context.signal.throwIfAborted();
-    const { emit } = this;
-    const delivered = await deliver(delivery, this.delivering, emit);
-    emit({ kind: "delivered", delivered });
+    const delivered = await deliver(delivery, this.delivering);
+    this.emit({ kind: "delivered", delivered });
     if (delivered.errors.length === 0) this.delivered++;
     else await this.#probe(this.#plan(delivery.section).endpoints.filter(({ due }) => due));
     return delivered.errors.length === 0 &&
@@ -195,22 +191,13 @@ export class Sections {
 }
 
 /** Runs the lists of a section, whole and in order, then waits until its endpoints serve what was delivered. */
-async function deliver(
-  delivery: Delivery,
-  delivering: Delivering,
-  emit: (event: DeliverEvent) => void,
-): Promise<Delivered> {
+async function deliver(delivery: Delivery, delivering: Delivering): Promise<Delivered> {
   const { section } = delivery;
   const { store } = delivering;
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
     if (template.trim() === "") return;
-    const { seconds } = await runCommand(template, values, {
-      ...commandOptions(delivering),
-      onOutput: delivering.verbose
-        ? (text) => emit({ kind: "output", section: section.name, text })
-        : undefined,
-    });
+    const { seconds } = await runCommand(template, values, commandOptions(section, delivering));
     ran.push({ template, seconds });
   };
   const errors: CommandError[] = [];
@@ -258,8 +245,12 @@ async function uploadEach(
   return done;
 }
 
-function commandOptions({ config, context }: Pick<Delivering, "config" | "context">) {
-  return { mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal: context.signal };
+function commandOptions({ name }: Section, { config, context }: Pick<Delivering, "config" | "context">) {
+  const { signal, onOutput } = context;
+  return {
+    ...{ mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal },
+    onOutput: (text: string) => onOutput?.(text, `[${name}]`),
+  };
 }
 
 function valuesOf(entries: readonly Entry[], store: Store): Values {
@@ -499,7 +490,7 @@ export async function sendAlert(
   for (const template of templates) {
     try {
       await runCommand(template, values, {
-        ...commandOptions({ config, context }),
+        ...commandOptions(section, { config, context }),
         stdin: text,
       });
     } catch (error) {

@@ -348,7 +348,10 @@ interface Shared {
 export class PrepareCommands implements AsyncDisposable {
   readonly #shared = new Map<string, Shared>();
 
-  constructor(private readonly warn: (text: string) => void) {}
+  constructor(
+    private readonly warn: (text: string) => void,
+    private readonly onOutput?: (text: string) => void,
+  ) {}
 
   /** Resolves as soon as the command has been started: the self-check of the challenge shows whether it works. */
   async start(template: string, values: Values, mode: Mode): Promise<Running> {
@@ -371,7 +374,7 @@ export class PrepareCommands implements AsyncDisposable {
 
   #start(line: string, command: ProcessPromise): Shared {
     killing.signal.throwIfAborted();
-    const group = start(command);
+    const group = start(command, this.onOutput);
     const shared: Shared = { users: 0, group, failed: new AbortController() };
     this.#shared.set(line, shared);
     group.ended.then((error) => {

@@ -353,7 +353,7 @@ export class Issuer {
     }).catch((error) => {
       closed = error;
     });
-    await using prepare = new PrepareCommands(context.warn);
+    await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
     this.#challenges = new Challenges(config, context, prepare, store);
     const slot = limit(parallel);
     await Promise.all(tasks.map((task) =>

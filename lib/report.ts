@@ -33,6 +33,7 @@ export type Event =
   | { readonly kind: "notice"; readonly text: string; readonly changed?: boolean }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
+  | { readonly kind: "output"; readonly whose: string; readonly text: string }
   | { readonly kind: "alert"; readonly section: string; readonly text: string; readonly error?: Error };
 
 /** How to print. */
@@ -419,7 +420,7 @@ export class Report {
         break;
       case "output":
         for (const line of event.text.trimEnd().split("\n")) {
-          this.#say(`          [${event.section}] | ${line}`);
+          this.#say(`          ${event.whose} | ${line}`);
         }
         break;
       case "alert":

@@ -39,8 +39,6 @@ export interface RunOptions {
   /** Ignores back-offs. */
   readonly retry: boolean;
   readonly selection?: Selection;
-  /** Shows what commands print. */
-  readonly verbose?: boolean;
 }
 
 /** How a run ended. */
@@ -140,7 +138,6 @@ async function runWith(
       context,
       options: planOptions,
       certificates: entries,
-      verbose: options.verbose ?? false,
     },
     emit,
   );

@@ -241,8 +241,12 @@ export class Bed implements AsyncDisposable {
     };
     const summary = await run(
       config,
-      { parallel: parallel ?? config.parallel, retry, verbose, selection: select(config, named) },
-      this.world({ warn: (text) => emit({ kind: "notice", text }), ...context }),
+      { parallel: parallel ?? config.parallel, retry, selection: select(config, named) },
+      this.world({
+        warn: (text) => emit({ kind: "notice", text }),
+        ...context,
+        ...(verbose && { onOutput: (text, whose) => emit({ kind: "output", text, whose }) }),
+      }),
       emit,
     );
     const code = report.finish(summary);

@@ -181,8 +181,10 @@ update: ["echo DOMAINS_CN / DOMAINS_ALL / $LEMATT_DOMAINS_ALL >> HERE/log"]`,
 });
 
 Deno.test("--verbose shows what commands print", async () => {
-  await using bed = await bedOf("a.example.com", `[default]\nupdate: ["echo hello; echo there >&2"]`);
+  const actions = `[default]\nprepare: ["echo ready; exec cat"]\nupdate: ["echo hello; echo there >&2"]`;
+  await using bed = await bedOf("a.example.com", actions, "keyTypes: ec\npreflight: no");
   const { stdout } = await bed.run({ verbose: true });
+  assert.match(stdout, /prepare \| ready$/m);
   assert.match(stdout, /\[default\] \| hello$/m);
   assert.match(stdout, /\[default\] \| there$/m);
   await bed.plant();

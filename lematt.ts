@@ -222,7 +222,7 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
   for (const signal of signals) Deno.addSignalListener(signal, interrupt);
   const program = Deno.build.standalone ? dirname(Deno.execPath()) : import.meta.dirname!;
   try {
-    if (!["plan", "status"].includes(options.command)) await checkPackages();
+    if (["check", "revoke", "rollover"].includes(options.command)) await checkPackages();
     const load = (mode: Mode) => loadConfig(mode, options.config, join(program, "conf"));
     const context = (config: Config) => contextFor(config, stop.signal, outside);
     if (options.command === "check") return await check(options, load, context);

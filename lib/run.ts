@@ -10,6 +10,7 @@ import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftove
 import { challengeOf, type Config, type Line, loadConfig } from "./config.ts";
 import type { Context } from "./context.ts";
 import { probeAll, Sections, sendAlert, writeReceipts } from "./deliver.ts";
+import { checkPackages } from "./http.ts";
 import { Issuer, rememberedAccount } from "./issue.ts";
 import {
   adoptReceipts,
@@ -130,6 +131,8 @@ async function runWith(
     const passes = problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
     if (passes) emit({ kind: "notice", text: problemText(problem), changed: true });
   }
+  // before the first order or command; a run with nothing to do is spared the time
+  if (decided.tasks.length + decided.deliveries.length > 0) await checkPackages();
   if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections(
     {

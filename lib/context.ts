@@ -54,7 +54,8 @@ export function systemContext(
     await delay(ms, undefined, { signal: own.signal }).catch(() => own.signal.throwIfAborted());
   };
   return {
-    now: () => new Date(),
+    // one clock for the whole run: no wait gets longer or shorter because the host's is set meanwhile
+    now: () => new Date(performance.timeOrigin + performance.now()),
     random: Math.random,
     sleep,
     route: systemRoute,

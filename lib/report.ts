@@ -290,13 +290,18 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
     case "endpoint": {
       const { endpoint, sight, since } = problem;
       const what = `${endpoint.endpoint.text} (${endpoint.keyType})`;
-      return long ? `${what} ${sightText(sight)}, since ${timeText(since)}` : what;
+      return long ? `${what} ${sightText(sight)}, wrong since ${timeText(since)}` : what;
     }
     case "not run":
       return long ? `lematt --prod has not run since ${timeText(problem.since)}` : "runs of lematt";
     default:
       return problem satisfies never;
   }
+}
+
+/** A problem, and the end of what a command printed that is its cause. */
+export function problemLines(problem: Problem): string[] {
+  return [problemText(problem), ...problem.kind === "delivery" ? outputOf(problem.failure.output ?? "") : []];
 }
 
 /** Errors whose message says all. */
@@ -334,10 +339,7 @@ export function alertOf(
   const subject = first === undefined
     ? ["well", "again"]
     : [String(problems.length), problems.length === 1 ? "problem:" : "problems:", about!];
-  const texts = problems.map((problem) => {
-    const output = problem.kind === "delivery" ? outputOf(problem.failure.output ?? "") : [];
-    return [problemText(problem), ...output].join("\n  ");
-  });
+  const texts = problems.map((problem) => problemLines(problem).join("\n  "));
   const lines = [...texts, ...resolved.map((what) => `well again: ${what}`)];
   return { subject, text: `${lines.join("\n")}\n\nlematt --${mode} --status shows all of it.\n` };
 }
@@ -491,7 +493,7 @@ export class Report {
     for (const { key, text } of this.#heldFailures) if (!known.has(key)) this.options.err(text);
     for (const problem of problems) {
       if (this.#printed.has(problem.key) || (this.options.cron && known.has(problem.key))) continue;
-      this.#sayError(`problem   ${problemText(problem)}`);
+      this.#sayError(`problem   ${problemLines(problem).join("\n          ")}`);
     }
     const next = soonest(kept);
     const parts = [

@@ -12,7 +12,7 @@ import {
   jsonText,
   nameText,
   problemJson,
-  problemText,
+  problemLines,
   reasonText,
   ruleText,
   sightText,
@@ -74,7 +74,10 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   };
   const { problems, lastRun } = plan;
   lines.push(problems.length === 0 ? "no problems" : `${count(problems.length, "problem")}:`);
-  for (const problem of problems) lines.push(...wrapped(problemText(problem), columns, "  ", "    "));
+  for (const problem of problems) {
+    const [text, ...output] = problemLines(problem);
+    lines.push(...wrapped(text!, columns, "  ", "    "), ...output.map((line) => `    ${line}`));
+  }
 
   for (const warning of plan.warnings) {
     lines.push(...wrapped(`warning: ${warningText(warning)}`, columns, "", "  "));

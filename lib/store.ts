@@ -71,6 +71,8 @@ const TEMPORARY = ".new";
 const PENDING = ".pending";
 /** Below this, a CA that back-dates by an hour would make a certificate look older than it is. */
 const SHORT_LIFE_MS = 10 * 86_400_000;
+/** Let's Encrypt back-dates by an hour. */
+const LONGEST_BACK_DATING_MS = 2 * 3_600_000;
 /** How long to wait for the lock of another run. */
 const LOCK_WAIT_MS = 1_000;
 
@@ -179,7 +181,12 @@ function entryOf(line: Line, keyType: KeyType, stem: string, files: Files, findi
   const { notBefore, notAfter } = finding.certificate;
   if (notAfter.getTime() - notBefore.getTime() >= SHORT_LIFE_MS) return entry;
   const { mtime } = Deno.statSync(files.cert);
-  return mtime !== null && mtime > notBefore && mtime < notAfter ? { ...entry, issuedAt: mtime } : entry;
+  if (mtime === null || mtime <= notBefore || mtime >= notAfter) return entry;
+  // a file may also be younger because it was copied
+  return {
+    ...entry,
+    issuedAt: new Date(Math.min(mtime.getTime(), notBefore.getTime() + LONGEST_BACK_DATING_MS)),
+  };
 }
 
 /** The stem under which the Python original has the files of a line, where it is another and they are there. */

@@ -249,6 +249,8 @@ Deno.test("when a short-lived certificate was put in place is known, since its C
   const at = await issuedAt(2 * HOUR, HOUR);
   assert(at !== undefined && Math.abs(at.getTime() - Date.now()) < 60_000);
   assert.equal(await issuedAt(90 * DAY, HOUR), undefined);
+  const copied = await issuedAt(6 * DAY, 5 * DAY);
+  assert(copied !== undefined && Date.now() - copied.getTime() > 4.8 * DAY, "its file was copied");
   assert.equal(
     await issuedAt(HOUR, 2 * HOUR),
     undefined,

@@ -34,7 +34,13 @@ export type Event =
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
   | { readonly kind: "output"; readonly whose: string; readonly text: string }
-  | { readonly kind: "alert"; readonly section: string; readonly text: string; readonly error?: Error };
+  | {
+    readonly kind: "alert";
+    readonly alert: Alert;
+    readonly subject: string;
+    readonly text: string;
+    readonly error?: Error;
+  };
 
 /** How to print. */
 export interface OutputOptions {
@@ -426,13 +432,7 @@ export class Report {
         }
         break;
       case "alert":
-        if (event.error === undefined) {
-          const text = event.text.trimEnd().replaceAll("\n", "\n          ");
-          this.#sayAloud(`alert     [${event.section}] ${text}`);
-        } else {
-          this.#alertFailed = true;
-          this.#fail("", `[${event.section}] alert`, [event.error]);
-        }
+        this.#sayAlert(event);
         break;
       default:
         event satisfies never;
@@ -484,6 +484,16 @@ export class Report {
         } else if (!wrong.has(sight.address)) this.#sayAloud(`verified  ${text}`);
       }
     }
+  }
+
+  /** Whom an alert was sent to, and what it is about; the problems are printed anyway. */
+  #sayAlert({ alert: { section, problems, resolved }, subject, error }: Extract<Event, { kind: "alert" }>) {
+    if (error !== undefined) {
+      this.#alertFailed = true;
+      return this.#fail("", `[${section.name}] alert`, [error]);
+    }
+    const texts = [...problems.length > 0 ? [subject] : [], ...resolved.map((what) => `well again: ${what}`)];
+    for (const text of texts) this.#sayAloud(`alert     [${section.name}] ${text}`);
   }
 
   /** Prints the end of a run and returns the exit status: 1 where there is a problem. */
@@ -781,8 +791,9 @@ function runJson(mode: Mode, events: readonly Event[], plan: Plan): string {
     drift: of("drift").flatMap(({ section, endpoints }) =>
       endpoints.map((endpoint) => ({ section, ...endpointJson(endpoint) }))
     ),
-    alerts: of("alert").map(({ section, text, error }) => ({
-      section,
+    alerts: of("alert").map(({ alert, subject, text, error }) => ({
+      section: alert.section.name,
+      subject,
       text,
       ...(error && errorJson(error)),
     })),

@@ -266,7 +266,7 @@ async function sendAlerts(
   for (const alert of dueAlerts(config, decided.problems, store.state, context.now())) {
     const { subject, text } = alertOf(config, alert);
     const error = await sendAlert(alert, { subject, text, whats }, { config, store, context });
-    emit({ kind: "alert", section: alert.section.name, text, error });
+    emit({ kind: "alert", alert, subject: subject.join(" "), text, error });
   }
 }
 

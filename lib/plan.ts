@@ -74,6 +74,13 @@ export type Warning =
   }
   /** its key is not as configured, until the next renewal */
   | { readonly kind: "other key"; readonly entry: Entry }
+  /** a section was given this, and nothing replaces it */
+  | {
+    readonly kind: "not renewed";
+    readonly section: string;
+    readonly file: string;
+    readonly notAfter: Date;
+  }
   /** what `--deliver` names has no command to run, or no certificate */
   | { readonly kind: "nothing to deliver"; readonly what: Line | string };
 
@@ -267,6 +274,7 @@ export function plan(
   const warnings = [
     ...inventory.flatMap((entry) => warningsOf(entry, config, intervalMs)),
     ...undeliverable(issuing.tasks, deliveries, options),
+    ...unrenewed(inventory, state, now),
   ];
   const rest = { ...issuing, endpoints, deliveries, warnings, intervalMs, lastRun, runs };
   const clock = clockEvidence(inventory, state, now, options.aheadMs?.());
@@ -421,6 +429,21 @@ function undeliverable(
         !tasks.some(({ line }) => line === one)
   );
   return whats.map((what) => ({ kind: "nothing to deliver", what }));
+}
+
+/** Certificates of a type, or under a tag, that a line no longer has: a service that was given one may go on serving it. */
+function unrenewed(inventory: readonly Entry[], { receipts }: State, now: Date): Warning[] {
+  const present = new Set(inventory.map(({ file }) => file));
+  const stems = new Set(inventory.map(({ stem }) => stem));
+  return Object.entries(receipts).flatMap(([section, files]) =>
+    Object.entries(files).flatMap(([file, receipt]) => {
+      const notAfter = moment(receipt.notAfter);
+      const isLeft = !present.has(file) && stems.has(file.replace(/-cert-combined\..*$/, ""));
+      return !isLeft || notAfter === undefined || notAfter <= now
+        ? []
+        : [{ kind: "not renewed" as const, section, file, notAfter }];
+    })
+  );
 }
 
 function warningsOf(entry: Entry, config: Config, intervalMs: number): Warning[] {

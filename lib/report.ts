@@ -177,6 +177,11 @@ export function warningText(warning: Warning): string {
     const name = typeof what === "string" ? `[${what}]` : what.names[0];
     return `nothing to deliver for ${name}: it has no command, or no certificate`;
   }
+  if (warning.kind === "not renewed") {
+    const { section, file, notAfter } = warning;
+    return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +
+      "(--prune forgets it)";
+  }
   const what = entryText(warning.entry);
   switch (warning.kind) {
     case "short life": {

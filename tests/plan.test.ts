@@ -229,6 +229,19 @@ Deno.test("plan() warns of lives too short for the runs, and of keys that are no
   ]);
 });
 
+Deno.test("plan() warns of a certificate that a section was given and that a line has no more", () => {
+  const receipt = (to: number) => ({ digest: "", fingerprint: "", at: iso(0), notAfter: iso(to) });
+  const files = record({
+    "www.example.com-cert-combined.rsa2048.pem": receipt(30),
+    "gone.example.com-cert-combined.rsa2048.pem": receipt(30), // as was its line
+  });
+  for (const [now, expected] of [[29, ["www.example.com-cert-combined.rsa2048.pem"]], [31, []]] as const) {
+    const state = stateOf({ receipts: record({ web: files }) });
+    const { warnings } = plan(configure([SITE]), [present(SITE)], state, day(now));
+    assert.deepEqual(warnings.flatMap((one) => one.kind === "not renewed" ? one.file : []), expected);
+  }
+});
+
 Deno.test("the life of a short-lived certificate counts from when it was issued, not from a date before", () => {
   const one = present(line("example.com"), { from: -1 / 24, to: 1 / 24 }); // issued an hour after it begins
   const state = { runs: runsTo(0, 1 / 96) }; // every 15 minutes

@@ -513,6 +513,7 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and nev
     ["seen once", seen([OLD], { badSince: iso(2) }), {}, 2.1, ""],
     ["on one of two addresses", seen([RIGHT, sight({}, "192.0.2.2")], TWICE), {}, 2.1, drift],
     ["seen before the delivery", old, { at: iso(2.05) }, 2.1, ""],
+    ["seen in the moment of the delivery", old, { at: iso(2) }, 2.1, ""],
     ["from elsewhere", seen([sight({ issuer: "another CA" })], TWICE), {}, 2.1, ""],
     ["unreachable", seen([SILENT], TWICE), {}, 2.1, ""],
     ["repaired twice", old, { at: iso(1.95), repairs: 2 }, 2.1, drift],
@@ -597,6 +598,7 @@ Deno.test("each place is probed once for each key type, whichever sections name 
     "web1:443#a.example rsa one",
     "web1:443#a.example ec one,two",
   ]);
+  for (const { keyType, wanted } of found) assert.deepEqual(wanted.map(({ keyType }) => keyType), [keyType]);
 });
 
 Deno.test("an endpoint is probed until it is right, and again when that is more than six hours ago", () => {

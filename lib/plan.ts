@@ -631,10 +631,13 @@ function planDelivery(
   const digest = listsDigest(section, config.mode);
   const receipts = receiptsOf(section, digest, config, state);
   const pending: { entry: Entry; reason: DeliveryReason; until?: Date }[] = [];
+  let isWrong = false;
   for (const entry of entries) {
     const { line, file, finding } = entry;
     if (!inScope(selection, line, section) || finding.kind !== "present") continue;
     const receipt = receipts[file];
+    const isDrift = (drift.get(entry) ?? -Infinity) > (receipt === undefined ? 0 : Date.parse(receipt.at));
+    isWrong ||= isDrift;
     const asked = selection?.deliver.has(line) || selection?.deliver.has(section.name);
     if (asked && !delivered?.has(`${section.name}/${file}`)) pending.push({ entry, reason: "asked for" });
     else if (receipt === undefined) {
@@ -642,7 +645,7 @@ function planDelivery(
     } else if (receipt.fingerprint !== finding.certificate.fingerprint) {
       pending.push({ entry, reason: "new certificate" });
     } else if (receipt.digest !== digest) pending.push({ entry, reason: "commands changed" });
-    else if ((drift.get(entry) ?? -Infinity) > Date.parse(receipt.at)) {
+    else if (isDrift) {
       const rests = (receipt.repairs ?? 0) >= MOST_REPAIRS;
       const until = rests ? new Date(Date.parse(receipt.at) + LONGEST_PAUSE_MS) : undefined;
       pending.push({ entry, reason: "drift", until });
@@ -665,7 +668,7 @@ function planDelivery(
     section,
     entries: entries.filter(({ line }) => lines.has(line)),
     pending,
-    urgent: failure?.urgent === true || pending.some(({ reason }) => !rollout.includes(reason)),
+    urgent: isWrong || failure?.urgent === true || pending.some(({ reason }) => !rollout.includes(reason)),
     key,
     failure,
     until: waits ? until : undefined,

@@ -520,11 +520,16 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and nev
     ["repaired three times", old, { at: iso(1.5), repairs: 3 }, 2.25, `${drift} until day 2.333333`],
     ["20 hours after that", old, { at: iso(1.5), repairs: 3 }, 2.4, drift],
     ["renewed after that", old, { repairs: 3, fingerprint: "x" }, 2.1, NEW],
-    ["commands changed after that", old, { repairs: 3, digest: "x" }, 2.1, "[web] commands changed"],
+    ["commands changed after that", old, { repairs: 3, digest: "x" }, 2.1, "[web] commands changed (urgent)"],
   ];
   for (const [what, probes, part, now, expected] of table) {
     assert.equal(pending(WATCHED_SITE, { ...receipts([WATCHED], part), ...probes }, { now }), expected, what);
   }
+  assert.equal(
+    pending(WATCHED_SITE, old, { now: 2.1 }),
+    "[web] first delivery (urgent)",
+    "the state is lost",
+  );
   const state = { ...receipts([WATCHED], { repairs: 3 }), ...old };
   const config = configure([WATCHED_SITE]);
   const { key } = plan(config, [present(WATCHED_SITE)], stateOf(state), day(2.1)).deliveries[0]!;

@@ -104,7 +104,7 @@ export interface Registration {
   readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
 }
 
-/** The first look at an order; each next waits three times as long, up to the longest. */
+/** The pause before the first poll of an order; each next is three times as long, up to the longest. */
 const FIRST_POLL_MS = 20;
 const LONGEST_POLL_MS = 5_000;
 /** How often something is asked where a replica does not know yet what another has said; the pauses double: 8 s in all. */
@@ -194,7 +194,7 @@ export class AcmeClient {
 
   /** The account that a key has at the CA, without making one (RFC 8555 §7.3.1). */
   async findAccount(key: AccountKey): Promise<Account | undefined> {
-    const step = "look for the account";
+    const step = "find the account";
     const { newAccount } = this.directory;
     try {
       const answer = await this.session.post(step, newAccount, { onlyReturnExisting: true }, { key });
@@ -253,7 +253,7 @@ export class AcmeClient {
         ...(replaces !== undefined && { replaces }),
       }, this.account);
     } catch (error) {
-      // which of the two it refused cannot be told from the type; a limit is a limit with and without
+      // which of the two it refused does not follow from the type; a limit is a limit with and without
       const refused = error instanceof AcmeError && error.problem !== undefined &&
         !isProblem(error, "rateLimited", "accountDoesNotExist");
       if (replaces === undefined || !refused) throw error;
@@ -270,8 +270,8 @@ export class AcmeClient {
   }
 
   /**
-   * An order as it is, then as the CA says time and again until the deadline, at which it is looked at once more. When the CA
-   * wants to be asked is heeded as far as there is time.
+   * An order as it is, then as the CA says time and again until the deadline, at which it is polled once more. A Retry-After
+   * within the deadline is respected.
    */
   async *watch(step: string, order: Order, deadline: Date): AsyncGenerator<Order> {
     const { context } = this.session;
@@ -458,7 +458,7 @@ export class AcmeClient {
   }
 }
 
-/** A moment in JSON (RFC 3339); undefined where it is none, which Date.parse alone is too good-natured to tell. */
+/** A moment in JSON (RFC 3339); undefined where it is none, which Date.parse alone would accept. */
 function instant(value: unknown): Date | undefined {
   const date = new Date(typeof value === "string" && /^\d{4}-\d\d-\d\d[Tt ]/.test(value) ? value : NaN);
   return Number.isNaN(date.getTime()) ? undefined : date;

@@ -92,7 +92,7 @@ const FIRST_PAUSE_MS = 500;
  */
 const LAG_ATTEMPTS = 6, NOT_FOUND_ATTEMPTS = 3;
 const FIRST_LAG_PAUSE_MS = 250;
-/** badNonce comes in bursts and costs nothing but a round trip; Pebble can be told to refuse every second nonce. */
+/** badNonce comes in bursts and costs nothing but a round trip; Pebble can be set to refuse every second nonce. */
 const BAD_NONCE_ATTEMPTS = 30;
 /** How often in a row a CA may say that it limits requests, and when to come back. */
 const MOST_REFUSALS = 8;
@@ -110,7 +110,7 @@ const LONGEST_MESSAGE = 20_000;
 
 const ERROR_PREFIX = "urn:ietf:params:acme:error:";
 
-/** Throws where a package is missing: Deno looks for all of them when it loads the first. */
+/** Throws where a package is missing: Deno needs all of them when it loads the first. */
 export async function checkPackages(): Promise<void> {
   await import("jose");
 }

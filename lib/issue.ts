@@ -5,7 +5,7 @@
  * The names of a line are authorized once. Its key types follow each other to the point where their order is ready and then
  * go on side by side; their keys and CSRs are made while the CA is waited for. What comes out has been checked against what
  * was asked for; putting it in its place is not done here. What a later run has to know is in the state: accounts, renewal
- * windows, orders that the CA has not finished, failures, and until when the CA takes no orders.
+ * windows, orders that the CA has not finished, failures, and until when the CA accepts no orders.
  */
 
 import { AcmeClient, type Authorization, type Order } from "./acme.ts";
@@ -66,11 +66,11 @@ const MINUTE_MS = 60_000, HOUR_MS = 60 * MINUTE_MS, DAY_MS = 24 * HOUR_MS;
 /** How long an order may be validated or issued; Let's Encrypt needs seconds. */
 const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
 /**
- * When the authorizations of an order that is still pending are looked at, since some CAs leave it pending when a validation
- * has failed: as soon as one has said so (step-ca, Caddy), else after a while (acme2certifier), and soon where others of the
- * order can be answered only then. Each next look waits twice as long, up to the longest.
+ * Pauses before the authorizations of a pending order are read, since some CAs leave it pending when a validation has failed:
+ * where the answer to the response said so (step-ca, Caddy), where it did not, and where other challenges wait for these. Each
+ * next pause is twice as long, up to the longest.
  */
-const WRONG_LOOK_MS = 1_500, FIRST_LOOK_MS = 5_000, SOON_LOOK_MS = 250, LONGEST_LOOK_MS = 8_000;
+const WRONG_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
 /** How often a CA is asked to check a challenge that it has found wrong: for a quarter of a minute. */
 const MOST_RESPONSES = 4;
 /** Let's Encrypt's orders expire after a week. */
@@ -363,7 +363,7 @@ export class Issuer {
         for (const request of requests) request.catch(() => {}); // heard where it is needed
         const client = await opened;
         if (client === undefined) return;
-        if (this.heldUntil() === undefined) await this.#issueTask(task, client, requests, keep);
+        if (this.limitedUntil() === undefined) await this.#issueTask(task, client, requests, keep);
         done(task);
       })
     ));
@@ -374,14 +374,14 @@ export class Issuer {
     for (const task of tasks) done(task);
   }
 
-  /** Until when the CA takes no orders; undefined where it takes them. */
-  heldUntil(): Date | undefined {
+  /** Until when the CA accepts no orders; undefined where it accepts them. */
+  limitedUntil(): Date | undefined {
     const { config, store, context } = this.options;
     const hold = store.state.holds[config.directoryUrl];
     return hold !== undefined && new Date(hold) > context.now() ? new Date(hold) : undefined;
   }
 
-  /** Issues one line, hands on what comes, tells and remembers what failed. */
+  /** Issues one line, hands on the certificates, reports and remembers failures. */
   async #issueTask(
     task: Task,
     client: AcmeClient,
@@ -407,7 +407,7 @@ export class Issuer {
         this.#forgetOrder(due.entry);
       }),
     );
-    // an error that both key types share is told once
+    // an error that both key types share is reported once
     const failures = new Map<Error, Due[]>();
     for (const [index, result] of results.entries()) {
       if (result.status === "fulfilled") continue;
@@ -423,7 +423,7 @@ export class Issuer {
     emit({ kind: "end", task });
   }
 
-  /** Remembers why a line could not be issued, or until when the CA takes no orders at all. */
+  /** Remembers why a line could not be issued, or until when the CA accepts no orders at all. */
   #rememberFailure(task: Task, error: Error, how: { shared?: boolean; unkept?: boolean }): void {
     const { config, store: { state: { holds, failures } }, context } = this.options;
     const { stem } = task.due[0]!.entry;
@@ -532,7 +532,7 @@ export class Issuer {
     let current = order;
     do {
       // the CA is asked to check none before all are there: where one cannot be made so, the others vanish with it, and a CA
-      // that was looking for them by then would count failures
+      // that was fetching them by then would count failures
       await using presented = await this.#challenges!.present(pending, client.account);
       const { answers, later } = presented;
       current = await this.#validated(order, answers, later.length === 0, client);
@@ -553,16 +553,16 @@ export class Issuer {
     const isWrong = (await respond(answers)).includes(true);
     let open = answers;
     let responses = 1;
-    let pause = isWrong ? WRONG_LOOK_MS : areLast ? FIRST_LOOK_MS : SOON_LOOK_MS;
-    let lookAt = later(isWrong ? 0 : pause);
+    let pause = isWrong ? WRONG_PAUSE_MS : areLast ? FIRST_PAUSE_MS : SOON_PAUSE_MS;
+    let readAt = later(isWrong ? 0 : pause);
     for await (const current of client.watch(step, order, later(ORDER_DEADLINE_MS))) {
       if (current.status === "invalid") {
         const all = await settled(order.authorizations.map((url) => client.getAuthorization(url)));
         throw validationError(current, all);
       }
       if (current.status !== "pending") return current;
-      if (context.now() < lookAt) continue;
-      open = (await settled(open.map((answer) => lookAgain(answer, client))))
+      if (context.now() < readAt) continue;
+      open = (await settled(open.map((answer) => readAgain(answer, client))))
         .filter(({ authorization: { status } }) => status !== "valid");
       if (open.length === 0 && !areLast) return current;
       // found wrong, and to be found right if it is asked for again (RFC 8555 §8.2)
@@ -578,8 +578,8 @@ export class Issuer {
         context.warn(`${error!.text}; the CA is asked to check it again`);
       }
       await respond(wrong);
-      lookAt = later(pause);
-      pause = Math.min(2 * pause, LONGEST_LOOK_MS);
+      readAt = later(pause);
+      pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
     }
     const errors = errorsOf(open.map(({ authorization }) => authorization)).map(({ text }) => text);
     const text = `order still pending after ${ORDER_DEADLINE_MS / 1000} s`;
@@ -777,7 +777,7 @@ function isPending({ name, status, url, challenges }: Authorization, line: Line)
 }
 
 /** A challenge as the CA now has it. */
-async function lookAgain(
+async function readAgain(
   { authorization, challenge }: Answers[number],
   client: AcmeClient,
 ): Promise<Answers[number]> {
@@ -812,7 +812,7 @@ function isRefusal({ status = 0, passing }: AcmeError): boolean {
 }
 
 /**
- * Whether the CA takes no more orders from this account, whatever their names. The type of the problem does not say, so its
+ * Whether the CA accepts no more orders from this account, whatever their names. The type of the problem does not say, so its
  * identifiers do, or the names in its detail, or the chapter of Let's Encrypt's documentation that it refers to
  * (https://letsencrypt.org/docs/rate-limits/).
  */

@@ -320,7 +320,7 @@ export function rootOf(chainPem: string): string | undefined {
  * them cannot be read.
  *
  * Every one of those formats normally holds the public half as the very bytes that stand in the certificate, so
- * looking for them decides almost always; only where they are absent is the key itself built, which costs a hundred
+ * searching for them decides almost always; only where they are absent is the key itself built, which costs a hundred
  * times more.
  */
 export function isKeyOf(keyPem: string, certPem: string): boolean {

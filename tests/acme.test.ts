@@ -128,7 +128,7 @@ for (const [resource, fault] of LAGGING) {
   });
 }
 
-Deno.test("an account that is remembered and unknown is told at once, without another try", async () => {
+Deno.test("an account that is remembered and that the CA does not know is an error at once, without another try", async () => {
   await using bed = await testBed({});
   const client = await connect(bed);
   client.account = { key: KEY, url: `${bed.ca.origin}/account/99` };
@@ -193,7 +193,7 @@ for (const retryAfterSeconds of [86_400, 600, undefined]) {
       last = bed.ca.now.getTime() - begun;
     }
     assert.deepEqual(bed.waits.slice(0, 7), [20, 60, 180, 540, 1620, 4860, 5000]);
-    assert(last >= 180_000 && last < 181_000, `the last look was at ${last} ms`);
+    assert(last >= 180_000 && last < 181_000, `the last poll was at ${last} ms`);
     bed.ca.violations.splice(0); // it would be too late otherwise
   });
 }

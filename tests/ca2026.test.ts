@@ -99,7 +99,7 @@ Deno.test("addresses are certified as addresses, without a common name, and what
   assert.match((await bed.run()).stdout, /^nothing due, 3 kept/m);
 });
 
-Deno.test("a challenge of an address is looked at under the address before the CA is asked", async () => {
+Deno.test("a challenge of an address is self-checked under the address before the CA is asked", async () => {
   await using bed = await testBed({
     domains: "2001:db8::7",
     settings: "keyTypes: ec\nprofile: shortlived",
@@ -116,7 +116,7 @@ Deno.test("a challenge of an address is looked at under the address before the C
   assert.equal(readFileSync(join(bed.home, "prepared"), "utf8"), "2001:db8::7\n");
 });
 
-Deno.test("a profile that allows no addresses is told in the CA's words, each address with its reason", async () => {
+Deno.test("a profile that allows no addresses is reported in the CA's words, each address with its reason", async () => {
   await using bed = await testBed({ domains: "192.0.2.1 192.0.2.2", settings: "profile: tlsserver" });
   const { code, stderr } = await bed.run();
   assert.equal(code, 1);
@@ -331,17 +331,17 @@ pebbleTest("Pebble issues for addresses under a profile of six days", async () =
 const HOOKS =
   `dnsPresent: ["mkdir -p ZONE/RECORD && touch ZONE/RECORD/VALUE"]\ndnsCleanup: ["rm ZONE/RECORD/VALUE"]\n`;
 const DNS = `[dns]\ndomains: ${NAME} *.${NAME}\nchallenge: dns-01\n${HOOKS}` +
-  "[standing]\ndomains: *.example.org\nchallenge: dns-persist-01\n";
+  "[persistent]\ndomains: *.example.org\nchallenge: dns-persist-01\n";
 
 pebbleTest(
-  "Pebble finds the values of dns-01, behind a CNAME too, and a standing record of dns-persist-01",
+  "Pebble finds the values of dns-01, behind a CNAME too, and a persistent record of dns-persist-01",
   async () => {
     const domains = `${NAME} *.${NAME}\n*.example.org www.example.org\n`;
     const config = { caaIdentities: ["pebble.example"] };
     const env = { PEBBLE_AUTHZREUSE: "0" };
     await using ca = await pebbleBed({ domains, actions: DNS, settings: "preflight: no", config, env });
     const { bed, pebble: { dns, caBundleFile } } = ca;
-    const standing = "_validation-persist.example.org";
+    const persistent = "_validation-persist.example.org";
     const refused = await ca.lematt();
     assert.match(refused, new RegExp(`^issued +${NAME} \\+1 `, "m"));
     assert.match(refused, /^FAILED +\*\.example\.org \+1 .*\n.*DNS-PERSIST-01 challenge/m);
@@ -349,12 +349,12 @@ pebbleTest(
       await ca.lematt("--plan"),
     )!;
     assert.match(value!, /^pebble\.example; accounturi=https:\/\/\S+; policy=wildcard$/);
-    dns.set(standing, "TXT", value!);
+    dns.set(persistent, "TXT", value!);
     assert.match(await ca.lematt("--retry"), /^issued +\*\.example\.org \+1/m);
     const names = [...certificates(bed).values()].map(({ subjectAltName }) => subjectAltName).sort();
     assert.deepEqual(names, ["DNS:*.example.org, DNS:www.example.org", `DNS:${NAME}, DNS:*.${NAME}`]);
 
-    // and again with a look at the zone's servers before, which is possible in this process only
+    // and again with a self-check at the zone's servers before, which is possible in this process only
     await Deno.remove(bed.path("test/cert"), { recursive: true });
     for (const zone of [NAME, "example.org"]) dns.set(zone, "NS", "ns.example.net");
     dns.set("ns.example.net", "A", "127.0.0.1");

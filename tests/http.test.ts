@@ -405,7 +405,7 @@ Deno.test("what the CA says reaches the message on one line, without what could 
   assert.equal((await failure(client.newOrder([NAME]))).message, "HTTP status 400 (text/ht ml x)");
 });
 
-Deno.test("a problem can be strange, nested without end or huge, and is told within bounds", async () => {
+Deno.test("a problem can be strange, nested without end or huge, and is shown within bounds", async () => {
   await using bed = await faultyBed();
   const client = await connect(bed);
   const nested = '{"subproblems":['.repeat(30_000) + "{}" + "]}".repeat(30_000);
@@ -463,7 +463,7 @@ Deno.test("oneLine() makes any text one line of bounded length, without what can
   }
 });
 
-Deno.test("describe() tells a problem with its links, its subproblems and whom they are about", () => {
+Deno.test("describe() shows a problem with its links, its subproblems and whom they are about", () => {
   assert.equal(
     describe({
       type: "compound",

@@ -149,7 +149,7 @@ Deno.test("RSA and EC are both issued by a CA that wants each order validated", 
   assert.deepEqual(bed.dropped(), []);
 });
 
-Deno.test("the second key type is not asked for where the first could not be validated, and the error is told once", async () => {
+Deno.test("the second key type is not asked for where the first could not be validated, and the error is reported once", async () => {
   const resolve = () => {
     throw new Error("NXDOMAIN");
   };
@@ -363,7 +363,7 @@ const lost = () => {
   throw new Error("NXDOMAIN");
 };
 for (const failure of ["order", "authorization", "challenge"] as const) {
-  Deno.test(`a validation that fails is known soon, with its cause, where the CA tells it by the ${failure}`, async () => {
+  Deno.test(`a validation that fails is known soon, with its cause, where the CA shows it in the ${failure}`, async () => {
     await using bed = await oneCertificate({ resolve: lost, failure }, `${NAME} www`);
     const begun = bed.ca.now.getTime();
     const ran = await bed.run();
@@ -397,7 +397,7 @@ const SUBPROBLEMS = ["a.example.com", "b.example.com"].map((value) => ({
   detail: `forbidden by the CAA of ${value}`,
   identifier: { type: "dns", value },
 }));
-const TOLD = "a.example.com: forbidden by the CAA of a.example.com (caa); " +
+const SAID = "a.example.com: forbidden by the CAA of a.example.com (caa); " +
   "b.example.com: forbidden by the CAA of b.example.com (caa)";
 const invalid = (body: Record<string, unknown>) => ({
   ...body,
@@ -431,13 +431,13 @@ for (
       "created",
       { fault: befalling("newOrder", refused) },
       "create an order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "created, and born invalid",
       { fault: befalling("newOrder", { kind: "rewrite", rewrite: invalid }) },
       "issue the order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "validated",
@@ -454,7 +454,7 @@ for (
       "validated, for a reason that is not a challenge's",
       { fault: befalling("order", { kind: "rewrite", rewrite: invalid }) },
       "validate the order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "validated, for no reason",
@@ -466,13 +466,13 @@ for (
       "finalized",
       { fault: befalling("finalize", refused) },
       "finalize the order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "finalized, and invalid then",
       { fault: befalling("finalize", { kind: "rewrite", rewrite: invalid }) },
       "issue the order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "finalized, and ready still",
@@ -487,7 +487,7 @@ for (
         fault: onceFinalized({ kind: "rewrite", rewrite: invalid }),
       },
       "issue the order",
-      `two names (compound); ${TOLD}`,
+      `two names (compound); ${SAID}`,
     ],
     [
       "downloaded",
@@ -509,7 +509,7 @@ for (
   });
 }
 
-Deno.test("names that the CA's policy rejects are told each with its reason", async () => {
+Deno.test("names that the CA's policy rejects are reported, each with its reason", async () => {
   const reject = (name: string) => name.startsWith("www.") ? "high-risk name" : undefined;
   await using bed = await oneCertificate({ reject }, `${NAME} www www.test`);
   const [message] = failures(await bed.run());
@@ -544,8 +544,8 @@ for (
 ) {
   Deno.test(`an authorization for ${what} is not answered`, async () => {
     await using bed = await oneCertificate({ fault: befalling("authz", put(more)) });
-    const [told] = failures(await bed.run());
-    assert(told?.startsWith(message), told);
+    const [said] = failures(await bed.run());
+    assert(said?.startsWith(message), said);
     assert.equal(counts(bed.ca.log).challenge, undefined);
     assert.deepEqual(bed.dropped(), []);
   });

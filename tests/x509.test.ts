@@ -283,7 +283,7 @@ Deno.test("an empty public key is nobody's", async () => {
   assert.equal(isKeyOf(await generateKey({ type: "ec", curve: "P-256" }), bare), false);
 });
 
-Deno.test("readCertificate() tells the kind of key, who issued it, and whether that was itself", async () => {
+Deno.test("readCertificate() states the kind of key, who issued it, and whether that was itself", async () => {
   await using ca = await startCa();
   const life = { notBefore: NOW, notAfter: new Date(NOW.getTime() + DAY) };
   for (const spec of KEYS) {

@@ -25,9 +25,7 @@ async function issuedBed(
 /** Suggests the window from `start` to `end` (from now) for every certificate that has been issued. */
 function suggest({ ca }: Bed, start: number, end: number, explanationURL?: string) {
   const at = (ms: number) => new Date(ca.now.getTime() + ms);
-  for (const { serial } of ca.issued) {
-    ca.setRenewalWindow(serial, { start: at(start), end: at(end), explanationURL });
-  }
+  for (const issued of ca.issued) issued.renewalWindow = { start: at(start), end: at(end), explanationURL };
 }
 
 /** Answers about renewal like this. */

@@ -1,7 +1,6 @@
 /**
- * A DNS server of a few zones (RFC 1035), on loopback, for dns-01: where a hook writes its TXT record, where
- * lematt looks whether it is there, and where the test CA validates. It answers over UDP and TCP from a table
- * that tests change, and authoritatively for every name; what it does not understand it ignores.
+ * A DNS server on loopback (RFC 1035), for dns-01. It answers over UDP and TCP from a table that tests change, and
+ * authoritatively for every name; what it does not understand it ignores.
  */
 import { Buffer } from "node:buffer";
 import { createSocket } from "node:dgram";
@@ -72,7 +71,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
 
   const listener = Deno.listen({ hostname: "127.0.0.1", port: wanted });
   const { port } = listener.addr;
-  const carried = new Set<Promise<void>>();
+  const conversations = new Set<Promise<void>>();
   const open = new Set<Deno.Conn>();
   async function converse(connection: Deno.Conn): Promise<void> {
     open.add(connection);
@@ -95,8 +94,8 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
   }
   const accepting = (async () => {
     for await (const connection of listener) {
-      const done = converse(connection).finally(() => carried.delete(done));
-      carried.add(done);
+      const done = converse(connection).finally(() => conversations.delete(done));
+      conversations.add(done);
     }
   })();
 
@@ -114,7 +113,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     socket.close();
     listener.close();
     for (const connection of open) connection.close();
-    await Promise.all([accepting, ...carried, once(socket, "close")]);
+    await Promise.all([accepting, ...conversations, once(socket, "close")]);
   }
   return {
     port,

@@ -1,42 +1,69 @@
 /**
- * The signatures of ACME for the test CA: flattened JWS (RFC 7515 §7.2.2) under the restrictions of RFC 8555
- * §6.2.
- *
- * It says whether a message is well-formed and whose key signed it, and throws the RFC's problem when it is
- * not. Nonces, accounts and URLs are the CA's business. Written on node:crypto alone, because `lib/` signs
- * with jose and a judge should not share the party's library.
+ * Requests of ACME as the test CA reads them: flattened JWS (RFC 7515 §7.2.2) as RFC 8555 §6.2 restricts it, and the
+ * problems with which it refuses them (RFC 7807, RFC 8555 §6.7). On node:crypto alone, because `lib/` signs with jose.
  */
 import { Buffer } from "node:buffer";
-import {
-  createHash,
-  createHmac,
-  createPublicKey,
-  type JsonWebKey,
-  type KeyObject,
-  timingSafeEqual,
-  verify,
-} from "node:crypto";
-import { mistake } from "./ca-problem.ts";
+import { createHash, createPublicKey, type JsonWebKey, type KeyObject, verify } from "node:crypto";
 
-/** The protected header, as far as ACME knows it. */
-export interface Header {
-  readonly alg: string;
-  readonly url: string;
-  readonly nonce?: string;
-  readonly kid?: string;
-  readonly jwk?: unknown;
+/** An identifier of orders and authorizations (RFC 8555 §9.7.7, RFC 8738). */
+export interface Identifier {
+  readonly type: "dns" | "ip";
+  readonly value: string;
 }
+
+/** The JSON form of a problem, as in answers, orders and challenges. */
+export interface ProblemDocument {
+  type: string;
+  detail: string;
+  status?: number;
+  identifier?: Identifier;
+  subproblems?: ProblemDocument[];
+  algorithms?: string[];
+}
+
+/** A refusal on its way to the client; `type` without the URN prefix, `headers` go with the answer. */
+export class Problem extends Error {
+  override readonly name = "Problem";
+  readonly document: ProblemDocument;
+  constructor(
+    /** Whether a correct client never provokes it: it is noted in `ca.violations` then. */
+    readonly isViolation: boolean,
+    readonly status: number,
+    readonly type: string,
+    detail: string,
+    extra: Partial<ProblemDocument> = {},
+    readonly headers: Readonly<Record<string, string>> = {},
+  ) {
+    super(`${type}: ${detail}`);
+    this.document = { type: `urn:ietf:params:acme:error:${type}`, detail, status, ...extra };
+  }
+}
+
+/** What a correct client never provokes. */
+export const violation = (status: number, type: string, detail: string, extra?: Partial<ProblemDocument>) =>
+  new Problem(true, status, type, detail, extra);
+export const malformed = (detail: string) => violation(400, "malformed", detail);
+
+/** The CA's own decision (limits, policy, a name that does not validate), which correct clients meet as well. */
+export const refusal = (
+  status: number,
+  type: string,
+  detail: string,
+  extra?: Partial<ProblemDocument>,
+  headers?: Record<string, string>,
+) => new Problem(false, status, type, detail, extra, headers);
 
 /** A parsed, not yet verified message. */
 export interface Jws {
-  readonly header: Header;
+  /** The protected header, as far as ACME knows it. */
+  readonly header: { alg: string; url: string; nonce?: string; kid?: string; jwk?: unknown };
   /** The decoded payload, "" for POST-as-GET. */
   readonly payload: string;
   readonly signed: string;
   readonly signature: Uint8Array;
 }
 
-/** A public key that may sign requests: imported once, then kept with its account. */
+/** A public key that may sign requests. */
 export interface SigningKey {
   readonly key: KeyObject;
   readonly alg: string;
@@ -44,134 +71,78 @@ export interface SigningKey {
   readonly thumbprint: string;
 }
 
-const HASHES: Readonly<Record<string, string>> = {
-  RS256: "sha256",
-  ES256: "sha256",
-  ES384: "sha384",
-  ES512: "sha512",
-};
-const EC_ALGORITHMS: Readonly<Record<string, string>> = {
-  "P-256": "ES256",
-  "P-384": "ES384",
-  "P-521": "ES512",
-};
+const ALGORITHMS: Readonly<Record<string, string>> = { "P-256": "ES256", "P-384": "ES384", "P-521": "ES512" };
 
-/** Decodes base64url without padding (RFC 8555 §6.1); anything else is the client's mistake. */
+/** Decodes base64url without padding (RFC 8555 §6.1). */
 export function fromBase64url(value: unknown, what: string): Buffer {
-  if (typeof value === "string" && /^[A-Za-z0-9_-]*$/.test(value) && value.length % 4 !== 1) {
-    const bytes = Buffer.from(value, "base64url");
-    if (bytes.toString("base64url") === value) return bytes;
-  }
-  throw mistake(400, "malformed", `${what} is not base64url without padding`);
+  const bytes = Buffer.from(typeof value === "string" ? value : "", "base64url");
+  if (bytes.toString("base64url") !== value) throw malformed(`${what} is not base64url without padding`);
+  return bytes;
 }
 
 /** Parses JSON that must be an object. */
-export function parseObject(json: string, what: string): Record<string, unknown> {
+export function parseObject(json: string, what = "the payload"): Record<string, unknown> {
   let value: unknown;
   try {
     value = JSON.parse(json);
   } catch {
-    throw mistake(400, "malformed", `${what} is not JSON`);
+    throw malformed(`${what} is not JSON`);
   }
   if (typeof value !== "object" || value === null || Array.isArray(value)) {
-    throw mistake(400, "malformed", `${what} is not a JSON object`);
+    throw malformed(`${what} is not a JSON object`);
   }
   return value as Record<string, unknown>;
 }
 
-/** Takes a flattened JWS apart: `message` is the request's text or, for nested ones, an object. */
-export function parseJws(message: string | Record<string, unknown>, what = "the JWS"): Jws {
-  const jws = typeof message === "string" ? parseObject(message, what) : message;
+/** Takes a flattened JWS apart. */
+export function parseJws(message: string, what = "the JWS"): Jws {
+  const jws = parseObject(message, what);
   if (Object.keys(jws).sort().join() !== "payload,protected,signature") {
-    throw mistake(400, "malformed", `${what} must have exactly the members protected, payload and signature`);
+    throw malformed(`${what} must have exactly the members protected, payload and signature`);
   }
-  const header = parseObject(
-    fromBase64url(jws.protected, "the protected header").toString(),
-    "the protected header",
-  );
-  for (const name of ["crit", "b64"]) {
-    if (name in header) throw mistake(400, "malformed", `the header "${name}" is not understood here`);
-  }
+  const header = parseObject(`${fromBase64url(jws.protected, "the header")}`, "the protected header");
+  if ("crit" in header) throw malformed("no critical header is understood here");
   for (const name of ["alg", "url"]) {
-    if (typeof header[name] !== "string") {
-      throw mistake(400, "malformed", `the protected header lacks "${name}"`);
-    }
+    if (typeof header[name] !== "string") throw malformed(`the protected header lacks "${name}"`);
   }
   return {
-    header: header as unknown as Header,
+    header: header as unknown as Jws["header"],
     payload: fromBase64url(jws.payload, "the payload").toString(),
     signed: `${jws.protected}.${jws.payload}`,
     signature: fromBase64url(jws.signature, "the signature"),
   };
 }
 
-/**
- * Imports the public key of a `jwk` header; throws badPublicKey or malformed for what no client should send.
- */
+/** Imports a public JWK: RSA of 2048 bits or more, or one of the three curves. */
 export function importKey(jwk: unknown): SigningKey {
-  if (typeof jwk !== "object" || jwk === null || "d" in jwk) {
-    throw mistake(400, "malformed", "the header jwk is not a public key");
-  }
+  const sent = jwk as JsonWebKey;
+  if (typeof jwk !== "object" || jwk === null || "d" in jwk) throw malformed("the jwk is not a public key");
   let key: KeyObject;
   try {
-    key = createPublicKey({ key: jwk as JsonWebKey, format: "jwk" });
+    key = createPublicKey({ key: sent, format: "jwk" });
   } catch {
-    throw mistake(400, "badPublicKey", "the key cannot be read");
+    throw violation(400, "badPublicKey", "the key cannot be read");
   }
   const { kty, crv, n, e, x, y } = key.export({ format: "jwk" });
-  const sent = jwk as JsonWebKey;
   if (sent.n !== n || sent.e !== e || sent.x !== x || sent.y !== y) {
-    throw mistake(400, "badPublicKey", "the key's numbers are not in their canonical form (RFC 7518 §6)");
+    throw violation(400, "badPublicKey", "the key's numbers are not in their canonical form (RFC 7518 §6)");
   }
-  const members = kty === "RSA" ? { e, kty, n } : { crv, kty, x, y };
-  const alg = kty === "RSA" ? "RS256" : EC_ALGORITHMS[crv ?? ""];
-  const bits = key.asymmetricKeyDetails?.modulusLength ?? 2048;
-  if (alg === undefined || bits < 2048 || bits > 8192) {
-    throw mistake(400, "badPublicKey", `a key of ${crv ?? `${bits} bits`} is not allowed`);
+  const alg = kty === "RSA" ? "RS256" : ALGORITHMS[crv ?? ""];
+  if (alg === undefined || (key.asymmetricKeyDetails?.modulusLength ?? 2048) < 2048) {
+    throw violation(400, "badPublicKey", `a key of type ${kty} ${crv ?? ""} that is not allowed`);
   }
-  return { key, alg, thumbprint: createHash("sha256").update(JSON.stringify(members)).digest("base64url") };
+  const members = JSON.stringify(kty === "RSA" ? { e, kty, n } : { crv, kty, x, y });
+  return { key, alg, thumbprint: createHash("sha256").update(members).digest("base64url") };
 }
 
-/** Refuses algorithms that no key here could have (RFC 8555 §6.2): `none`, MACs, RSA-PSS. */
-export function checkAlgorithm({ header }: Jws): void {
-  if (!(header.alg in HASHES)) {
-    const algorithms = Object.keys(HASHES);
-    throw mistake(
-      400,
-      "badSignatureAlgorithm",
-      `the algorithm ${JSON.stringify(header.alg)} is not allowed`,
-      { algorithms },
-    );
+/** Verifies the signature; each key has one algorithm, so that `none` and MACs are refused as well. */
+export function verifyJws(jws: Jws, { key, alg }: SigningKey): void {
+  if (jws.header.alg !== alg) {
+    const detail = `the algorithm ${JSON.stringify(jws.header.alg)} does not fit the key, which needs ${alg}`;
+    throw violation(400, "badSignatureAlgorithm", detail, { algorithms: [alg] });
   }
-}
-
-/** Verifies the signature of `jws` under `key`; throws the problem if it does not hold. */
-export function verifyJws(jws: Jws, key: SigningKey): void {
-  checkAlgorithm(jws);
-  if (jws.header.alg !== key.alg) {
-    throw mistake(
-      400,
-      "badSignatureAlgorithm",
-      `${jws.header.alg} does not fit the key, which needs ${key.alg}`,
-      {
-        algorithms: [key.alg],
-      },
-    );
-  }
-  const how = { key: key.key, dsaEncoding: "ieee-p1363" as const };
-  if (!verify(HASHES[key.alg], Buffer.from(jws.signed), how, jws.signature)) {
-    throw mistake(400, "malformed", "the signature does not verify");
-  }
-}
-
-/** Verifies the MAC of an external account binding (RFC 8555 §7.3.4). `secret` is the decoded MAC key. */
-export function verifyMac(jws: Jws, secret: Uint8Array): void {
-  const hash = { HS256: "sha256", HS384: "sha384", HS512: "sha512" }[jws.header.alg];
-  if (hash === undefined) {
-    throw mistake(400, "badSignatureAlgorithm", "the account binding is not signed with a MAC");
-  }
-  const expected = createHmac(hash, secret).update(jws.signed).digest();
-  if (expected.length !== jws.signature.length || !timingSafeEqual(expected, jws.signature)) {
-    throw mistake(403, "unauthorized", "the account binding's MAC does not verify");
+  const hash = `sha${alg.slice(2)}`;
+  if (!verify(hash, Buffer.from(jws.signed), { key, dsaEncoding: "ieee-p1363" }, jws.signature)) {
+    throw malformed("the signature does not verify");
   }
 }

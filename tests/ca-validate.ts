@@ -1,30 +1,14 @@
 /**
- * The validation authority of the test CA: proves control of a name by really asking (RFC 8555 §8).
- *
- * It gets a challenge and where to find things; it returns if the proof holds and throws the problem to be
- * put into the challenge if it does not. It never leaves the loopback interface.
+ * How the test CA validates: it looks for the proof where a CA would (RFC 8555 §8), and never leaves loopback.
  */
+import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { type IncomingMessage, request as startRequest } from "node:http";
 import { isIP } from "node:net";
-import { connect as connectTls } from "node:tls";
-import { type Identifier, Problem, refusal } from "./ca-problem.ts";
+import { type Identifier, type Problem, refusal } from "./ca-jws.ts";
+import type { Switches } from "./ca-switches.ts";
 
-/** How the CA finds what a real one finds by DNS. */
-export interface Resolver {
-  /** Where `hostname` is reached on port 80; the address must be of loopback. */
-  resolve(hostname: string): { hostname: string; port: number };
-  /** The values of the TXT records at `name`. */
-  txt(name: string): Promise<readonly string[]>;
-  /** The target of a CNAME at `name`, if there is one. */
-  cname(name: string): Promise<string | undefined>;
-  /** How long an answer may take. */
-  readonly timeoutMs: number;
-  /** Ends the validation when the CA closes. */
-  readonly closing: AbortSignal;
-}
-
-/** One proof to be made. */
+/** What has to be proven. */
 export interface Proof {
   readonly type: string;
   readonly identifier: Identifier;
@@ -34,141 +18,103 @@ export interface Proof {
   readonly keyAuthorization: string;
   readonly accountUrl: string;
   /** The issuer domain names that a dns-persist-01 record may name. */
-  readonly issuerNames: readonly string[];
+  readonly issuers: readonly string[];
   readonly now: Date;
 }
 
-/** Makes the proof; throws a Problem with the reason if it does not hold. */
-export async function validate(proof: Proof, resolver: Resolver): Promise<void> {
-  switch (proof.type) {
-    case "http-01":
-      return await validateHttp(proof, resolver);
-    case "dns-01":
-      return await validateDns(proof, resolver);
-    case "dns-persist-01":
-      return await validatePersistentDns(proof, resolver);
-    default:
-      throw refusal(400, "malformed", `challenges of type ${proof.type} cannot be validated here`);
+const TIMEOUT_MS = 10_000;
+const MAX_REDIRECTS = 10; // as Boulder has it
+const MAX_BODY_BYTES = 4096;
+const MAX_CNAMES = 10;
+
+const unauthorized = (detail: string) => refusal(403, "unauthorized", detail);
+const noConnection = (detail: string) => refusal(400, "connection", detail);
+
+/** Throws the problem of the challenge where the proof does not hold; `closing` ends it. */
+export async function validate(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
+  if (proof.type === "http-01") return await validateHttp(proof, switches, closing);
+  const persistent = proof.type === "dns-persist-01";
+  const name = `${persistent ? "_validation-persist" : "_acme-challenge"}.${proof.identifier.value}`;
+  const records = await lookUp(name, switches);
+  if (persistent) return checkPersistent(records, name, proof);
+  const expected = createHash("sha256").update(proof.keyAuthorization).digest("base64url");
+  if (records.length === 0) throw unauthorized(`no TXT record at ${name}`);
+  if (!records.includes(expected)) {
+    throw unauthorized(`none of the ${records.length} TXT records at ${name} is ${expected}`);
   }
 }
 
-// --------------------------------------------------------------------------------------------------- http-01
-
-const MAX_REDIRECTS = 10; // as Boulder has it
-const MAX_BODY_BYTES = 4096;
-
 /** RFC 8555 §8.3: redirects are followed, and trailing whitespace is forgiven. */
-async function validateHttp(proof: Proof, resolver: Resolver): Promise<void> {
+async function validateHttp(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
   const { value } = proof.identifier;
   const host = isIP(value) === 6 ? `[${value}]` : value;
   let url = new URL(`http://${host}/.well-known/acme-challenge/${proof.token}`);
   for (let redirects = 0; redirects <= MAX_REDIRECTS; redirects++) {
-    const answer = await get(url, resolver);
-    if (answer.location !== undefined) {
-      const target = URL.parse(answer.location, url);
-      if (target === null || !/^https?:$/.test(target.protocol)) {
-        throw refusal(
-          400,
-          "connection",
-          `${url} redirects to ${JSON.stringify(answer.location)}, which cannot be followed`,
-        );
-      }
+    const { status, location, body, from } = await get(url, switches, closing);
+    if (location !== undefined) {
+      const target = URL.parse(location, url);
+      if (target?.protocol !== "http:") throw noConnection(`${url} redirects to ${JSON.stringify(location)}`);
       url = target;
       continue;
     }
-    if (answer.status !== 200) {
-      throw refusal(403, "unauthorized", `${answer.from}: ${url} answered ${answer.status}`);
-    }
-    if (answer.body.trimEnd() !== proof.keyAuthorization) {
-      const found = JSON.stringify(answer.body.slice(0, 100));
-      throw refusal(
-        403,
-        "unauthorized",
-        `${answer.from}: ${url} holds ${found} instead of ${proof.keyAuthorization}`,
-      );
-    }
-    return;
+    if (status !== 200) throw unauthorized(`${from}: ${url} answered ${status}`);
+    if (body.trimEnd() === proof.keyAuthorization) return;
+    const found = JSON.stringify(body.slice(0, 100));
+    throw unauthorized(`${from}: ${url} holds ${found} instead of ${proof.keyAuthorization}`);
   }
-  throw refusal(400, "connection", `more than ${MAX_REDIRECTS} redirects, the last to ${url}`);
+  throw noConnection(`more than ${MAX_REDIRECTS} redirects, the last to ${url}`);
 }
 
-interface HttpAnswer {
-  readonly status: number;
-  readonly location?: string;
-  readonly body: string;
-  /** The address that answered. */
-  readonly from: string;
-}
-
-/**
- * node:http rather than fetch(), for it connects where it is told and still sends the Host that the URL
- * names.
- */
-async function get(url: URL, resolver: Resolver): Promise<HttpAnswer> {
+/** By node:http, as it connects where it is told and still sends the Host that the URL names; fetch() does not. */
+async function get(url: URL, switches: Switches, closing: AbortSignal) {
   const name = url.hostname.replace(/^\[|\]$/g, "");
-  const isLoopback = (address: string) => address === "::1" || /^127\.\d+\.\d+\.\d+$/.test(address);
-  const at = isLoopback(name) ? { hostname: name, port: 80 } : whereIs(name, resolver);
+  const at = isLoopback(name) ? { hostname: name, port: 80 } : whereIs(name, switches);
   if (!isLoopback(at.hostname)) throw refusal(400, "dns", `${name} is not on loopback`);
-  const secure = url.protocol === "https:";
-  const port = url.port !== "" ? Number(url.port) : secure ? 443 : at.port;
-
   const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>();
   const request = startRequest({
     host: at.hostname,
-    port,
+    port: url.port === "" ? at.port : Number(url.port),
     path: url.pathname + url.search,
     headers: { host: url.host, "user-agent": "lematt-test-ca", connection: "close" },
-    signal: resolver.closing,
-    // The content proves, not the certificate: the host cannot have a good one before this (RFC 8555 §8.3).
-    // No node:https: its agent would read the system's certificates, for which tests have no permission.
-    ...(secure && {
-      createConnection: () =>
-        connectTls({
-          host: at.hostname,
-          port,
-          servername: isIP(name) === 0 ? name : "",
-          ALPNProtocols: ["http/1.1"],
-          rejectUnauthorized: false,
-          ca: [],
-        }),
-    }),
+    signal: closing,
   });
-  const expired = setTimeout(() => request.destroy(new Error("no answer in time")), resolver.timeoutMs);
+  const timer = setTimeout(() => request.destroy(new Error("no answer in time")), TIMEOUT_MS);
   request.once("response", resolve).once("error", reject).end();
   try {
     const response = await promise;
     const status = response.statusCode ?? 0;
     const location = status >= 300 && status < 400 ? response.headers.location : undefined;
-    let body = "";
+    const chunks: Buffer[] = [];
+    let size = 0;
     for await (const chunk of response) {
-      body += chunk;
-      if (body.length > MAX_BODY_BYTES) throw new Error(`more than ${MAX_BODY_BYTES} bytes`);
+      chunks.push(chunk);
+      if ((size += chunk.length) > MAX_BODY_BYTES) throw new Error(`more than ${MAX_BODY_BYTES} bytes`);
     }
-    return { status, location, body, from: at.hostname };
+    return { status, location, body: Buffer.concat(chunks).toString(), from: at.hostname };
   } catch (error) {
-    throw refusal(400, "connection", `${at.hostname}: cannot fetch ${url}: ${(error as Error).message}`);
+    throw noConnection(`${at.hostname}: cannot fetch ${url}: ${(error as Error).message}`);
   } finally {
-    clearTimeout(expired);
+    clearTimeout(timer);
     request.destroy();
   }
 }
 
-function whereIs(name: string, resolver: Resolver): { hostname: string; port: number } {
+const isLoopback = (address: string) => address === "::1" || /^127\.\d+\.\d+\.\d+$/.test(address);
+
+function whereIs(name: string, { resolve, httpPort = 80 }: Switches): { hostname: string; port: number } {
   try {
-    return resolver.resolve(name);
+    return resolve?.(name) ?? { hostname: "127.0.0.1", port: httpPort };
   } catch (error) {
     throw refusal(400, "dns", `cannot look up ${name}: ${(error as Error).message}`);
   }
 }
 
-// ------------------------------------------------------------------------------------------------------- dns
-
 /** The TXT values at `name`, at the end of its CNAMEs. */
-async function lookUp(name: string, resolver: Resolver): Promise<readonly string[]> {
+async function lookUp(name: string, { txt, cname }: Switches): Promise<readonly string[]> {
   try {
-    for (let links = 0; links < 10; links++) {
-      const target = await resolver.cname(name);
-      if (target === undefined) return await resolver.txt(name);
+    for (let links = 0; links < MAX_CNAMES; links++) {
+      const target = await cname?.(name);
+      if (target === undefined) return await txt?.(name) ?? [];
       name = target.replace(/\.$/, "");
     }
   } catch (error) {
@@ -177,62 +123,43 @@ async function lookUp(name: string, resolver: Resolver): Promise<readonly string
   throw refusal(400, "dns", `too many CNAMEs, the last at ${name}`);
 }
 
-/** RFC 8555 §8.4. */
-async function validateDns(proof: Proof, resolver: Resolver): Promise<void> {
-  const name = `_acme-challenge.${proof.identifier.value}`;
-  const found = await lookUp(name, resolver);
-  const expected = createHash("sha256").update(proof.keyAuthorization).digest("base64url");
-  if (found.length === 0) throw refusal(403, "unauthorized", `no TXT record at ${name}`);
-  if (!found.includes(expected)) {
-    throw refusal(403, "unauthorized", `none of the ${found.length} TXT records at ${name} is ${expected}`);
-  }
-}
-
 /**
- * draft-ietf-acme-dns-persist, as far as Pebble 2.10.1 implements it: a TXT record of the form of a CAA issue
- * value (RFC 8659 §4.2), `ca.example; accounturi=https://…; policy=wildcard; persistUntil=1767225600`.
+ * draft-ietf-acme-dns-persist, as Pebble 2.10.1 implements it: a TXT record of the form of a CAA issue value (RFC 8659
+ * §4.2), `ca.example; accounturi=https://…; policy=wildcard; persistUntil=1767225600`.
  */
-async function validatePersistentDns(proof: Proof, resolver: Resolver): Promise<void> {
-  const name = `_validation-persist.${proof.identifier.value}`;
-  const reasons: Problem[] = [];
-  for (const record of await lookUp(name, resolver)) {
+function checkPersistent(records: readonly string[], name: string, proof: Proof): void {
+  const problems: Problem[] = [];
+  for (const record of records) {
     const [issuer = "", ...parameters] = record.split(";").map((part) =>
       part.replace(/^[ \t]+|[ \t]+$/g, "")
     );
-    if (!proof.issuerNames.includes(issuer)) continue; // meant for another CA
-    const reason = judgePersistentRecord(parameters, proof);
-    if (reason === undefined) return;
-    reasons.push(reason);
+    if (!proof.issuers.includes(issuer)) continue; // for another CA
+    const problem = problemOfPersistent(parameters, proof);
+    if (problem === undefined) return;
+    problems.push(problem);
   }
-  // A record that cannot be read says more than one that names somebody else.
-  throw reasons.find(({ document }) => document.type.endsWith(":malformed")) ?? reasons[0] ??
-    refusal(403, "unauthorized", `no TXT record at ${name} names ${proof.issuerNames.join(" or ")}`);
+  throw problems.find(({ type }) => type === "malformed") ?? problems[0] ??
+    unauthorized(`no TXT record at ${name} names ${proof.issuers.join(" or ")}`);
 }
 
-/** Why a record does not authorize, or undefined if it does. */
-function judgePersistentRecord(parameters: readonly string[], proof: Proof): Problem | undefined {
-  const malformed = (detail: string) =>
-    refusal(400, "malformed", `the TXT record for dns-persist-01: ${detail}`);
-  const unauthorized = (detail: string) =>
-    refusal(403, "unauthorized", `the TXT record for dns-persist-01: ${detail}`);
+function problemOfPersistent(parameters: readonly string[], proof: Proof): Problem | undefined {
+  const what = "the TXT record for dns-persist-01";
+  const malformed = (detail: string) => refusal(400, "malformed", `${what}: ${detail}`);
   const values = new Map<string, string>();
   for (const parameter of parameters) {
     const [, tag, value] = /^([^=]*?)[ \t]*=[ \t]*([\x21-\x3a\x3c-\x7e]*)$/.exec(parameter) ?? [];
     if (!tag || value === undefined) return malformed(`${JSON.stringify(parameter)} is not tag=value`);
-    if (values.has(tag.toLowerCase())) return malformed(`"${tag}" stands in it twice`);
+    if (values.has(tag.toLowerCase())) return malformed(`"${tag}" is in it twice`);
     values.set(tag.toLowerCase(), value);
   }
-  const account = values.get("accounturi");
-  const until = values.get("persistuntil");
+  const account = values.get("accounturi"), until = values.get("persistuntil");
   if (!account) return malformed(`it lacks "accounturi"`);
-  if (until !== undefined && !/^[+-]?\d+$/.test(until)) return malformed(`persistUntil=${until} is no time`);
-  if (account !== proof.accountUrl) {
-    return unauthorized(`it names the account ${account}, not ${proof.accountUrl}`);
-  }
+  if (until !== undefined && !/^\d+$/.test(until)) return malformed(`persistUntil=${until} is no time`);
+  if (account !== proof.accountUrl) return unauthorized(`${what} names the account ${account}`);
   if (proof.wildcard && values.get("policy")?.toLowerCase() !== "wildcard") {
-    return unauthorized("it lacks policy=wildcard");
+    return unauthorized(`${what} lacks policy=wildcard`);
   }
-  if (until !== undefined && Number(until) * 1000 < proof.now.getTime()) {
-    return unauthorized("it is past its persistUntil");
+  if (Number(until ?? Infinity) * 1000 < proof.now.getTime()) {
+    return unauthorized(`${what} is past its persistUntil`);
   }
 }

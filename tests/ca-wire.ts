@@ -1,12 +1,10 @@
 /**
- * The wire of the test CA: its HTTPS listener, and the faults that befall an exchange on its way.
- *
- * It knows sockets and answers, nothing of ACME. Deno.serve cannot drop a connection, so where faults are
- * wanted a byte-copying relay stands before it, and tearing is done there; without faults nothing stands
- * between.
+ * The servers of the test CA, which know nothing of ACME: its HTTPS listener with the faults of an exchange, and the
+ * web server over a drop directory. Deno.serve cannot drop a connection, so where faults are wanted a relay that copies
+ * bytes stands before it, and connections are torn there.
  */
 
-/** An answer before it is put on the wire. `body` is JSON text, PEM, or absent. */
+/** An answer before it is sent. `body` is JSON text, PEM, or absent. */
 export interface Answer {
   readonly status: number;
   readonly headers: Headers;
@@ -14,14 +12,14 @@ export interface Answer {
 }
 
 /**
- * What befalls one exchange.
+ * What goes wrong in one exchange.
  *
- * Never handled by the CA: `reset` (torn before an answer), `refuse` (the same, and the next connection is
- * torn as well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the
- * last answer given to the same URL; handled if there was none).
- * Handled first: `reset mid-body`, `truncate` (JSON or PEM cut in half, well framed), `drop header`,
- * `rewrite` and `rewrite text` (get the parsed JSON or the text, and return what is sent instead), and `after`:
- * the CA's state changes, then its answer is lost to the fault within.
+ * Never handled by the CA: `reset` (torn before an answer), `refuse` (the same, and the next connection is torn as
+ * well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the last answer given
+ * to the same URL; handled if there was none).
+ * Handled first: `reset mid-body`, `truncate` (JSON or PEM cut in half, well framed), `drop header`, `rewrite` and
+ * `rewrite text` (the parsed JSON or the text is changed), and `after`: the CA's state changes, then its answer is lost
+ * to the fault within.
  */
 export type Fault =
   | { kind: "reset" | "refuse" | "silence" | "reset mid-body" | "badNonce" | "truncate" | "html" | "repeat" }
@@ -31,30 +29,34 @@ export type Fault =
   | { kind: "rewrite text"; rewrite: (body: string) => string }
   | { kind: "after"; fault: Fault };
 
-/** What a fault may need of the CA and of the connection that carries the exchange. */
+/** What a fault needs of the CA and of the connection. */
 export interface Scene {
   /** Handles the request as if nothing were wrong. */
   handle(): Promise<Answer>;
   /** Tears the connection; `andNext`: the next one too. */
   tear(andNext: boolean): void;
-  /** Aborted when the CA closes. */
   readonly closing: AbortSignal;
   badNonce(): Answer;
   /** The last answer given to this URL. */
   readonly previous: Answer | undefined;
 }
 
-/**
- * Lets `fault` befall an exchange; gives the answer that was made (or pretended) and what goes onto the wire.
- */
-export async function befall(
+/** Answers an exchange under `fault`: the answer that was made or pretended, and the response that is sent. */
+export async function answerUnder(
   fault: Fault | undefined,
   scene: Scene,
 ): Promise<{ answer?: Answer; response: Response }> {
-  const answered = (answer: Answer) => ({ answer, response: responseOf(answer) });
+  const sent = (answer: Answer) => {
+    const { status, headers, body } = answer;
+    return { answer, response: new Response(body, { status, headers }) };
+  };
+  const changed = async (change: (answer: Answer) => Partial<Answer>) => {
+    const answer = await scene.handle();
+    return sent({ ...answer, ...change(answer) });
+  };
   switch (fault?.kind) {
     case undefined:
-      return answered(await scene.handle());
+      return sent(await scene.handle());
     case "reset":
     case "refuse":
       scene.tear(fault.kind === "refuse");
@@ -63,69 +65,46 @@ export async function befall(
       await new Promise((resolve) => scene.closing.addEventListener("abort", resolve, { once: true }));
       return { response: new Response(null, { status: 503 }) };
     case "status": {
-      const { status, body, contentType = "application/problem+json" } = fault;
-      return answered({
-        status,
-        headers: new Headers({ "content-type": contentType, ...fault.headers }),
-        body,
-      });
+      const { status, body, contentType = "application/problem+json", headers } = fault;
+      return sent({ status, headers: new Headers({ "content-type": contentType, ...headers }), body });
     }
     case "html": {
       const headers = new Headers({ "content-type": "text/html; charset=utf-8" });
-      return answered({
+      return sent({
         status: 200,
         headers,
         body: "<!doctype html><title>Sign in</title><h1>Hotel Wi-Fi</h1>",
       });
     }
     case "badNonce":
-      return answered(scene.badNonce());
+      return sent(scene.badNonce());
     case "repeat":
-      return answered(scene.previous ?? await scene.handle());
-    case "truncate": {
-      const answer = await scene.handle();
-      return answered({ ...answer, body: answer.body?.slice(0, answer.body.length / 2) });
-    }
-    case "drop header": {
-      const answer = await scene.handle();
-      answer.headers.delete(fault.name);
-      return answered(answer);
-    }
-    case "rewrite": {
-      const answer = await scene.handle();
-      return answered({ ...answer, body: JSON.stringify(fault.rewrite(JSON.parse(answer.body ?? "{}"))) });
-    }
-    case "rewrite text": {
-      const answer = await scene.handle();
-      return answered({ ...answer, body: fault.rewrite(answer.body ?? "") });
-    }
+      return sent(scene.previous ?? await scene.handle());
+    case "truncate":
+      return await changed(({ body = "" }) => ({ body: body.slice(0, body.length / 2) }));
+    case "drop header":
+      return await changed(({ headers }) => (headers.delete(fault.name), {}));
+    case "rewrite":
+      return await changed(({ body = "{}" }) => ({ body: JSON.stringify(fault.rewrite(JSON.parse(body))) }));
+    case "rewrite text":
+      return await changed(({ body = "" }) => ({ body: fault.rewrite(body) }));
     case "reset mid-body": {
+      // HTTP/1.1 closes the connection there, HTTP/2 breaks the stream; Deno.serve would print a stream that errors
       const answer = await scene.handle();
-      return { answer, response: halfOf(answer) };
+      const bytes = new TextEncoder().encode(answer.body);
+      const headers = new Headers([...answer.headers, ["content-length", `${bytes.length}`]]);
+      const half = ReadableStream.from([bytes.subarray(0, bytes.length / 2)]);
+      return { answer, response: new Response(half, { status: answer.status, headers }) };
     }
     case "after": {
       const answer = await scene.handle();
-      const { response } = await befall(fault.fault, { ...scene, handle: () => Promise.resolve(answer) });
+      const { response } = await answerUnder(fault.fault, {
+        ...scene,
+        handle: () => Promise.resolve(answer),
+      });
       return { answer, response };
     }
   }
-}
-
-function responseOf({ status, headers, body }: Answer): Response {
-  return new Response(body, { status, headers });
-}
-
-/**
- * An answer that ends before the length it announced: with HTTP/1.1 the connection is closed in the middle,
- * with HTTP/2 the stream is broken. (A stream that errors does the same, but Deno.serve prints that.)
- */
-function halfOf({ status, headers, body = "" }: Answer): Response {
-  const bytes = new TextEncoder().encode(body);
-  const half = ReadableStream.from([bytes.subarray(0, bytes.length / 2)]);
-  return new Response(half, {
-    status,
-    headers: new Headers([...headers, ["content-length", `${bytes.length}`]]),
-  });
 }
 
 /** A listening HTTPS server on loopback. */
@@ -136,54 +115,40 @@ export interface Listener {
   close(): Promise<void>;
 }
 
-/**
- * Listens with HTTP/2 and HTTP/1.1 on 127.0.0.1; port 0 takes a free one. `handler` gets a number that is the
- * same for all requests of one connection.
- */
+/** Serves HTTP/2 and HTTP/1.1 on 127.0.0.1; `handler` gets the same number for all requests of one connection. */
 export function listen(
-  options: { port: number; cert: string; key: string; tearable: boolean },
+  { cert, key, tearable }: { cert: string; key: string; tearable: boolean },
   handler: (request: Request, connection: number) => Promise<Response>,
 ): Listener {
-  const { cert, key } = options;
-  const port = options.tearable ? 0 : options.port;
   const stop = new AbortController();
   const server = Deno.serve(
-    { hostname: "127.0.0.1", port, cert, key, signal: stop.signal, onListen: () => {} },
+    { hostname: "127.0.0.1", port: 0, cert, key, signal: stop.signal, onListen: () => {} },
     (request, info) => handler(request, info.remoteAddr.port),
   );
-  const close = async () => {
-    stop.abort(); // not shutdown(), which waits for clients that never say anything
-    await server.finished;
-  };
-  if (!options.tearable) {
-    return {
-      port: server.addr.port,
-      tear() {
-        throw new Error("a CA that was started without `fault` cannot tear connections");
-      },
-      close,
-    };
-  }
-  const relay = startRelay(options.port, server.addr.port);
+  const relay = tearable ? startRelay(server.addr.port) : undefined;
   return {
-    ...relay,
+    port: relay?.port ?? server.addr.port,
+    tear(connection, andNext) {
+      if (relay === undefined) {
+        throw new Error("a CA that was started without `fault` cannot tear connections");
+      }
+      relay.tear(connection, andNext);
+    },
     async close() {
-      await relay.close();
-      await close();
+      await relay?.close();
+      stop.abort(); // not shutdown(), which waits for clients that never say anything
+      await server.finished;
     },
   };
 }
 
-/**
- * Copies bytes between clients and the server behind; the numbers of connections are the server's view of
- * them.
- */
-function startRelay(port: number, behind: number): Listener {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port });
-  const open = new Map<number, () => void>();
+/** Copies bytes between clients and the server behind; connections are numbered by its ports there. */
+function startRelay(behind: number): Listener {
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const open = new Map<number, AbortController>();
   let refusals = 0;
 
-  async function carry(client: Deno.TcpConn): Promise<void> {
+  async function relay(client: Deno.TcpConn): Promise<void> {
     if (refusals > 0) {
       refusals--;
       return client.close();
@@ -191,31 +156,63 @@ function startRelay(port: number, behind: number): Listener {
     const server = await Deno.connect({ hostname: "127.0.0.1", port: behind }).catch(() => undefined);
     if (server === undefined) return client.close(); // it is closing
     const stop = new AbortController();
-    open.set(server.localAddr.port, () => stop.abort());
-    // Either direction may end first or break; what is wrong with a torn connection is nobody's concern here.
+    open.set(server.localAddr.port, stop);
     const copy = (from: Deno.TcpConn, to: Deno.TcpConn) =>
       from.readable.pipeTo(to.writable, { signal: stop.signal }).catch(() => stop.abort());
     await Promise.all([copy(client, server), copy(server, client)]);
     open.delete(server.localAddr.port);
   }
 
-  const carried = new Set<Promise<void>>();
+  const relaying = new Set<Promise<void>>();
   const accepting = (async () => {
     for await (const client of listener) {
-      const done = carry(client).finally(() => carried.delete(done));
-      carried.add(done);
+      const done = relay(client).finally(() => relaying.delete(done));
+      relaying.add(done);
     }
   })();
   return {
     port: listener.addr.port,
     tear(connection, andNext) {
       if (andNext) refusals++;
-      open.get(connection)?.();
+      open.get(connection)?.abort();
     },
     async close() {
       listener.close();
-      for (const stop of open.values()) stop();
-      await Promise.all([accepting, ...carried]);
+      for (const stop of open.values()) stop.abort();
+      await Promise.all([accepting, ...relaying]);
     },
   };
+}
+
+/** A web server over a drop directory. */
+export interface Webroot extends AsyncDisposable {
+  readonly port: number;
+  /** The requests that it answered. */
+  readonly log: readonly {
+    readonly method: string;
+    readonly host: string;
+    readonly path: string;
+    readonly status: number;
+  }[];
+  close(): Promise<void>;
+}
+
+/** Serves `dir` on loopback below /.well-known/acme-challenge/, as a site's own server would; all else is 404. */
+export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } = {}): Webroot {
+  const log: Webroot["log"][number][] = [];
+  const stop = new AbortController();
+  const server = Deno.serve({ hostname, port, signal: stop.signal, onListen: () => {} }, async (request) => {
+    const { method, url, headers } = request;
+    const { pathname: path } = new URL(url);
+    const [, token] = /^\/\.well-known\/acme-challenge\/([A-Za-z0-9_-]+)$/.exec(path) ?? [];
+    const content = token && await Deno.readTextFile(`${dir}/${token}`).catch(() => undefined);
+    const status = content === undefined ? 404 : 200;
+    log.push({ method, host: headers.get("host") ?? "", path, status });
+    return new Response(content ?? "not found\n", { status, headers: { "content-type": "text/plain" } });
+  });
+  const close = async () => {
+    stop.abort();
+    await server.finished;
+  };
+  return { port: server.addr.port, log, close, [Symbol.asyncDispose]: close };
 }

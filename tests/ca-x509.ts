@@ -1,9 +1,6 @@
 /**
- * X.509 for the test CA: reads certificate requests (RFC 2986), writes certificates (RFC 5280).
- *
- * The DER is written by hand, on purpose: the CA judges what `lib/` makes with @peculiar/x509, so it must not
- * share that library's opinions; and issuing a leaf costs one EC signature instead of a few milliseconds of
- * ASN.1 schemas. It knows nothing of ACME but its identifiers.
+ * X.509 for the test CA: reads certificate requests (RFC 2986), writes certificates (RFC 5280). By hand, because the CA
+ * judges what `lib/` makes with @peculiar/x509, and because a leaf then costs no more than its signature.
  */
 import { Buffer } from "node:buffer";
 import {
@@ -16,7 +13,7 @@ import {
   verify,
 } from "node:crypto";
 import { isIP } from "node:net";
-import type { Identifier } from "./ca-problem.ts";
+import type { Identifier } from "./ca-jws.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -182,7 +179,7 @@ export interface Authority {
   readonly privateKey: KeyObject;
   readonly publicKey: KeyObject;
   /** The 20 octets of its subject key identifier (RFC 7093 §2, method 1). */
-  readonly keyId: Uint8Array;
+  readonly keyId: Buffer;
 }
 
 /** A new authority with a new key. */
@@ -191,7 +188,7 @@ export function createAuthority(commonName: string): Authority {
   return { commonName, privateKey, publicKey, keyId: keyIdOf(publicKey) };
 }
 
-function keyIdOf(publicKey: KeyObject): Uint8Array {
+function keyIdOf(publicKey: KeyObject): Buffer {
   const bits = elements(elements(spkiOf(publicKey))[0]!.content)[1]!.content.subarray(1);
   return createHash("sha256").update(bits).digest().subarray(0, 20);
 }

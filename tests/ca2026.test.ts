@@ -390,9 +390,14 @@ pebbleTest("Pebble binds an account, offers chains, changes contact and key, and
     /cannot register the account: the CA wants an external account: set eabKeyId and eabHmacKey/,
   );
   const eab = "eabKeyId: kid-1\neabHmacKey: eab\n";
-  await Deno.writeTextFile(bed.path("eab"), "YW5vdGhlciBrZXkgb2YgdGhlIHJpZ2h0IGxlbmd0aA", { mode: 0o600 });
-  ca.configure({ settings: eab });
-  assert.match(await ca.lematt("--retry"), /cannot register the account: .*\n/);
+  const other = "YW5vdGhlciBrZXkgb2YgdGhlIHJpZ2h0IGxlbmd0aA";
+  await Deno.writeTextFile(bed.path("eab"), other, { mode: 0o600 });
+  for (const settings of [eab.replace("kid-1", "kid-2"), eab]) { // an unknown account, and the wrong key
+    ca.configure({ settings });
+    const said = await ca.lematt("--retry");
+    assert.match(said, /cannot register the account: .*\n/);
+    assert(!said.includes(other), said);
+  }
   await Deno.writeTextFile(bed.path("eab"), mac);
 
   const root = rootOf(await pebble.rootPem(2))!;

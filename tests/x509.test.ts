@@ -155,7 +155,7 @@ Deno.test("keySpecOf() knows each kind of key in each of its forms, and names th
 });
 
 Deno.test("checkChain() refuses a chain for whatever is wrong with it", async () => {
-  await using ca = await startCa({ chainLength: 2 });
+  await using ca = await startCa();
   await using stranger = await startCa();
   const key = await generateKey({ type: "ec", curve: "P-256" });
   const other = await generateKey({ type: "ec", curve: "P-256" });

@@ -342,7 +342,6 @@ export class Book {
         keyAuthorization: `${token}.${account.key.thumbprint}`,
         accountUrl: account.url,
         issuers: issuersOf(switches),
-        now: this.now(),
       };
       await validate(proof, switches, closing);
       challenge.status = authorization.status = "valid";

@@ -5,7 +5,7 @@ import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { type IncomingMessage, request as startRequest } from "node:http";
 import { isIP } from "node:net";
-import { type Identifier, type Problem, refusal } from "./ca-jws.ts";
+import { type Identifier, refusal } from "./ca-jws.ts";
 import type { Switches } from "./ca-switches.ts";
 
 /** What has to be proven. */
@@ -19,7 +19,6 @@ export interface Proof {
   readonly accountUrl: string;
   /** The issuer domain names that a dns-persist-01 record may name. */
   readonly issuers: readonly string[];
-  readonly now: Date;
 }
 
 const TIMEOUT_MS = 10_000;
@@ -124,42 +123,18 @@ async function lookUp(name: string, { txt, cname }: Switches): Promise<readonly 
 }
 
 /**
- * draft-ietf-acme-dns-persist, as Pebble 2.10.1 implements it: a TXT record of the form of a CAA issue value (RFC 8659
- * §4.2), `ca.example; accounturi=https://…; policy=wildcard; persistUntil=1767225600`.
+ * draft-ietf-acme-dns-persist: a TXT record of the form of a CAA issue value (RFC 8659 §4.2), `ca.example;
+ * accounturi=https://…; policy=wildcard`. Pebble judges the form more strictly.
  */
 function checkPersistent(records: readonly string[], name: string, proof: Proof): void {
-  const problems: Problem[] = [];
-  for (const record of records) {
-    const [issuer = "", ...parameters] = record.split(";").map((part) =>
-      part.replace(/^[ \t]+|[ \t]+$/g, "")
-    );
-    if (!proof.issuers.includes(issuer)) continue; // for another CA
-    const problem = problemOfPersistent(parameters, proof);
-    if (problem === undefined) return;
-    problems.push(problem);
-  }
-  throw problems.find(({ type }) => type === "malformed") ?? problems[0] ??
-    unauthorized(`no TXT record at ${name} names ${proof.issuers.join(" or ")}`);
-}
-
-function problemOfPersistent(parameters: readonly string[], proof: Proof): Problem | undefined {
-  const what = "the TXT record for dns-persist-01";
-  const malformed = (detail: string) => refusal(400, "malformed", `${what}: ${detail}`);
-  const values = new Map<string, string>();
-  for (const parameter of parameters) {
-    const [, tag, value] = /^([^=]*?)[ \t]*=[ \t]*([\x21-\x3a\x3c-\x7e]*)$/.exec(parameter) ?? [];
-    if (!tag || value === undefined) return malformed(`${JSON.stringify(parameter)} is not tag=value`);
-    if (values.has(tag.toLowerCase())) return malformed(`"${tag}" is in it twice`);
-    values.set(tag.toLowerCase(), value);
-  }
-  const account = values.get("accounturi"), until = values.get("persistuntil");
-  if (!account) return malformed(`it lacks "accounturi"`);
-  if (until !== undefined && !/^\d+$/.test(until)) return malformed(`persistUntil=${until} is no time`);
-  if (account !== proof.accountUrl) return unauthorized(`${what} names the account ${account}`);
-  if (proof.wildcard && values.get("policy")?.toLowerCase() !== "wildcard") {
-    return unauthorized(`${what} lacks policy=wildcard`);
-  }
-  if (Number(until ?? Infinity) * 1000 < proof.now.getTime()) {
-    return unauthorized(`${what} is past its persistUntil`);
-  }
+  const isProof = records.some((record) => {
+    const [issuer = "", ...parameters] = record.split(";").map((part) => part.trim());
+    const values = new Map(parameters.map((parameter) => {
+      const [tag = "", value] = parameter.split("=").map((part) => part.trim());
+      return [tag.toLowerCase(), value];
+    }));
+    return proof.issuers.includes(issuer) && values.get("accounturi") === proof.accountUrl &&
+      (!proof.wildcard || values.get("policy")?.toLowerCase() === "wildcard");
+  });
+  if (!isProof) throw unauthorized(`no TXT record at ${name} names this CA, the account and what it may`);
 }

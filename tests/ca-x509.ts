@@ -38,8 +38,6 @@ const OIDS = {
 
 const HASH_OF_SIGNATURE: Readonly<Record<string, string>> = {
   "2a864886f70d01010b": "sha256", // sha256WithRSAEncryption
-  "2a864886f70d01010c": "sha384",
-  "2a864886f70d01010d": "sha512",
   "2a8648ce3d040302": "sha256", // ecdsa-with-SHA256
   "2a8648ce3d040303": "sha384",
   "2a8648ce3d040304": "sha512",

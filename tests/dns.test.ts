@@ -410,12 +410,12 @@ Deno.test("a record of dns-persist-01 proves a name where the CA says so, too", 
       "v=spf1 -all",
       text.replace("URL", `${bed.ca.origin}/account/1`),
     );
-    for (const preflight of ["yes", "no"]) {
+    for (const preflight of good ? ["yes", "no"] : ["yes"]) {
       bed.configure({ settings: `keyTypes: ec\npreflight: ${preflight}`, domains: name });
       await Deno.remove(bed.path("test/cert"), { recursive: true }).catch(() => {});
       const ran = await bed.run({ query, retry: true });
       assert.equal(ran.code, good ? 0 : 1, `${text} ${name} ${preflight} ${ran.stderr}`);
-      assert.equal(asked(ran), good || preflight === "no" ? 1 : 0);
+      assert.equal(asked(ran), good ? 1 : 0);
     }
   }
 });

@@ -8,7 +8,7 @@ import { once } from "node:events";
 import { canonicalIp, ipOctets } from "./ca-x509.ts";
 
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16, AAAA: 28 } as const;
-const IN = 1, NXDOMAIN = 3, RESPONSE = 0x8000, AUTHORITATIVE = 0x0400;
+const IN = 1, NXDOMAIN = 3, RESPONSE = 0x8000, AUTHORITATIVE = 0x0400, TRUNCATED = 0x0200;
 /** Longer answers are truncated, so that they are asked for again over TCP (dnsflagday.net/2020). */
 const MAX_UDP_BYTES = 1232;
 
@@ -42,8 +42,8 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     ...further(key(name), type),
   ];
 
-  /** The answer to a message, or undefined if it is no question that can be answered. */
-  function answer(message: Uint8Array): Buffer | undefined {
+  /** The answer to a message, without records where it would be longer; undefined if it cannot be answered. */
+  function answer(message: Uint8Array, maxBytes = Infinity): Buffer | undefined {
     const question = readQuestion(message);
     if (question === undefined) return undefined;
     const { type, text } = question;
@@ -60,13 +60,16 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     const asked = key(question.name);
     const exists = answers.length > 0 ||
       [...records.keys()].some((known) => known === asked || known.endsWith(`.${asked}`));
-    const head = Buffer.alloc(12);
-    message.slice(0, 2).forEach((octet, i) => head[i] = octet);
+    const size = answers.reduce((sum, { length }) => sum + length, 12 + text.length);
+    const fits = size <= maxBytes;
     const recursionDesired = message[2]! << 8 & 0x0100;
-    head.writeUInt16BE(RESPONSE | AUTHORITATIVE | recursionDesired | (exists ? 0 : NXDOMAIN), 2);
+    const status = recursionDesired | (exists ? 0 : NXDOMAIN) | (fits ? 0 : TRUNCATED);
+    const head = Buffer.alloc(12);
+    head.set(message.subarray(0, 2));
+    head.writeUInt16BE(RESPONSE | AUTHORITATIVE | status, 2);
     head.writeUInt16BE(1, 4);
-    head.writeUInt16BE(answers.length, 6);
-    return Buffer.concat([head, text, ...answers]);
+    head.writeUInt16BE(fits ? answers.length : 0, 6);
+    return Buffer.concat([head, text, ...(fits ? answers : [])]);
   }
 
   const listener = Deno.listen({ hostname: "127.0.0.1", port: wanted });
@@ -101,10 +104,8 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
 
   const socket = createSocket("udp4");
   socket.on("message", (message, from) => {
-    const reply = answer(message);
-    if (reply === undefined) return;
-    const fits = reply.length <= MAX_UDP_BYTES;
-    socket.send(fits ? reply : truncated(reply, message.length), from.port, from.address);
+    const reply = answer(message, MAX_UDP_BYTES);
+    if (reply !== undefined) socket.send(reply, from.port, from.address);
   });
   socket.bind(port, "127.0.0.1");
   await once(socket, "listening");
@@ -134,7 +135,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
 interface Question {
   readonly name: string;
   readonly type: RecordType;
-  /** As it stood in the message. */
+  /** As in the message. */
   readonly text: Uint8Array;
 }
 
@@ -150,20 +151,11 @@ function readQuestion(message: Uint8Array): Question | undefined {
   return type && { name: labels.join("."), type, text: message.subarray(12, at + 5) };
 }
 
-/** The same answer without its records and with the TC bit; `length` is that of the question's message. */
-function truncated(reply: Buffer, length: number): Buffer {
-  const short = Buffer.from(reply.subarray(0, Math.min(reply.length, length)));
-  short[2]! |= 0x02;
-  short.writeUInt16BE(0, 6);
-  return short;
-}
-
 function writeName(name: string): Buffer {
   const labels = name.replace(/\.$/, "").split(".").filter((label) => label !== "");
-  return Buffer.concat([
-    ...labels.flatMap((label) => [Buffer.of(label.length), Buffer.from(label)]),
-    Buffer.of(0),
-  ]);
+  return Buffer.concat(
+    [...labels, ""].map((label) => Buffer.from(String.fromCharCode(label.length) + label)),
+  );
 }
 
 function writeRecord(name: string, type: RecordType, value: string): Buffer {

@@ -4,14 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import {
-  createHash,
-  createHmac,
-  generateKeyPairSync,
-  type KeyObject,
-  sign,
-  X509Certificate,
-} from "node:crypto";
+import { createHash, generateKeyPairSync, type KeyObject, sign, X509Certificate } from "node:crypto";
 import { type Ca, type Fault, startCa, startWebroot, type Switches } from "./ca.ts";
 import { importKey } from "./ca-jws.ts";
 
@@ -46,7 +39,7 @@ const identifier = (value: string) => ({ type: /^[\d.]+$|:/.test(value) ? "ip" :
 
 function signed(payload: unknown, header: Json, key: KeyObject): Record<string, string> {
   const [head, body] = [base64url(JSON.stringify(header)), base64url(JSON.stringify(payload) ?? "")];
-  const hash = `sha${String(header.alg).slice(2)}`;
+  const hash = header.alg === "ES384" ? "sha384" : "sha256";
   const signature = base64url(sign(hash, Buffer.from(`${head}.${body}`), { key, dsaEncoding: "ieee-p1363" }));
   return { protected: head, payload: body, signature };
 }
@@ -160,27 +153,19 @@ async function scene(switches: Switches = {}) {
     return (await client.post(body.certificate)).text;
   }
   /** Asserts that `reply` is this problem, with a fresh nonce, and whether it counts as a violation. */
-  function refused(what: unknown, reply: Reply, status: number, type: string, isViolation = true) {
+  function refused(what: unknown, reply: Reply, expected: string, isViolation = true) {
+    const [, status = "400", type] = /^(?:(\d+) )?(\w+)$/.exec(expected)!;
     const about = `${JSON.stringify(what)}: ${reply.text}`;
-    assert.deepEqual([reply.status, reply.body?.type], [status, `urn:ietf:params:acme:error:${type}`], about);
+    assert.deepEqual(
+      [`${reply.status}`, reply.body?.type],
+      [status, `urn:ietf:params:acme:error:${type}`],
+      about,
+    );
     assert.equal(reply.headers.get("content-type"), "application/problem+json");
     assert.deepEqual(ca.violations.splice(0).map(({ type }) => type), isViolation ? [type] : [], about);
   }
-  const dispose = () => stack.disposeAsync();
-  return {
-    ca,
-    client,
-    other,
-    dir,
-    key,
-    openssl,
-    csrFor,
-    serve,
-    ready,
-    issue,
-    refused,
-    [Symbol.asyncDispose]: dispose,
-  };
+  const close = () => stack.disposeAsync();
+  return { ca, client, other, dir, openssl, csrFor, ready, issue, refused, [Symbol.asyncDispose]: close };
 }
 
 Deno.test("a correct client gets a certificate that openssl verifies, and chains to each root", async () => {
@@ -189,15 +174,7 @@ Deno.test("a correct client gets a certificate that openssl verifies, and chains
   const chain = await at.issue("example.com");
   await Deno.writeTextFile(`${dir}/root.pem`, ca.rootPem);
   await Deno.writeTextFile(`${dir}/chain.pem`, chain);
-  const args = [
-    "-x509_strict",
-    "-purpose",
-    "sslserver",
-    "-verify_hostname",
-    "example.com",
-    "-CAfile",
-    "root.pem",
-  ];
+  const args = "-x509_strict -purpose sslserver -verify_hostname example.com -CAfile root.pem".split(" ");
   const said = await at.openssl("verify", ...args, "-untrusted", "chain.pem", "chain.pem");
   assert.equal(said, "chain.pem: OK\n");
   const [issued] = ca.issued;
@@ -210,60 +187,38 @@ Deno.test("a correct client gets a certificate that openssl verifies, and chains
   assert.deepEqual([(await client.order(["example.com"])).body.status, ca.violations], ["ready", []]);
 });
 
-/** A protected header with some members replaced. */
-const reheader = (header: string, change: Json) =>
-  base64url(JSON.stringify({ ...JSON.parse(`${Buffer.from(header, "base64url")}`), ...change }));
-
 Deno.test("a request that breaks RFC 8555 §6 is a violation", async () => {
   await using at = await scene();
   const { ca, client } = at;
   const used = client.nonce;
   await client.order(["example.com"]);
-  const table: [string, Change, number, string][] = [
-    ["content type", { http: { "content-type": "application/json" } }, 415, "malformed"],
-    ["no User-Agent", { http: { "user-agent": "" } }, 400, "malformed"],
-    ["a nonce used twice", { header: { nonce: used } }, 400, "badNonce"],
-    ["a nonce from elsewhere", { header: { nonce: "AAAA" } }, 400, "badNonce"],
-    ["a nonce that is not base64url", { header: { nonce: "a+b/" } }, 400, "malformed"],
-    ["no nonce", { without: ["nonce"] }, 400, "malformed"],
-    ["another URL", { header: { url: client.url("/new-account") } }, 403, "unauthorized"],
-    ["no URL", { without: ["url"] }, 400, "malformed"],
-    ["both jwk and kid", { header: { jwk: client.jwk } }, 400, "malformed"],
-    ["neither jwk nor kid", { without: ["kid"] }, 400, "malformed"],
-    ["a jwk for a kid", { header: { jwk: client.jwk }, without: ["kid"] }, 400, "malformed"],
-    ["an unknown account", { header: { kid: client.url("/account/99") } }, 400, "accountDoesNotExist"],
-    ["a broken signature", { jws: (jws) => ({ ...jws, signature: flip(jws.signature!) }) }, 400, "malformed"],
-    ["another payload", { jws: (jws) => ({ ...jws, payload: "e30" }) }, 400, "malformed"],
-    ["padding", { jws: (jws) => ({ ...jws, payload: `${jws.payload}=` }) }, 400, "malformed"],
-    ["an unprotected header", { jws: (jws) => ({ ...jws, header: {} }) }, 400, "malformed"],
-    ["no object", { jws: (jws) => [jws] }, 400, "malformed"],
-    ["a critical header", { header: { crit: ["exp"] } }, 400, "malformed"],
-    [
-      "no algorithm",
-      {
-        jws: (jws) => ({ ...jws, protected: reheader(jws.protected!, { alg: "none" }), signature: "" }),
-      },
-      400,
-      "badSignatureAlgorithm",
-    ],
-    [
-      "a MAC",
-      {
-        jws: ({ payload, protected: header }) => {
-          const head = reheader(header!, { alg: "HS256" });
-          const signature = createHmac("sha256", "").update(`${head}.${payload}`).digest("base64url");
-          return { payload, protected: head, signature };
-        },
-      },
-      400,
-      "badSignatureAlgorithm",
-    ],
+  const table: [string, Change, string][] = [
+    ["content type", { http: { "content-type": "application/json" } }, "415 malformed"],
+    ["no User-Agent", { http: { "user-agent": "" } }, "malformed"],
+    ["a nonce used twice", { header: { nonce: used } }, "badNonce"],
+    ["a nonce from elsewhere", { header: { nonce: "AAAA" } }, "badNonce"],
+    ["a nonce that is not base64url", { header: { nonce: "a+b/" } }, "malformed"],
+    ["no nonce", { without: ["nonce"] }, "malformed"],
+    ["another URL", { header: { url: client.url("/new-account") } }, "403 unauthorized"],
+    ["no URL", { without: ["url"] }, "malformed"],
+    ["both jwk and kid", { header: { jwk: client.jwk } }, "malformed"],
+    ["neither jwk nor kid", { without: ["kid"] }, "malformed"],
+    ["a jwk for a kid", { header: { jwk: client.jwk }, without: ["kid"] }, "malformed"],
+    ["an unknown account", { header: { kid: client.url("/account/99") } }, "accountDoesNotExist"],
+    ["a broken signature", { jws: (jws) => ({ ...jws, signature: flip(jws.signature!) }) }, "malformed"],
+    ["another payload", { jws: (jws) => ({ ...jws, payload: "e30" }) }, "malformed"],
+    ["padding", { jws: (jws) => ({ ...jws, payload: `${jws.payload}=` }) }, "malformed"],
+    ["an unprotected header", { jws: (jws) => ({ ...jws, header: {} }) }, "malformed"],
+    ["no object", { jws: (jws) => [jws] }, "malformed"],
+    ["a critical header", { header: { crit: ["exp"] } }, "malformed"],
+    ["no algorithm", { header: { alg: "none" } }, "badSignatureAlgorithm"],
+    ["a MAC", { header: { alg: "HS256" } }, "badSignatureAlgorithm"],
   ];
-  for (const [what, change, status, type] of table) {
+  for (const [what, change, problem] of table) {
     const payload = { identifiers: [identifier("example.com")] };
     const reply = await client.post("/new-order", payload, change);
     assert(reply.headers.get("replay-nonce"), what);
-    at.refused(what, reply, status, type);
+    at.refused(what, reply, problem);
   }
   assert.equal(ca.orders.length, 1);
 });
@@ -276,26 +231,26 @@ Deno.test("a method, a payload or an account that is not for a resource is a vio
   const [authz] = body.authorizations;
   await at.issue("issued.example.com");
   const { url: certificate } = at.ca.issued[0]!;
-  const table: [string, () => Promise<Reply>, number, string][] = [
-    ["GET of an order", () => client.fetch(order), 405, "malformed"],
-    ["POST to the directory", () => client.post("/dir"), 405, "malformed"],
-    ["POST to newNonce", () => client.post("/new-nonce"), 405, "malformed"],
-    ["POST to renewalInfo", () => client.post("/renewal-info/a.b"), 405, "malformed"],
-    ["POST-as-GET with {}", () => client.post(order, {}), 400, "malformed"],
-    ["newOrder without payload", () => client.post("/new-order"), 400, "malformed"],
-    ["a keyAuthorization", () => client.post(`${authz}/http-01`, { keyAuthorization: "" }), 400, "malformed"],
-    ["tls-alpn-01", () => client.post(`${authz}/tls-alpn-01`, {}), 400, "malformed"],
-    ["an unknown path", () => client.post("/nowhere"), 404, "malformed"],
-    ["an unknown order", () => client.post("/order/99"), 404, "malformed"],
-    ["an unknown challenge", () => client.post(`${authz}/dns-02`, {}), 404, "malformed"],
-    ["an unknown chain", () => client.post(`${certificate}/1`), 404, "malformed"],
-    ["another's order", () => other.post(order), 403, "unauthorized"],
-    ["another's authorization", () => other.post(authz), 403, "unauthorized"],
-    ["another's certificate", () => other.post(certificate), 403, "unauthorized"],
-    ["another's account", () => other.post(client.kid!), 403, "unauthorized"],
-    ["newAccount by kid", () => client.post("/new-account", {}), 400, "malformed"],
+  const table: [string, () => Promise<Reply>, string][] = [
+    ["GET of an order", () => client.fetch(order), "405 malformed"],
+    ["POST to the directory", () => client.post("/dir"), "405 malformed"],
+    ["POST to newNonce", () => client.post("/new-nonce"), "405 malformed"],
+    ["POST to renewalInfo", () => client.post("/renewal-info/a.b"), "405 malformed"],
+    ["POST-as-GET with {}", () => client.post(order, {}), "malformed"],
+    ["newOrder without payload", () => client.post("/new-order"), "malformed"],
+    ["a keyAuthorization", () => client.post(`${authz}/http-01`, { keyAuthorization: "" }), "malformed"],
+    ["tls-alpn-01", () => client.post(`${authz}/tls-alpn-01`, {}), "malformed"],
+    ["an unknown path", () => client.post("/nowhere"), "404 malformed"],
+    ["an unknown order", () => client.post("/order/99"), "404 malformed"],
+    ["an unknown challenge", () => client.post(`${authz}/dns-02`, {}), "404 malformed"],
+    ["an unknown chain", () => client.post(`${certificate}/1`), "404 malformed"],
+    ["another's order", () => other.post(order), "403 unauthorized"],
+    ["another's authorization", () => other.post(authz), "403 unauthorized"],
+    ["another's certificate", () => other.post(certificate), "403 unauthorized"],
+    ["another's account", () => other.post(client.kid!), "403 unauthorized"],
+    ["newAccount by kid", () => client.post("/new-account", {}), "malformed"],
   ];
-  for (const [what, ask, status, type] of table) at.refused(what, await ask(), status, type);
+  for (const [what, ask, problem] of table) at.refused(what, await ask(), problem);
 });
 
 Deno.test("newAccount and keyChange take what RFC 8555 §7.3 allows, and each algorithm", async () => {
@@ -304,18 +259,18 @@ Deno.test("newAccount and keyChange take what RFC 8555 §7.3 allows, and each al
   const agreed = { termsOfServiceAgreed: true };
   const contact = (...contact: string[]) => ({ ...agreed, contact });
   using guest = new Client(ca);
-  const accounts: [Json, Change, number, string, boolean?][] = [
-    [{}, {}, 403, "userActionRequired"],
-    [{ onlyReturnExisting: true }, {}, 400, "accountDoesNotExist", false],
-    [contact("tel:+123"), {}, 400, "invalidContact"],
-    [contact("mailto:a@example.com,b@example.com"), {}, 400, "invalidContact"],
-    [{ ...agreed, contact: "mailto:a@example.com" }, {}, 400, "malformed"],
-    [agreed, { header: { jwk: jwkOf(weakKey()) } }, 400, "badPublicKey"],
-    [agreed, { header: { jwk: { ...guest.jwk, y: guest.jwk.x } } }, 400, "badPublicKey"],
-    [agreed, { header: { jwk: { ...guest.jwk, d: guest.jwk.x } } }, 400, "malformed"],
+  const accounts: [Json, Change, string, boolean?][] = [
+    [{}, {}, "403 userActionRequired"],
+    [{ onlyReturnExisting: true }, {}, "accountDoesNotExist", false],
+    [contact("tel:+123"), {}, "invalidContact"],
+    [contact("mailto:a@example.com,b@example.com"), {}, "invalidContact"],
+    [{ ...agreed, contact: "mailto:a@example.com" }, {}, "malformed"],
+    [agreed, { header: { jwk: jwkOf(weakKey()) } }, "badPublicKey"],
+    [agreed, { header: { jwk: { ...guest.jwk, y: guest.jwk.x } } }, "badPublicKey"],
+    [agreed, { header: { jwk: { ...guest.jwk, d: guest.jwk.x } } }, "malformed"],
   ];
-  for (const [payload, change, status, type, isViolation] of accounts) {
-    at.refused(payload, await guest.post("/new-account", payload, change), status, type, isViolation);
+  for (const [payload, change, problem, isViolation] of accounts) {
+    at.refused(payload, await guest.post("/new-account", payload, change), problem, isViolation);
   }
 
   const next = newKey("P-384");
@@ -324,19 +279,19 @@ Deno.test("newAccount and keyChange take what RFC 8555 §7.3 allows, and each al
     const change = { account: client.kid, oldKey: client.jwk, ...payload };
     return signed(change, { alg: "ES384", jwk: jwkOf(key), url, ...header }, key);
   };
-  const changes: [Json, number, boolean?][] = [
-    [inner({ account: other.kid }), 400],
-    [inner({ oldKey: other.jwk }), 400],
-    [inner({}, { nonce: "AAAA" }), 400],
-    [inner({}, { url: client.url("/dir") }), 400],
-    [inner({}, { jwk: jwkOf(newKey("P-384")) }), 400],
-    [inner({}, { alg: "ES256" }, other.key), 409, false],
+  const changes: [Json, string, boolean?][] = [
+    [inner({ account: other.kid }), "malformed"],
+    [inner({ oldKey: other.jwk }), "malformed"],
+    [inner({}, { nonce: "AAAA" }), "malformed"],
+    [inner({}, { url: client.url("/dir") }), "malformed"],
+    [inner({}, { jwk: jwkOf(newKey("P-384")) }), "malformed"],
+    [inner({}, { alg: "ES256" }, other.key), "409 malformed", false],
   ];
-  for (const [payload, status, isViolation] of changes) {
-    at.refused(payload, await client.post("/key-change", payload), status, "malformed", isViolation);
+  for (const [payload, problem, isViolation] of changes) {
+    at.refused(payload, await client.post("/key-change", payload), problem, isViolation);
   }
   assert.equal((await client.post("/key-change", inner({}))).status, 200);
-  at.refused("the old key", await client.post(client.kid!), 400, "badSignatureAlgorithm");
+  at.refused("the old key", await client.post(client.kid!), "badSignatureAlgorithm");
   assert.equal((await client.post(client.kid!, {}, { header: { alg: "ES384" } }, next)).status, 200);
   assert.deepEqual(ca.violations, []);
 });
@@ -361,7 +316,7 @@ Deno.test("newOrder refuses identifiers, profiles and validities", async () => {
     [["a.example", "example.com"], {}, "rejectedIdentifier", false],
   ];
   for (const [names, more, type, isViolation] of table) {
-    at.refused(names, await at.client.order(names, more), 400, type, isViolation);
+    at.refused(names, await at.client.order(names, more), type, isViolation);
   }
   for (const names of [many(100), ["xn--mnchen-3ya.de", "*.xn--mnchen-3ya.de"]]) {
     assert.equal((await at.client.order(names)).status, 201);
@@ -374,7 +329,7 @@ Deno.test("finalize takes a CSR for exactly the order's names, when the order is
   const NAME = "example.com";
   const csr = await csrFor([NAME]);
   const pending = await client.order(["pending.example.com"]);
-  at.refused("pending", await client.post(pending.body.finalize, { csr }), 403, "orderNotReady");
+  at.refused("pending", await client.post(pending.body.finalize, { csr }), "403 orderNotReady");
   const order = await at.ready(NAME);
   const table: [string, string, string][] = [
     ["no name", await csrFor(["mail.example.com"]), "badCSR"],
@@ -388,12 +343,12 @@ Deno.test("finalize takes a CSR for exactly the order's names, when the order is
     ["PEM", "-----BEGIN CERTIFICATE REQUEST-----", "malformed"],
   ];
   for (const [what, csr, type] of table) {
-    at.refused(what, await client.post(order.finalize, { csr }), 400, type);
+    at.refused(what, await client.post(order.finalize, { csr }), type);
     assert.equal((await client.post(order.url)).body.status, "ready", what);
   }
   assert.equal((await client.post(order.finalize, { csr })).body.status, "valid");
-  at.refused("after a lost answer", await client.post(order.finalize, { csr }), 403, "orderNotReady", false);
-  at.refused("another", await client.post(order.finalize, { csr: table[0]![1] }), 403, "orderNotReady");
+  at.refused("after a lost answer", await client.post(order.finalize, { csr }), "403 orderNotReady", false);
+  at.refused("another", await client.post(order.finalize, { csr: table[0]![1] }), "403 orderNotReady");
 });
 
 Deno.test("a challenge is valid only where the proof is right", async () => {
@@ -453,30 +408,26 @@ Deno.test("certIDs, `replaces` and revocations are judged", async () => {
     using stranger = new Client(ca);
     return await stranger.post("/revoke-cert", { certificate: raw(one) });
   };
-  assert.deepEqual([(await info(certId)).status, ca.violations], [200, []]);
+  assert.equal((await info(certId)).status, 200);
+  assert.equal((await replace("one.example.com")).status, 201);
+  assert.deepEqual(ca.violations, []);
 
-  const table: [string, () => Promise<Reply>, number, string, boolean?][] = [
-    ["half a certID", () => info(keyId), 400, "malformed"],
-    ["padding", () => info(`${keyId}=.${serial}`), 400, "malformed"],
-    ["a serial without its zero octet", () => info(`${keyId}.${withoutZero}`), 404, "malformed"],
-    ["a certificate of another CA", () => info(`${flip(keyId)}.${serial}`), 404, "malformed", false],
-    ["replaces another name", () => replace("three.example.com"), 400, "malformed"],
-    ["replaces another's", () => replace("one.example.com", other), 403, "unauthorized"],
-    [
-      "replaces",
-      () => replace("one.example.com").then(() => replace("one.example.com")),
-      409,
-      "alreadyReplaced",
-      false,
-    ],
-    ["revokes no certificate", () => client.post("/revoke-cert", { certificate: "AAAA" }), 404, "malformed"],
-    ["revokes with a CA's reason", () => revoke(2), 400, "badRevocationReason"],
-    ["revokes another's", () => revoke(1, other), 403, "unauthorized"],
-    ["revokes by another key", byKey, 403, "unauthorized"],
-    ["revokes twice", () => revoke(4).then(() => revoke(4)), 400, "alreadyRevoked", false],
+  const table: [string, () => Promise<Reply>, string, boolean?][] = [
+    ["half a certID", () => info(keyId), "malformed"],
+    ["padding", () => info(`${keyId}=.${serial}`), "malformed"],
+    ["a serial without its zero octet", () => info(`${keyId}.${withoutZero}`), "404 malformed"],
+    ["a certificate of another CA", () => info(`${flip(keyId)}.${serial}`), "404 malformed", false],
+    ["replaces another name", () => replace("three.example.com"), "malformed"],
+    ["replaces another's", () => replace("one.example.com", other), "403 unauthorized"],
+    ["replaces twice", () => replace("one.example.com"), "409 alreadyReplaced", false],
+    ["revokes no certificate", () => client.post("/revoke-cert", { certificate: "AAAA" }), "404 malformed"],
+    ["revokes with a CA's reason", () => revoke(2), "badRevocationReason"],
+    ["revokes another's", () => revoke(1, other), "403 unauthorized"],
+    ["revokes by another key", byKey, "403 unauthorized"],
+    ["revokes twice", () => revoke(4).then(() => revoke(4)), "alreadyRevoked", false],
   ];
-  for (const [what, ask, status, type, isViolation] of table) {
-    at.refused(what, await ask(), status, type, isViolation);
+  for (const [what, ask, problem, isViolation] of table) {
+    at.refused(what, await ask(), problem, isViolation);
   }
   await info(certId);
   assert.deepEqual(ca.violations.map(({ type }) => type), ["tooSoon"]);
@@ -493,49 +444,31 @@ Deno.test("a fault comes in the exchange it was chosen for, and the CA has handl
     },
   });
   const { client, ca } = at;
-  const failed = (
-    fault: Fault,
-    isHandled: boolean,
-  ): [Fault, boolean, undefined] => [fault, isHandled, undefined];
-  const table: [Fault, boolean, ((reply: Reply) => void) | undefined][] = [
-    [{ kind: "status", status: 503, headers: { "retry-after": "7" } }, false, ({ status, headers }) => {
-      assert.deepEqual([status, headers.get("retry-after")], [503, "7"]);
-    }],
-    [{ kind: "html" }, false, ({ headers }) => assert.match(headers.get("content-type")!, /html/)],
-    [{ kind: "badNonce" }, false, ({ body }) => assert.match(body.type, /:badNonce$/)],
-    [{ kind: "drop header", name: "location" }, true, ({ status, headers }) => {
-      assert.deepEqual([status, headers.get("location")], [201, null]);
-    }],
-    [
-      { kind: "rewrite", rewrite: (order) => ({ ...order, x: 1 }) },
-      true,
-      ({ body }) => assert.equal(body.x, 1),
-    ],
-    [
-      { kind: "repeat" },
-      false,
-      ({ headers }) => assert.equal(headers.get("location"), ca.orders.at(-1)!.url),
-    ],
-    [
-      { kind: "after", fault: { kind: "status", status: 502 } },
-      true,
-      ({ status }) => assert.equal(status, 502),
-    ],
-    failed({ kind: "reset" }, false),
-    failed({ kind: "refuse" }, false),
-    failed({ kind: "reset mid-body" }, true),
-    failed({ kind: "truncate" }, true),
-    failed({ kind: "after", fault: { kind: "reset" } }, true),
+  /** Undefined where the client gets no answer. */
+  const table: [Fault, boolean, RegExp | undefined][] = [
+    [{ kind: "status", status: 503, headers: { "retry-after": "7" } }, false, /^503 .*retry-after,7/],
+    [{ kind: "html" }, false, /^200 .*text\/html/],
+    [{ kind: "badNonce" }, false, /^400 .*:badNonce"/],
+    [{ kind: "drop header", name: "location" }, true, /^201 (?!.*location)/],
+    [{ kind: "rewrite", rewrite: (order) => ({ ...order, x: 1 }) }, true, /"x":1/],
+    [{ kind: "repeat" }, false, /^201 /],
+    [{ kind: "after", fault: { kind: "status", status: 502 } }, true, /^502 /],
+    [{ kind: "reset" }, false, undefined],
+    [{ kind: "refuse" }, false, undefined],
+    [{ kind: "reset mid-body" }, true, undefined],
+    [{ kind: "truncate" }, true, undefined],
+    [{ kind: "after", fault: { kind: "reset" } }, true, undefined],
   ];
-  for (const [fault, isHandled, check] of table) {
+  for (const [fault, isHandled, expected] of table) {
     assert.equal((await client.order(["example.com"])).status, 201, "what `repeat` gives again");
     const [before, what] = [ca.orders.length, JSON.stringify(fault)];
     client.nonce = "";
     await client.fetch("/new-nonce");
     next = fault;
-    const asking = client.order(["example.com"]);
-    if (check) check(await asking);
-    else await assert.rejects(asking, what);
+    const asking = client.order(["example.com"])
+      .then(({ status, headers, text }) => `${status} ${[...headers]} ${text}`);
+    if (expected === undefined) await assert.rejects(asking, what);
+    else assert.match(await asking, expected, what);
     assert.equal(ca.orders.length - before, isHandled ? 1 : 0, what);
     client.nonce = "";
     if (fault.kind === "refuse") await assert.rejects(client.fetch("/new-nonce"), TypeError);

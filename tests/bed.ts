@@ -8,8 +8,8 @@
  * itself. Nothing is mocked: configuration files, requests, commands and certificates are real. Only waiting is not:
  * in this process the client and the CA share a clock, which leaps ahead whenever the client waits.
  *
- * A bed that is disposed of insists that the CA has found no fault with any request; a test that means to be blamed
- * takes its violations out before (`ca.violations.splice(0)`).
+ * A bed that is disposed of insists that the CA has noted no violation; a test that provokes one takes it out before
+ * (`ca.violations.splice(0)`).
  */
 
 import assert from "node:assert/strict";
@@ -115,7 +115,7 @@ export class Bed implements AsyncDisposable {
     write("lematt.conf", ["[DEFAULT]", ...lines, "[config]", settings, ""].join("\n"));
   }
 
-  /** The configuration as it now stands. */
+  /** The configuration as it is now. */
   config(mode: Mode = "test"): Config {
     return loadConfig(mode, this.conf);
   }

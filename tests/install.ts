@@ -1,6 +1,6 @@
 /**
- * lematt as it is installed on a host: deno, sources and packages below one directory, for one user. Where the tests'
- * own copies are, that user may not be able to look.
+ * lematt as it is installed on a host: deno, sources and packages below one directory, for one user, who may not be able
+ * to read the tests' own copies.
  */
 
 import { dirname, join } from "node:path";

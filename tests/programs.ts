@@ -14,7 +14,7 @@ export function program(file: string, ...more: readonly string[]): readonly stri
 export const LEMATT = program("lematt.ts");
 export const LEFORWARD = program("leforward.ts");
 
-/** A running leforward on a free port; `child.stdin` is open unless told otherwise. */
+/** A running leforward on a free port; `child.stdin` is open by default. */
 export async function startLeforward(args: readonly string[], { stdin = "piped", by = LEFORWARD }: {
   stdin?: "piped" | "null";
   by?: readonly string[];

@@ -10,9 +10,9 @@ import { systemContext } from "../lib/context.ts";
 import { probe } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
+import { run } from "./install.ts";
 import {
   postgres,
-  run,
   type Running,
   startDovecot,
   startHaproxy,
@@ -32,7 +32,7 @@ interface Service {
   readonly otherwise?: string;
   readonly start: (home: string, port: number) => Promise<Running>;
   /** Has the new files read, where that needs no restart. */
-  readonly reload?: (running: Running, home: string) => Promise<void> | void;
+  readonly reload?: (running: Running, home: string) => Promise<unknown> | void;
 }
 
 const hangUp = ({ child }: Running) => child.kill("SIGHUP");

@@ -3,9 +3,9 @@
  * their configuration that names certificates and keys.
  */
 
-import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { which } from "./bench-measure.ts";
+import { run } from "./install.ts";
 import { startServer } from "./tls.ts";
 
 export type Running = AsyncDisposable & { readonly child: Deno.ChildProcess };
@@ -105,14 +105,4 @@ export async function startPostgres(home: string, port: number, tls: string): Pr
     `port = ${port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '${data}'\n${tls}\n`;
   await Deno.writeTextFile(join(data, "postgresql.conf"), settings, { append: true });
   return await startServer("setpriv", [...POSTGRES, postgres!, "-D", data], port);
-}
-
-/** Runs a command to its end; throws where it fails. */
-export async function run(command: string, ...args: string[]): Promise<void> {
-  const { success, stdout, stderr } = await new Deno.Command(command, { args, stdin: "null", cwd: "/" })
-    .output();
-  assert(
-    success,
-    [command, ...args, ...[stdout, stderr].map((bytes) => new TextDecoder().decode(bytes))].join(" "),
-  );
 }

@@ -41,14 +41,14 @@ export async function startServer(
   command: string,
   args: readonly string[],
   port: number,
-  options: Pick<Deno.CommandOptions, "uid" | "gid" | "cwd"> = {},
+  { cwd }: { cwd?: string } = {},
 ): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
   const child = new Deno.Command(command, {
     args: [...args],
     stdin: "null",
     stdout: "null",
     stderr: "piped",
-    ...options,
+    cwd,
   }).spawn();
   const said = new Response(child.stderr).text();
   let ended = false;

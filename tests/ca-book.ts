@@ -2,7 +2,6 @@
  * The books of the test CA: accounts, orders, authorizations, certificates, and the rules by which one leads to the
  * other (RFC 8555 §7.1.6 and §7.4, RFC 9773 §5). It knows no HTTP and no signatures of requests; it throws problems.
  */
-import { Buffer } from "node:buffer";
 import { randomBytes } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import {
@@ -18,7 +17,15 @@ import {
 } from "./ca-jws.ts";
 import { issuersOf, type Limit, NO_PROFILE, type Profile, profilesOf, type Switches } from "./ca-switches.ts";
 import { validate } from "./ca-validate.ts";
-import { type Authority, canonicalIp, certify, newSerial, readRequest, type Request } from "./ca-x509.ts";
+import {
+  type Authority,
+  canonicalIp,
+  certify,
+  derSerial,
+  newSerial,
+  readRequest,
+  type Request,
+} from "./ca-x509.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
 
@@ -27,7 +34,6 @@ export interface Account {
   readonly url: string;
   contact: readonly string[];
   key: SigningKey;
-  readonly orders: Order[];
   /** The newest authorization of each name. */
   readonly authorizations: Map<string, Authorization>;
 }
@@ -167,7 +173,7 @@ export class Book {
 
   createAccount(key: SigningKey, contact: readonly string[]): Account {
     const url = `${this.origin}/account/${this.accounts.length + 1}`;
-    const account: Account = { url, contact, key, orders: [], authorizations: new Map() };
+    const account: Account = { url, contact, key, authorizations: new Map() };
     this.accounts.push(account);
     return account;
   }
@@ -206,7 +212,6 @@ export class Book {
       status: "pending",
     };
     this.orders.push(order);
-    account.orders.push(order);
     this.#byUrl.set(order.url, order);
     this.settle(order);
     return order;
@@ -245,7 +250,7 @@ export class Book {
     if (!identifiers.some(({ value }) => predecessor.names.includes(value))) {
       throw malformed("the certificate to be replaced shares no identifier with the order");
     }
-    for (const order of account.orders.filter((order) => order.replaces === replaces)) {
+    for (const order of this.orders.filter((order) => order.replaces === replaces)) {
       this.settle(order);
       if (order.status === "invalid") continue;
       throw refusal(409, "alreadyReplaced", `the certificate is already replaced by ${order.url}`);
@@ -417,13 +422,12 @@ export class Book {
     const commonName = terms.commonName ? commonNames[0] : undefined;
     const leaf = certify({ publicKey, commonName, identifiers, notBefore, notAfter, serial }, this.issuer);
 
-    const derSerial = serial[0]! >= 0x80 ? Buffer.concat([Buffer.of(0), serial]) : serial;
     const hex = serial.toString("hex").toUpperCase();
     const issued: Issued = {
       url: `${this.origin}/certificate/${hex}`,
       account,
       serial: hex,
-      certId: `${this.issuer.keyId.toString("base64url")}.${derSerial.toString("base64url")}`,
+      certId: `${this.issuer.keyId.toString("base64url")}.${derSerial(serial).toString("base64url")}`,
       names: identifiers.map(({ value }) => value),
       keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
       profile,

@@ -17,8 +17,6 @@ import type { Identifier } from "./ca-jws.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
-// ------------------------------------------------------------------------------------------------------- DER
-
 const SEQUENCE = 0x30, SET = 0x31, BOOLEAN = 0x01, INTEGER = 0x02, BIT_STRING = 0x03, OCTET_STRING = 0x04;
 const OID = 0x06, UTF8_STRING = 0x0c, UTC_TIME = 0x17, GENERALIZED_TIME = 0x18;
 
@@ -89,11 +87,7 @@ function inside(element: Element | undefined, tag: number): Element[] {
   return elements(element.content);
 }
 
-// ----------------------------------------------------------------------------------------------- identifiers
-
-/**
- * An IP address in the one form that identifiers use: dotted decimal, or RFC 5952; undefined if it is none.
- */
+/** An IP address in the one form that identifiers use: dotted decimal, or RFC 5952; undefined if it is none. */
 export function canonicalIp(value: string): string | undefined {
   if (isIP(value) === 4) return value; // isIP() refuses leading zeros
   return isIP(value) === 6 ? new URL(`http://[${value}]/`).hostname.slice(1, -1) : undefined;
@@ -115,8 +109,6 @@ function ipText(octets: Uint8Array): string {
   return canonicalIp(toHex(octets).match(/.{4}/g)!.join(":"))!;
 }
 
-// -------------------------------------------------------------------------------------------------- requests
-
 /** What a certificate request asks for. */
 export interface Request {
   readonly commonNames: readonly string[];
@@ -125,9 +117,7 @@ export interface Request {
   readonly publicKey: KeyObject;
 }
 
-/**
- * Reads a DER certificate request and verifies its own signature; throws an Error that says what is wrong.
- */
+/** Reads a DER certificate request and verifies its own signature; throws an Error that says what is wrong. */
 export function readRequest(bytes: Uint8Array): Request {
   const top = elements(bytes);
   if (top.length !== 1) throw new Error("not one DER value");
@@ -166,12 +156,7 @@ function readAlternativeNames(extension: Element): Identifier[] {
   });
 }
 
-// ---------------------------------------------------------------------------------------------- certificates
-
-/**
- * Somebody who signs: a name and a P-256 key. The same authority can have several certificates
- * (cross-signing).
- */
+/** A name and a P-256 key that sign certificates; the same authority can have several of its own (cross-signing). */
 export interface Authority {
   readonly commonName: string;
   readonly privateKey: KeyObject;
@@ -209,7 +194,7 @@ export function certify(contents: Contents, issuer: Authority): string {
   const body = der(
     SEQUENCE,
     der(0xa0, der(INTEGER, Uint8Array.of(2))), // v3
-    serialInteger(contents.serial ?? newSerial()),
+    der(INTEGER, derSerial(contents.serial ?? newSerial())),
     algorithm,
     nameOf(issuer.commonName),
     der(SEQUENCE, time(contents.notBefore), time(contents.notAfter)),
@@ -228,10 +213,9 @@ export function newSerial(): Buffer {
   return serial;
 }
 
-/** A serial number as DER INTEGER: a first octet of 0x80 or more gets a zero octet before it. */
-function serialInteger(serial: Uint8Array): Bytes {
-  return der(INTEGER, Uint8Array.from(serial[0]! >= 0x80 ? [0, ...serial] : serial));
-}
+/** The content of a serial number as DER INTEGER: a first octet of 0x80 or more gets a zero octet before it. */
+export const derSerial = (serial: Uint8Array): Buffer =>
+  Buffer.from(serial[0]! >= 0x80 ? [0, ...serial] : serial);
 
 function extensionsOf(contents: Contents, issuer: Authority): Bytes[] {
   const identifiers = contents.identifiers ?? [];

@@ -253,7 +253,7 @@ await Deno.mkdir(DROP);
 await Deno.writeTextFile(
   HOOK,
   `#!/bin/sh
-# written at once: a prepare command may be ended at any moment
+trap "" TERM # written at once and in any case: a prepare command may be ended at any moment
 record=$(printf '%s\\037' "$PWD" "$@"; printf '\\036'; env -0 | tr '\\0' '\\037'; printf '\\035')
 exec 9>>${LOG}; flock 9
 printf %s "$record" >&9
@@ -428,6 +428,7 @@ function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
           several,
           cased,
           lower,
+          cased,
           shared,
         );
       }

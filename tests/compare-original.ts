@@ -411,14 +411,21 @@ function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
       const more = [...words].filter((word) => !theirs.has(word));
       const isPath = /^(certs|keys)/.test(hook.command);
       if (less.length) {
+        // what the patterns take along is another line's
+        const nameOf = (path: string) => path.replace(/^.*\/|-(key|cert-combined)\..*|_.*/g, "");
+        const mine = lines.map((names) => names.map((name) => name.toLowerCase()))
+          .filter((names) => [...words].some((path) => names.includes(nameOf(path)))).flat();
         const isPattern = isPath &&
-          less.every((path) =>
-            path.endsWith("*") || original.files.has(path.replace(/^here\/conf\/(test|prod)\//, ""))
-          );
-        differ(`[${section}] ${hook.command} had ${less.join(" ")}`, failed, unprepared, lower, [
-          isPattern,
-          "`CERTS`, `KEYS`",
-        ], shared);
+          less.every((path) => path.endsWith("*") || !mine.includes(nameOf(path)));
+        differ(
+          `[${section}] ${hook.command} had ${less.join(" ")}`,
+          failed,
+          unprepared,
+          cased,
+          lower,
+          [isPattern, "`CERTS`, `KEYS`"],
+          shared,
+        );
       }
       if (more.length) {
         differ(
@@ -428,7 +435,6 @@ function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
           several,
           cased,
           lower,
-          cased,
           shared,
         );
       }

@@ -6,6 +6,7 @@
  * Files (names, kinds, modes, links), hook commands (order, arguments, environment, directory) and exit status are
  * compared. Then lematt takes over what the original has made: nothing may be issued, everything is delivered once.
  * Each difference must be one that conf/migrate/original.md documents; any other is printed and makes the exit status 1.
+ * A prepare command that was ended before it could log itself, on a busy machine, shows as one: run that one again.
  * The original needs python3 and openssl; it runs from a copy that is pointed at Pebble.
  */
 

@@ -14,7 +14,7 @@ import { Lacking, missedTargets, which } from "./bench-measure.ts";
 import { probes } from "./bench-probe.ts";
 
 const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
-  latency: { what: "10 names, RSA and EC, 10 at once, a CA 150 ms away", run: latency },
+  latency: { what: "10 names and a line of 100, RSA and EC, a CA 150 ms away", run: latency },
   throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
   idle: { what: "nothing due", run: idle },
   limits: { what: "2,000 new lines at a CA with limits", run: limits },

@@ -345,9 +345,8 @@ export class Issuer {
     if (tasks.length === 0) return;
     const { config, store, context, parallel, emit } = this.options;
     let closed: Error | undefined;
-    const opened = this.open().then(async (client) => {
+    const opened = Promise.all([this.open(), store.ensureWritable()]).then(([client]) => {
       if (Math.abs(client.aheadMs) > MOST_SKEW_MS) throw wrongClock(client, config, context.now());
-      await store.ensureWritable();
       delete store.state.holds[config.directoryUrl];
       return client;
     }).catch((error) => {
@@ -359,7 +358,7 @@ export class Issuer {
     await Promise.all(tasks.map((task) =>
       slot(async () => {
         if (context.signal.aborted || closed !== undefined) return;
-        const requests = task.due.map((due) => this.#request(due)); // made while the CA is reached for
+        const requests = task.due.map((due) => this.#request(due)); // made while the CA is waited for
         for (const request of requests) request.catch(() => {}); // heard where it is needed
         const client = await opened;
         if (client === undefined) return;

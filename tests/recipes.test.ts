@@ -70,7 +70,9 @@ async function plantSelfSigned(ssl: string, name: string): Promise<void> {
   for (const [type, tag] of [["rsa", "rsa2048"], ["ec", "prime256v1"]] as const) {
     await makeCertificate(ssl, type, type, [name]);
     await Deno.rename(join(ssl, `${type}.pem`), join(ssl, `${name}-cert-combined.${tag}.pem`));
-    await Deno.rename(join(ssl, `${type}.key`), join(ssl, "private", `${name}-key.${tag}.pem`));
+    const key = join(ssl, "private", `${name}-key.${tag}.pem`);
+    await Deno.rename(join(ssl, `${type}.key`), key);
+    await Deno.utime(key, 0, 0); // rsync passes over what has the same size and the same second
   }
 }
 

@@ -73,6 +73,8 @@ const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
 const WRONG_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
 /** How often a CA is asked to check a challenge that it has found wrong: for a quarter of a minute. */
 const MOST_RESPONSES = 4;
+/** An order that is seen to be ready so often after it was finalized is finalized again; the first polls take a second. */
+const READY_POLLS = 4;
 /** Let's Encrypt's orders expire after a week. */
 const ORDER_LIFE_MS = 7 * DAY_MS;
 /** How long the CA is left alone where it set a limit and did not say until when. */
@@ -604,14 +606,22 @@ export class Issuer {
     try {
       if (order.status === "ready") [order, request] = await this.#finalize(entry, client, order, request);
       const deadline = new Date(context.now().getTime() + ORDER_DEADLINE_MS);
-      for await (const current of client.watch(step, order, deadline)) {
-        order = current;
-        if (current.status === "valid") return await this.#fetch(line, client, current, request);
-        if (current.status !== "invalid") continue;
-        const message = current.error
-          ? describe(current.error)
+      let polls = 0;
+      for await (const polled of client.watch(step, order, deadline)) {
+        order = polled;
+        // a replica has said that it was finalized, and was wrong
+        if (order.status === "ready" && ++polls % READY_POLLS === 0) {
+          order = await client.finalizeOrder(order, request.csr.der).catch((error) => {
+            if (isProblem(error, "orderNotReady")) return polled;
+            throw error;
+          });
+        }
+        if (order.status === "valid") return await this.#fetch(line, client, order, request);
+        if (order.status !== "invalid") continue;
+        const message = order.error
+          ? describe(order.error)
           : "the order became invalid, and the CA gives no reason";
-        throw new AcmeError(step, message, order.url, { problem: current.error, spent: true });
+        throw new AcmeError(step, message, order.url, { problem: order.error, spent: true });
       }
       const text = `order still ${order.status} after ${
         ORDER_DEADLINE_MS / 1000

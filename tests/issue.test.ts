@@ -410,6 +410,23 @@ const put = (more: Record<string, unknown>): Fault => ({
   rewrite: (body) => ({ ...body, ...more }),
 });
 
+Deno.test("an order that a replica took for finalized, and that is ready still, is finalized again", async () => {
+  const lies: [Resource, Fault][] = [
+    ["finalize", refusing(403, "orderNotReady", "a replica lags")],
+    ["order", { kind: "rewrite", rewrite: (body) => ({ ...body, status: "processing" }) }],
+  ];
+  let ready = false;
+  await using bed = await oneCertificate({
+    fault: ({ resource }) => {
+      ready ||= resource === "finalize";
+      return ready && lies[0]?.[0] === resource ? lies.shift()![1] : undefined;
+    },
+  });
+  const { code, stderr, requests } = await bed.run();
+  assert.deepEqual([code, stderr, lies.length], [0, "", 0]);
+  assert.equal(counts(requests).finalize, 2);
+});
+
 /** The fault, for polls of an order that has been finalized. */
 function onceFinalized(fault: Fault): Switches["fault"] {
   let finalized = false;

@@ -3,10 +3,10 @@
  * a section waits whose lines are done, while another line waits for a silent host.
  */
 
-import { mkdirSync } from "node:fs";
+import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { inTurns, measure, median, need, seconds, tell } from "./bench-measure.ts";
-import { type Bed, testBed } from "./bed.ts";
+import { type Bed, testBed, until } from "./bed.ts";
 import { LEMATT } from "./programs.ts";
 
 const SECTIONS = 200;
@@ -58,7 +58,7 @@ async function waiting(): Promise<void> {
     settings: "keyTypes: ec",
   });
   bed.configure({
-    actions: `[quick]\ndomains: quick.example.com\nupdate: ["date +%s.%N > ${bed.home}/delivered"]\n` +
+    actions: `[quick]\ndomains: quick.example.com\nupdate: ["echo > ${bed.home}/delivered"]\n` +
       `[slow]\ndomains: slow.example.com\nprepare: ["sleep 60"]\n`,
   });
   const done = await issuedAndDelivered(bed);
@@ -74,17 +74,13 @@ async function issuedAndDelivered(bed: Bed): Promise<number> {
     );
   const route = (host: string) =>
     host.startsWith("slow") ? silent() : Promise.resolve([{ address: "127.0.0.1", port: bed.web.port }]);
-  const run = bed.run({ route, signal: stop.signal }).catch(() => {});
+  const run = bed.run({ route, signal: stop.signal });
+  run.catch(() => {}); // interrupted
   const marker = join(bed.home, "delivered");
   const mtime = (path: string) => Deno.statSync(path).mtime!.getTime();
-  for (;;) {
-    try {
-      if (Deno.readTextFileSync(marker) !== "") break;
-    } catch { /* not yet */ }
-    await new Promise((resolve) => setTimeout(resolve, 5));
-  }
+  await until("the delivery is made", () => existsSync(marker), 60);
   stop.abort(new DOMException("done", "AbortError"));
-  await run;
+  await run.catch(() => {});
   const cert = bed.path("test/cert/quick.example.com-cert-combined.prime256v1.test.pem");
   return Math.max(0, mtime(marker) - mtime(cert)) / 1000;
 }

@@ -11,7 +11,7 @@
  */
 
 import type { Endpoint, KeyType } from "./config.ts";
-import { type Context, type Destination, isUnrouted, limit } from "./context.ts";
+import { type Context, type Destination, isUnrouted, limit, settled } from "./context.ts";
 import { isIP, oneLine } from "./names.ts";
 import { type Certificate, readCertificate } from "./x509.ts";
 
@@ -85,7 +85,7 @@ export async function probe(
   const round = new Round(context, await findOpenssl(context.signal), times, timeoutSeconds);
   const services = Map.groupBy(targets, ({ endpoint }) => serviceOf(endpoint));
   const visits = new Map(
-    await all([...services].map(async ([service, targets]) => {
+    await settled([...services].map(async ([service, targets]) => {
       const keyTypes = new Set(targets.map(({ keyType }) => keyType));
       return [service, await round.visitAll(targets[0]!.endpoint, keyTypes)] as const;
     })),
@@ -150,7 +150,7 @@ class Round {
       this.context.signal.throwIfAborted();
       return [failed("", `no address: ${oneLine((error as Error).message)}`)];
     }
-    return await all(destinations.map(async (destination) => {
+    return await settled(destinations.map(async (destination) => {
       const { address } = destination;
       let failure = await knocks(() => this.#knock(endpoint, destination));
       // now and then once more: else our connections could keep step with a balancer's turns, and never see one of its servers
@@ -403,15 +403,6 @@ function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Find
 }
 
 // ---- waiting ---------------------------------------------------------------------------------------
-
-/** The results of all; rejects with the first failure, but only when none is under way any more. */
-async function all<T>(tasks: readonly Promise<T>[]): Promise<T[]> {
-  const settled = await Promise.allSettled(tasks);
-  return settled.map((result) => {
-    if (result.status === "rejected") throw result.reason;
-    return result.value;
-  });
-}
 
 /** A signal that aborts when time is up, or when `parent` does. AbortSignal.timeout() would keep the program from ending. */
 function deadlineIn(seconds: number, parent: AbortSignal): Disposable & { readonly signal: AbortSignal } {

@@ -56,11 +56,13 @@ export interface OutputOptions {
   readonly err: (text: string) => void;
 }
 
-/** The end of a run. */
+/** How a run ended. */
 export interface Ended {
+  /** As everything is now. */
   readonly plan: Plan;
   readonly issued: number;
   readonly delivered: number;
+  /** Problems whose reporting under `--cron` is not due, since it was done in the last 20 hours. */
   readonly known: ReadonlySet<string>;
 }
 

@@ -24,7 +24,7 @@ import {
   type Selection,
   takeOver,
 } from "./plan.ts";
-import { alertOf, type Event, problemText, warningText } from "./report.ts";
+import { alertOf, type Ended, type Event, problemText, warningText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
 import { quote, toIdentifier } from "./names.ts";
@@ -42,16 +42,6 @@ export interface RunOptions {
   readonly selection?: Selection;
 }
 
-/** How a run ended. */
-export interface Summary {
-  /** As everything is now. */
-  readonly plan: Plan;
-  readonly issued: number;
-  readonly delivered: number;
-  /** Problems whose reporting under `--cron` is not due, since it was done in the last 20 hours. */
-  readonly known: ReadonlySet<string>;
-}
-
 /** As many runs are remembered as the usual interval needs. */
 const RUNS = 6;
 
@@ -66,7 +56,7 @@ export async function run(
   options: RunOptions,
   context: Context,
   emit: Emit,
-): Promise<Summary> {
+): Promise<Ended> {
   using store = await openStore(config, context, emit).catch(async (error) => {
     if (!(error instanceof LockedError)) await alertEnd(error, undefined, config, context, emit);
     throw error;
@@ -86,7 +76,7 @@ async function runWith(
   options: RunOptions,
   context: Context,
   emit: Emit,
-): Promise<Summary> {
+): Promise<Ended> {
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();

@@ -37,7 +37,12 @@ const repair = (site: Site) => configure(site, all(UPLOAD));
 async function night({ bed, port, run }: Site, options: Parameters<Site["run"]>[0] = {}) {
   bed.ca.advance(DAY - 60_000);
   const { code, stdout, stderr } = await run({ cron: true, ...options });
-  const isServed = readCertificate(bed.text(...CERTIFICATE)).fingerprint === await shown(port);
+  const newest = readCertificate(bed.text(...CERTIFICATE)).fingerprint;
+  // after a reload, a worker of nginx with the old files accepts connections for a moment more
+  let isServed = false;
+  for (const deadline = Date.now() + 2000; !isServed && Date.now() < deadline;) {
+    isServed = await shown(port) === newest;
+  }
   return { code, said: stdout + stderr, alerts: bed.take("alerts").join("\n"), isServed };
 }
 

@@ -28,7 +28,6 @@ write("eab-standard", "++//++//\n");
 write("not-eab", "not base64!\n");
 
 interface Files {
-  mode?: Mode;
   settings?: string; // lines below those that every lematt.conf needs, from line 4 on
   conf?: string | null; // or all of lematt.conf; null: there is none
   domains?: string | null;
@@ -52,9 +51,7 @@ function directoryOf({ settings = "", conf, domains = "example.com\n", actions =
   return directory;
 }
 
-function load({ mode = "prod", ...files }: Files): Config {
-  return loadConfig(mode, directoryOf(files));
-}
+const load = (files: Files): Config => loadConfig("prod", directoryOf(files));
 
 function refusal(action: () => unknown): ConfigError {
   try {
@@ -73,13 +70,16 @@ function said(notices: readonly Notice[]): string[] {
   );
 }
 
-/** Each notice begins with the first word of its pattern, and matches the rest. */
+/** `file:line` of each. */
+const places = (notices: readonly Notice[]) => said(notices).map((text) => text.split(" ")[0]);
+
+/** Each notice begins with the first word of its pattern, and contains the rest. */
 function matches(notices: readonly Notice[], patterns: readonly string[]) {
   const found = said(notices);
-  const isRight = ([start, ...rest]: string[], text: string) =>
-    text.startsWith(start!) && new RegExp(rest.join(" ")).test(text);
-  const right = found.length === patterns.length &&
-    patterns.every((each, i) => isRight(each.split(" "), found[i]!));
+  const right = found.length === patterns.length && patterns.every((pattern, i) => {
+    const [place, ...words] = pattern.split(" ");
+    return found[i]!.startsWith(place!) && found[i]!.includes(words.join(" "));
+  });
   ok(right, `${JSON.stringify(found, null, 1)} is not ${JSON.stringify(patterns, null, 1)}`);
 }
 
@@ -87,6 +87,17 @@ function matches(notices: readonly Notice[], patterns: readonly string[]) {
 function rows({ raw }: TemplateStringsArray): string[][] {
   return raw[0]!.trim().split(/\n(?!\s*=>)/)
     .map((row) => row.trim().split(/\s+=> /).map((cell) => cell.replaceAll("⏎", "\n")));
+}
+
+/** The words of a text. */
+const list = ({ raw }: TemplateStringsArray) => raw[0]!.trim().split(/\s+/);
+
+/** The cells that are texts of files ("S: " lines of [config], "C: " lematt.conf, "D: " domains, "A: " actions.conf). */
+function filesOf(cells: string[]): [files: Files, others: string[]] {
+  const names: Record<string, string> = { S: "settings", D: "domains", A: "actions", C: "conf" };
+  const isFile = (cell: string) => /^[SDAC]: /.test(cell);
+  const files = cells.filter(isFile).map((cell) => [names[cell[0]!], cell.slice(3)]);
+  return [Object.fromEntries(files), cells.filter((cell) => !isFile(cell))];
 }
 
 const some = (many: number, text: (index: number) => string) =>
@@ -114,56 +125,43 @@ ocspStapleRequired: no
 update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
   });
   const { warnings, advice, sections, lines, ...rest } = loadConfig("prod", directory);
-  same(rest, {
-    ...{ mode: "prod", directory, file: join(directory, "lematt.conf"), base: join(directory, "prod") },
-    ...{ reauthorizeDays: 42.42, generateNewCertsAfterDays: 0, alwaysGenerateNewKeys: false, ari: true },
-    ...{
-      challengeDropDir: join(base, "drop"),
-      accountKey: join(base, "account.key"),
-      keyTypes: ["rsa", "ec"],
-    },
-    ...{
-      keyBitsRSA: 2048,
-      curve: "P-256",
-      rsaTag: "rsa2048",
-      curveTag: "prime256v1",
-      contact: [],
-      parallel: 10,
-    },
-    ...{ preflight: "yes", commandTimeoutSeconds: 600, dnsWaitSeconds: 120, verifyWaitSeconds: 60 },
-    directoryUrl: "https://acme-v02.api.letsencrypt.org/directory",
-  });
-  matches(warnings, ["lematt.conf:5 reauthorizeDays.*45 days"]);
-  matches(advice, ["actions.conf:1 .*verify", "actions.conf:8 .*verify"]);
-  const lists = "prepare uploadCerts uploadKeys uploadEach update verify alert dnsPresent dnsCleanup".split(
-    " ",
-  );
+  const defaults = JSON.parse(`{"mode": "prod", "reauthorizeDays": 42.42, "generateNewCertsAfterDays": 0,
+    "alwaysGenerateNewKeys": false, "keyTypes": ["rsa", "ec"], "keyBitsRSA": 2048, "curve": "P-256",
+    "rsaTag": "rsa2048", "curveTag": "prime256v1", "contact": [], "parallel": 10, "preflight": "yes", "ari": true,
+    "commandTimeoutSeconds": 600, "dnsWaitSeconds": 120, "verifyWaitSeconds": 60,
+    "directoryUrl": "https://acme-v02.api.letsencrypt.org/directory"}`);
+  const paths = { directory, file: `${directory}/lematt.conf`, base: `${directory}/prod` };
+  same(rest, { ...defaults, ...paths, challengeDropDir: `${base}/drop`, accountKey: `${base}/account.key` });
+  matches(warnings, ["lematt.conf:5 reauthorizeDays"]);
+  matches(advice, ["actions.conf:1 verify", "actions.conf:8 verify"]);
+  const lists =
+    list`domains prepare uploadCerts uploadKeys uploadEach update verify alert dnsPresent dnsCleanup`;
   const none = {
     ...Object.fromEntries(lists.map((key) => [key, []])),
-    ...{ domains: [], rehearse: false, dnsParallel: false, keyTypes: ["rsa", "ec"], verifyWaitSeconds: 60 },
+    ...{ rehearse: false, dnsParallel: false, keyTypes: ["rsa", "ec"], verifyWaitSeconds: 60 },
   };
   const [fallback, every, mail] = sections;
-  const [update, uploadCerts] = [["sudo service nginx reload"], ["rsync -avz --chmod=F644 CERTS /etc/ssl/"]];
-  same({ ...fallback }, { ...none, name: "default", line: 1, update, uploadCerts });
+  const uploadCerts = ["rsync -avz --chmod=F644 CERTS /etc/ssl/"];
+  same({ ...fallback }, {
+    ...none,
+    name: "default",
+    line: 1,
+    update: ["sudo service nginx reload"],
+    uploadCerts,
+  });
   const uploadKeys = ["rsync -avz --chmod=F640 KEYS manager:/srv/tls/"];
   same({ ...every }, { ...none, name: "every", line: 5, uploadKeys });
-  const { name, line, domains, prepare } = mail!;
-  same([name, line, domains, prepare.length], ["override-mail", 8, ["mail.example.com"], 1]);
+  same([mail!.domains, mail!.prepare], [["mail.example.com"], ["ssh -t forward http://example.com"]]);
   same(mail!.update, ["ssh reload-postfix", "ssh reload-dovecot"]);
+  const corp = list`corp git.corp hr.corp internal.corp`.map((name) => `${name}.example.com`).join(" ");
   same(
     lines.map(({ line, names, sections }) => [line, names.join(" "), ...sections.map(({ name }) => name)]),
     [
       [2, "example.com www.example.com", "default", "every"],
       [4, "mail.example.com", "override-mail", "every"],
-      [
-        5,
-        "corp.example.com git.corp.example.com hr.corp.example.com internal.corp.example.com",
-        "default",
-        "every",
-      ],
+      [5, corp, "default", "every"],
     ],
   );
-  for (const frozen of [sections, lines, ...sections, ...lines, lines[0]!.names]) ok(Object.isFrozen(frozen));
 });
 
 const settings = rows`
@@ -184,14 +182,14 @@ const settings = rows`
   preflight: off⏎commandTimeout: 1.5 => {"preflight":"no","commandTimeoutSeconds":1.5}
   dnsWait: 0⏎verifyWait: 5 => {"dnsWaitSeconds":0,"verifyWaitSeconds":5}
   preferredChain: ISRG Root X1⏎profile: tlsserver => {"preferredChain":"ISRG Root X1","profile":"tlsserver"}`;
-for (const [text, expected] of settings) {
-  Deno.test(`loadConfig() reads ${JSON.stringify(text)}`, () => {
+Deno.test("loadConfig() reads each setting", () => {
+  for (const [text, expected] of settings) {
     const config = load({ settings: text });
     for (const [key, value] of Object.entries(JSON.parse(expected!))) {
-      same(config[key as keyof Config], value);
+      same(config[key as keyof Config], value, text);
     }
-  });
-}
+  }
+});
 
 Deno.test("loadConfig() reads the key of an external account in either base64, and no reauthorizeDays where there is none", () => {
   const eab = (file: string) => load({ settings: `eabKeyId: kid-1\neabHmacKey: ../${file}` }).eab;
@@ -207,51 +205,44 @@ Deno.test("loadConfig() is for one mode: its directory of the CA, its tree", () 
   same(of("test"), ["https://b/", join(directory, "test")]);
 });
 
-const long = `${"a".repeat(49)}.`.repeat(5) + "com";
-const names: [line: string, names: string][] = [
-  ["Example.COM WWW", "example.com www.example.com"],
-  ["example.com www www.example.com example.com www", "example.com www.example.com"],
-  ["b.org z.a.com a.org c.b.org b.a.com a.com a.net", "b.org a.com a.net a.org b.a.com z.a.com c.b.org"],
-  ["  example.com\twww\u00a0mail  ", "example.com mail.example.com www.example.com"],
-  [
-    "Exämple.com ÄPFEL bu\u0308cher.de",
-    "xn--exmple-cua.com xn--bcher-kva.de xn--pfel-koa.xn--exmple-cua.com",
-  ],
-  ["faß.de xn--fa-hia.de", "xn--fa-hia.de"],
-  ["192.0.2.1 2001:DB8:0:0:1:0:0:1", "192.0.2.1 2001:db8::1:0:0:1"],
-  ["a-b.c--d.x1 3com", "a-b.c--d.x1 3com.a-b.c--d.x1"],
-  ["\u212Aelvin.com", "kelvin.com"],
-  [`${"a".repeat(63)}.com`, `${"a".repeat(63)}.com`],
-  [long, long],
-];
-for (const [line, expected] of names) {
-  Deno.test(`loadConfig() takes ${JSON.stringify(line.slice(0, 60))} in domains`, () => {
-    same(load({ domains: line }).lines.map(({ names }) => names.join(" ")), [expected]);
-  });
-}
-
-Deno.test("loadConfig() refuses a name or a line that is too long", () => {
-  const problems = (domains: string) => refusal(() => load({ domains })).problems;
-  matches(problems(`${"a".repeat(64)}.com`), ["domains:1 .*longer than 63"]);
-  matches(problems(`${"a.".repeat(126)}com`), ["domains:1 .*longer than 253"]);
-  matches(problems(`a.com${words(100)}`), ["domains:1 101 names"]);
+Deno.test("loadConfig() takes names as people write them, each once, and refuses a name or a line that is too long", () => {
+  const long = `${"a".repeat(49)}.`.repeat(5) + "com";
+  const taken: [line: string, names: string][] = [
+    ["Example.COM WWW", "example.com www.example.com"],
+    ["example.com www www.example.com example.com www", "example.com www.example.com"],
+    ["b.org z.a.com a.org c.b.org b.a.com a.com a.net", "b.org a.com a.net a.org b.a.com z.a.com c.b.org"],
+    ["  example.com\twww\u00a0mail  ", "example.com mail.example.com www.example.com"],
+    ["Exämple.com ÄPFEL", "xn--exmple-cua.com xn--pfel-koa.xn--exmple-cua.com"],
+    ["bu\u0308cher.de faß.de xn--fa-hia.de", "xn--bcher-kva.de xn--fa-hia.de"],
+    ["192.0.2.1 2001:DB8:0:0:1:0:0:1", "192.0.2.1 2001:db8::1:0:0:1"],
+    ["a-b.c--d.x1 3com \u212Aelvin.com", "a-b.c--d.x1 3com.a-b.c--d.x1 kelvin.com"],
+    [`${"a".repeat(63)}.com`, `${"a".repeat(63)}.com`],
+    [long, long],
+  ];
+  for (const [line, names] of taken) {
+    same(load({ domains: line }).lines.map(({ names }) => names.join(" ")), [names]);
+  }
+  for (const line of [`${"a".repeat(64)}.com`, `${"a.".repeat(126)}com`, `a.com${words(100)}`]) {
+    same(places(refusal(() => load({ domains: line })).problems), ["domains:1"]);
+  }
 });
 
 Deno.test("a line knows the names under which the original has its files, where they differ", () => {
-  const former = (domains: string) => load({ domains }).lines.flatMap(({ formerNames }) => formerNames);
-  same(former("example.com www\nb.example.com\n"), []);
-  same(former("Example.com\n"), [["Example.com"]]);
-  same(former("example.com WWW Mail.example.com\n"), [[
-    "example.com",
-    "Mail.example.com",
-    "WWW.example.com",
-  ]]);
-  same(former("Example.com b a\n"), [["Example.com", "a.Example.com", "b.Example.com"]]);
-  same(former("example.com www example.com\n"), [["example.com", "example.com", "www.example.com"]]);
-  same(former("example.com example.com\n"), [["example.com", "example.com"]]);
-  same(former("a.com B b\n"), [["a.com", "B.a.com", "b.a.com"]]);
-  same(former("a.com b\nA.com b\n"), [["A.com", "b.A.com"]]);
-  same(former("BÜCHER.de\n"), []); // which the original could not have
+  const former = rows`
+    example.com www⏎b.example.com
+    Example.com => Example.com
+    example.com WWW Mail.example.com => example.com Mail.example.com WWW.example.com
+    Example.com b a => Example.com a.Example.com b.Example.com
+    example.com www example.com => example.com example.com www.example.com
+    a.com B b => a.com B.a.com b.a.com
+    a.com b⏎A.com b => A.com b.A.com
+    BÜCHER.de`; // which the original could not have
+  for (const [domains, names] of former) {
+    same(
+      load({ domains: domains! }).lines.flatMap(({ formerNames }) => formerNames),
+      names ? [names.split(" ")] : [],
+    );
+  }
 });
 
 Deno.test("keyTypes of sections are those of their lines, and [every] widens nothing", () => {
@@ -265,11 +256,7 @@ rehearse: yes\ndnsParallel: on\n[every]\nkeyTypes: rsa ec\n`,
   same(lines.map(({ keyTypes }) => keyTypes), [["rsa"], ["rsa", "ec"], ["ec"]]);
   same(sections.map(({ keyTypes }) => keyTypes), [["rsa"], ["ec"], ["rsa", "ec"]]);
   same(sections.map(({ verifyWaitSeconds }) => verifyWaitSeconds), [3, 7, 7]);
-  same(sections.map(({ uploadEach, rehearse, dnsParallel }) => [uploadEach.length, rehearse, dnsParallel]), [
-    [0, false, false],
-    [1, true, true],
-    [0, false, false],
-  ]);
+  same(sections.map(({ rehearse, dnsParallel }) => rehearse && dnsParallel), [false, true, false]);
 });
 
 Deno.test("loadConfig() takes a line's profile from its sections, then [every], then [config]", () => {
@@ -286,190 +273,156 @@ Deno.test("loadConfig() takes a line's profile from its sections, then [every], 
 Deno.test("sectionsOf() finds the overrides of a name, else default; every comes last; names of Object's own are no trap", () => {
   const config = load({
     domains: "b.com a.com d.com\na.com\nd.com\n*.a.com\n",
-    actions: `[every]
-challenge: dns-01
-dnsPresent: ["x"]
-[constructor]
-domains: A.com b.com
-challenge: http-01
-[default]
-[__proto__]
-domains: a.com *.a.com
-`,
+    actions: '[every]\nchallenge: dns-01\ndnsPresent: ["x"]\n[constructor]\ndomains: A.com b.com\n' +
+      "challenge: http-01\n[default]\n[__proto__]\ndomains: a.com *.a.com\n",
   });
   const named = (name: string) => sectionsOf(config, name).map(({ name }) => name);
   same(named("a.com"), ["constructor", "__proto__", "every"]);
   same(named("b.com"), ["constructor", "every"]);
   same(named("toString"), ["default", "every"]);
   same(named("*.a.com"), ["__proto__", "every"]);
-  same(config.lines.map(({ sections }) => sections.map(({ name }) => name)), [
-    ["constructor", "__proto__", "default", "every"],
-    ["constructor", "__proto__", "every"],
-    ["default", "every"],
-    ["__proto__", "every"],
+  same(config.lines.map(({ sections }) => sections.map(({ name }) => name).join(" ")), [
+    ...[
+      "constructor __proto__ default every",
+      "constructor __proto__ every",
+      "default every",
+      "__proto__ every",
+    ],
   ]);
-  same(["a.com", "d.com", "*.a.com"].map((name) => challengeOf(config, name)), [
-    "http-01",
-    "dns-01",
-    "dns-01",
-  ]);
+  same(["a.com", "d.com", "*.a.com"].map((name) => challengeOf(config, name)), list`http-01 dns-01 dns-01`);
   same([sectionsOf(load({}), "a.com"), challengeOf(load({}), "a.com")], [[], "http-01"]);
 });
 
-const endpoints = rows`
-  mail.Example.com:465 => {"host":"mail.example.com","port":465}
-  mail.example.com:25/smtp => {"host":"mail.example.com","port":25,"starttls":"smtp"}
-  [2001:DB8::7]:443#www.example.com => {"host":"2001:db8::7","port":443,"sni":"www.example.com"}
-  192.0.2.7:5432/postgres#DOMAIN => {"host":"192.0.2.7","port":5432,"starttls":"postgres","sni":"DOMAIN"}
-  DOMAINS_ALL:443 => {"host":"DOMAINS_ALL","port":443}
-  mailhost:993 => {"host":"mailhost","port":993}
-  mail.example.com => no port.*such as mail.example.com:443
-  mail.example.com/smtp => no port.*such as mail.example.com:443
-  2001:db8::7:443 => not host:port.*brackets
-  mail.example.com:smtp => "smtp" is not a port
-  mail.example.com:65536 => "65536" is not a port
-  mail.example.com:465/smtps => unknown protocol "smtps"
-  [x]:443 => no IPv6 address in brackets
-  *.example.com:443 => a wildcard is not a host
-  -oProxy:22 => label "-oproxy" begins or ends with a dash
-  a b:22 => invisible character
-  mail.example.com:443# => after "#": no name
-  mail.example.com:443#192.0.2.1 => after "#": an address`;
-for (const [text, expected] of endpoints) {
-  const isRight = expected!.startsWith("{");
-  Deno.test(`loadConfig() ${isRight ? "takes" : "refuses"} ${JSON.stringify(text)} in verify`, () => {
-    const actions = `[default]\nverify: ["ok.example.com:443",\n  ${JSON.stringify(text)}]\n`;
-    if (isRight) same({ ...load({ actions }).sections[0]!.verify[1] }, { text, ...JSON.parse(expected!) });
-    else matches(refusal(() => load({ actions })).problems, [`actions.conf:3 verify: ".*": ${expected}`]);
-  });
-}
+Deno.test("loadConfig() reads endpoints of verify, and refuses what is none", () => {
+  const taken = rows`
+    mail.Example.com:465 => {"host":"mail.example.com","port":465}
+    mail.example.com:25/smtp => {"host":"mail.example.com","port":25,"starttls":"smtp"}
+    [2001:DB8::7]:443#www.example.com => {"host":"2001:db8::7","port":443,"sni":"www.example.com"}
+    192.0.2.7:5432/postgres#DOMAIN => {"host":"192.0.2.7","port":5432,"starttls":"postgres","sni":"DOMAIN"}
+    DOMAINS_ALL:443 => {"host":"DOMAINS_ALL","port":443}
+    mailhost:993 => {"host":"mailhost","port":993}`;
+  const verifying = (texts: string[]) =>
+    `[default]\nverify: ["a.com:1",\n  ${texts.map((text) => JSON.stringify(text)).join(",\n  ")}]\n`;
+  const { verify } = load({ actions: verifying(taken.map(([text]) => text!)) }).sections[0]!;
+  same(verify.slice(1), taken.map(([text, expected]) => ({ text, ...JSON.parse(expected!) })));
+  const wrong = list`
+    mail.example.com mail.example.com/smtp 2001:db8::7:443 mail.example.com:smtp mail.example.com:65536
+    mail.example.com:465/smtps [x]:443 *.example.com:443 -oProxy:22 mail.example.com:443#
+    mail.example.com:443#192.0.2.1`;
+  for (const text of [...wrong, "a b:22"]) {
+    matches(refusal(() => load({ actions: verifying([text]) })).problems, [
+      `actions.conf:3 ${JSON.stringify(text)}`,
+    ]);
+  }
+});
 
 // ---- what is refused -------------------------------------------------------------------------------------
 
-const refused = {
-  settings: rows`
-    reauthorizeDays: soon => 4 reauthorizeDays: "soon" is not a number from 0 to 36500
-    reauthorizeDays: -1 => 4 reauthorizeDays
-    reauthorizeDays: inf => 4 reauthorizeDays
-    reauthorizeDays: => 4 reauthorizeDays: no value
-    reauthorizeDays: 15 # days => 4 .*a comment needs a line of its own
-    reauthorizeDays: 15⏎ curve: P-256 => 4 .*line 5 is indented
-    keyBitsRSA: 2049 => 4 .*a multiple of 8 from 1024 to 8192
-    curve: secp256k1 => 4 .*"secp256k1" is not prime256v1, secp384r1 or secp521r1
-    rsaTag: a/b => 4 rsaTag: "a/b"
-    curveTag: a b => 4 curveTag: "a b"
-    rsaTag: x⏎curveTag: X => 5 .*the same names
-    alwaysGenerateNewKeys: maybe => 4 .*"maybe" is not yes or no
-    preflight: ask => 4 .*"ask" is not yes, no or warn
-    keyTypes: rsa dsa => 4 .*"dsa" is not rsa or ec
-    parallel: 1.5 => 4 .*a whole number from 1 to 100
-    commandTimeout: 0 => 4 commandTimeout
-    directory: http://ca.test/⏎testDirectory: https://b/ => 4 .*"http://ca.test/" is not a plain https URL
-    contact: a@example.com, b@example.com => 4 .*"a@example.com," is not a mail.*blanks
-    profile: a b => 4 .*"a b" is more than one word
-    profile: %(prefix)s => 4 .*no key for "%\(prefix\)s".*"%%"
-    caBundle: nowhere.pem => 4 .*BASE/CONF/nowhere.pem": it does not exist
-    caBundle: ../account.key => 4 .*no certificate
-    caBundle: ~/ca.pem => 4 .*in full
-    eabKeyId: kid => 1 no "eabHmacKey"
-    eabHmacKey: ../eab => 1 no "eabKeyId"
-    eabKeyId: kid⏎eabHmacKey: ../not-eab => 5 .*BASE/not-eab" holds no base64
-    reautorizeDays: 15 => 4 unknown key "reautorizeDays".*did you mean reauthorizeDays
-    challenge_drop_dir: /x => 4 .*did you mean challengeDropDir
-    [confg] => 4 .*did you mean \[config\]
-    parallel: 1⏎Parallel: 2 => 5 .*"Parallel".*line 4
-    what => 4 neither.*"challengeDropDir" of line 3`,
-  domains: rows`
-    $(reboot).example.com => 1 invalid name "\$\(reboot\).example.com": "\$" is not allowed
-    a.example.com,b.example.com => 1 .*",".*separate names by blanks
-    https://example.com => 1 .*"/".*not a URL
-    ../example.com => 1 .*"/"
-    example.com:443 => 1 .*":"
-    -rf.example.com => 1 .*label "-rf" begins or ends with a dash
-    a.example-.com => 1 .*label "example-"
-    a_b.example.com => 1 .*"_"
-    example.com. => 1 .*trailing dot
-    a..example.com .example.com => 1 .*empty label => 1 .*empty label
-    localhost www => 1 .*no dot
-    example.123 192.0.2.256 192.0.2.01 => 1 .*number => 1 .*number => 1 .*number
-    2001:db8::1::2 [2001:db8::1] => 1 .*":" => 1 .*invalid
-    ::ffff:192.0.2.1 => 1 .*IPv4-mapped IPv6 address.*write it as IPv4
-    example.com # mine => 1 .*a comment needs a line of its own
-    a.*.example.com => 1 .*"\*"
-    192.0.2.1 www => 1 .*"192.0.2.1" has no subdomains
-    exam\u{200d}ple.com => 1 .*u\{200d\}.*invisible character
-    \u{1b}[31mexample.com => 1 .*u\{1b\}.*invisible character
-    ｅxample.com => 1 .*another spelling of "example"
-    a／b.com => 1 .*another spelling of "a/b"
-    xn--a.com => 1 .*"xn--" label
-    example.com * => 1 .*wildcard needs dns-01.*challenge: dns-01
-    # none⏎⏎   # none => no names in BASE/CONF/domains.*such as`,
-  actions: rows`
-    [a]⏎update: [] => 1 no "domains" in \[a\]
-    [Default]⏎update: [] => 1 .*did you mean \[default\]
-    [every]⏎domains: example.com => 2 domains
-    [default]⏎update: true => 2 update: not a JSON list of strings.*write \["true"\]
-    [default]⏎update: "cmd %% x" => 2 .*write \["cmd %% x"\]
-    [default]⏎update:⏎  one⏎  'two' => 2 .*write \["one", "two"\]
-    [default]⏎update: ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6 .*unexpected ""c"
-    [default]⏎update: ["a",] => 2 .*unexpected "]"
-    [default]⏎update: ["a" => 2 .*no "]" at its end
-    [default]⏎update: ['a'] => 2 .*unexpected "'a'
-    [default]⏎update: ["b",⏎  "a⏎  b"] => 3 .*unexpected ""a
-    [default]⏎update: ["a\q"] => 2 .*unexpected ""a
-    [default]⏎update: ["a", 1] => 2 .*unexpected "1
-    [default]⏎update: ["a"] # why => 2 .*a comment needs a line of its own
-    [default]⏎update: ["a",⏎ "\u0000",⏎ "\ud800"] => 3 update => 4 update
-    [default]⏎update: ["date +%Y"] => 2 .*lone "%".*"%%"
-    [DEFAULT]⏎ocspStapleRequired: yes⏎[default]⏎[every] => 2 ocspStapleRequired
-    [default]⏎challenge: dns => 2 .*http-01, dns-01 or dns-persist-01
-    [default]⏎challenge: dns-01 => 2 .*"dnsPresent"
-    [a]⏎domains: x.com⏎challenge: http-01⏎[b]⏎domains: x.com⏎challenge: dns-persist-01
-      => 4 conflicting.*http-01 in \[a\]
-    [default]⏎updat: [] => 2 .*did you mean update
-    [a]⏎domains: example.com⏎[a]⏎domains: x.com => 3 .*line 1
-    [a\u{1b}[2J]⏎domains: example.com => 1 control character`,
-};
-const FILES = { settings: "lematt.conf", domains: "domains", actions: "actions.conf" };
-for (const file of ["settings", "domains", "actions"] as const) {
-  for (const [raw, ...problems] of refused[file]) {
-    const text = raw!.replace(/\\u\{(\w+)\}/g, (_, code) => String.fromCodePoint(parseInt(code, 16)));
-    Deno.test(`loadConfig() refuses ${JSON.stringify(raw!.slice(0, 70))} in ${FILES[file]}`, () => {
-      const { problems: found } = refusal(() => load({ [file]: text }));
-      matches(found, problems.map((problem) => `${FILES[file]}:${problem.replace(/^(?=no names)/, " ")}`));
-    });
+const settingsRefused = rows`
+  reauthorizeDays => soon => -1 => inf => => 15 # days => 15⏎ curve: P-256
+  keyBitsRSA => 2049 => 512 => 8200
+  curve => secp256k1
+  rsaTag => a/b => a b => r%(prefix)s
+  alwaysGenerateNewKeys => maybe
+  preflight => ask
+  keyTypes => rsa dsa
+  parallel => 1.5 => 101
+  commandTimeout => 0
+  directory => http://ca.test/⏎testDirectory: https://b/
+  contact => a@example.com, b@example.com
+  profile => a b
+  caBundle => nowhere.pem => ../account.key => ~/ca.pem`;
+Deno.test("loadConfig() refuses a wrong value of a setting, at its line", () => {
+  for (const [key, ...values] of settingsRefused) {
+    for (const value of values) {
+      matches(refusal(() => load({ settings: `${key}: ${value}` })).problems, [`lematt.conf:4 ${key}`]);
+    }
   }
-}
+});
 
-/** The cells of a row that are lines of a file ("S: " for settings, "D: " domains, "A: " actions), and the others. */
-function filesOf(cells: string[]): [files: Files, others: string[]] {
-  const names: Record<string, string> = { S: "settings", D: "domains", A: "actions", C: "conf" };
-  const isFile = (cell: string) => /^[SDAC]: /.test(cell);
-  const files = cells.filter(isFile).map((cell) => [names[cell[0]!], cell.slice(3)]);
-  return [Object.fromEntries(files), cells.filter((cell) => !isFile(cell))];
-}
+Deno.test("loadConfig() refuses each invalid name, at its line and with its words", () => {
+  const invalid = list`
+    $(reboot).example.com a.example.com,b.example.com https://example.com ../example.com example.com:443
+    -rf.example.com a.example-.com a_b.example.com example.com. a..b.com .example.com localhost example.123
+    192.0.2.256 192.0.2.01 2001:db8::1::2 a.*.b.com [2001:db8::1] ::ffff:192.0.2.1 ｅxample.com a／b.com xn--a.com`;
+  matches(
+    refusal(() => load({ domains: invalid.join("\n") })).problems,
+    invalid.map((name, index) => `domains:${index + 1} ${name}`),
+  );
+  const more = "exam\u200dple.com\n\x1b[31mexample.com\n192.0.2.1 www\nexample.com # mine\na.com *\n";
+  const { problems } = refusal(() => load({ domains: more }));
+  matches(problems, [
+    "domains:1 u{200d}",
+    "domains:2 u{1b}",
+    "domains:3",
+    "domains:4 comment",
+    "domains:5 dns-01",
+  ]);
+});
 
-const together = rows`
+/** What is refused, the files (what is without a letter is of actions.conf), and the place and a word of each problem. */
+const refused = rows`
+  two tags that are one => S: rsaTag: x⏎curveTag: X => lematt.conf:5
+  half of an external account => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
+  a key of an external account that is no base64 => S: eabKeyId: kid⏎eabHmacKey: ../not-eab => lematt.conf:5 BASE/not-eab
+  a mistyped setting => S: reautorizeDays: 15 => lematt.conf:4 did you mean reauthorizeDays
+  a setting that is there twice => S: parallel: 1⏎Parallel: 2 => lematt.conf:5 line 4
+  a line that is nothing => S: what => lematt.conf:4
+  keys without a section => C: # nothing => lematt.conf: [config]
+  a section without domains => A: [a]⏎update: [] => actions.conf:1 "domains"
+  a section that is almost [default] => A: [Default]⏎update: [] => actions.conf:1 did you mean [default]
+  a percent sign of the shell => A: [default]⏎update: ["date +%Y"] => actions.conf:2 "%%"
+  stapling, which CAs have ended => A: [DEFAULT]⏎ocspStapleRequired: yes⏎[default]⏎[every] => actions.conf:2 ocspStapleRequired
+  an unknown challenge => A: [default]⏎challenge: dns => actions.conf:2 dns-persist-01
+  dns-01 without its commands => A: [default]⏎challenge: dns-01 => actions.conf:2 "dnsPresent"
+  conflicting challenges => A: [a]⏎domains: x.com⏎challenge: http-01⏎[b]⏎domains: x.com⏎challenge: dns-persist-01
+    => actions.conf:4 http-01 in [a]
+  a mistyped key => A: [default]⏎updat: [] => actions.conf:2 did you mean update
+  a section that is there twice => A: [a]⏎domains: example.com⏎[a]⏎domains: x.com => actions.conf:3 line 1
+  a section that would act on a terminal => A: [a\u{1b}[2J]⏎domains: example.com => actions.conf:1 control character
   more names than a profile allows => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p
-    => S: profile: tlsserver => domains:1 26 names.*25 is the most
+    => S: profile: tlsserver => domains:1 26 names
   sections that want different profiles => D: a.com b.com
     => A: [a]⏎domains: a.com⏎profile: one⏎[b]⏎domains: b.com⏎profile: two⏎[every]⏎profile: three
-    => domains:1 conflicting profiles: one in \[a\], two in \[b\]
+    => domains:1 one in [a], two in [b]
   a wildcard that only its parent's section would prove => D: example.com *
-    => A: [dns]⏎domains: example.com⏎challenge: dns-persist-01 => domains:1 .*add it to "domains" of \[dns\]
+    => A: [dns]⏎domains: example.com⏎challenge: dns-persist-01 => domains:1 "domains" of [dns]
   an IP address that is proven through the DNS => D: 192.0.2.1 => A: [every]⏎challenge: dns-persist-01
-    => domains:1 .*an IP address needs http-01
+    => domains:1 http-01
   a name that is proven by http-01 without a drop directory => C: [config]⏎accountKey: ../account.key
-    => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01
-    => lematt.conf:1 no "challengeDropDir".*http://b.com/
+    => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01 => lematt.conf:1 http://b.com/
   a drop directory that is none => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
-    => lematt.conf:3 .*does not exist \[mkdir -p 'BASE/it'.*'s'
-  keys without a section => C: # nothing => lematt.conf: no section \[config\]`;
-for (const [behaviour, ...cells] of together) {
-  const [files, problems] = filesOf(cells);
-  Deno.test(`loadConfig() refuses ${behaviour}`, () =>
-    matches(refusal(() => load(files)).problems, problems));
-}
+    => lematt.conf:3 mkdir -p 'BASE/it'\''s'`;
+Deno.test("loadConfig() refuses what cannot be meant, at its line", async (t) => {
+  for (const [behaviour, ...cells] of refused) {
+    const [files, problems] = filesOf(cells.map((cell) => cell.replace("\\u{1b}", "\x1b")));
+    await t.step(behaviour!, () => matches(refusal(() => load(files)).problems, problems));
+  }
+});
+
+Deno.test("loadConfig() refuses a list that is no JSON at the line of its fault, and gives the list that is meant", () => {
+  const lists = rows`
+    true => 2 => ["true"]
+    "cmd %% x" => 2 => ["cmd % x"]
+    ⏎  one⏎  'two' => 2 => ["one", "two"]
+    ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6
+    ["a",] => 2
+    ["a" => 2
+    ['a'] => 2
+    ["b",⏎  "a⏎  b"] => 3
+    ["a\q"] => 2
+    ["a", 1] => 2
+    ["a"] # why => 2
+    ["b",⏎ "\u0000"] => 3
+    ["b",⏎ "\ud800"] => 3`;
+  for (const [list, line, meant] of lists) {
+    const { problems } = refusal(() => load({ actions: `[default]\nupdate: ${list}\n` }));
+    same(places(problems), [`actions.conf:${line}`]);
+    if (!meant) continue;
+    const [, hint] = /write (\[.*\])/.exec(problems[0]!.hint!)!;
+    same(load({ actions: `[default]\nupdate: ${hint}\n` }).sections[0]!.update, JSON.parse(meant));
+  }
+});
 
 Deno.test("loadConfig() tells every error of all three files at once, in the order of files and lines", () => {
   const files = {
@@ -478,21 +431,14 @@ Deno.test("loadConfig() tells every error of all three files at once, in the ord
     actions:
       'x: 1\n[every]\ndomains: a.com\nupdate: x\n[a]\nverify: [\n  "a.com:443",\n  "a.com"]\ndomains: a.com\n',
   };
-  matches(refusal(() => load(files)).problems, [
-    ...['lematt.conf:1 no "accountKey"', 'lematt.conf:1 no "challengeDropDir"', "lematt.conf:2 parallel"],
-    ...["lematt.conf:5 neither", 'domains:3 invalid name "a_b.com"', 'domains:3 invalid name "-c.com"'],
-    ...[
-      "domains:5 .*wildcard",
-      "actions.conf:1 text before",
-      "actions.conf:3 domains",
-      "actions.conf:4 update",
-    ],
-    "actions.conf:8 verify",
+  same(places(refusal(() => load(files)).problems), [
+    ...["lematt.conf:1", "lematt.conf:1", "lematt.conf:2", "lematt.conf:5"],
+    ...["domains:3", "domains:3", "domains:5"],
+    ...["actions.conf:1", "actions.conf:3", "actions.conf:4", "actions.conf:8"],
   ]);
   matches(refusal(() => load({ conf: null, domains: null, actions: null })).problems, [
-    "lematt.conf: .*BASE/CONF/lematt.conf.*does not exist.*copy",
-    "domains: .*BASE/CONF/domains.*does not exist.*example.com www",
-    "actions.conf: .*does not exist.*touch BASE/CONF/actions.conf",
+    ...["lematt.conf: BASE/CONF/lematt.conf", "domains: BASE/CONF/domains"],
+    "actions.conf: touch BASE/CONF/actions.conf",
   ]);
 });
 
@@ -508,16 +454,16 @@ Deno.test("a refusal names its directory, and the alert commands that could be r
 
 Deno.test("no message shows a secret that was written into a file", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
-  for (
-    const settings of [
-      `eabKeyId: kid\neabHmacKey: ${secret}=`,
-      `eabKeyId: kid\neabHmacKey:\n${secret}==`,
-      `eabKeyId: kid\neabHmacKey:\n${secret}`,
-      `eabKeyId: kid\neabHmacKey: ~${secret}`,
-      `eabHmacKey: ${secret}\n${secret}: 1\n`,
-      `directory: https://me:${secret}@ca.test/`,
-    ]
-  ) {
+  const texts = [
+    ...[
+      `eabHmacKey: ${secret}=`,
+      `eabHmacKey:\n${secret}==`,
+      `eabHmacKey:\n${secret}`,
+      `eabHmacKey: ~${secret}`,
+    ],
+    ...[`eabHmacKey: ${secret}\n${secret}: 1\n`, `directory: https://me:${secret}@ca.test/`],
+  ];
+  for (const settings of texts.map((text) => `eabKeyId: kid\n${text}`)) {
     const { problems } = refusal(() => load({ settings }));
     ok(problems.length && !JSON.stringify(problems).includes(secret.slice(0, 12)), JSON.stringify(problems));
   }
@@ -526,48 +472,45 @@ Deno.test("no message shows a secret that was written into a file", () => {
 // ---- what is accepted, and warned of ---------------------------------------------------------------------
 
 const warned = rows`
-  rotation beyond the weekly limit of a pair => S: generateNewCertsAfterDays: 3.4 => lematt.conf:4 .*less than 3.5
-  rotation beyond the limit of one key type => S: generateNewCertsAfterDays: 1.3⏎keyTypes: ec
-    => lematt.conf:4 .*less than 1.4
-  two rules of renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60
-    => lematt.conf:5 reauthorizeDays: generate
-  renewal after expiry => S: reauthorizeDays: 0 => lematt.conf:4 .*expired
-  keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 keyBitsRSA
-    => lematt.conf:5 curve
-  RSA that is not safe => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/
-    => lematt.conf:4 .*1024 bits is not safe
+  rotation beyond the weekly limit of a pair => S: generateNewCertsAfterDays: 3.4 => lematt.conf:4 3.5
+  rotation beyond the limit of one key type => S: generateNewCertsAfterDays: 1.3⏎keyTypes: ec => lematt.conf:4 1.4
+  two rules of renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60 => lematt.conf:5 generateNewCertsAfterDays
+  renewal after expiry => S: reauthorizeDays: 0 => lematt.conf:4 expired
+  keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 => lematt.conf:5
+  RSA that is not safe => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/ => lematt.conf:4 1024
   a private CA whose names --test would show to Let's Encrypt => S: directory: https://ca.test/
-    => lematt.conf:4 .*testDirectory
-  IP addresses in a profile that has none => D: a.com⏎192.0.2.1 ::1 => domains:2 .*profile: shortlived
-  a name that is alone and among others => D: a.com⏎b.com a.com => domains:2 "a.com".*line 1
-  an unknown key => S: nonsense: 1⏎[DEFAULT]⏎what: 2 => lematt.conf:4 .*"nonsense" is ignored
-    => lematt.conf:6 .*"what" is ignored
-  keys of the other file => S: update: [] => A: [every]⏎parallel: 5 => lematt.conf:4 .*"update".*actions.conf
-    => actions.conf:2 .*"parallel".*lematt.conf
-  an unknown section => S: [default]⏎x: 1 => lematt.conf:4 section \[default\] is ignored
-  a line that is there twice => D: a.com b⏎A.com b.a.com => domains:2 same names as line 1
-  the same names in another order => D: a.com b⏎b.a.com a.com => domains:2 same names as line 1 in another order
+    => lematt.conf:4 testDirectory
+  IP addresses in a profile that has none => D: a.com⏎192.0.2.1 ::1 => domains:2 profile: shortlived
+  a name that is alone and among others => D: a.com⏎b.com a.com => domains:2 line 1
+  an unknown key => S: nonsense: 1⏎[DEFAULT]⏎what: 2 => lematt.conf:4 "nonsense" => lematt.conf:6 "what"
+  keys of the other file => S: update: [] => A: [every]⏎parallel: 5 => lematt.conf:4 actions.conf
+    => actions.conf:2 lematt.conf
+  an unknown section => S: [default]⏎x: 1 => lematt.conf:4 [default]
+  a line that is there twice => D: a.com b⏎A.com b.a.com => domains:2 line 1
+  the same names in another order => D: a.com b⏎b.a.com a.com => domains:2 line 1 in another order
   a comma and a short name in a section => A: [a]⏎domains: example.com, www
-    => actions.conf:2 .*"example.com,".*separate names by blanks => actions.conf:2 .*"www"
-  a section without names => A: [a]⏎domains: => actions.conf:2 .*does nothing
+    => actions.conf:2 "example.com," => actions.conf:2 "www"
+  a section without names => A: [a]⏎domains: => actions.conf:2
   names of a section that no line has => D: a.com => A: [x]⏎domains: a.com⏎  ww.a.com => actions.conf:3 "ww.a.com"
   names of a section that a wildcard has => D: *.b.com
-    => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 "www.b.com".*name \*.b.com
-  [DEFAULT] where [default] is meant => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 .*\[default\]
-  dnsPresent that is never run => A: [default]⏎dnsPresent: ["x"] => actions.conf:2 .*dns-01
+    => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 *.b.com
+  [DEFAULT] where [default] is meant => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 [default]
+  dnsPresent that is never run => A: [default]⏎dnsPresent: ["x"] => actions.conf:2 dns-01
   a word that update does not replace => A: [default]⏎update: ["DOMAIN DOMAINS_CN MY_DOMAIN $LEMATT_CERTS \\KEYS"]
-    => actions.conf:2 update: "DOMAIN".*DOMAINS_CN, DOMAINS_ALL
+    => actions.conf:2 update: "DOMAIN"
   a word that is the shell's => A: [default]⏎uploadCerts: ["a CERTS",⏎  "b $CERTS KEYS"]
-    => actions.conf:3 uploadCerts: "\$CERTS".*write CERTS, or \$LEMATT_CERTS => actions.conf:3 .*"KEYS"
+    => actions.conf:3 $LEMATT_CERTS => actions.conf:3 "KEYS"
   an endpoint with the name of no line => D: a.com⏎b.com
     => A: [every]⏎verify: ["192.0.2.1:443", "192.0.2.1:443#a.com", "DOMAIN:443", "web1:443#DOMAIN"]
-    => actions.conf:1 verify: "192.0.2.1:443".*192.0.2.1:443#a.com
+    => actions.conf:1 192.0.2.1:443#a.com
   a name for which the prepare of its line does not run => D: a.com b.a.com c.a.com
-    => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 prepare: .*"b.a.com".*\[x\]`;
-for (const [behaviour, ...cells] of warned) {
-  const [files, warnings] = filesOf(cells);
-  Deno.test(`loadConfig() warns of ${behaviour}`, () => matches(load(files).warnings, warnings));
-}
+    => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 "b.a.com"`;
+Deno.test("loadConfig() accepts what is harmless, with a warning at its line", async (t) => {
+  for (const [behaviour, ...cells] of warned) {
+    const [files, warnings] = filesOf(cells);
+    await t.step(behaviour!, () => matches(load(files).warnings, warnings));
+  }
+});
 
 Deno.test("loadConfig() says nothing of what is right", () => {
   const right: Files[] = [
@@ -575,8 +518,8 @@ Deno.test("loadConfig() says nothing of what is right", () => {
     { actions: '[default]\nupdate: ["printf \'a\\n\' x | y\\nz", ""]\nverify: ["192.0.2.1:443"]\n' },
     // a private CA has none of Let's Encrypt's limits, whatever its profiles are called
     {
-      settings: "directory: https://ca.test/dir\ntestDirectory: https://ca.test/dir\nkeyBitsRSA: 8192\n" +
-        "profile: tlsserver\ngenerateNewCertsAfterDays: 0.25\n",
+      settings: "directory: https://a\ntestDirectory: https://a\nkeyBitsRSA: 8192\nprofile: tlsserver\n" +
+        "generateNewCertsAfterDays: 0.25\n",
       domains: `a.com${words(60)}\n192.0.2.1\n`,
     },
   ];
@@ -593,58 +536,47 @@ Deno.test("commands are as JSON has them, line breaks and empty ones too", () =>
 
 // ---- files and their owners ------------------------------------------------------------------------------
 
-const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
-const ec = generateKeyPairSync("ec", { namedCurve: "secp384r1" }).privateKey;
-const sec1 = ec.export({ type: "sec1", format: "pem" }) as string;
-const pkcs8 = (type: "rsa" | "ec" | "ed25519", options: object = {}) =>
-  // deno-lint-ignore no-explicit-any
-  (generateKeyPairSync as any)(type, options).privateKey.export(pem) as string;
-const begin = (label: string, body: string) => `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
-const accountKeys: [behaviour: string, text: string, problem?: string][] = [
-  ["RSA in PKCS#8", rsa.export(pem) as string],
-  ["RSA in PKCS#1", rsa.export({ type: "pkcs1", format: "pem" }) as string],
-  ["EC in PKCS#8", ec.export(pem) as string],
-  [
-    "EC in SEC1 behind its parameters, as openssl ecparam writes it",
-    begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1,
-  ],
-  ["nothing", "", "holds nothing in PEM, not a private key"],
-  ["a public key", begin("PUBLIC KEY", "c2VjcmV0"), "holds a PUBLIC KEY, not a private key"],
-  ["Ed25519", pkcs8("ed25519"), "type ed25519"],
-  ["secp256k1", pkcs8("ec", { namedCurve: "secp256k1" }), "type secp256k1"],
-  ["RSA of 1024 bits", pkcs8("rsa", { modulusLength: 1024 }), "RSA of less than 2048 bits"],
-  ["encrypted PKCS#8", begin("ENCRYPTED PRIVATE KEY", "c2VjcmV0"), "is encrypted.*openssl pkey -in BASE/key"],
-  [
-    "encrypted PKCS#1",
-    begin("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0"),
-    "is encrypted",
-  ],
-  ["ten megabytes of dashes", begin("PRIVATE KEY", "-a".repeat(5e6)), "cannot be decoded"],
-  ["damaged", begin("PRIVATE KEY", "c2VjcmV0"), "cannot be decoded"],
-];
-for (const [behaviour, text, problem] of accountKeys) {
-  Deno.test(`loadConfig() ${problem ? "refuses" : "takes"} an account key: ${behaviour}`, () => {
-    write("key", text);
-    const files = { conf: "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n" };
-    if (!problem) same(load(files).accountKey, join(base, "key"));
-    else matches(refusal(() => load(files)).problems, [`lematt.conf:2 accountKey: "BASE/key" .*${problem}`]);
-  });
-}
+Deno.test("loadConfig() takes an account key in each format, and refuses one that the CA or lematt could not use", () => {
+  const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
+  const small = generateKeyPairSync("rsa", { modulusLength: 1024 }).privateKey;
+  const ec = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
+  const sec1 = ec("secp384r1").export({ type: "sec1", format: "pem" });
+  const begin = (label: string, body: string) =>
+    `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
+  const keys: [text: string | Uint8Array, taken: boolean][] = [
+    [rsa.export(pem), true],
+    [rsa.export({ type: "pkcs1", format: "pem" }), true],
+    [ec("secp384r1").export(pem), true],
+    [begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1, true], // as openssl ecparam writes it
+    ["", false],
+    [begin("PUBLIC KEY", "c2VjcmV0"), false],
+    [generateKeyPairSync("ed25519").privateKey.export(pem), false],
+    [ec("secp256k1").export(pem), false],
+    [small.export(pem), false],
+    [rsa.export({ ...pem, cipher: "aes-256-cbc", passphrase: "x" }), false],
+    [begin("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0"), false],
+    [begin("PRIVATE KEY", "-a".repeat(5e6)), false],
+    [begin("PRIVATE KEY", "c2VjcmV0"), false],
+  ];
+  const files = { conf: "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n" };
+  for (const [text, taken] of keys) {
+    write("key", String(text));
+    if (taken) same(load(files).accountKey, join(base, "key"));
+    else matches(refusal(() => load(files)).problems, ["lematt.conf:2 BASE/key"]);
+  }
+});
 
 Deno.test("loadConfig() takes only the certificates of caBundle", () => {
-  const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -".split(
-    " ",
-  );
-  const text = new TextDecoder().decode(
-    new Deno.Command("openssl", { args, stderr: "null" }).outputSync().stdout,
-  );
+  const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -";
+  const { stdout } = new Deno.Command("openssl", { args: args.split(" "), stderr: "null" }).outputSync();
+  const text = new TextDecoder().decode(stdout);
   write("bundle.pem", text);
   const { caBundle } = load({ settings: "caBundle: ../bundle.pem\n" });
   ok(text.includes("PRIVATE KEY") && text.includes(caBundle!));
   same(caBundle!.match(/BEGIN .*?-/g), ["BEGIN CERTIFICATE-"]);
   write("bundle.pem", text.replace(/(BEGIN CERTIFICATE-----\n)..../, "$1AAAA"));
   matches(refusal(() => load({ settings: "caBundle: ../bundle.pem\n" })).problems, [
-    "lematt.conf:4 .*cannot be decoded",
+    "lematt.conf:4 bundle.pem",
   ]);
 });
 
@@ -654,8 +586,7 @@ Deno.test("a path that only made sense where the original was started is refused
     Deno.chdir(base);
     const conf = "[config]\naccountKey: account.key\nchallengeDropDir: drop\n";
     matches(refusal(() => load({ conf })).problems, [
-      'lematt.conf:2 .*no "account.key" in BASE/CONF.*write BASE/account.key',
-      "lematt.conf:3 .*write BASE/drop",
+      ...["lematt.conf:2 write BASE/account.key", "lematt.conf:3 write BASE/drop"],
     ]);
   } finally {
     Deno.chdir(here);
@@ -682,34 +613,34 @@ Deno.test("loadConfig() refuses directories that its user cannot write to", () =
   Deno.chmodSync(closed, 0o555);
   const conf = directoryOf({ conf: `[config]\naccountKey: ${closed}/x/key\nchallengeDropDir: ${closed}\n` });
   const found = saidToNobody(conf);
-  same(found.map((text) => text.slice(0, text.indexOf(" ["))), [
-    'lematt.conf:2 accountKey: "BASE/closed": permission denied',
-    'lematt.conf:3 challengeDropDir: "BASE/closed": permission denied',
+  same(found.map((text) => text.split(/[ :]+/).slice(0, 4).join(" ")), [
+    'lematt.conf 2 accountKey "BASE/closed"',
+    'lematt.conf 3 challengeDropDir "BASE/closed"',
   ]);
 });
 
-/** What is changed, its path, mode and owner, and the beginning of what is said of it, unless that is nobody's business. */
+/** What is changed, its path, mode and owner, and what is said of it, unless that is nobody's business. */
 const open = rows`
-  actions.conf that all may change => conf/actions.conf 646 0 0 => actions.conf: others may write.*chmod go-w
+  actions.conf that all may change => conf/actions.conf 646 0 0 => actions.conf: chmod go-w
   actions.conf that a group may change => conf/actions.conf 664 0 1234 => actions.conf: others may write
   actions.conf that root's group may change => conf/actions.conf 664 0 0
-  actions.conf of another user => conf/actions.conf 664 1234 1234 => actions.conf: .*user 1234.*root
-  lematt.conf of another user => conf/lematt.conf 644 1234 1234 => lematt.conf: .*user 1234.*chown root
+  actions.conf of another user => conf/actions.conf 664 1234 1234 => actions.conf: user 1234
+  lematt.conf of another user => conf/lematt.conf 644 1234 1234 => lematt.conf: chown root
   domains of another user => conf/domains 644 1234 1234
   domains that all may change => conf/domains 666 0 0 => domains: others may write
-  a directory of another user => conf 755 1234 1234 => BASE/CONF/prod: .*user 1234
-  a directory that all may change => conf 1777 0 0 => BASE/CONF/prod: others may write to "BASE/CONF" .*1777
-  a tree that all may change => conf/prod/key 777 0 0 => BASE/CONF/prod: others may write.*CONF/prod/key
-  a tree of another user => conf/prod/state.json 600 1234 1234 => BASE/CONF/prod: .*user 1234
-  a drop directory that all may write to => drop 1777 33 33 => lematt.conf:3 .*others may write.*chmod o-w
+  a directory of another user => conf 755 1234 1234 => BASE/CONF/prod: user 1234
+  a directory that all may change => conf 1777 0 0 => BASE/CONF/prod: 1777
+  a tree that all may change => conf/prod/key 777 0 0 => BASE/CONF/prod: CONF/prod/key
+  a tree of another user => conf/prod/state.json 600 1234 1234 => BASE/CONF/prod: user 1234
+  a drop directory that all may write to => drop 1777 33 33 => lematt.conf:3 chmod o-w
   a drop directory that its group may write to => drop 2775 33 33
-  an account key that all may change => key 602 0 0 => lematt.conf:2 .*others may write
-  an account key that others may read => key 640 0 0 => lematt.conf:2 .*others may read.*chmod 600`;
-for (const [what, change, ...expected] of open) {
-  Deno.test({
-    name: `${expected.length ? "loadConfig() tells root of" : "loadConfig() accepts"} ${what}`,
-    ignore: Deno.uid() !== 0,
-    fn() {
+  an account key that all may change => key 602 0 0 => lematt.conf:2 others may write
+  an account key that others may read => key 640 0 0 => lematt.conf:2 chmod 600`;
+Deno.test({
+  name: "loadConfig() tells root of what others may change, and runs no command of it",
+  ignore: Deno.uid() !== 0,
+  async fn(t) {
+    for (const [what, change, ...expected] of open) {
       const home = join(base, `home${count++}`);
       const conf = join(home, `conf${count++}`);
       for (const directory of [home, conf, join(conf, "prod"), join(conf, "prod/key"), join(home, "drop")]) {
@@ -729,24 +660,21 @@ for (const [what, change, ...expected] of open) {
       const changed = path.startsWith("conf") ? path.replace("conf", conf) : join(home, path);
       Deno.chownSync(changed, Number(uid), Number(gid));
       Deno.chmodSync(changed, parseInt(mode, 8));
-      let notices: readonly Notice[];
-      try {
-        notices = loadConfig("prod", conf).warnings;
-      } catch (error) {
-        const { problems, alerts } = error as ConfigError;
-        notices = problems;
-        same(
-          alerts.length,
-          path === "conf" || path === "conf/actions.conf" ? 0 : 1,
-          "what others may write is not run",
-        );
-      }
-      const shown = notices.map(({ text, ...rest }) => ({ ...rest, text: text.replaceAll(home, base) }))
-        .map((notice) => ({ ...notice, file: notice.file.replace(home, base) }));
-      matches(shown, expected);
-    },
-  });
-}
+      await t.step(what!, () => {
+        let notices: readonly Notice[];
+        try {
+          notices = loadConfig("prod", conf).warnings;
+        } catch (error) {
+          const { problems, alerts } = error as ConfigError;
+          notices = problems;
+          same(alerts.length, path === "conf" || path === "conf/actions.conf" ? 0 : 1);
+        }
+        const here = (text: string) => text.replaceAll(home, base);
+        matches(notices.map((each) => ({ ...each, text: here(each.text), file: here(each.file) })), expected);
+      });
+    }
+  },
+});
 
 Deno.test({
   name: "loadConfig() tells a user of a tree that belongs to root, and of no group of the user's own",
@@ -762,7 +690,7 @@ Deno.test({
     same(saidToNobody(conf), []);
     Deno.mkdirSync(join(conf, "prod"));
     const [text, ...more] = saidToNobody(conf);
-    ok(/^BASE\/CONF\/prod: .*belongs to user 0.*chown -R 65534 BASE\/CONF\/prod/.test(text!), text);
+    ok(text!.startsWith("BASE/CONF/prod:") && text!.includes("chown -R 65534 BASE/CONF/prod"), text);
     same(more, []);
     Deno.chownSync(join(base, "drop"), 0, 0);
     Deno.chmodSync(join(base, "drop"), 0o755);
@@ -773,9 +701,7 @@ Deno.test("loadConfig() refuses a directory whose path a command could not have"
   for (const name of ["with blank", "it's", "ünicode", "$HOME", "a*"]) {
     const directory = join(base, name);
     Deno.renameSync(directoryOf(), directory);
-    matches(refusal(() => loadConfig("prod", directory)).problems, [
-      `${base.replace(base, "BASE")}/ the path`,
-    ]);
+    same(refusal(() => loadConfig("prod", directory)).problems.length, 1, name);
   }
   const directory = join(base, "a-Z.0_@+,:%");
   Deno.renameSync(directoryOf(), directory);
@@ -787,12 +713,13 @@ Deno.test("loadConfig() refuses what is no text file, without waiting for it", (
   Deno.mkdirSync(join(directory, "domains"));
   new Deno.Command("mkfifo", { args: [join(directory, "actions.conf")] }).outputSync();
   matches(refusal(() => loadConfig("prod", directory)).problems, [
-    "domains: BASE/CONF/domains.*not a file".replace(" ", ' "'),
-    "actions.conf: BASE/CONF/actions.conf.*not a file".replace(" ", ' "'),
+    ...["domains: BASE/CONF/domains", "actions.conf: BASE/CONF/actions.conf"],
   ]);
   Deno.removeSync(join(directory, "domains"));
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
-  ok(said(refusal(() => loadConfig("prod", directory)).problems).includes("domains:2 not UTF-8"));
+  ok(
+    said(refusal(() => loadConfig("prod", directory)).problems).some((text) => text.startsWith("domains:2 ")),
+  );
 });
 
 Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
@@ -821,11 +748,9 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a
       const config = loadConfig("prod", path, "/nowhere");
       same([config.directory, config.file], [directory, join(directory, "lematt.conf")]);
     }
-    matches(refusal(() => loadConfig("prod", undefined, "/nowhere")).problems, [
-      'lematt.conf: not found: "conf": .*"/nowhere": .*--config',
-    ]);
+    matches(refusal(() => loadConfig("prod", undefined, "/nowhere")).problems, ["lematt.conf: /nowhere"]);
     matches(refusal(() => loadConfig("prod", "missing.conf", directory)).problems, [
-      'lematt.conf: .*"missing.conf"',
+      "lematt.conf: missing.conf",
     ]);
     same(loadConfig("prod", undefined, directory).directory, directory);
     Deno.mkdirSync("conf");
@@ -840,13 +765,9 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a
     Deno.chownSync("conf", 65534, 65534);
     const beside = loadConfig("prod", undefined, directory);
     same(beside.directory, directory);
-    matches(beside.warnings, ["BASE/home/CONF".replace("CONF", "conf") + ": passed over.*user 65534"]);
+    matches(beside.warnings, ["BASE/home/conf: user 65534"]);
     Deno.writeTextFileSync(join(directory, "domains"), "");
-    ok(
-      /is read since no --config/.test(
-        said(refusal(() => loadConfig("prod", undefined, directory)).problems).join(),
-      ),
-    );
+    ok(said(refusal(() => loadConfig("prod", undefined, directory)).problems).join().includes("--config"));
   } finally {
     Deno.chdir(here);
   }
@@ -905,76 +826,15 @@ Deno.test("loadConfig() reads 50,000 lines and 2,000 sections without quadratic 
 
 Deno.test("loadConfig() takes time in proportion to a hostile value", () => {
   const long = (unit: string) => unit.repeat(200_000);
-  for (
-    const unit of [
-      "9",
-      "a",
-      "-",
-      ".",
-      "_",
-      "1_",
-      " ",
-      '"',
-      "\\",
-      '\\"',
-      '"",',
-      "[",
-      "DOMAIN",
-      "$",
-      "a@",
-      "::",
-    ]
-  ) {
+  const units = '9 a - . _ 1_ " \\ \\" "", [ DOMAIN $ a@ ::';
+  for (const unit of [" ", ...units.split(" ")]) {
     refusal(() =>
       load({
-        settings: `reauthorizeDays: ${long(unit)}x\ncontact: ${long(unit)}\nrsaTag: ${
-          long(unit)
-        }!\nprofile: x ${long(unit)}`,
+        settings: ["reauthorizeDays", "contact", "rsaTag"].map((key) => `${key}: ${long(unit)}!\n`).join(""),
         domains: `${long(unit)}!\n`,
         actions: `[default]\nupdate: ["${long(unit)}\nverify: ["${long(unit)}"]\nalert: ${long(unit)}]x\n`,
       })
     );
-  }
-});
-
-Deno.test("loadConfig() answers any text with a Config or a ConfigError", () => {
-  const seed = Number(Deno.env.get("LEMATT_SEED") ?? Date.now() % 2 ** 31);
-  let state = seed;
-  const random = (below: number) => { // a linear congruence is random enough to choose where to hit
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return Math.floor(state / 2 ** 32 * below);
-  };
-  const directory = directoryOf({});
-  const texts = {
-    "lematt.conf": Deno.readTextFileSync(join(directory, "lematt.conf")) +
-      "reauthorizeDays: 15\ncurve: P-256\nrsaTag: r%(curve)s\ncontact: a@b.c\ndirectory: https://x.y/z\nprofile: classic\n",
-    "domains": "example.com www *\n\u00e4.example.org 192.0.2.1 2001:db8::1\n# x\n",
-    "actions.conf":
-      '[default]\nupdate: ["a %%",\n  "b"]\n[x]\ndomains: example.com www.example.com *.example.com\n' +
-      'challenge: dns-01\ndnsPresent: ["x RECORD"]\nverify: ["[::1]:443/smtp#a.b", "a.b:25"]\n',
-  };
-  const pieces = [
-    ...'[]":,=%#;\\*./\n\r\t\0 \x1b\u00e4\u202e\ud800',
-    ..."xn-- :: %(x)s __proto__:1".split(" "),
-    "\n ",
-    "[DEFAULT]\n",
-  ];
-  for (let round = 0; round < 1000; round++) {
-    for (const [name, text] of Object.entries(texts)) {
-      let changed = text;
-      for (let times = random(4); times > 0; times--) {
-        const at = random(changed.length);
-        changed = changed.slice(0, at) + pieces[random(pieces.length)] + changed.slice(at + random(3));
-      }
-      Deno.writeTextFileSync(join(directory, name), changed);
-    }
-    try {
-      loadConfig("prod", directory);
-    } catch (error) {
-      ok(error instanceof ConfigError, `seed ${seed}, round ${round}: ${error}`);
-      const shown = error.problems.map(({ text, hint }) => text + hint).join("");
-      ok(!/[\p{C}]/u.test(shown), `seed ${seed}, round ${round}: ${JSON.stringify(shown)}`);
-    }
   }
 });
 

@@ -2,8 +2,8 @@
  * The three files of a configuration directory (`lematt.conf`, `domains`, `actions.conf`) -> one validated, frozen
  * `Config` for one mode, or every error of all three at once, each with its file, line and, where it is known, a hint.
  *
- * Reads files and never writes, asks no network, shows no secret. What leaves this file may stand in a file name, in a
- * request to the CA and in a command. Challenges: RFC 8555 §8.
+ * Reads files, never writes, uses no network, shows no secret. The values of a `Config` are safe in file names, requests
+ * to the CA and commands. Challenges: RFC 8555 §8.
  */
 import { basename, dirname, join, resolve } from "node:path";
 import * as ini from "./ini.ts";
@@ -27,7 +27,7 @@ export type ChallengeType = "http-01" | "dns-01" | "dns-persist-01";
 /** An error, a warning or advice: `file:line: text`, with an optional hint. */
 export interface Notice {
   readonly file: string; // base name of one of the three files, or the path of a directory
-  readonly line?: number; // absent if it is the whole file's
+  readonly line?: number; // absent if the whole file is meant
   readonly text: string;
   readonly hint?: string;
 }
@@ -41,7 +41,7 @@ export interface Endpoint {
   readonly sni?: string; // after '#'; absent = host when it is a name
 }
 
-/** One section of actions.conf: what SECTION_KEYS has, and: */
+/** One section of actions.conf: the keys of SECTION_KEYS, and: */
 export interface Section
   extends
     Omit<Values<typeof SECTION_KEYS>, "domains" | "ocspStapleRequired" | "keyTypes" | "verifyWaitSeconds"> {
@@ -57,19 +57,16 @@ export interface Line {
   readonly line: number; // in the file `domains`
   /** Primary first; the rest de-duplicated and sorted by reversed labels without the last one (ties: by the name). */
   readonly names: readonly string[];
-  /** Those that deliver it: overrides naming any of its names, default if any is in no override, every last. */
+  /** Those that deliver it: overrides with any of its names, default if any name is in no override, every last. */
   readonly sections: readonly Section[];
-  /** Of all that its sections want; lematt.conf's where only [every] delivers it, which widens nothing. */
+  /** All key types of its sections; those of lematt.conf if only [every] delivers it. */
   readonly keyTypes: readonly KeyType[];
   readonly profile?: string; // from its sections, else [config]
-  /**
-   * The names as the Python original put them into a file name, where that differs from `names`: in their case, and with
-   * a primary that is repeated. It left the order of names that differ in the last label alone to chance; here it is one.
-   */
+  /** The names as the Python original wrote them in file names, if different: in their case, with a repeated primary. */
   readonly formerNames: readonly (readonly string[])[];
 }
 
-/** The configuration for one mode: what SETTINGS has, and: */
+/** The configuration for one mode: the keys of SETTINGS, and: */
 export interface Config
   extends Omit<Settings, "prodDirectory" | "testDirectory" | "eabKeyId" | "eabHmacKey" | "accountKey"> {
   readonly mode: Mode;
@@ -81,18 +78,18 @@ export interface Config
   readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
   readonly sections: readonly Section[];
   readonly lines: readonly Line[];
-  readonly warnings: readonly Notice[]; // to be shown in every run
-  readonly advice: readonly Notice[]; // to be shown by --check
+  readonly warnings: readonly Notice[]; // shown in every run
+  readonly advice: readonly Notice[]; // shown by --check
 }
 
-/** Every error of the three files, in the order lematt.conf, domains, actions.conf and of their lines. */
+/** All errors of the three files, sorted: lematt.conf, domains, actions.conf; each by line. */
 export class ConfigError extends Error {
   override readonly name = "ConfigError";
   constructor(
     readonly problems: readonly Notice[],
-    /** The configuration directory, where one was found. */
+    /** The configuration directory, if found. */
     readonly directory?: string,
-    /** The commands that send alerts, by the names of their sections; none that others may have written. */
+    /** The `alert` commands that could be read; none if other users may write the configuration. */
     readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
   ) {
     const textOf = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
@@ -101,30 +98,31 @@ export class ConfigError extends Error {
 }
 
 /**
- * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; without it ./conf is taken,
- * then `beside`, the conf beside the program. Relative paths in the files are relative to the directory that holds the
- * real lematt.conf. Throws ConfigError with every error of all three.
+ * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; the defaults are ./conf, then
+ * `beside`, the conf beside the program. Relative paths in the files are relative to the directory of the real lematt.conf.
+ * Throws ConfigError with every error of all three.
  */
 export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const { file, passedOver } = locate(path, beside);
   const directory = dirname(file);
   const base = join(directory, mode);
   const notes: Notes = { errors: [], warnings: [...passedOver], advice: [] };
-  const page = (name: string) => new Page(directory, name, notes);
+  const page = (name: string) => new Page(directory, name, mode, notes);
   const pages = [page(basename(file)), page("domains"), page("actions.conf")] as const;
   const isTrusted = checkDirectories(directory, base, page(base));
 
-  const { settings, missing } = readSettings(pages[0], mode);
+  const { settings, missing } = readSettings(pages[0]);
   const { sections, named } = readActions(pages[2], settings);
-  const lines = assign(readDomains(pages[1], path === undefined), sections, pages[1], settings, mode);
+  const lines = assign(readDomains(pages[1], path === undefined), sections, pages[1], settings);
   checkSections(sections, named, lines, pages[2]);
-  const proven = lines.flatMap(({ names }) => names).find((name) => proofOf(sections, name) === "http-01");
-  const served = `http://${proven}/.well-known/acme-challenge/`; // RFC 8555 §8.3
-  if (proven) missing("challengeDropDir", `the directory that is served as ${served}`);
+  const isHttp = (name: string) => challengeOf({ sections }, name) === "http-01";
+  const name = lines.flatMap(({ names }) => names).find(isHttp);
+  const served = `http://${name}/.well-known/acme-challenge/`; // RFC 8555 §8.3
+  if (name) missing("challengeDropDir", `the directory that is served as ${served}`);
 
   const order = pages.map(({ name }) => name);
   const sorted = (notices: readonly Notice[]) =>
-    // What several sections take over from [DEFAULT] is told once.
+    // A value of [DEFAULT] is read for each section, its problems are shown once.
     [...new Map(notices.map((notice) => [JSON.stringify(notice), notice])).values()]
       .sort((a, b) => order.indexOf(a.file) - order.indexOf(b.file) || (a.line ?? 0) - (b.line ?? 0));
   if (notes.errors.length) {
@@ -149,30 +147,30 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   });
 }
 
-/** Sections that apply to one name: the overrides naming it, else default; then every. For prepare and challenge. */
-export function sectionsOf(config: Config, name: string): readonly Section[] {
-  return routes(config.sections)(name);
+/** The sections of one name: the overrides that name it, else default; then every. */
+export function sectionsOf({ sections }: Pick<Config, "sections">, name: string): readonly Section[] {
+  return routes(sections)(name);
 }
 
-/** How `name` is proven: by the challenge of its sections, else http-01. */
-export function challengeOf(config: Config, name: string): ChallengeType {
-  return proofOf(config.sections, name);
+/** The challenge for `name`: that of its sections, else http-01. */
+export function challengeOf(config: Pick<Config, "sections">, name: string): ChallengeType {
+  return sectionsOf(config, name).find(({ challenge }) => challenge)?.challenge ?? "http-01";
 }
 
 // ------------------------------------------------------------------------------------------------ all the keys
 
-/** How a value is read, or why it cannot be. */
+/** Parses a value. */
 type Read<T> = (value: Value) => T | Invalid;
 
 interface Key<T> {
   readonly read: Read<T>;
-  readonly or?: string; // what it means where it is not written
-  readonly key?: string; // as it is written, where that is not its name in the table
+  readonly or?: string; // the default
+  readonly key?: string; // its name in the file, if another than in the table
 }
 
 type Table = Readonly<Record<string, Key<unknown>>>;
 type TypeOf<K> = K extends Key<infer T> ? T : never;
-/** What a table gives; a key with a default always has a value. */
+/** The values of a table; a key with a default always has one. */
 type Values<T> =
   & { readonly [N in keyof T as undefined extends TypeOf<T[N]> ? never : N]: TypeOf<T[N]> }
   & { readonly [N in keyof T as undefined extends TypeOf<T[N]> ? N : never]?: TypeOf<T[N]> };
@@ -185,15 +183,15 @@ function optional<T>(read: Read<T>, key?: string): Key<T | undefined> {
   return { read, key };
 }
 
-/** A timer of more milliseconds than a signed 32-bit number holds fires at once. */
+/** A timer of more than 2^31 - 1 milliseconds fires at once. */
 const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
-const MAX_DAYS = 36_500; // a century: what is more is a slip
+const MAX_DAYS = 36_500; // a century; more is a typing error
 const STARTTLS = ["smtp", "imap", "pop3", "ldap", "ftp", "postgres"] as const;
 const YES = ["yes", "true", "on", "1"]; // ConfigParser's getboolean
 const NO = ["no", "false", "off", "0"];
 const boolean = oneOf<boolean>("yes or no", [true, ...YES], [false, ...NO]);
 
-/** Words that some key replaces; RECORD and VALUE are too common for that to be meant elsewhere. */
+/** Placeholders to warn of in keys that do not replace them; RECORD and VALUE are too common for that. */
 const PLACEHOLDERS = "DOMAIN DOMAINS_CN DOMAINS_ALL CERTS KEYS CERT_FILE KEY_FILE KEY_TYPE".split(" ");
 
 /** [config] of lematt.conf. */
@@ -234,7 +232,7 @@ const SETTINGS = {
 };
 type Settings = Values<typeof SETTINGS>;
 
-/** Sections of actions.conf. Lists of commands keep their order, and what is empty in them. */
+/** Sections of actions.conf. */
 const SECTION_KEYS = {
   domains: optional(domains),
   prepare: key(commands("DOMAIN"), "[]"),
@@ -262,13 +260,13 @@ const SECTION_KEYS = {
   ocspStapleRequired: key(boolean, "no"),
 };
 
-/** A piece of a value, and the line of the file where it stands. */
+/** Part of a value, and its line in the file. */
 interface Word {
   readonly text: string;
   readonly line: number;
 }
 
-/** What stands for one key, and where to note what is wrong with a part of it. Of a default, nothing is. */
+/** The text of one key, and the page where its problems are noted. A default has line 0 and no problems. */
 class Value {
   readonly lines: readonly Word[];
   constructor(readonly page: Page, readonly key: string, readonly text: string, value?: ini.Value) {
@@ -294,7 +292,7 @@ function title({ name }: { readonly name: string }): string {
   return `[${printable(name)}]`;
 }
 
-/** The values of a section's keys, and the lines of those that were written, there or in [DEFAULT]. */
+/** The values of a section, and the lines of the keys that are written there or in [DEFAULT]. */
 function readKeys<T extends Table>(table: T, page: Page, file: ini.Ini, section: ini.Section) {
   const values: Record<string, unknown> = {};
   const written = new Map<string, number>();
@@ -309,7 +307,7 @@ function readKeys<T extends Table>(table: T, page: Page, file: ini.Ini, section:
     else {
       const comment = /\s[#;]/.test(text.slice(0, 1000)) ? "a comment needs a line of its own" : undefined;
       value.error({ why: result.why, hint: result.hint ?? comment });
-      // Read as its default, so that what depends on it is read as well.
+      // Go on with its default, so that what depends on it is checked as well.
       const usual = read(new Value(page, key, or));
       if (!isInvalid(usual)) values[name] = usual;
     }
@@ -318,32 +316,27 @@ function readKeys<T extends Table>(table: T, page: Page, file: ini.Ini, section:
 }
 
 /**
- * Finds the keys that are none of `table` and were asked for by no %(…)s; so it is to be called when the values of all
- * sections were read. The original ignores them; one that resembles a known key is a slip.
+ * Warns of keys that are not in `table` and that no %(…)s uses; for that, all values must have been read. The original
+ * ignores them. One that resembles a known key is an error.
  */
-function checkUnknown(
-  page: Page,
-  file: ini.Ini,
-  section: ini.Section,
-  table: Table,
-  others: Table,
-  place: string,
-) {
-  const [known, elsewhere] = [table, others].map((table) =>
-    Object.entries(table).map(([name, { key }]) => key ?? name)
-  );
+function checkUnknown(page: Page, file: ini.Ini, sections: readonly ini.Section[], table: Table) {
+  const [others, place] = table === SETTINGS
+    ? [SECTION_KEYS, "a section of actions.conf"]
+    : [SETTINGS, "[config] of lematt.conf"];
+  const keysOf = (table: Table) => Object.entries(table).map(([name, { key }]) => key ?? name);
+  const [known, elsewhere] = [keysOf(table), keysOf(others)];
   const isOneOf = (keys: readonly string[], key: string) => keys.some((each) => each.toLowerCase() === key);
-  for (const { key, spelling, line } of section.entries.values()) {
-    if (!line || isOneOf(known!, key) || file.used.has(key)) continue;
+  for (const { key, spelling, line } of sections.flatMap(({ entries }) => [...entries.values()])) {
+    if (!line || isOneOf(known, key) || file.used.has(key)) continue;
     const unknown = `unknown key ${ini.keyText(spelling)}`;
-    const meant = closest(key, known!);
-    if (isOneOf(elsewhere!, key)) page.warn(`${unknown} is ignored`, line, `it belongs in ${place}`);
+    const meant = closest(key, known);
+    if (isOneOf(elsewhere, key)) page.warn(`${unknown} is ignored`, line, `it belongs in ${place}`);
     else if (meant) page.error(unknown, line, `did you mean ${meant}?`);
     else page.warn(`${unknown} is ignored`, line);
   }
 }
 
-/** The word that was meant, if one differs by case, dashes, or one or two letters in one place. */
+/** The choice that differs from `word` by case, dashes, or one or two letters in one place. */
 function closest(word: string, choices: readonly string[]): string | undefined {
   const plain = (text: string) => text.toLowerCase().replace(/[-_\s]/g, "");
   const a = plain(word.slice(0, 40));
@@ -358,7 +351,7 @@ function closest(word: string, choices: readonly string[]): string | undefined {
 
 // ---------------------------------------------------------------------------------------- what a value can be
 
-/** A value of one line that is not empty. */
+/** One line, not empty. */
 function text({ text: written, lines }: Value): string | Invalid {
   const text = written.trim();
   if (text === "") return { why: "no value", hint: "write one, or remove the line" };
@@ -370,7 +363,7 @@ function text({ text: written, lines }: Value): string | Invalid {
   return /\p{Cc}/u.test(text) ? { why: "control character" } : text;
 }
 
-/** What `read` makes of such a value. */
+/** `read` applied to one line of text. */
 function ofText<T>(value: Value, read: (text: string) => T | Invalid): T | Invalid {
   const found = text(value);
   return isInvalid(found) ? found : read(found);
@@ -401,16 +394,13 @@ function number(min: number, max: number, step = 0): Read<number> {
     });
 }
 
-/** What can stand in a file name and, like the path of the configuration directory, in a command. */
+/** Part of a file name; safe in commands, like the path of the configuration directory. */
 function tag(value: Value): string | Invalid {
-  const hint = "up to 64 letters, digits and . _ - @ + , : %";
-  return ofText(
-    value,
-    (text) =>
-      /^[A-Za-z0-9._@+,:%-]{1,64}$/.test(text)
-        ? text
-        : { why: `${quote(text)} cannot stand in a file name`, hint },
-  );
+  return ofText(value, (text) => {
+    if (/^[A-Za-z0-9._@+,:%-]{1,64}$/.test(text)) return text;
+    const hint = "up to 64 letters, digits and . _ - @ + , : %";
+    return { why: `${quote(text)} cannot be part of a file name`, hint };
+  });
 }
 
 function httpsUrl(value: Value): string | Invalid {
@@ -439,19 +429,19 @@ function mailUrls(value: Value): string[] {
   });
 }
 
-/** The names of a section. The original takes any word here, and does nothing for those that no line has. */
+/** The names of a section. The original accepts any word here, and ignores those that no line has. */
 function domains(value: Value): Word[] {
   const words = value.words();
   if (!words.length) value.warn({ why: "no names, so this section does nothing" });
   return words.flatMap(({ text, line }) => {
     const name = toIdentifier(text);
     if (!isInvalid(name)) return [{ text: name, line }];
-    value.warn({ ...name, why: `nothing is done for the invalid name ${quote(text)}: ${name.why}` }, line);
+    value.warn({ ...name, why: `invalid name ${quote(text)} is ignored: ${name.why}` }, line);
     return [];
   });
 }
 
-/** Command lines, in which these placeholders are replaced: whole words, unless they are the shell's. */
+/** Command lines with these placeholders: whole words, not behind `$`, `{` or a backslash. */
 function commands(...replaced: string[]): Read<string[]> {
   const words = [...new Set([...PLACEHOLDERS, ...replaced])].join("|");
   const placeholder = new RegExp(`(?<![\\w\\\\])([$]?[{]|[$])?(${words})(?!\\w)`, "g");
@@ -480,7 +470,7 @@ function endpoints(value: Value): Endpoint[] {
 /** `host:port[/protocol][#sni]`. */
 function toEndpoint(text: string): Endpoint | Invalid {
   const parts = /^(\[[^\]]*\]|[^:/#]*)(?::([^:/#]*))?(?:\/([^/#]*))?(?:#(.*))?$/s.exec(text);
-  if (!parts) return { why: "not host:port", hint: "an IPv6 address stands in brackets: [2001:db8::7]:443" };
+  if (!parts) return { why: "not host:port", hint: "write an IPv6 address in brackets: [2001:db8::7]:443" };
   const [, hostText = "", portText, protocol, sniText] = parts;
   if (portText === undefined) return { why: "no port", hint: `such as ${printable(hostText)}:443` };
   const port = /^\d{1,5}$/.test(portText) ? Number(portText) : 0;
@@ -491,8 +481,9 @@ function toEndpoint(text: string): Endpoint | Invalid {
     return { why: `unknown protocol ${quote(protocol)} for STARTTLS`, hint };
   }
   const address = /^\[(.*)\]$/s.exec(hostText)?.[1];
-  const none: Invalid = { why: "no IPv6 address in brackets" };
-  const host = address === undefined ? toHost(hostText) : toIPv6(address) ?? none;
+  const host = address === undefined
+    ? toHost(hostText)
+    : toIPv6(address) ?? { why: "no IPv6 address in brackets" };
   if (isInvalid(host)) return host;
   const sni = sniText === undefined ? undefined : toHost(sniText);
   if (isInvalid(sni)) return { ...sni, why: `after "#": ${sni.why}` };
@@ -501,7 +492,7 @@ function toEndpoint(text: string): Endpoint | Invalid {
 }
 
 const STRING = /"(?:[^"\\]|\\.)*"/g;
-/** As much of a text as can be the beginning of a list of strings. */
+/** The longest beginning of a text that can be the beginning of a list of strings. */
 const LIST_START = new RegExp(
   `^\\s*(?:\\[(?:\\s*STRING\\s*,)*(?:\\s*STRING)?\\s*(?:(?<!,\\s*)\\]\\s*)?)?`
     .replaceAll("STRING", `"(?:[^"\\\\\\x00-\\x1f]|\\\\(?:["\\\\/bfnrt]|u[0-9a-fA-F]{4}))*"`),
@@ -513,7 +504,7 @@ function list(value: Value): Word[] {
     const items: unknown = JSON.parse(value.text);
     if (Array.isArray(items) && items.every((item) => typeof item === "string")) {
       return value.lines.flatMap(({ text, line }) =>
-        // no string goes over several lines
+        // a JSON string has no line breaks
         Array.from(text.matchAll(STRING), ([string]) => ({ text: JSON.parse(string), line }))
       );
     }
@@ -535,7 +526,7 @@ function list(value: Value): Word[] {
 
 // ------------------------------------------------------------------------------------------- files and their owners
 
-/** An absolute path; in the file it may be relative to the configuration directory. */
+/** An absolute path; if written as relative, then to the configuration directory. */
 function path(value: Value): string | Invalid {
   return ofText(value, (text) => {
     if (/^[~$]/.test(text)) {
@@ -543,7 +534,7 @@ function path(value: Value): string | Invalid {
     }
     const path = resolve(value.page.directory, text);
     if (exists(path)) return path;
-    // The original took paths as relative to where it was started.
+    // The original took paths as relative to the working directory.
     const here = resolve(Deno.cwd(), text);
     const hint = `write ${shellWord(here)} if it is meant`;
     return path === here || !exists(here)
@@ -552,13 +543,13 @@ function path(value: Value): string | Invalid {
   });
 }
 
-/** What `read` makes of the path of a file or directory. */
+/** `read` applied to a path. */
 function ofPath<T>(value: Value, read: (path: string) => T | Invalid): T | Invalid {
   const found = path(value);
   return isInvalid(found) ? found : read(found);
 }
 
-/** What `read` makes of the text of a file that only its owner should know. */
+/** `read` applied to the text of a secret file. */
 function ofSecret<T>(value: Value, path: string, read: (text: string) => T | Invalid): T | Invalid {
   const content = readText(path);
   if (isInvalid(content)) return content;
@@ -567,7 +558,7 @@ function ofSecret<T>(value: Value, path: string, read: (text: string) => T | Inv
   return changeable(path) ?? read(content);
 }
 
-/** The directory for challenges. Who may write to it may have certificates for our names; a web server's group may. */
+/** The directory for challenges. Who can write to it can get certificates for our names; a web server's group may. */
 function dropDirectory(value: Value): string | Invalid {
   return ofPath(value, (path) => {
     if (!exists(path)) return { why: `${quote(path)}: ${MISSING}`, hint: `mkdir -p ${shellWord(path)}` };
@@ -575,32 +566,40 @@ function dropDirectory(value: Value): string | Invalid {
   });
 }
 
-/** The path of the account key, which the first run makes where there is none. */
+/** The path of the account key; the first run makes the file if it is missing. */
 function accountKeyFile(value: Value): string | Invalid {
   return ofPath(value, (path) => {
-    let parent = path;
+    const keyOfTest = `${path}.test`; // see accountKeyPath() of issue.ts
+    const found = value.page.mode === "test" && exists(keyOfTest) ? accountKey(value, keyOfTest) : path;
+    if (isInvalid(found)) return found;
+    if (exists(path)) return accountKey(value, path);
+    let parent = dirname(path);
     while (!exists(parent)) parent = dirname(parent);
-    if (parent !== path) return notWritable(parent) ?? path;
-    return ofSecret(value, path, (content) => {
-      const error = (why: string, hint?: string) => ({ why: `${quote(path)} ${why}`, hint });
-      const blocks = pemBlocks(content);
-      const block = blocks.find(({ label }) => /^((RSA|EC|ENCRYPTED) )?PRIVATE KEY$/.test(label));
-      if (!block) {
-        return error(`holds ${blocks[0] ? `a ${blocks[0].label}` : "nothing in PEM"}, not a private key`);
-      }
-      if (block.label.startsWith("ENCRYPTED") || block.pem.includes("Proc-Type: 4,ENCRYPTED")) {
-        return error("is encrypted", `openssl pkey -in ${shellWord(path)} -out FILE`);
-      }
-      let spec: KeySpec | string;
-      try {
-        spec = keySpecOf(block.pem);
-      } catch { // its message may quote what it read
-        return error("holds a private key that cannot be decoded");
-      }
-      if (typeof spec === "object" && (spec.type === "ec" || spec.bits >= 2048)) return path;
-      const type = typeof spec === "string" ? spec : "RSA of less than 2048 bits";
-      return error(`is a key of type ${type}`, "an account needs RSA of 2048 bits, P-256, P-384 or P-521");
-    });
+    return notWritable(parent) ?? path;
+  });
+}
+
+/** `path`, if it holds a private key that an account can have. */
+function accountKey(value: Value, path: string): string | Invalid {
+  return ofSecret(value, path, (content) => {
+    const error = (why: string, hint?: string) => ({ why: `${quote(path)} ${why}`, hint });
+    const blocks = pemBlocks(content);
+    const block = blocks.find(({ label }) => /^((RSA|EC|ENCRYPTED) )?PRIVATE KEY$/.test(label));
+    if (!block) {
+      return error(`holds ${blocks[0] ? `a ${blocks[0].label}` : "nothing in PEM"}, not a private key`);
+    }
+    if (block.label.startsWith("ENCRYPTED") || block.pem.includes("Proc-Type: 4,ENCRYPTED")) {
+      return error("is encrypted", `openssl pkey -in ${shellWord(path)} -out FILE`);
+    }
+    let spec: KeySpec | string;
+    try {
+      spec = keySpecOf(block.pem);
+    } catch { // its message may quote the key
+      return error("holds a private key that cannot be decoded");
+    }
+    if (typeof spec === "object" && (spec.type === "ec" || spec.bits >= 2048)) return path;
+    const type = typeof spec === "string" ? spec : "RSA of less than 2048 bits";
+    return error(`is a key of type ${type}`, "an account needs RSA of 2048 bits, P-256, P-384 or P-521");
   });
 }
 
@@ -622,7 +621,7 @@ function hmacKey(value: Value): Uint8Array | Invalid {
   });
 }
 
-/** The certificates of a file in PEM: whatever else is in it goes no further. */
+/** The certificates of a PEM file, without anything else that is in it. */
 function certificates(value: Value): string | Invalid {
   return ofPath(value, (path) => {
     const content = readText(path);
@@ -638,19 +637,19 @@ function certificates(value: Value): string | Invalid {
 }
 
 /**
- * Why a file or directory cannot be trusted: others than its owner and root may change it, as sshd has it (StrictModes).
- * A group with the number of its owner is the owner's own: where there are such groups, umask is often 002 (pam_umask).
+ * Why a file or directory cannot be trusted: others than its owner and root may change it (as StrictModes of sshd).
+ * A group with the number of the owner is the owner's own; with such groups, umask is often 002 (pam_umask).
  */
-function changeable(path: string, mend: "go-w" | "o-w" = "go-w"): Invalid | undefined {
+function changeable(path: string, fix: "go-w" | "o-w" = "go-w"): Invalid | undefined {
   const { mode, uid, gid } = statOf(path);
-  const byGroup = mode & 0o020 && mend === "go-w" && gid !== 0 && gid !== uid;
+  const byGroup = mode & 0o020 && fix === "go-w" && gid !== 0 && gid !== uid;
   if (!byGroup && !(mode & 0o002)) return undefined;
   const shown = (mode & 0o7777).toString(8).padStart(4, "0");
-  const hint = `chmod ${mend} ${shellWord(path)}`;
+  const hint = `chmod ${fix} ${shellWord(path)}`;
   return { why: `others may write to ${quote(path)} (mode ${shown})`, hint };
 }
 
-/** Why root cannot do what is written there: another user has written it, as sudo has it. */
+/** Why root cannot trust a file: it belongs to another user (as sudo has it). */
 function foreign(path: string): Invalid | undefined {
   const { uid } = statOf(path);
   if (Deno.uid() !== 0 || uid === 0) return undefined;
@@ -659,14 +658,13 @@ function foreign(path: string): Invalid | undefined {
 }
 
 /**
- * Checks the configuration directory, and what stands in the tree of this mode, which is this user's and changed by no
- * other. Returns whether what is in the directory can be trusted.
+ * Checks owner and mode of the configuration directory and of this mode's tree. Returns whether files in the directory can
+ * be trusted.
  */
 function checkDirectories(directory: string, base: string, page: Page): boolean {
-  // It stands in commands.
   if (!/^[A-Za-z0-9/._@+,:%-]+$/.test(directory)) {
-    const hint = "letters, digits and / . _ - @ + , : % can stand in every command";
-    page.error(`the path ${quote(directory)} has other characters than a command can have`, undefined, hint);
+    const why = `the path ${quote(directory)} has characters that are not safe in commands`;
+    page.error(why, undefined, "letters, digits and / . _ - @ + , : % are");
   }
   const isTrusted = page.check(directory, changeable, foreign);
   const tree = [base, ...["key", "csr", "cert", "state.json"].map((name) => join(base, name))].filter(exists);
@@ -681,10 +679,7 @@ function checkDirectories(directory: string, base: string, page: Page): boolean 
   return isTrusted;
 }
 
-/**
- * Why no file can be made in the directory; undefined if it can, as far as that is known beforehand: to which groups this
- * user belongs is not, nor what the mode stands for where there are access control lists.
- */
+/** Why no file can be made in the directory, as far as its mode shows: groups and access control lists are not known. */
 function notWritable(directory: string): Invalid | undefined {
   const { isDirectory, mode, uid } = statOf(directory);
   if (!isDirectory) return { why: `${quote(directory)} is not a directory` };
@@ -702,11 +697,11 @@ function exists(path: string): boolean {
     Deno.statSync(path);
     return true;
   } catch (error) {
-    return whyNot(error) !== MISSING; // but out of reach
+    return whyNot(error) !== MISSING; // it exists, but cannot be reached
   }
 }
 
-/** Of a file that exists; who cannot reach it has no rights there. */
+/** Of a file that exists; one that cannot be reached has no permissions. */
 function statOf(path: string): { isDirectory: boolean; mode: number; uid?: number; gid?: number } {
   try {
     return Deno.statSync(path) as Deno.FileInfo & { mode: number; uid: number; gid: number };
@@ -715,10 +710,10 @@ function statOf(path: string): { isDirectory: boolean; mode: number; uid?: numbe
   }
 }
 
-/** The text of a regular file, U+FFFD where it is not UTF-8; or why it cannot be read. */
+/** The text of a regular file, with U+FFFD for bytes that are not UTF-8. */
 function readText(path: string): string | Invalid {
   try {
-    // A pipe or a device might never end.
+    // Reading a pipe or a device might never end.
     if (Deno.statSync(path).isFile) return new TextDecoder().decode(Deno.readFileSync(path));
     return { why: `${quote(path)} is not a file` };
   } catch (error) {
@@ -726,14 +721,14 @@ function readText(path: string): string | Invalid {
   }
 }
 
-/** What the system has against a path. */
+/** An error of the system, in short. */
 function whyNot(error: unknown): string {
   const { code, message } = error as { code?: string; message: string };
   if (code === "ENOENT" || code === "ENOTDIR") return MISSING;
   return code === "EACCES" || code === "EPERM" ? "permission denied" : printable(message, 200);
 }
 
-/** The real path of lematt.conf; `passedOver` warns of a ./conf that is another user's. */
+/** The real path of lematt.conf; `passedOver` warns of a ./conf that belongs to another user. */
 function locate(path?: string, beside?: string): { file: string; passedOver: Notice[] } {
   const reasons: string[] = [];
   const passedOver: Notice[] = [];
@@ -741,16 +736,13 @@ function locate(path?: string, beside?: string): { file: string; passedOver: Not
     try {
       const { isDirectory, uid } = Deno.statSync(place);
       if (path === undefined && place !== beside && uid !== 0 && uid !== Deno.uid()) {
-        const text = `passed over, for it belongs to user ${uid}`;
-        passedOver.push({
-          file: resolve(Deno.cwd(), place),
-          text,
-          hint: "name it with --config if it is meant",
-        });
+        const text = `passed over: it belongs to user ${uid}`;
+        const hint = "name it with --config if it is meant";
+        passedOver.push({ file: resolve(Deno.cwd(), place), text, hint });
         continue;
       }
       const file = isDirectory ? join(place, "lematt.conf") : place;
-      // Without it, a directory that was named has two other files to be read.
+      // In a directory that was named, the other two files are checked even if lematt.conf is missing.
       const isMissing = path !== undefined && isDirectory && !exists(file);
       const real = isMissing ? join(Deno.realPathSync(place), "lematt.conf") : Deno.realPathSync(file);
       return { file: real, passedOver };
@@ -769,9 +761,14 @@ interface Notes {
   readonly advice: Notice[];
 }
 
-/** One of the three files, or a directory, and where to note what is wrong with it. */
+/** One of the three files, or a directory, and where its problems are noted. */
 class Page {
-  constructor(readonly directory: string, readonly name: string, private readonly notes: Notes) {}
+  constructor(
+    readonly directory: string,
+    readonly name: string,
+    readonly mode: Mode,
+    private readonly notes: Notes,
+  ) {}
 
   error = (text: string, line?: number, hint?: string) => this.#note("errors", text, line, hint);
   warn = (text: string, line?: number, hint?: string) => this.#note("warnings", text, line, hint);
@@ -782,14 +779,14 @@ class Page {
     this.notes[kind].push({ file, ...line && { line }, text, ...hint !== undefined && { hint } });
   }
 
-  /** Whether nothing is wrong with a file or directory. */
+  /** Notes the problems of a file or directory; true if there are none. */
   check(path: string, ...checks: readonly ((path: string) => Invalid | undefined)[]): boolean {
     const found = checks.flatMap((check) => check(path) ?? []);
     for (const { why, hint } of found) this.error(why, undefined, hint);
     return found.length === 0;
   }
 
-  /** The text of the file; undefined where it cannot be read, or not be trusted. */
+  /** The text of the file; undefined, after an error, if it cannot be read or trusted. */
   read(hintIfMissing: string): string | undefined {
     const path = join(this.directory, this.name);
     const text = readText(path);
@@ -797,7 +794,7 @@ class Page {
       return void this.error(text.why, undefined, exists(path) ? undefined : hintIfMissing);
     }
     if (!this.check(path, changeable, ...this.name === "domains" ? [] : [foreign])) return undefined;
-    const lost = text.indexOf("\ufffd"); // what the decoder puts for bytes that are not UTF-8
+    const lost = text.indexOf("\ufffd"); // bytes that are not UTF-8
     if (lost >= 0) this.error("not UTF-8", text.slice(0, lost).split(/\r\n|\r|\n/).length);
     return text;
   }
@@ -817,13 +814,13 @@ class Page {
 /** letsencrypt.org/docs/rate-limits, "New Certificates per Exact Set of Identifiers". */
 const SAME_NAMES_PER_WEEK = 5;
 
-/** The settings, and a function that notes an error where a key is not written. */
-function readSettings(page: Page, mode: Mode) {
+/** The settings, and a function that notes an error if a key is not written. */
+function readSettings(page: Page) {
   const text = page.read("copy the conf/lematt.conf that comes with lematt, and adapt it");
   const file = page.parse(text ?? "", SETTINGS);
   for (const other of file.sections.filter(({ name }) => name !== "config")) {
-    const isSlip = closest(other.name, ["config"]);
-    if (isSlip) page.error(`unknown section ${title(other)}`, other.line, "did you mean [config]?");
+    const isMeant = closest(other.name, ["config"]);
+    if (isMeant) page.error(`unknown section ${title(other)}`, other.line, "did you mean [config]?");
     else page.warn(`section ${title(other)} is ignored`, other.line, "commands belong in actions.conf");
   }
   const section = file.sections.find(({ name }) => name === "config");
@@ -832,37 +829,35 @@ function readSettings(page: Page, mode: Mode) {
     if (section && !written.has(key)) page.error(`no "${key}" in [config]`, section.line, hint);
   };
   if (section) {
-    for (const each of [section, file.defaults]) {
-      checkUnknown(page, file, each, SETTINGS, SECTION_KEYS, "a section of actions.conf");
-    }
-    missing("accountKey", "the file of your account key; lematt makes the key if there is none");
+    checkUnknown(page, file, [section, file.defaults], SETTINGS);
+    missing("accountKey", "the file of your account key; lematt makes it if it is missing");
     if (written.has("eabKeyId")) missing("eabHmacKey", "it goes with eabKeyId");
     if (written.has("eabHmacKey")) missing("eabKeyId", "it goes with eabHmacKey");
-    checkSettings(settings, written, page, mode);
+    checkSettings(settings, written, page);
   } else if (text !== undefined) {
     page.error("no section [config]", undefined, "put [config] in a line above the keys");
   }
   return { settings, missing };
 }
 
-/** What is known to go wrong with settings. */
-function checkSettings(settings: Settings, written: ReadonlyMap<string, number>, page: Page, mode: Mode) {
+/** Warnings about values that are valid, but cause trouble. */
+function checkSettings(settings: Settings, written: ReadonlyMap<string, number>, page: Page) {
   const { rsaTag, curveTag, keyBitsRSA, curve, keyTypes, generateNewCertsAfterDays: age } = settings;
   const days = settings.reauthorizeDays ?? 15;
-  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // as a file system that does not tell cases apart
+  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // some file systems ignore case
     const later = (written.get("rsaTag") ?? 0) > (written.get("curveTag") ?? 0) ? "rsaTag" : "curveTag";
     const why = "the files of both key types would have the same names";
     page.error(`${later}: ${why}`, written.get(later), "make rsaTag and curveTag differ");
   }
-  const letsEncrypt = isLetsEncrypt(settings, mode);
+  const letsEncrypt = isLetsEncrypt(settings, page.mode);
   const half = written.has("directory") && !written.has("testDirectory") && !isLetsEncrypt(settings, "prod");
   const [rsa, ec] = [keyTypes.includes("rsa"), keyTypes.includes("ec")];
-  // A run renews all key types of a line, so as many runs fit into a week as whole sets fit into the limit.
+  // A run renews all key types of a line: so many runs a week as the limit allows whole sets.
   const least = 7 / Math.floor(SAME_NAMES_PER_WEEK / keyTypes.length);
   const limit = `Let's Encrypt issues ${SAME_NAMES_PER_WEEK} certificates a week for the same names`;
   // Its CP/CPS, "DV-SSL Subscriber Certificate".
   const accepted = "Let's Encrypt accepts RSA of 2048, 3072 and 4096 bits, P-256 and P-384 alone";
-  const shown = "--test would ask Let's Encrypt's staging, and show it the names of a private CA";
+  const shown = "--test would send the names of a private CA to Let's Encrypt's staging";
   const late = "certificates of 45 days are renewed when 30 are left, whatever it says";
   const warnings: readonly (readonly [isSo: boolean, key: string, why: string, hint?: string])[] = [
     [age > 0 && written.has("reauthorizeDays"), "reauthorizeDays", "generateNewCertsAfterDays overrules it"],
@@ -879,35 +874,33 @@ function checkSettings(settings: Settings, written: ReadonlyMap<string, number>,
   }
 }
 
-/** Whether Let's Encrypt's rules and limits are the ones to heed. */
+/** Whether Let's Encrypt's rules and limits apply. */
 function isLetsEncrypt({ prodDirectory, testDirectory }: Settings, mode: Mode): boolean {
   return /^https:\/\/[^/]*\.letsencrypt\.org\//.test(mode === "prod" ? prodDirectory : testDirectory);
 }
 
 // --------------------------------------------------------------------------------------------- actions.conf
 
-/** The sections, and the names of their `domains` with the lines where they stand. */
+/** The sections, and the names of their `domains` with their lines. */
 function readActions(page: Page, settings: Settings) {
   const path = shellWord(join(page.directory, page.name));
   const text = page.read(`an empty file is enough to begin with: touch ${path}`);
   const file = page.parse(text ?? "", SECTION_KEYS);
   const named: Word[] = [];
   const sections = file.sections.map((section) => readSection(page, file, section, settings, named));
-  for (const section of [file.defaults, ...file.sections]) {
-    checkUnknown(page, file, section, SECTION_KEYS, SETTINGS, "[config] of lematt.conf");
-  }
+  checkUnknown(page, file, [file.defaults, ...file.sections], SECTION_KEYS);
   const { entries, line } = file.defaults;
-  const isOne = [...entries.values()].some(({ key, line }) => line && !file.used.has(key));
-  if (isOne && !sections.some(({ name }) => name === "default")) {
-    const hint = "write [default] for what is to be run for names of no other section";
-    page.warn("[DEFAULT] is what all sections fall back to, and no section by itself", line, hint);
+  const hasKeys = [...entries.values()].some(({ key, line }) => line && !file.used.has(key));
+  if (hasKeys && !sections.some(({ name }) => name === "default")) {
+    const hint = "write [default] for names of no other section";
+    page.warn("[DEFAULT] has defaults for all sections, and is no section itself", line, hint);
   }
 
-  const proof = new Map<string, Section>();
+  const first = new Map<string, Section>(); // by name, of those with a challenge
   for (const section of sections) {
     for (const domain of section.challenge ? section.domains : []) {
-      const other = proof.get(domain) ?? section;
-      proof.set(domain, other);
+      const other = first.get(domain) ?? section;
+      first.set(domain, other);
       if (other.challenge === section.challenge) continue;
       const ways = [other, section].map((each) => `${each.challenge} in ${title(each)}`);
       page.error(`conflicting challenges for ${quote(domain)}: ${ways.join(", ")}`, section.line);
@@ -938,7 +931,7 @@ function readSection(
     const hint = meant ? `did you mean [${meant}]?` : "such as domains: www.example.com";
     page.error(`no "domains" in ${title(section)}`, line, hint);
   }
-  const staple = "CAs have ended OCSP, and refuse a request that demands a staple";
+  const staple = "CAs no longer support OCSP, and refuse requests with it";
   if (ocspStapleRequired) error("ocspStapleRequired", staple);
   if (challenge === "dns-01" && !written.has("dnsPresent")) {
     error("challenge", `dns-01 needs "dnsPresent" in the same section`, `dnsPresent: ["…"]`);
@@ -954,9 +947,9 @@ function readSection(
 
 // -------------------------------------------------------------------------------------------------- domains
 
-/** At most so many names in one certificate, as in the original: Let's Encrypt's limit for its profile `classic`. */
+/** Names in one certificate, as in the original: the limit of Let's Encrypt's profile `classic`. */
 const MAX_NAMES = 100;
-/** The most in other profiles of Let's Encrypt: letsencrypt.org/docs/profiles. */
+/** Limits of other profiles: letsencrypt.org/docs/profiles. */
 const PROFILE_MAX_NAMES: ReadonlyMap<string, number> = new Map([["tlsserver", 25], ["shortlived", 25]]);
 
 type ParsedLine = Pick<Line, "line" | "names" | "formerNames">;
@@ -997,7 +990,7 @@ function readDomains(page: Page, isChosen: boolean): readonly ParsedLine[] {
   return [...lines.values()];
 }
 
-/** The names of one line, in the order that makes its stem; undefined after an error. */
+/** The names of one line, in the order of its stem; undefined after an error. */
 function readNames(page: Page, words: readonly string[], line: number): readonly string[] | undefined {
   const primary = toIdentifier(words[0]!);
   const all = words.map((word, index) => index ? toMember(word, words[0]!, primary) : primary);
@@ -1014,8 +1007,7 @@ function readNames(page: Page, words: readonly string[], line: number): readonly
 /** A further name of a line: one without a dot is a subdomain of the first, `*` the wildcard below it. */
 function toMember(word: string, first: string, primary: string | Invalid): string | Invalid {
   if (word.includes(".") || word.includes(":")) return toIdentifier(word);
-  // The first name's own error is told already, not again for each word that is short for a subdomain of it.
-  if (isInvalid(primary)) return toIdentifier(`${word}.example.com`);
+  if (isInvalid(primary)) return toIdentifier(`${word}.example.com`); // its own error is noted already
   if (!primary.startsWith("*.") && !isIP(primary)) return toIdentifier(`${word}.${first}`);
   return { why: `${quote(first)} has no subdomains to be short for`, hint: "write the name in full" };
 }
@@ -1030,7 +1022,7 @@ function inStemOrder(names: readonly string[]): readonly string[] {
     .map(({ name }) => name);
 }
 
-/** See `Line.formerNames`; none for what the original had no way to write. */
+/** See `Line.formerNames`; none for names that the original could not write. */
 function formerNames(words: readonly string[], names: readonly string[]): (readonly string[])[] {
   const [first, ...rest] = words;
   const full = rest.map((word) => word.includes(".") ? word : `${word}.${first}`);
@@ -1041,17 +1033,16 @@ function formerNames(words: readonly string[], names: readonly string[]): (reado
 
 // ------------------------------------------------------------------------------------- lines and their sections
 
-/** Joins each line with what actions.conf has for its names; errors where a name cannot be proven as that says. */
+/** Joins each line with the sections of its names; checks profiles, and challenges of wildcards and IP addresses. */
 function assign(
   parsed: readonly ParsedLine[],
   sections: readonly Section[],
   page: Page,
   settings: Settings,
-  mode: Mode,
 ): Line[] {
   const of = routes(sections);
-  const letsEncrypt = isLetsEncrypt(settings, mode);
-  const shared = new Map<readonly Section[], ReturnType<typeof wantedBy>>(); // by most lines
+  const letsEncrypt = isLetsEncrypt(settings, page.mode);
+  const shared = new Map<readonly Section[], ReturnType<typeof wantedBy>>(); // most lines have the same sections
   return parsed.map(({ line, names, formerNames }) => {
     const delivering = deliverers(names, of);
     const made = shared.get(delivering) ?? wantedBy(delivering, settings, (text) => page.error(text, line));
@@ -1064,7 +1055,7 @@ function assign(
     for (const name of names) {
       const wildcard = name.startsWith("*.");
       if (!wildcard && !isIP(name)) continue;
-      const challenge = proofOf(sections, name);
+      const challenge = challengeOf({ sections }, name);
       const needs = wildcard ? "a wildcard needs dns-01 or dns-persist-01" : "an IP address needs http-01";
       if (wildcard === (challenge === "http-01")) {
         const by = of(name.slice(2)).find(({ challenge, domains }) => challenge && domains.length);
@@ -1073,15 +1064,14 @@ function assign(
         page.error(`${quote(name)} cannot be proven by ${challenge}: ${needs}`, line, hint);
       }
       if (!wildcard && profile !== "shortlived" && letsEncrypt) {
-        const why = "Let's Encrypt certifies IP addresses in its profile shortlived alone";
-        page.warn(why, line, "profile: shortlived");
+        page.warn("Let's Encrypt needs profile shortlived for IP addresses", line, "profile: shortlived");
       }
     }
     return Object.freeze({ line, names, sections: delivering, ...made, formerNames });
   });
 }
 
-/** Key types and profile of the lines that these sections deliver. [every] decides only where no other section does. */
+/** Key types and profile of the lines that these sections deliver. [every] counts only if no other section does. */
 function wantedBy(sections: readonly Section[], settings: Settings, error: (text: string) => void) {
   const own = sections.filter(({ name }) => name !== "every");
   const types = own.length ? own.flatMap(({ keyTypes }) => keyTypes) : settings.keyTypes;
@@ -1097,7 +1087,7 @@ function wantedBy(sections: readonly Section[], settings: Settings, error: (text
 type Route = (name: string) => readonly Section[];
 const routed = new WeakMap<readonly Section[], Route>();
 
-/** Finds the sections of a name: see sectionsOf. */
+/** `sectionsOf` for many names. */
 function routes(sections: readonly Section[]): Route {
   const known = routed.get(sections);
   if (known) return known;
@@ -1117,20 +1107,16 @@ function routes(sections: readonly Section[]): Route {
   return route;
 }
 
-function proofOf(sections: readonly Section[], name: string): ChallengeType {
-  return routes(sections)(name).find(({ challenge }) => challenge)?.challenge ?? "http-01";
-}
-
 /** The sections of all names, each once: overrides in the order of the file, default, every. */
 function deliverers(names: readonly string[], of: Route): readonly Section[] {
   const first = of(names[0]!);
-  if (names.every((name) => of(name) === first)) return first; // shared by most lines
+  if (names.every((name) => of(name) === first)) return first;
   const rank = ({ name, line }: Section) =>
     name === "every" ? Infinity : name === "default" ? Number.MAX_VALUE : line;
   return Object.freeze([...new Set(names.flatMap(of))].sort((a, b) => rank(a) - rank(b)));
 }
 
-/** Warns of what in actions.conf does nothing for the lines that there are, and advises `verify`. */
+/** Warns of names, endpoints and `prepare` commands that have no effect, and advises `verify`. */
 function checkSections(
   sections: readonly Section[],
   named: readonly Word[],
@@ -1143,7 +1129,7 @@ function checkSections(
   for (const { text, line } of named) {
     if (issued.has(text)) continue;
     const hint = covers(issued, text) ? `name ${text.replace(/^[^.]*/, "*")}, which is` : undefined;
-    page.warn(`${quote(text)} is in no line of domains, so nothing is done for it`, line, hint);
+    page.warn(`${quote(text)} is in no line of domains, so it has no effect`, line, hint);
   }
 
   const linesOf = new Map<Section, Line[]>(sections.map((section) => [section, []]));
@@ -1159,23 +1145,20 @@ function checkSections(
     const names = new Set(lines.flatMap(({ names }) => names));
     for (const { text, host, sni = host } of wanted) {
       if (covers(names, sni)) continue;
-      const why = `${quote(text)} names no line of ${title(section)}, so any of its certificates will do`;
-      page.warn(
-        `verify: ${why}`,
-        line,
-        `say which, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`,
-      );
+      const why = `${quote(text)} matches no line of ${title(section)}, so any of its certificates is right`;
+      const hint = `name one, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`;
+      page.warn(`verify: ${why}`, line, hint);
     }
   }
 
   const isPreparing = ({ prepare, domains }: Section) => prepare.length > 0 && domains.length > 0;
   const of = routes(sections);
-  const isLeft = (name: string) =>
-    proofOf(sections, name) === "http-01" &&
+  const isLeftOut = (name: string) =>
+    challengeOf({ sections }, name) === "http-01" &&
     !of(name).some(({ prepare, domains }) => prepare.length || domains.length);
   for (const { names } of sections.some(isPreparing) ? lines : []) {
     const by = names.flatMap(of).find(isPreparing);
-    for (const name of by ? names.filter(isLeft) : []) {
+    for (const name of by ? names.filter(isLeftOut) : []) {
       const why = `not run for ${quote(name)}, which is on a line with names of ${title(by!)}`;
       page.warn(`prepare: ${why}`, by!.line, `add ${name} to its "domains"`);
     }

@@ -1,14 +1,12 @@
 /**
- * The dialect of Python's `configparser.ConfigParser` with its defaults: text -> sections, keys and values, each
- * with its line number, and every problem of the text rather than the first.
+ * Parses the dialect of Python's `configparser.ConfigParser` with its defaults (docs.python.org/3/library/configparser.html,
+ * "Supported INI File Structure"): text -> sections, keys and values with their line numbers, and all problems.
  *
- * Knows no file, no key and no section but `[DEFAULT]`. Accepts what Python accepts and refuses what it refuses
- * (docs.python.org/3/library/configparser.html, "Supported INI File Structure"), but for a byte order mark, which
- * is skipped, and for substitutions that would grow without bound. Messages quote no line: it may be a secret.
+ * It accepts and refuses the same files as Python, except that it skips a byte order mark and limits the growth of
+ * substitutions. Messages quote no line, since a line may be a secret.
  */
 import { type Invalid, printable, quote } from "./names.ts";
 
-/** What is wrong with one line. */
 export interface Problem {
   readonly line: number;
   readonly text: string;
@@ -30,11 +28,11 @@ export interface Section {
 }
 
 export interface Ini {
-  /** In the order of the file, without [DEFAULT]. A name stands here twice only if that is among the problems. */
+  /** In the order of the file, without [DEFAULT]. A name is there twice only if that is among the problems. */
   readonly sections: readonly Section[];
-  /** `[DEFAULT]`: what every section falls back to. */
+  /** `[DEFAULT]`: the defaults of every section. */
   readonly defaults: Section;
-  /** Keys that a `%(key)s` has asked for so far: variables, whatever their name. Grows with `valueOf`. */
+  /** Keys that a `%(key)s` has used so far. Grows with `valueOf`. */
   readonly used: Set<string>;
   readonly problems: readonly Problem[];
 }
@@ -42,23 +40,20 @@ export interface Ini {
 export interface Value {
   readonly entry: Entry;
   readonly text: string; // after substitution
-  readonly problem?: Invalid; // why it cannot be substituted; `text` is then to be ignored
+  readonly problem?: Invalid; // why the substitution failed; ignore `text` then
 }
 
 /** Python's MAX_INTERPOLATION_DEPTH. */
 const MAX_DEPTH = 10;
-/** Characters that one value may take in while it is substituted; ours, Python has no bound. */
+/** Characters that substitution may add to one value; Python has no limit. */
 const MAX_GROWTH = 1 << 20;
 
-// What Python takes for white space: JavaScript's \s and five controls, without the byte order mark.
+// White space in Python: JavaScript's \s and five controls, without the byte order mark.
 // deno-lint-ignore no-control-regex
 const SPACE = /(?!\ufeff)[\s\x1c-\x1f\x85]/;
 const REFERENCE = /%\(([^)]+)\)s/y;
 
-/**
- * Reads the text of a file. `fallbacks` are built-in keys of `[DEFAULT]`, which the text overrides.
- * Never throws: what cannot be read is in `problems`, in the order of the lines.
- */
+/** Parses a file; never throws. `fallbacks` are built-in keys of `[DEFAULT]`, which the text overrides. */
 export function parseIni(text: string, fallbacks: Readonly<Record<string, string>> = {}): Ini {
   const problems: Problem[] = [];
   const problem = (line: number, text: string, hint?: string) => problems.push({ line, text, hint });
@@ -186,14 +181,14 @@ export function valueOf(ini: Ini, section: Section, key: string): Value | undefi
   return { entry, text: substitute(entry, 1), problem };
 }
 
-/** The lines of a value with their numbers; where a substitution brought line breaks along, only the first is sure. */
+/** The lines of a value with their numbers; after a substitution with line breaks only the first is known. */
 export function linesOf({ entry, text }: Value): { text: string; line: number }[] {
   const parts = text.split("\n");
   const known = parts.length === entry.lines.length;
   return parts.map((text, index) => ({ text, line: known ? entry.lines[index]! : entry.line }));
 }
 
-/** A key as messages show it; not at all where it is too long for one, for it may be the middle of a secret. */
+/** A key as messages show it; a long one is not shown, since it may be part of a secret. */
 export function keyText(spelling: string): string {
   return spelling.length > 30 ? "a key of more than 30 characters" : quote(spelling);
 }

@@ -1,14 +1,12 @@
 /**
- * What a host name, a wildcard and an IP address are: text as written -> the one form in which it is compared, stored
- * and sent to the CA, or why it is none of them. And text from outside, made safe to show.
- *
- * Pure; knows no file and asks no DNS. What is accepted as a name may stand in a file name and in a request to the CA.
+ * Host names, wildcards and IP addresses: text as written -> the form in which names are compared, stored, sent to the CA
+ * and put in file names. And text from outside, made safe to print. Pure.
  *
  * Host names: RFC 1123 §2.1, A-labels by UTS 46; IP addresses: RFC 8738, RFC 5952.
  */
 import defer * as node from "node:process";
 
-/** Why a text is not what it should be. */
+/** Why a text is invalid. */
 export interface Invalid {
   readonly why: string;
   readonly hint?: string;
@@ -20,17 +18,17 @@ export function isInvalid(value: unknown): value is Invalid {
 
 // ---------------------------------------------------------------------------------------------------- names
 
-/** For names beyond ASCII; it takes longer to load than a run with nothing due, and does not let itself be deferred. */
+/** For names beyond ASCII. Loading it takes longer than a run with nothing due; `import defer` does not defer it. */
 const nodeUrl = () => node.getBuiltinModule("node:url");
 
 const OCTET = "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
 const IPV4 = new RegExp(`^(?:${OCTET}\\.){3}${OCTET}$`);
 const LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?";
 const LABEL_ALONE = new RegExp(`^(?![0-9]+$)${LABEL}$`, "i");
-/** Two labels at least, the last not a number: it would be taken for an IPv4 address. */
+/** At least two labels; the last is not a number, which would be read as an IPv4 address. */
 const HOST = new RegExp(`^(?:${LABEL}\\.)+(?![0-9]+$)${LABEL}$`);
 
-/** Why a name that is not HOST is invalid: the first that matches says it. `$` stands for what matched. */
+/** Why a name that is not HOST is invalid: the first match. `$` is replaced by the matched text. */
 const REASONS: readonly (readonly [pattern: RegExp, why: string, hint?: string])[] = [
   [/\//, "$ is not allowed in a name", "write the name alone, not a URL"],
   [/[,;]/, "$ is not allowed in a name", "separate names by blanks"],
@@ -46,12 +44,9 @@ const REASONS: readonly (readonly [pattern: RegExp, why: string, hint?: string])
   [/\d+$/, "neither an IP address nor a host name, whose last label cannot be a number"],
 ];
 
-/**
- * A host name, wildcard or IP address in the one form in which it is compared, stored and sent to the CA: lower case,
- * A-labels, RFC 5952 text; or why it is none. A trailing dot is refused rather than dropped: one name, one spelling.
- */
+/** A host name, wildcard or IP address in its one form: lower case, A-labels, RFC 5952 text. No trailing dot. */
 export function toIdentifier(written: string): string | Invalid {
-  // Before the conversion too, which takes quadratic time.
+  // The length is checked before the conversion, too, which takes quadratic time.
   const name = written.length > 253 || !/[^!-~]/.test(written) ? written.toLowerCase() : toAscii(written);
   if (isInvalid(name)) return name;
   if (name.length > 253) return { why: "longer than 253 characters" };
@@ -71,7 +66,7 @@ export function toIdentifier(written: string): string | Invalid {
   return { why: "not a host name" };
 }
 
-/** A-labels for what is not ASCII, if and only if the way back leads to the same name. */
+/** A-labels for labels beyond ASCII, if converting them back gives the same labels. */
 function toAscii(written: string): string | Invalid {
   if (/[\p{C}\p{Z}]/u.test(written)) return { why: "invisible character" };
   const labels = written.normalize("NFC").split(".");
@@ -91,19 +86,19 @@ function toAscii(written: string): string | Invalid {
   return labels.join(".");
 }
 
-/** 4 or 6 for the text of an IP address, 0 for all else. */
+/** 4 or 6 for an IP address, 0 for any other text. */
 export function isIP(text: string): 0 | 4 | 6 {
   return IPV4.test(text) ? 4 : toIPv6(text) === undefined ? 0 : 6;
 }
 
-/** An IPv6 address in its canonical text by RFC 5952, which is what URLs have too; undefined if it is none. */
+/** An IPv6 address in the text of RFC 5952, which URLs have, too; undefined for any other text. */
 export function toIPv6(text: string): string | undefined {
   return /^[0-9a-f:.]*:[0-9a-f:.]*$/i.test(text)
     ? URL.parse(`http://[${text}]/`)?.hostname.slice(1, -1)
     : undefined;
 }
 
-/** Where a service is reached: a placeholder, an IP address, or a name, which may be one without a dot. */
+/** Host of an endpoint: a placeholder, an IP address, or a name, which need not have a dot. */
 export function toHost(text: string): string | Invalid {
   if (text === "DOMAIN" || text === "DOMAINS_ALL") return text;
   if (text === "") return { why: "no name" };
@@ -118,20 +113,20 @@ export function quote(text: string): string {
   return `"${printable(text)}"`;
 }
 
-/** Text from a file, shortened, with everything escaped that a terminal might act on or that the eye cannot see. */
+/** Text from a file, shortened, with invisible characters and those that a terminal might act on escaped. */
 export function printable(text: string, most = 80): string {
   const shown = text.length > most ? `${text.slice(0, most - 1)}…` : text;
   return shown.toWellFormed().replaceAll("\n", "\\n").replaceAll("\t", "\\t")
     .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0)!.toString(16)}}`);
 }
 
-/** What a CA or another host said, on one line of bounded length, without control, format or direction characters. */
+/** Text from a CA or another host on one line of bounded length, without control, format or direction characters. */
 export function oneLine(text: string): string {
   const clean = text.slice(0, 4000).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]+/gu, " ").trim();
   return clean.length > 2000 ? `${clean.slice(0, 2000)}…` : clean; // room for Let's Encrypt's links to unpause
 }
 
-/** What a command printed, in its own lines: without escapes (ECMA-48), controls or changes of direction. */
+/** The output of a command with its line breaks, without escapes (ECMA-48), controls or changes of direction. */
 export function ownLines(text: string): string {
   return text
     // deno-lint-ignore no-control-regex
@@ -141,7 +136,7 @@ export function ownLines(text: string): string {
     .replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g, "");
 }
 
-/** A path as a word of a command line that is shown to be copied. */
+/** A path as a word of a command line that users may copy. */
 export function shellWord(path: string): string {
   return /^[\w@%+=:,./-]+$/.test(path) ? path : `'${printable(path, 200).replaceAll("'", `'\\''`)}'`;
 }

@@ -147,7 +147,9 @@ Deno.test("--test shares a key beside which this user can write nothing", async 
 
 Deno.test("a key that cannot be used is an error in one line, which does not show it", async () => {
   await using bed = await bedFor();
-  const text = `-----BEGIN PRIVATE KEY-----\n${btoa("secret".repeat(20))}\n-----END PRIVATE KEY-----\n`;
+  const der = Buffer.from(newKey().replace(/-----.*?-----/g, ""), "base64");
+  der[29] = 0x31; // its header is right, so that the configuration is accepted
+  const text = `-----BEGIN PRIVATE KEY-----\n${der.toString("base64")}\n-----END PRIVATE KEY-----\n`;
   await Deno.writeTextFile(bed.path("account.key.test"), text, { mode: 0o600 });
   const { code, stderr } = await bed.run();
   assert.equal(code, 1);
@@ -155,7 +157,7 @@ Deno.test("a key that cannot be used is an error in one line, which does not sho
     stderr,
     /cannot read the account key: no RSA or EC key in .*account\.key\.test that can be used/,
   );
-  assert.doesNotMatch(stderr, /c2Vjcm/);
+  assert.ok(!stderr.includes(der.toString("base64", 36, 60)));
 });
 
 Deno.test("an account that the CA has forgotten is registered anew, once, though many lines meet its loss", async () => {

@@ -566,6 +566,17 @@ Deno.test("loadConfig() takes an account key in each format, and refuses one tha
   }
 });
 
+Deno.test("loadConfig() reads the account key of the rehearsals for --test alone", () => {
+  write("key", ec.export(pem) as string);
+  write("key.test", "");
+  const conf = "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n";
+  matches(refusal(() => load({ conf, mode: "test" })).problems, [
+    'lematt.conf:2 .*"BASE/key.test" holds nothing',
+  ]);
+  load({ conf });
+  Deno.removeSync(join(base, "key.test"));
+});
+
 Deno.test("loadConfig() takes only the certificates of caBundle", () => {
   const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -";
   const { stdout } = new Deno.Command("openssl", { args: args.split(" "), stderr: "null" }).outputSync();

@@ -566,15 +566,12 @@ Deno.test("loadConfig() takes an account key in each format, and refuses one tha
   }
 });
 
-Deno.test("loadConfig() reads the account key of the rehearsals for --test alone", () => {
-  write("key", ec.export(pem) as string);
-  write("key.test", "");
-  const conf = "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n";
-  matches(refusal(() => load({ conf, mode: "test" })).problems, [
-    'lematt.conf:2 .*"BASE/key.test" holds nothing',
-  ]);
-  load({ conf });
-  Deno.removeSync(join(base, "key.test"));
+Deno.test("loadConfig() reads the account key of --test beside the configured one, for --test alone", () => {
+  const directory = directoryOf({ conf: "[config]\naccountKey: ../shared.key\nchallengeDropDir: ../drop\n" });
+  write("shared.key", accountKey);
+  write("shared.key.test", "");
+  matches(refusal(() => loadConfig("test", directory)).problems, ["lematt.conf:2 BASE/shared.key.test"]);
+  loadConfig("prod", directory);
 });
 
 Deno.test("loadConfig() takes only the certificates of caBundle", () => {

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { prunable, prune, revocable, revoke, select } from "../lib/run.ts";
-import { all, type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
+import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
@@ -29,74 +29,28 @@ Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 ho
   await using bed = await bedOf("a.example.com\nb.example.com");
   bed.refused.add("a.example.com");
   const first = await bed.run();
-  assert.deepEqual([first.code, ordersOf(first)], [1, 2]);
-  assert.match(first.stdout, /^issued +b\.example\.com /m);
+  assert.deepEqual([first.code, ordersOf(first), bed.ca.issued.length], [1, 2, 1]);
   for (const minutes of [1, 10, 100, 1000, 1200, 1200]) {
     bed.ca.advance(minutes * MINUTE - 30_000);
     const early = await bed.run();
     assert.deepEqual([early.requests.length, early.code], [0, 1], `before ${minutes} minutes`);
-    assert.match(early.stderr, /^problem +a\.example\.com failed.*not this one.*--retry/m);
+    assert.match(early.stderr, /^problem +a\.example\.com .*not this one.*--retry/m);
     bed.ca.advance(30_000);
     assert.equal(ordersOf(await bed.run()), 1, `after ${minutes} minutes`);
   }
-  assert.equal(ordersOf(await bed.run({ retry: true })), 1, "--retry");
   bed.refused.clear();
   assert.equal((await bed.run({ retry: true })).code, 0);
   assert.deepEqual(bed.state().failures, {});
 });
 
-Deno.test("a failure is forgotten with its line", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com");
-  bed.refused.add("a.example.com");
-  await bed.run();
-  bed.configure({ domains: "b.example.com" });
-  assert.equal((await bed.run()).code, 0);
-  assert.deepEqual(bed.state().failures, {});
-});
-
-Deno.test("a CA that cannot be reached is asked by every run, and is one problem", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com");
-  for (const count of [1, 2, 3]) {
-    const { code, stderr } = await bed.run({
-      fetch: () => Promise.reject(new TypeError("no route to host")),
-    });
-    assert.equal(code, 1);
-    assert.match(stderr, /^FAILED +2 lines of domains\n +.*no route to host/);
-    const failures = Object.values(bed.state().failures);
-    assert.deepEqual(failures.map(({ count, retryAt }) => [count, retryAt]), [[count, undefined], [
-      count,
-      undefined,
-    ]]);
-  }
-  assert.equal((await bed.run()).code, 0);
-});
-
-Deno.test("a limit on orders holds all lines until Retry-After, and no request is wasted meanwhile", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", {
-    limits: { newOrder: { count: 1, windowMs: 3 * HOUR } },
-  });
-  const night = await bed.run({ parallel: 1 });
-  assert.deepEqual([night.code, ordersOf(night), bed.ca.issued.length], [1, 2, 1]);
-  bed.ca.advance(2 * HOUR);
-  const early = await bed.run();
-  assert.deepEqual([early.code, early.requests.length], [1, 0]);
-  assert.match(early.stderr, /^problem +2 lines rate-limited by the CA until /m);
-  bed.ca.advance(2 * HOUR);
-  await bed.run({ parallel: 1 });
-  bed.ca.advance(4 * HOUR);
-  assert.deepEqual([(await bed.run()).code, bed.ca.issued.length], [0, 3]);
-  assert.deepEqual(bed.state().holds, {});
-});
-
 Deno.test("a limit that names a line holds that line until Retry-After, and no other", async () => {
-  const until = new Date(Date.now() + 5 * HOUR);
+  const headers = { "retry-after": new Date(Date.now() + 5 * HOUR).toUTCString() };
   const refusal = refusing(429, "rateLimited", "too many certificates already issued for a.example.com", {
-    headers: { "retry-after": until.toUTCString() },
+    headers,
   });
   await using bed = await bedOf("a.example.com\nb.example.com", { fault: befalling("newOrder", refusal) });
-  const { code, stdout } = await bed.run({ parallel: 1 });
-  assert.equal(code, 1);
-  assert.match(stdout, /^issued +b\.example\.com /m);
+  assert.equal((await bed.run({ parallel: 1 })).code, 1);
+  assert.deepEqual(bed.ca.issued.map(({ names }) => names[0]), ["b.example.com"]);
   bed.ca.advance(4 * HOUR);
   assert.equal((await bed.run()).requests.length, 0);
   bed.ca.advance(HOUR + MINUTE);
@@ -107,43 +61,31 @@ Deno.test("the whole address at which a paused account goes on reaches the user,
   const unpause = `https://portal.example.org/sfe/v1/unpause?jwt=${"x".repeat(900)}.${"y".repeat(300)}`;
   const refusal = refusing(429, "rateLimited", `paused for a.example.com. Please visit: ${unpause}`);
   await using bed = await bedOf("a.example.com", { fault: befalling("newOrder", refusal) });
-  assert.ok((await bed.run()).stderr.includes(unpause));
-  assert.ok((await bed.run()).stderr.includes(unpause));
-});
-
-Deno.test("nothing is left of a run but its files: no temporaries, no challenge", async () => {
-  await using bed = await bedOf("a.example.com www");
-  await bed.run();
-  assert.deepEqual(bed.dropped(), []);
-  const names = [...Deno.readDirSync(bed.path("test"))].map(({ name }) => name).sort();
-  assert.deepEqual(names, [".lock", "cert", "csr", "key", "state.json"]);
-  assert.deepEqual(
-    [...Deno.readDirSync(bed.path("test", "key"))].filter(({ name }) => name.startsWith(".")),
-    [],
-  );
+  for (let run = 0; run < 2; run++) assert.ok((await bed.run()).stderr.includes(unpause));
 });
 
 // ---- restricted runs -------------------------------------------------------------------------------------
 
 Deno.test("--renew issues the lines that it names, --new-key under new keys, --only forces nothing", async () => {
-  await using bed = await bedOf("a.example.com www\nb.example.com\nc.example.com");
+  const three = "a.example.com www\nb.example.com\nc.example.com";
+  await using bed = await bedOf(three);
   await bed.run();
-  bed.configure({ domains: "a.example.com www\nb.example.com\nc.example.com\nd.example.com" });
+  bed.configure({ domains: `${three}\nd.example.com` });
   const keys = () => ["a.example.com_www.a.example.com", "b.example.com"].map((stem) => keyOf(bed, stem));
-  const issued = async (named: Parameters<typeof select>[1]) => {
+  const [a, b] = keys();
+  const table: [named: Parameters<typeof select>[1], issued: string[]][] = [
+    [{ renew: ["www.a.example.com"] }, ["a.example.com"]],
+    [{ renew: ["B.example.com"], newKey: true }, ["b.example.com"]],
+    [{ only: ["c.example.com"] }, []],
+    [{ only: ["c.example.com", "d.example.com"] }, ["d.example.com"]],
+    [{}, []],
+  ];
+  for (const [named, issued] of table) {
     const before = bed.ca.issued.length;
     assert.equal((await bed.run({ named })).code, 0);
-    return bed.ca.issued.slice(before).map(({ names }) => names[0]);
-  };
-  const [a, b] = keys();
-  assert.deepEqual(await issued({ renew: ["www.a.example.com"] }), ["a.example.com"]);
-  assert.deepEqual(keys(), [a, b]);
-  assert.deepEqual(await issued({ renew: ["B.example.com"], newKey: true }), ["b.example.com"]);
-  assert.equal(keys()[0], a);
-  assert.notEqual(keys()[1], b);
-  assert.deepEqual(await issued({ only: ["c.example.com"] }), []);
-  assert.deepEqual(await issued({ only: ["c.example.com", "d.example.com"] }), ["d.example.com"]);
-  assert.deepEqual(await issued({}), []);
+    assert.deepEqual(bed.ca.issued.slice(before).map(({ names }) => names[0]), issued, JSON.stringify(named));
+  }
+  assert.deepEqual(keys().map((key, i) => key === [a, b][i]), [true, false]);
 });
 
 Deno.test("a restricted run delivers only what it names, and has the problems of that alone", async () => {
@@ -165,22 +107,14 @@ Deno.test("a restricted run delivers only what it names, and has the problems of
 Deno.test("what an option names must exist", async () => {
   await using bed = await bedOf("a.example.com", {}, `[mail]\ndomains: a.example.com\nupdate: ["true"]`);
   const config = bed.config();
-  const table: Parameters<typeof select>[1][] = [
-    { renew: ["b.example.com"] },
-    { only: ["a.example.com", "*.example.com"] },
-    { deliver: ["[web]"] },
-    { deliver: ["mail"] },
-    { deliver: ["[]"] },
-    { accept: ["\x1b[31m"] },
-    { renew: ["[mail]"] },
-    { deliver: ["[constructor]"] },
-  ];
-  for (const named of table) {
-    assert.throws(
-      () => select(config, named),
-      { name: "SelectionError", message: /^[\x20-\x7e]*$/ },
-      JSON.stringify(named),
-    );
+  const wrong = ["b.example.com", "*.example.com", "[web]", "mail", "[]", "\x1b[31m", "[constructor]"];
+  for (
+    const named of [...wrong.map((name) => ({ deliver: [name] })), { renew: ["[mail]"] }, {
+      only: ["b.example.com"],
+    }]
+  ) {
+    const refusal = { name: "SelectionError", message: /^[\x20-\x7e]*$/ };
+    assert.throws(() => select(config, named), refusal, JSON.stringify(named));
   }
   assert.equal(select(config, {}), undefined);
   assert.equal(select(config, { deliver: ["[mail]", "A.Example.com"] })!.lines.size, 1);
@@ -189,54 +123,31 @@ Deno.test("what an option names must exist", async () => {
 Deno.test("--deliver says where there is nothing to deliver", async () => {
   await using bed = await bedOf("a.example.com", {}, `[mail]\ndomains: a.example.com`);
   await bed.plant();
-  for (const [what, name] of [["[mail]", "[mail]"], ["a.example.com", "a.example.com"]] as const) {
-    const { stdout } = await bed.run({ named: { deliver: [what] } });
-    assert.ok(stdout.startsWith(`note      nothing to deliver for ${name}: `), stdout);
+  for (const name of ["[mail]", "a.example.com"]) {
+    const { stdout } = await bed.run({ named: { deliver: [name] } });
+    assert.ok(stdout.includes(`nothing to deliver for ${name}`), stdout);
   }
 });
 
 // ---- interrupted -----------------------------------------------------------------------------------------
 
-Deno.test("a run that is interrupted ends with the signal's reason, wherever it is, and nobody is to blame", async () => {
-  const stopAt = (resource: string) => {
-    const stop = new AbortController();
-    let bed: Bed | undefined;
-    const fault = () => {
-      if (bed?.ca.log.at(-1)?.resource === resource) {
-        stop.abort(new DOMException("interrupted", "AbortError"));
-      }
-      return undefined;
-    };
-    return { stop, fault, use: (one: Bed) => void (bed = one) };
+Deno.test("a run that is interrupted while the CA is asked for renewal information is interrupted, and nobody is to blame", async () => {
+  const stop = new AbortController();
+  await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec" });
+  await bed.run();
+  bed.ca.advance(DAY);
+  bed.ca.switches.fault = ({ resource }) => {
+    if (resource === "renewalInfo") stop.abort(new DOMException("interrupted", "AbortError"));
+    return undefined;
   };
-  for (const resource of ["directory", "renewalInfo", "newOrder", "challenge", "finalize"]) {
-    const { stop, fault, use } = stopAt(resource);
-    await using bed = await testBed({
-      domains: "a.example.com\nb.example.com",
-      settings: "keyTypes: ec",
-      ca: { fault },
-    });
-    bed.act(`[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`);
-    bed.configure({ domains: "a.example.com" });
-    await bed.run();
-    bed.take();
-    bed.configure({ domains: "a.example.com\nb.example.com" });
-    bed.ca.advance(DAY);
-    use(bed);
-    await assert.rejects(bed.run({ signal: stop.signal }), { name: "AbortError" }, resource);
-    assert.deepEqual([bed.take(), bed.dropped()], [[], []], resource);
-    assert.deepEqual(bed.state().failures, {}, resource);
-    bed.ca.violations.splice(0);
-  }
+  await assert.rejects(bed.run({ signal: stop.signal }), { name: "AbortError" });
+  assert.deepEqual(bed.state().failures, {});
 });
 
 Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is pending for the next run", async () => {
-  await using bed = await bedOf(
-    "a.example.com\nb.example.com",
-    {},
-    `[a]\ndomains: a.example.com\nupdate: ["echo a >> HERE/log"]
-[b]\ndomains: b.example.com\nupdate: ["echo $$ > HERE/b; sleep 60"]`,
-  );
+  const actions = (b: string) =>
+    `[a]\ndomains: a.example.com\nupdate: ["echo a >> HERE/log"]\n[b]\ndomains: b.example.com\nupdate: ["${b}"]`;
+  await using bed = await bedOf("a.example.com\nb.example.com", {}, actions("echo $$ > HERE/b; sleep 60"));
   const stop = new AbortController();
   const running = bed.run({ signal: stop.signal });
   await until(
@@ -248,9 +159,7 @@ Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is
   const [pid] = bed.take("b");
   assert.throws(() => Deno.kill(Number(pid), "SIGCONT"));
   assert.deepEqual(bed.take(), ["a"]);
-  bed.act(
-    `[a]\ndomains: a.example.com\nupdate: ["echo a >> HERE/log"]\n[b]\ndomains: b.example.com\nupdate: ["echo b >> HERE/log"]`,
-  );
+  bed.act(actions("echo b >> HERE/log"));
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual(bed.take(), ["b"]);
 });
@@ -259,114 +168,34 @@ Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is
 
 const LOG = `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`;
 
-Deno.test("a state that is lost, cut short or spoilt is begun anew: all is delivered once more, and nothing issued", async () => {
-  const spoilt: Record<string, string | undefined> = {
-    deleted: undefined,
-    "cut short": `{"version":2,"receipts":{"defa`,
-    empty: "",
-    "of another kind": "[1,2]",
-    "edited by hand": `{"version":2,"receipts":{"default":{"a":{"digest":1}}}}`,
-  };
-  await all(
-    Object.entries(spoilt).map(async ([what, text]) => {
-      await using bed = await bedOf("a.example.com\nb.example.com", {}, LOG);
-      await bed.run();
-      bed.take();
-      const path = bed.path("test", "state.json");
-      if (text === undefined) Deno.removeSync(path);
-      else Deno.writeTextFileSync(path, text);
-      const { code, stdout, requests } = await bed.run({ cron: true });
-      assert.deepEqual([code, ordersOf({ requests } as Ran), bed.take()], [0, 0, [
-        "a.example.com b.example.com",
-      ]], what);
-      if (text !== undefined) {
-        const [, aside] = /set aside as (\S+), begun anew/.exec(stdout) ?? [];
-        assert.equal(bed.text("test", aside!), text, what);
-      }
-      const next = await bed.run({ cron: true });
-      assert.deepEqual([next.code, next.stdout, next.stderr, bed.take()], [0, "", "", []], what);
-    }),
-  );
-});
-
-Deno.test("a state of a newer version, or one that may not be read, is left alone and ends the run", async () => {
-  await using bed = await bedOf("a.example.com", {}, LOG);
-  await bed.run();
-  bed.take();
-  const path = bed.path("test", "state.json");
-  const text = `{"version":3,"receipts":[]}`;
-  Deno.writeTextFileSync(path, text);
-  await assert.rejects(bed.run(), { name: "StateError", message: /newer/ });
-  assert.equal(Deno.readTextFileSync(path), text);
-  Deno.removeSync(path);
-  Deno.mkdirSync(path); // also root cannot read it
-  await assert.rejects(bed.run(), { name: "StateError" });
-  assert.deepEqual(bed.take(), []);
+Deno.test("a state that is lost or spoilt is begun anew: all is delivered once more, and nothing issued", async () => {
+  for (const text of [undefined, `{"version":2,"receipts":{"defa`, `{"version":2,"receipts":[1]}`]) {
+    await using bed = await bedOf("a.example.com\nb.example.com", {}, LOG);
+    await bed.run();
+    bed.take();
+    const path = bed.path("test", "state.json");
+    if (text === undefined) Deno.removeSync(path);
+    else Deno.writeTextFileSync(path, text);
+    const { code, stdout, requests } = await bed.run({ cron: true });
+    assert.deepEqual([code, requests, bed.take()], [0, [], ["a.example.com b.example.com"]], text);
+    if (text !== undefined) {
+      const [, aside] = /set aside as (\S+),/.exec(stdout)!;
+      assert.equal(bed.text("test", aside!), text);
+    }
+    const next = await bed.run({ cron: true });
+    assert.deepEqual([next.code, next.stdout, next.stderr, bed.take()], [0, "", "", []], text);
+  }
 });
 
 Deno.test("a directory of 0.1.0 is taken over with what it had not delivered yet, and nothing else is delivered", async () => {
-  await using bed = await bedOf(
-    "a.example.com\nb.example.com",
-    {},
-    `${LOG}\n[every]\nupdate: ["echo every >> HERE/log"]`,
-  );
+  const actions = `${LOG}\n[every]\nupdate: ["echo every >> HERE/log"]`;
+  await using bed = await bedOf("a.example.com\nb.example.com", {}, actions);
   await bed.plant();
   const { fingerprint } = revocable(bed.config(), "b.example.com")[0]!.certificate;
-  const owed = {
-    default: {
-      since: "2026-01-01T00:00:00.000Z",
-      certificates: { "b.example.com-cert-combined.prime256v1.test.pem": fingerprint },
-      attempts: 2,
-      retryAt: "2026-01-02T00:00:00.000Z",
-    },
-  };
-  const state = {
-    version: 1,
-    accounts: {},
-    renewals: {},
-    failures: {},
-    holds: {},
-    owed,
-    revoked: {},
-    alerts: {},
-  };
-  Deno.writeTextFileSync(bed.path("test", "state.json"), JSON.stringify(state));
-  const { code } = await bed.run();
-  assert.deepEqual([code, bed.take()], [0, ["b.example.com"]]);
-  assert.equal((await bed.run(), bed.take().length), 0);
-});
-
-Deno.test("a clock that was a year ahead delays nothing and loses nothing", async () => {
-  await using bed = await bedOf(
-    "a.example.com",
-    {},
-    `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`,
-  );
-  await bed.plant({ life: 900 });
-  const ahead = { now: () => new Date(bed.ca.now.getTime() + 365 * DAY) };
-  for (let n = 0; n < 3; n++) await bed.run({ ...ahead, retry: true });
-  bed.take();
-  Deno.writeTextFileSync(join(bed.home, "up"), "");
-  assert.equal((await bed.run()).code, 0);
-  assert.deepEqual(bed.take(), ["a.example.com"]);
-  assert.equal((await bed.run(), bed.take().length), 0);
-});
-
-Deno.test("300 lines that are taken over are delivered once, the sections in their order, and nothing is issued", async () => {
-  const names = Array.from({ length: 300 }, (_, n) => `host${n}.example.com`);
-  const hosts = Array.from({ length: 30 }, (_, n) => names.slice(10 * n, 10 * n + 10));
-  const section = (own: string[], n: number) =>
-    `[h${n}]\ndomains: ${
-      own.join(" ")
-    }\nuploadCerts: ["echo CERTS | wc -w >> HERE/words"]\nupdate: ["echo h${n} >> HERE/log"]`;
-  await using bed = await bedOf(names.join("\n"), {}, hosts.map(section).join("\n"));
-  await bed.plant({ age: 10 });
-  const begun = performance.now();
-  const { code, requests } = await bed.run();
-  assert.ok(performance.now() - begun < 20_000);
-  assert.deepEqual([code, requests.length], [0, 0]);
-  assert.deepEqual(bed.take(), hosts.map((_, n) => `h${n}`));
-  assert.deepEqual(new Set(bed.take("words").map((word) => word.trim())), new Set(["10"]));
+  const certificates = { "b.example.com-cert-combined.prime256v1.test.pem": fingerprint };
+  const owed = { default: { since: "2026-01-01T00:00:00.000Z", certificates, attempts: 2 } };
+  Deno.writeTextFileSync(bed.path("test", "state.json"), JSON.stringify({ version: 1, owed }));
+  assert.deepEqual([(await bed.run()).code, bed.take()], [0, ["b.example.com"]]);
   assert.equal((await bed.run(), bed.take().length), 0);
 });
 
@@ -377,30 +206,19 @@ const revokeAll = (bed: Bed, what: string, reason = 0) => {
   return revoke(config, revocable(config, what), reason, bed.world(), () => {});
 };
 
-Deno.test("revoked certificates are a problem until the next run has replaced them under new keys", async () => {
+Deno.test("a revoked certificate is a problem until it is replaced, under another key though its files are gone", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
   await bed.run();
-  const before = keyOf(bed, "a.example.com_www.a.example.com");
+  const stem = "a.example.com_www.a.example.com";
+  const before = keyOf(bed, stem);
   await revokeAll(bed, "www.a.example.com", 4);
   assert.deepEqual(bed.ca.issued.map(({ revoked }) => revoked?.reason).sort(), [4, undefined]);
   bed.refused.add("a.example.com");
-  const failed = await bed.run();
-  assert.equal(failed.code, 1);
+  assert.equal((await bed.run()).code, 1);
   bed.refused.clear();
-  const { code, stdout } = await bed.run({ retry: true });
-  assert.equal(code, 0);
-  assert.match(stdout, /^issued +a\.example\.com \+1 .*revoked/m);
-  assert.notEqual(keyOf(bed, "a.example.com_www.a.example.com"), before);
-});
-
-Deno.test("a key of a revoked certificate is never used again, though its certificate is removed", async () => {
-  await using bed = await bedOf("a.example.com");
-  await bed.run();
-  const before = keyOf(bed, "a.example.com");
-  await revokeAll(bed, "a.example.com", 1);
-  Deno.removeSync(certOf(bed, "a.example.com"));
-  assert.equal((await bed.run()).code, 0);
-  assert.notEqual(keyOf(bed, "a.example.com"), before);
+  Deno.removeSync(certOf(bed, stem));
+  assert.equal((await bed.run({ retry: true })).code, 0);
+  assert.notEqual(keyOf(bed, stem), before);
 });
 
 Deno.test("what was shown is what is revoked, though a renewal comes in between", async () => {
@@ -433,47 +251,35 @@ Deno.test("--revoke wants to know exactly what is meant", async () => {
   await bed.plant();
   Deno.removeSync(certOf(bed, "d.example.com"));
   const config = bed.config();
-  const chosen = (name: string) =>
-    revocable(config, name).map(({ certificate }) => certificate.names.join(" "));
-  assert.deepEqual(chosen("a.example.com"), ["a.example.com shop.example.com"]);
+  const chosen = (name: string) => revocable(config, name).map(({ certificate }) => certificate.names[0]);
+  assert.deepEqual(chosen("a.example.com"), ["a.example.com"]);
   assert.deepEqual(chosen("C.Example.COM"), ["c.example.com"]);
-  const table: [string, RegExp][] = [
-    ["x.example.com", /"x\.example\.com" is neither a name in "domains" nor the path/],
-    ["shop.example.com", /is in line 1 \(a\..*\) and line 2 \(b\..*\)/],
-    ["d.example.com", /^no certificate of d\.example\.com/],
-    ["\x1b[31m", /neither a name/],
-    [bed.path("lematt.conf"), /holds no certificate/],
-  ];
-  for (const [name, message] of table) assert.throws(() => chosen(name), { name: "SelectionError", message });
+  for (
+    const name of ["x.example.com", "shop.example.com", "d.example.com", "\x1b[31m", bed.path("lematt.conf")]
+  ) {
+    assert.throws(() => chosen(name), { name: "SelectionError" }, name);
+  }
 });
 
 // ---- orphans ---------------------------------------------------------------------------------------------
 
-Deno.test("--prune shows files that belong to no line and moves them to orphaned/, links included, and deletes nothing", async () => {
+Deno.test("--prune moves what belongs to no line, and what its links lead to; a line that is back keeps its files", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
   await bed.run();
   bed.configure({ domains: "b.example.com" });
-  const config = bed.config();
-  const paths = prunable(config);
-  const bundle = "a.example.com_www.a.example.com";
-  assert.equal(paths.filter((path) => path.startsWith("cert/")).length, 3);
-  assert.equal(paths.length, 7);
-  const texts = [certOf(bed, "www.a.example.com"), certOf(bed, bundle)].map((path) =>
-    Deno.readTextFileSync(path)
-  );
-  bed.configure({ domains: "b.example.com\na.example.com www" });
-  await prune(bed.config(), paths, bed.world(), () => {}); // the line is back: nothing is orphaned any more
-  assert.equal(Deno.readTextFileSync(certOf(bed, bundle)), texts[1]);
-  bed.configure({ domains: "b.example.com" });
-  await prune(bed.config(), paths, bed.world(), () => {});
-  assert.deepEqual(prunable(config), []);
-  const moved = [...Deno.readDirSync(bed.path("test", "orphaned", "cert"))].map(({ name }) => name);
-  assert.equal(moved.length, 3);
-  // what a link leads to has moved with it
-  assert.equal(
-    bed.text("test", "orphaned", "cert", "www.a.example.com-cert-combined.prime256v1.test.pem"),
-    texts[0],
-  );
+  const paths = prunable(bed.config());
+  assert.deepEqual(paths.map((path) => path.split("/")[0]).join(" "), "cert cert cert csr key key key");
+  const text = Deno.readTextFileSync(certOf(bed, "www.a.example.com"));
+  for (const domains of ["b.example.com\na.example.com www", "b.example.com"]) {
+    bed.configure({ domains });
+    await prune(bed.config(), paths, bed.world(), () => {});
+    const isBack = domains.includes("www");
+    assert.equal(existsSync(certOf(bed, "www.a.example.com")), isBack);
+    if (isBack) continue;
+    const link = bed.text("test", "orphaned", "cert", "www.a.example.com-cert-combined.prime256v1.test.pem");
+    assert.equal(link, text);
+  }
+  assert.deepEqual(prunable(bed.config()), []);
   assert.equal((await bed.run()).code, 0);
 });
 
@@ -502,12 +308,4 @@ Deno.test("--cron prints nothing unless something changed or failed, and a failu
   Deno.removeSync(join(bed.home, "down"));
   bed.refused.clear();
   assert.deepEqual(await printed(), [true, false]);
-});
-
-Deno.test("after an outage of lematt itself, the next run says since when it has not run", async () => {
-  await using bed = await bedOf("a.example.com");
-  await bed.run({ mode: "prod" });
-  bed.ca.advance(30 * DAY);
-  assert.match((await bed.run({ mode: "prod", cron: true })).stdout, /has not run since /);
-  assert.equal((await bed.run({ mode: "prod", cron: true })).stdout, "");
 });

@@ -261,9 +261,7 @@ export class Bed implements AsyncDisposable {
 
   /** The same, started by a command that gets the program's command line as its last arguments. */
   async lemattBy(by: readonly string[], ...args: string[]): Promise<Ended> {
-    const { code, stdout, stderr } = await this.#spawn(by, args).output();
-    const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-    return { code, stdout: text(stdout), stderr: text(stderr) };
+    return await endOf(this.#spawn(by, args));
   }
 
   /** Starts the program; it does not outlive the bed. Its output is piped. */
@@ -298,6 +296,13 @@ export class Bed implements AsyncDisposable {
     await Deno.remove(this.home, { recursive: true });
     assert.deepEqual(this.ca.violations, []);
   }
+}
+
+/** What came of a program whose output is piped. */
+export async function endOf(child: Deno.ChildProcess): Promise<Ended> {
+  const { code, stdout, stderr } = await child.output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return { code, stdout: text(stdout), stderr: text(stderr) };
 }
 
 /** The results of all; the first failure is thrown when none runs any more. */

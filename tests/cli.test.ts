@@ -4,19 +4,16 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import { all, type Bed, type Ended, testBed, until } from "./bed.ts";
+import { all, type Bed, type Ended, endOf, testBed, until } from "./bed.ts";
 import type { Fault } from "./ca.ts";
 import { LEMATT } from "./programs.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
 
 /** Runs a command to its end, without standard input. */
-async function output(command: readonly string[], options: Deno.CommandOptions = {}): Promise<Ended> {
-  const [program, ...args] = command;
-  const { code, stdout, stderr } = await new Deno.Command(program!, { stdin: "null", ...options, args })
-    .output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  return { code, stdout: text(stdout), stderr: text(stderr) };
+function output([program, ...args]: readonly string[], options: Deno.CommandOptions = {}): Promise<Ended> {
+  const piped = { stdin: "null", stdout: "piped", stderr: "piped", ...options, args } as const;
+  return endOf(new Deno.Command(program!, piped).spawn());
 }
 
 /** Runs lematt.ts with exactly these arguments, away from any configuration. */
@@ -29,21 +26,9 @@ async function bedOf(domains: string, actions = "", fault?: () => Fault | undefi
   return bed;
 }
 
-async function endOf(child: Deno.ChildProcess): Promise<Ended> {
-  const { code, stdout, stderr } = await child.output();
-  return { code, stdout: new TextDecoder().decode(stdout), stderr: new TextDecoder().decode(stderr) };
-}
-
 /** The names in a directory, or none where it is not there. */
 function listing(path: string): string[] {
   return existsSync(path) ? [...Deno.readDirSync(path)].map(({ name }) => name).sort() : [];
-}
-
-/** Asserts that a run which was cut off has left nothing that it should have taken away. */
-function assertClean(bed: Bed): void {
-  assert.deepEqual(bed.dropped(), []);
-  const left = ["", "cert", "csr", "key"].flatMap((directory) => listing(bed.path("test", directory)));
-  assert.deepEqual(left.filter((name) => name.startsWith(".") && name !== ".lock"), []);
 }
 
 /** Whether the process runs whose number a command has written into HERE/<name>. */
@@ -58,31 +43,31 @@ function runs(bed: Bed, name: string): boolean {
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-Deno.test("what cannot be asked for is refused in one line, with exit status 2", async () => {
-  const table: [args: string, said: RegExp][] = [
-    ["", /--test or --prod/],
-    ["--test --prod", /--test does not go with --prod/],
-    ["--status", /--test or --prod/],
-    ["--tset", /'--tset'/],
-    ["--test=yes", /'--test' does not take an argument/],
-    ["--test --config", /'--config <value>' argument missing/],
-    ["--test a b", /a and b/],
-    ["--test --parallel 0", /"0"/],
-    ["--test --parallel 1e2", /"1e2"/],
-    ["--test --offline", /--status/],
-    ["--test --yes", /--revoke/],
-    ["--test --new-key", /--renew/],
-    ["--test --status --plan", /--plan.*--status/],
-    ["--test --status --renew a", /--renew/],
-    ["--test --revoke", /'--revoke <value>' argument missing/],
-    ["--test --revoke a --reason boredom", /keyCompromise/],
-    ["--test --revoke a --json", /--json/],
-    ["--test --status --json --metrics", /--metrics/],
+Deno.test("what cannot be asked for is refused in one line that names it, with exit status 2", async () => {
+  const table: [args: string, named: string][] = [
+    ["", "--test or --prod"],
+    ["--test --prod", "--prod"],
+    ["--status", "--test or --prod"],
+    ["--tset", "--tset"],
+    ["--test=yes", "--test"],
+    ["--test --config", "--config"],
+    ["--test a b", "a and b"],
+    ["--test --parallel 0", '"0"'],
+    ["--test --parallel 1e2", '"1e2"'],
+    ["--test --offline", "--status"],
+    ["--test --yes", "--revoke"],
+    ["--test --new-key", "--renew"],
+    ["--test --status --plan", "--status"],
+    ["--test --status --renew a", "--renew"],
+    ["--test --revoke a --reason boredom", "keyCompromise"],
+    ["--test --revoke a --json", "--json"],
+    ["--test --status --json --metrics", "--metrics"],
   ];
-  await all(table.map(async ([args, said]) => {
+  await all(table.map(async ([args, named]) => {
     const { code, stdout, stderr } = await lematt(...args.split(" ").filter((word) => word !== ""));
     assert.deepEqual([code, stdout], [2, ""], args);
-    assert.match(stderr, new RegExp(`^lematt: .*${said.source}.*\ntry --help\n$`), args);
+    assert.match(stderr, /^lematt: [^\n]+\ntry --help\n$/, args);
+    assert.ok(stderr.includes(named), stderr);
   }));
 });
 
@@ -112,60 +97,38 @@ Deno.test("the configuration is found by its file, its directory, a bare argumen
   }));
 });
 
-Deno.test("errors of all three files are printed together, with exit status 2 and nothing touched", async () => {
+Deno.test("errors of all three files are printed together, with exit status 2 and nothing touched; --cron alerts of them", async () => {
   await using bed = await testBed({
     domains: "a..example.com\n-b.example.com",
-    actions: "[default]\nupdate: reload\n",
+    actions: '[default]\nupdate: reload\nalert: ["{ echo SUBJECT; cat; } > alert"]\n',
     settings: "curve: round",
   });
-  for (const args of ["--test", "--prod --status", "--check", "--test --revoke a.example.com --yes"]) {
+  for (
+    const args of [
+      "--test",
+      "--prod --status",
+      "--check",
+      "--test --revoke a.example.com --yes",
+      "--test --cron",
+    ]
+  ) {
     const { code, stdout, stderr } = await bed.lematt(...args.split(" "));
     assert.deepEqual([code, stdout], [2, ""]);
     const places = [...stderr.matchAll(/^\S+:(?:\d+:)? /gm)].map(([place]) => place.trim());
     assert.deepEqual(places, ["lematt.conf:8:", "domains:1:", "domains:2:", "actions.conf:2:"], stderr);
+    assert.equal(existsSync(join(bed.home, "alert")), args.includes("--cron"));
   }
+  const [subject, ...text] = bed.take("alert");
+  assert.ok(subject !== "" && text.some((line) => line.startsWith("domains:1: ")), text.join("\n"));
   assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"]);
   const nowhere = await lematt("--test", "--config", join(bed.home, "nowhere"));
   assert.equal(nowhere.code, 2);
   assert.match(nowhere.stderr, /nowhere/);
 });
 
-Deno.test("with --cron an error of the configuration goes to the alert commands that could be read", async () => {
-  await using bed = await bedOf(
-    "a..example.com",
-    `[default]\nalert: ["{ echo 'SUBJECT'; cat; } > HERE/alert"]`,
-  );
-  assert.deepEqual([(await bed.lematt("--test")).code, bed.take("alert")], [2, []]);
-  assert.equal((await bed.lematt("--test", "--cron")).code, 2);
-  const [subject, ...text] = bed.take("alert");
-  assert.ok(subject !== "");
-  assert.match(text.join("\n"), /^domains:1: /m);
-});
-
-Deno.test("options that name what does not exist are refused before anything is done", async () => {
-  await using bed = await bedOf(
-    "a.example.com",
-    `[mail]\ndomains: a.example.com\nupdate: ["touch HERE/ran"]`,
-  );
-  for (
-    const args of [
-      "--renew b.example.com",
-      "--only b.example.com",
-      "--deliver [web]",
-      "--accept [web]",
-      "--revoke b.example.com --yes",
-    ]
-  ) {
-    const { code, stdout, stderr } = await bed.lematt("--test", ...args.split(" "));
-    assert.deepEqual([code, stdout], [2, ""], args);
-    assert.match(stderr, /^lematt: .*(b\.example\.com|\[web\]).*\n$/, args);
-  }
-  assert.equal(existsSync(bed.path("test", "cert")) && listing(bed.path("test", "cert")).length > 0, false);
-});
-
 // ---- exit status and streams -----------------------------------------------------------------------------
 
-Deno.test("a run exits with 0 when all is well, and with 1 when something failed or is pending after a failure", async () => {
+Deno.test("a run exits with 0 when all is well, with 1 on a failure or what is pending after one, with 2 for what is not there", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["test -e HERE/up"]`);
   const first = await bed.lematt("--test");
   assert.equal(first.code, 1);
@@ -175,16 +138,12 @@ Deno.test("a run exits with 0 when all is well, and with 1 when something failed
   assert.equal((await bed.lematt("--test")).code, 0);
   const third = await bed.lematt("--test");
   assert.deepEqual([third.code, third.stderr], [0, ""]);
-  assert.match(third.stdout, /^nothing due, .*next renewal \d{4}-\d\d-\d\d/);
-});
-
-Deno.test("--test and --prod are fully apart", async () => {
-  await using bed = await bedOf("a.example.com");
-  await bed.lematt("--test");
-  assert.equal(existsSync(bed.path("prod")), false);
-  await bed.lematt("--prod");
-  assert.deepEqual(listing(bed.path("prod", "cert")), ["a.example.com-cert-combined.prime256v1.pem"]);
-  assert.deepEqual(listing(bed.path("test", "cert")), ["a.example.com-cert-combined.prime256v1.test.pem"]);
+  assert.match(third.stdout, /next renewal \d{4}-\d\d-\d\d/);
+  for (const option of ["--renew", "--only", "--deliver", "--accept", "--revoke"]) {
+    const { code, stdout, stderr } = await bed.lematt("--test", option, "b.example.com");
+    assert.deepEqual([code, stdout], [2, ""], option);
+    assert.match(stderr, /^lematt: .*b\.example\.com.*\n$/, option);
+  }
 });
 
 Deno.test("--plan touches neither the CA nor the disk, and groups what it would do by reason", async () => {
@@ -192,13 +151,9 @@ Deno.test("--plan touches neither the CA nor the disk, and groups what it would 
   const { code, stdout, stderr } = await bed.lematt("--test", "--plan");
   assert.deepEqual([code, stderr], [0, ""]);
   assert.match(stdout, /^issue +2 lines: .*\n +a\.example\.com.*\n +b\.example\.com/m);
-  assert.equal(
-    (await bed.lematt("--test", "--plan", "--accept", "[default]")).stdout,
-    "nothing is pending\n",
-  );
   const one = await bed.lematt("--test", "--plan", "--only", "a.example.com");
-  assert.match(one.stdout, /a\.example\.com/);
-  assert.doesNotMatch(one.stdout, /b\.example\.com/);
+  assert.deepEqual(one.stdout.match(/[ab]\.example\.com/g), ["a.example.com"]);
+  assert.equal((await bed.lematt("--test", "--plan", "--accept", "[default]")).code, 0);
   assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"]);
   assert.equal(bed.ca.log.length, 0);
 });
@@ -212,7 +167,7 @@ Deno.test("--cron prints nothing while nothing changes, and failures on standard
   bed.act(`[default]\nupdate: ["false"]`);
   const { code, stdout, stderr } = await bed.lematt("--test", "--cron");
   assert.deepEqual([code, stdout], [1, ""]);
-  assert.match(stderr, /^FAILED +\[default\] .*\n +cannot run "false": exit status 1\n$/);
+  assert.match(stderr, /^FAILED +\[default\] .*\n.*"false": exit status 1\n$/);
 });
 
 Deno.test("a reader that goes away does not stop a run", async () => {
@@ -228,21 +183,12 @@ Deno.test("a reader that goes away does not stop a run", async () => {
   assert.ok(existsSync(join(bed.home, "delivered")));
 });
 
-Deno.test("output that cannot be written is a failure", { ignore: Deno.build.os !== "linux" }, async () => {
-  await using bed = await bedOf("a.example.com");
-  const { code, stderr } = await output(["/bin/sh", "-c", `"$@" > /dev/full`, "sh", ...LEMATT, "--test"], {
-    cwd: bed.home,
-  });
-  assert.equal(code, 1);
-  assert.match(stderr, /cannot write its output: .*No space left/);
-});
-
 Deno.test("--status exits with 1 where there is a problem, --metrics with 0; notices stay out of documents", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nupdate: ["false"]`);
   await bed.lematt("--test");
   const table = await bed.lematt("--test", "--status", "--offline");
   assert.equal(table.code, 1);
-  assert.match(table.stdout, /^1 problem:\n +\[default\] delivery of 1 certificate pending/);
+  assert.match(table.stdout, /^1 problem:\n +\[default\] /);
   assert.equal((await bed.lematt("--test", "--status", "--json")).code, 1);
   const metrics = await bed.lematt("--test", "--status", "--metrics");
   assert.equal(metrics.code, 0);
@@ -254,12 +200,6 @@ Deno.test("--status exits with 1 where there is a problem, --metrics with 0; not
   assert.match(spoilt.stderr, /cannot use test\/state\.json/);
   JSON.parse(spoilt.stdout);
   assert.equal(bed.text("test", "state.json"), text, "left as it is");
-  Deno.writeTextFileSync(bed.path("test", "state.json"), `{"version":7}`);
-  for (const args of [["--status"], ["--plan"], []]) {
-    const { code, stderr } = await bed.lematt("--test", ...args);
-    assert.equal(code, 2);
-    assert.match(stderr, /newer lematt/);
-  }
 });
 
 Deno.test("--revoke and --prune do nothing without --yes where nobody can be asked", async () => {
@@ -310,80 +250,32 @@ Deno.test("a second run is turned away with exit status 3 while one is in progre
   assert.equal((await bed.lematt("--test")).code, 0);
 });
 
-for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const) {
-  Deno.test(`${signal} in the middle of a validation leaves nothing behind and is exit status 1`, async () => {
+Deno.test("a signal in the middle of a validation leaves nothing behind and is exit status 1", async () => {
+  await all((["SIGTERM", "SIGINT", "SIGHUP"] as const).map(async (signal) => {
     let hanging = true;
     const isPolled = () => bed.ca.log.at(-1)?.resource === "order";
     const fault = () => hanging && isPolled() ? { kind: "silence" } as const : undefined;
     const actions =
       `[default]\nprepare: ["echo $$ > HERE/prepare; exec cat"]\nupdate: ["touch HERE/delivered"]`;
-    await using bed = await bedOf("a.example.com", actions, fault);
+    await using bed: Bed = await bedOf("a.example.com", actions, fault);
     const child = bed.start("--test");
     await until(
       "the order is polled",
       () => isPolled() && bed.dropped().length === 1 && runs(bed, "prepare"),
+      30,
     );
     child.kill(signal);
     const killed = performance.now();
     const { code, stderr } = await endOf(child);
-    assert.ok(performance.now() - killed < 4000, "at once");
+    assert.ok(performance.now() - killed < 10_000, "at once");
     assert.deepEqual([code, stderr], [1, "lematt: interrupted\n"]);
-    assertClean(bed);
-    assert.equal(runs(bed, "prepare") || existsSync(join(bed.home, "delivered")), false);
+    assert.deepEqual([bed.dropped(), runs(bed, "prepare"), bed.take("delivered")], [[], false, []]);
+    const left = ["", "cert", "csr", "key"].flatMap((directory) => listing(bed.path("test", directory)));
+    assert.deepEqual(left.filter((name) => name.startsWith(".")), [".lock"]);
     assert.deepEqual(bed.state().failures, {}); // nobody's failure
     hanging = false;
     assert.equal((await bed.lematt("--test")).code, 0);
-  });
-}
-
-const KILL = `"test -e HERE/killed || { touch HERE/killed; kill -9 $PPID; exit 1; }"`;
-for (
-  const [what, actions] of [
-    [
-      "before anything is uploaded",
-      `uploadCerts: [${KILL}, "cp CERTS HERE/host/"]\nuploadKeys: ["cp KEYS HERE/host/"]`,
-    ],
-    [
-      "between certificate and key",
-      `uploadCerts: ["cp CERTS HERE/host/"]\nuploadKeys: [${KILL}, "cp KEYS HERE/host/"]`,
-    ],
-    [
-      "before the update",
-      `uploadCerts: ["cp CERTS HERE/host/"]\nuploadKeys: ["cp KEYS HERE/host/"]\nupdate: [${KILL}]`,
-    ],
-  ] as const
-) {
-  Deno.test(`a run that is killed ${what} leaves it all to the next`, async () => {
-    await using bed = await bedOf("a.example.com", `[default]\n${actions}`);
-    await Deno.mkdir(join(bed.home, "host"));
-    assert.equal((await bed.lematt("--test")).code, 128 + 9);
-    const { code, stderr } = await bed.lematt("--test");
-    assert.deepEqual([code, stderr, bed.ca.issued.length], [0, "", 1]);
-    for (const [directory, what] of [["cert", "cert-combined"], ["key", "key"]]) {
-      const name = `a.example.com-${what}.prime256v1.test.pem`;
-      assert.equal(Deno.readTextFileSync(join(bed.home, "host", name)), bed.text("test", directory!, name));
-    }
-    assertClean(bed);
-  });
-}
-
-Deno.test("a run that is killed while it issues other lines leaves to the next what it has issued", async () => {
-  let hanging = true;
-  const orders = () => bed.ca.log.filter(({ resource }) => resource === "newOrder").length;
-  const fault = () => hanging && orders() === 2 ? { kind: "silence" } as const : undefined;
-  await using bed = await bedOf(
-    "a.example.com\nb.example.com",
-    `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`,
-    fault,
-  );
-  const child = bed.start("--test", "--parallel", "1");
-  await until("the second line is being ordered", () => orders() === 2);
-  child.kill("SIGKILL");
-  await endOf(child);
-  hanging = false;
-  bed.configure({ domains: "a.example.com" });
-  assert.equal((await bed.lematt("--test")).code, 0);
-  assert.deepEqual([bed.take(), bed.ca.issued.length], [["a.example.com"], 1]);
+  }));
 });
 
 Deno.test("the demo issues, delivers, and names the files that it made", async () => {

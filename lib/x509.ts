@@ -1,10 +1,9 @@
 /**
- * Keys, certificate signing requests, and the facts that a certificate states.
+ * Keys, certificate signing requests, and the contents of certificates. Works on text and bytes; uses no files or network.
  *
- * Works on text and bytes alone: it knows neither files nor the network. A run reads all certificates and mostly has
- * nothing else to do, so what stands in them is read here, byte by byte: X509Certificate of `node:crypto` takes twice as
- * long, and does not know the authority's key identifier. Whether it is true, and all that keys do, is left to `node:crypto`
- * and to `@peculiar/x509`, which no other file imports; both are loaded when they are first needed.
+ * A run reads all certificates and often does nothing else, so their DER is parsed here: X509Certificate of `node:crypto`
+ * takes twice as long, and lacks the authority's key identifier. Signatures and keys are left to `node:crypto` and
+ * `@peculiar/x509`, which no other file imports; both are loaded when first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
@@ -14,7 +13,7 @@ import defer * as nodeCrypto from "node:crypto";
 import { limit } from "./context.ts";
 import { isIP, toIPv6 } from "./names.ts";
 
-/** What kind of key. */
+/** Type and size of a key. */
 export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
   readonly type: "ec";
   readonly curve: Curve;
@@ -22,8 +21,8 @@ export type KeySpec = { readonly type: "rsa"; readonly bits: number } | {
 export type Curve = typeof CURVES[number]["curve"];
 
 /**
- * The curves under each name that they have here: NIST's, the object identifier (SEC 2 §A.2, in hexadecimal), OpenSSL's and
- * the SEC's; with the digest that goes with each (FIPS 186-5) and the algorithm of its signatures (RFC 7518 §3.4).
+ * The curves: NIST's name, object identifier (SEC 2 §A.2, in hexadecimal), names of OpenSSL and the SEC; the digest for
+ * each (FIPS 186-5), and the JOSE algorithm (RFC 7518 §3.4).
  */
 export const CURVES = [
   {
@@ -37,31 +36,28 @@ export const CURVES = [
   { curve: "P-521", id: "2b81040023", names: ["secp521r1"], hash: "SHA-512", alg: "ES512" },
 ] as const;
 
-/** What a certificate says of itself, read once. */
+/** The contents of a certificate, as far as they are used. */
 export interface Certificate {
   /** DNS names and IP addresses of the subjectAltName, lower-case, in the certificate's order. */
   readonly names: readonly string[];
   readonly notBefore: Date;
   readonly notAfter: Date;
-  /**
-   * The identifier under which a CA is asked for renewal information (RFC 9773 §4.1): key identifier of the authority
-   * and serial number, as they stand in the certificate, leading zero included. Absent where it names no authority key.
-   */
+  /** Its identifier for renewal information (RFC 9773 §4.1); absent if it has no authority key identifier. */
   readonly id?: string;
   /** SHA-256 of the DER, lower-case hexadecimal without colons. */
   readonly fingerprint: string;
-  /** Absent where its key is of another kind. */
+  /** Absent for other types of keys. */
   readonly keySpec?: KeySpec;
   /** Issuer and subject are the same. */
   readonly selfSigned: boolean;
-  /** The organization that issued it, or its common name where it names none. */
+  /** Organization of the issuer, or its common name. */
   readonly issuer: string;
 }
 
-/** A chain from the CA that is not what was asked for; the message says in which respect. */
+/** A chain from the CA that cannot be accepted. */
 export class ChainError extends Error {
   override readonly name = "ChainError";
-  /** `isDated`: one of the two clocks may be wrong. */
+  /** `isDated`: because of its dates, so one of the two clocks may be wrong. */
   constructor(message: string, readonly isDated = false) {
     super(message);
   }
@@ -70,15 +66,15 @@ export class ChainError extends Error {
 const PEM_BEGIN = "-----BEGIN CERTIFICATE-----";
 const PEM_END = "-----END CERTIFICATE-----";
 
-/** Of a DNS name 253 characters are possible (RFC 1035 §3.1), of an organization 64 (RFC 5280 A.1). */
+/** A DNS name has up to 253 characters (RFC 1035 §3.1), an organization 64 (RFC 5280 A.1). */
 const LONGEST_NAME = 300;
-/** An EC point of P-256, compressed. */
+/** A compressed point of P-256. */
 const SHORTEST_KEY = 33;
 /** Let's Encrypt's longest chains have had four certificates. */
 const LONGEST_CHAIN = 10;
-/** What cannot be delivered everywhere before it expires is of no use. */
+/** Delivery takes time, too. */
 const LEAST_LIFE_MINUTES = 5;
-/** How far the CA's clock may be ahead of ours: an hour, which is what Let's Encrypt back-dates by. */
+/** How far the CA's clock may be ahead of ours; Let's Encrypt back-dates by as much. */
 const CLOCK_SKEW_MINUTES = 60;
 /** id-kp-serverAuth and anyExtendedKeyUsage (RFC 5280 §4.2.1.12), in hexadecimal. */
 const FOR_SERVERS = ["2b06010505070301", "551d2500"];
@@ -87,14 +83,14 @@ const WEAK_SIGNATURES = ["2a864886f70d010105", "2a864886f70d010104", "2a8648ce3d
 
 // ---- PEM ---------------------------------------------------------------------------------------------------------
 
-/** One block of a PEM text (RFC 7468), `pem` from its first marker to its last, which begins at `start`. */
-export interface PemBlock {
+/** One block of a PEM text (RFC 7468) with its markers, and its offset in the text. */
+interface PemBlock {
   readonly label: string;
   readonly pem: string;
   readonly start: number;
 }
 
-/** The blocks of a PEM text, from one marker to the next: no pattern over the whole, which a large file would defeat. */
+/** The blocks of a PEM text. Each marker is matched alone: a pattern for whole blocks fails for large files. */
 export function pemBlocks(text: string): PemBlock[] {
   const blocks: PemBlock[] = [];
   let begin: RegExpExecArray | undefined;
@@ -108,7 +104,7 @@ export function pemBlocks(text: string): PemBlock[] {
   return blocks;
 }
 
-/** DER of the first certificate in `pem`. Throws where there is none in base64. */
+/** DER of the first certificate in `pem`; throws if there is none. */
 export function certificateDer(pem: string): Uint8Array {
   const start = pem.indexOf(PEM_BEGIN); // pemBlocks() takes three times as long
   const end = pem.indexOf(PEM_END, start);
@@ -116,7 +112,7 @@ export function certificateDer(pem: string): Uint8Array {
   return Uint8Array.fromBase64(pem.slice(start + PEM_BEGIN.length, end));
 }
 
-/** The bytes of the PEM private key, of which it is only made sure that none are missing or left over. */
+/** DER of a private key in PEM; throws if it is truncated. */
 function privateKeyDer(pem: string): Uint8Array & { includes(bytes: Uint8Array): boolean } {
   const block = pemBlocks(pem).find(({ label }) => /^(?:RSA |EC )?PRIVATE KEY$/.test(label));
   if (block === undefined) throw new Error("not an unencrypted PEM private key");
@@ -132,12 +128,12 @@ function toPem(label: string, der: ArrayBuffer | Uint8Array): string {
 
 // ---- certificates ------------------------------------------------------------------------------------------------
 
-/** What the first certificate in `pem` says of itself. Throws where there is none that can be read. */
+/** Parses the first certificate in `pem`; throws if there is none that can be parsed. */
 export function readCertificate(pem: string): Certificate {
-  return factsOf(certificateDer(pem));
+  return parseCertificate(certificateDer(pem));
 }
 
-function factsOf(der: Uint8Array): Certificate {
+function parseCertificate(der: Uint8Array): Certificate {
   const { serial, issuer, validity, subject, publicKey, extensions } = certificateFields(der);
   const [notBefore, notAfter] = children(der, validity).map((time) => timeOf(der, time));
   if (notBefore === undefined || notAfter === undefined) throw new Error("a certificate without dates");
@@ -154,7 +150,7 @@ function factsOf(der: Uint8Array): Certificate {
   };
 }
 
-/** RFC 5280 §4.2.1.6; harmless for a terminal, since any stranger's certificate may be read here. */
+/** RFC 5280 §4.2.1.6; safe to print, since the certificate may be any server's. */
 function generalName(der: Uint8Array, { tag, start, end }: Element): string {
   const bytes = der.subarray(start, Math.min(end, start + LONGEST_NAME));
   if (tag === 0x82) {
@@ -177,7 +173,7 @@ function timeOf(der: Uint8Array, { tag, start, end }: Element): Date {
   return time;
 }
 
-/** See `Certificate.id`. */
+/** See `Certificate.id`: base64url of the authority key identifier and of the serial number, leading zero included. */
 function certificateId(der: Uint8Array, serial: Element, extensions?: Element): string | undefined {
   const base64url = ({ start, end }: Element) =>
     der.subarray(start, end).toBase64({ alphabet: "base64url", omitPadding: true });
@@ -188,7 +184,7 @@ function certificateId(der: Uint8Array, serial: Element, extensions?: Element): 
 
 const decoder = new TextDecoder();
 
-/** The first attribute of a kind in a name (RFC 5280 §4.1.2.4), harmless for a terminal. */
+/** The first attribute of a type in a name (RFC 5280 §4.1.2.4), safe to print. */
 function attributeOf(der: Uint8Array, name: Element, id: string): string | undefined {
   for (const attribute of children(der, name).flatMap((set) => children(der, set))) {
     const [oid, value] = children(der, attribute);
@@ -206,17 +202,17 @@ export function coversExactly(certificate: Certificate, names: readonly string[]
 
 // ---- chains ------------------------------------------------------------------------------------------------------
 
-/** A certificate of a chain: its bytes, what it says, and node:crypto's view of it. */
+/** A certificate of a chain. */
 interface Link {
   readonly der: Uint8Array;
-  readonly facts: Certificate;
-  readonly judge: nodeCrypto.X509Certificate;
+  readonly parsed: Certificate;
+  readonly x509: nodeCrypto.X509Certificate;
 }
 
 /**
- * Makes sure that a chain received is what was asked for, as far as that shows without a list of roots: its leaf is for
- * exactly `names`, for `keyPem` and for TLS servers; each certificate is valid now, for some time still, and issued by the
- * next, which is an authority. Returns the leaf, and the chain written anew; throws ChainError.
+ * Checks a chain from the CA, except for its root: the leaf is for exactly `names`, for `keyPem` and for TLS servers; each
+ * certificate is valid now and for some more time, and issued by the next one, a CA certificate. Returns the leaf, and the
+ * chain encoded anew; throws ChainError.
  */
 export function checkChain(
   text: string,
@@ -225,14 +221,14 @@ export function checkChain(
   now: Date,
 ): { readonly leaf: Certificate; readonly chainPem: string } {
   const chain = readChain(text);
-  const chainPem = chain.map(({ judge }) => toPem("CERTIFICATE", judge.raw)).join("");
-  const { der, facts: leaf, judge } = chain[0]!;
+  const chainPem = chain.map(({ x509 }) => toPem("CERTIFICATE", x509.raw)).join("");
+  const { der, parsed: leaf, x509 } = chain[0]!;
   if (!isKeyOf(keyPem, chainPem)) throw new ChainError("the certificate is for another key");
   if (!coversExactly(leaf, names)) {
     const more = leaf.names.length > 10 ? ` and ${leaf.names.length - 10} more` : "";
     throw new ChainError(`the certificate is for other names: ${leaf.names.slice(0, 10).join(" ")}${more}`);
   }
-  if (judge.ca) throw new ChainError("the certificate is that of an authority");
+  if (x509.ca) throw new ChainError("the certificate is a CA certificate");
   const usage = extensionOf(der, certificateFields(der).extensions, EXTENDED_KEY_USAGE);
   if (usage !== undefined && !children(der, usage).some((one) => FOR_SERVERS.includes(hexOf(der, one)))) {
     throw new ChainError("the certificate is not for TLS servers");
@@ -242,8 +238,8 @@ export function checkChain(
 }
 
 /**
- * The certificates of a chain as the CA sent it (RFC 8555 §9.1): nothing but white space stands around them, since
- * whatever else were kept would be delivered with them, a private key of the CA's choice first of all (§11.4).
+ * The certificates of a chain as the CA sent it (RFC 8555 §9.1). Anything else in the text is refused: it could be a
+ * private key chosen by the CA (§11.4).
  */
 function readChain(text: string): Link[] {
   const blocks = pemBlocks(text);
@@ -255,21 +251,21 @@ function readChain(text: string): Link[] {
     if (text.slice(end, start).trim() !== "") throw new ChainError("text between the certificates");
     end = start + pem.length;
   }
-  if (text.slice(end).trim() !== "") throw new ChainError("text behind the certificates");
+  if (text.slice(end).trim() !== "") throw new ChainError("text after the certificates");
   try {
     return blocks.map(({ pem }) => {
       const der = certificateDer(pem);
-      return { der, facts: factsOf(der), judge: new nodeCrypto.X509Certificate(pem) };
+      return { der, parsed: parseCertificate(der), x509: new nodeCrypto.X509Certificate(pem) };
     });
   } catch {
     throw new ChainError("a certificate that cannot be parsed");
   }
 }
 
-/** One certificate of a chain and the one behind it, its issuer. */
-function checkLink({ der, facts, judge }: Link, issuer: Link | undefined, index: number, now: Date): void {
+/** Checks one certificate of a chain and its signature by the next. */
+function checkLink({ der, parsed, x509 }: Link, issuer: Link | undefined, index: number, now: Date): void {
   const what = index === 0 ? "the certificate" : `certificate ${index + 1} of the chain`;
-  const { notBefore, notAfter, selfSigned } = facts;
+  const { notBefore, notAfter, selfSigned } = parsed;
   const minutesLeft = (notAfter.getTime() - now.getTime()) / 60_000;
   const minutesUntil = (notBefore.getTime() - now.getTime()) / 60_000;
   const date = minutesLeft <= 0
@@ -282,18 +278,17 @@ function checkLink({ der, facts, judge }: Link, issuer: Link | undefined, index:
   if (date !== undefined) {
     throw new ChainError(`${what} ${date}; this host's clock says ${now.toISOString()}`, true);
   }
-  if (index > 0 && !judge.ca) throw new ChainError(`${what} is not that of an authority`);
+  if (index > 0 && !x509.ca) throw new ChainError(`${what} is not a CA certificate`);
   const [algorithm] = children(der, certificateFields(der).algorithm);
   if (algorithm && WEAK_SIGNATURES.includes(hexOf(der, algorithm)) && !selfSigned) {
     throw new ChainError(`${what} is signed with SHA-1 or MD5`);
   }
-  if (issuer === undefined) return;
-  if (!judge.checkIssued(issuer.judge) || !isSignedBy(judge, issuer.judge)) {
+  if (issuer !== undefined && !(x509.checkIssued(issuer.x509) && isSignedBy(x509, issuer.x509))) {
     throw new ChainError(`broken chain: certificate ${index + 1} is not issued by certificate ${index + 2}`);
   }
 }
 
-/** Whether the signature is right; taken for right where Deno cannot check it (P-521, RSASSA-PSS). */
+/** Whether the signature is right; true if Deno cannot check it (P-521, RSASSA-PSS). */
 function isSignedBy(certificate: nodeCrypto.X509Certificate, issuer: nodeCrypto.X509Certificate): boolean {
   try {
     return certificate.verify(issuer.publicKey);
@@ -302,32 +297,31 @@ function isSignedBy(certificate: nodeCrypto.X509Certificate, issuer: nodeCrypto.
   }
 }
 
-/** Common name of the issuer of the last certificate of a chain, the root by which it is known. */
+/** Common name of the root of a chain: the issuer of its last certificate. */
 export function rootOf(chainPem: string): string | undefined {
   const last = pemBlocks(chainPem).at(-1);
   try {
     const der = certificateDer(last?.pem ?? "");
     return attributeOf(der, certificateFields(der).issuer, COMMON_NAME);
   } catch {
-    return undefined; // checkChain says what is wrong with it
+    return undefined; // checkChain() has the error
   }
 }
 
 // ---- keys --------------------------------------------------------------------------------------------------------
 
 /**
- * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the first certificate in `certPem`. Throws where one of
- * them cannot be read.
+ * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the first certificate in `certPem`. Throws if one of
+ * them cannot be parsed.
  *
- * Every one of those formats normally holds the public half as the very bytes that stand in the certificate, so
- * searching for them decides almost always; only where they are absent is the key itself built, which costs a hundred
- * times more.
+ * These formats normally contain the same bytes of the public key as the certificate. If they are found, the key need not
+ * be imported, which costs a hundred times more.
  */
 export function isKeyOf(keyPem: string, certPem: string): boolean {
   const der = certificateDer(certPem);
   const { publicKey } = certificateFields(der);
   const bits = publicBits(der, publicKey);
-  if (privateKeyDer(keyPem).includes(bits)) return bits.length >= SHORTEST_KEY; // nothing is included everywhere
+  if (privateKeyDer(keyPem).includes(bits)) return bits.length >= SHORTEST_KEY; // no bytes are found anywhere
   return publicKeyDer(keyPem).equals(der.subarray(publicKey.offset, publicKey.end));
 }
 
@@ -344,14 +338,14 @@ function publicKeyDer(keyPem: string): Buffer {
   return key.export({ type: "spki", format: "der" });
 }
 
-/** Of a SubjectPublicKeyInfo, what a private key repeats: an EC point, or modulus and exponent of RSA. */
+/** The part of a SubjectPublicKeyInfo that a private key repeats: an EC point, or modulus and exponent of RSA. */
 function publicBits(der: Uint8Array, spki: Element): Uint8Array {
   const bitString = element(der, element(der, spki.start).end);
-  const bits = bitString.start + 1; // behind the count of unused bits
+  const bits = bitString.start + 1; // after the number of unused bits
   return der.subarray(der[bits] === 0x30 ? element(der, bits).start : bits, bitString.end);
 }
 
-/** Whether `pem` is an unencrypted private key that can be used. */
+/** Whether `pem` is an unencrypted RSA or EC key. */
 export function isPrivateKey(pem: string): boolean {
   try {
     return ["rsa", "ec"].includes(nodeCrypto.createPrivateKey(pem).asymmetricKeyType ?? "");
@@ -361,11 +355,11 @@ export function isPrivateKey(pem: string): boolean {
 }
 
 /**
- * What kind of key is in `pem` (PKCS#8, PKCS#1 or SEC1), or the name of the kind where it is one that neither
- * certificates nor accounts have here. Throws where it cannot be decoded.
+ * Type and size of the key in `pem` (PKCS#8, PKCS#1 or SEC1); the name of its type or curve if it is another than those
+ * used here. Throws if it cannot be parsed.
  */
 export function keySpecOf(pem: string): KeySpec | string {
-  const spec = declaredKeySpec(privateKeyDer(pem));
+  const spec = declaredKeySpec(privateKeyDer(pem)); // node:crypto need not be loaded
   if (spec !== undefined) return spec;
   const { asymmetricKeyType: type, asymmetricKeyDetails } = nodeCrypto.createPrivateKey(pem);
   const { modulusLength, namedCurve } = asymmetricKeyDetails ?? {};
@@ -374,7 +368,7 @@ export function keySpecOf(pem: string): KeySpec | string {
   return curve === undefined ? namedCurve ?? type! : { type: "ec", curve };
 }
 
-/** What a private key says that it is (RFC 5208, RFC 8017 A.1.2, RFC 5915), which is hardly ever left out. */
+/** The type and size that a private key declares (RFC 5208, RFC 8017 A.1.2, RFC 5915). */
 function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
   const [, second, third] = children(der, element(der, 0));
   if (second?.tag === 0x02) return rsaSpec(der, second);
@@ -383,14 +377,14 @@ function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
   return algorithmSpec(der, second, () => children(der, element(der, third.start))[1]);
 }
 
-/** The kind of key in a SubjectPublicKeyInfo. */
+/** Type and size of the key in a SubjectPublicKeyInfo. */
 function publicKeySpec(der: Uint8Array, spki: Element): KeySpec | undefined {
   const [algorithm, bits] = children(der, spki);
   if (algorithm === undefined || bits === undefined) return undefined;
   return algorithmSpec(der, algorithm, () => children(der, element(der, bits.start + 1))[0]);
 }
 
-/** By an AlgorithmIdentifier (RFC 3279 §2.3), in which a curve stands; an RSA modulus stands elsewhere. */
+/** By an AlgorithmIdentifier (RFC 3279 §2.3), which has the curve of an EC key, but not the modulus of an RSA key. */
 function algorithmSpec(
   der: Uint8Array,
   algorithm: Element,
@@ -414,10 +408,10 @@ function ecSpec(der: Uint8Array, id: Element | undefined): KeySpec | undefined {
   return known && { type: "ec", curve: known.curve };
 }
 
-/** One for each processor: were all RSA keys made at once, nothing else would get its turn. */
+/** One RSA key at a time for each processor, so that other work is not held up. */
 const makers = limit(navigator.hardwareConcurrency);
 
-/** A new private key in PKCS#8 PEM. RSA is slow (0.1 s and more) but is made off the main thread. */
+/** A new private key in PKCS#8 PEM. RSA takes 0.1 s and more, off the main thread. */
 export function generateKey(spec: KeySpec): Promise<string> {
   return spec.type === "ec" ? makeKey(spec) : makers(() => makeKey(spec));
 }
@@ -433,7 +427,7 @@ async function makeKey(spec: KeySpec): Promise<string> {
   return toPem("PRIVATE KEY", await crypto.subtle.exportKey("pkcs8", pair.privateKey));
 }
 
-/** Private and public half of a PEM private key in any of the three formats. Throws where it is no RSA or EC key. */
+/** A private key in any of the three formats as a pair for WebCrypto, and the digest to sign with. */
 async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; hash: string }> {
   const key = nodeCrypto.createPrivateKey(keyPem);
   const curve = CURVES.find(({ names: [name] }) => name === key.asymmetricKeyDetails?.namedCurve);
@@ -458,8 +452,8 @@ async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; has
 }
 
 /**
- * A CSR for `names` (DNS names and IP addresses) signed by `keyPem`, as DER for the CA and PEM for the file.
- * The first name is also the common name where it can be one: a DNS name of at most 64 characters (RFC 5280 A.1).
+ * A CSR for `names` (DNS names and IP addresses) signed by `keyPem`. The first name is the common name, too, if it is a DNS
+ * name of at most 64 characters (RFC 5280 A.1).
  */
 export async function createCsr(
   keyPem: string,
@@ -484,11 +478,11 @@ export async function createCsr(
 
 // ---- DER ---------------------------------------------------------------------------------------------------------
 
-/** The parts of a certificate that are needed here (RFC 5280 §4.1). */
+/** Fields of a certificate (RFC 5280 §4.1). */
 function certificateFields(der: Uint8Array) {
   const certificate = element(der, 0);
   const fields = children(der, element(der, certificate.start));
-  // the version, tagged [0], may be left out; the fields up to the public key may not
+  // the version, tagged [0], is optional; the fields up to the public key are not
   const [serial, algorithm, issuer, validity, subject, publicKey] = fields.slice(
     fields[0]?.tag === 0xa0 ? 1 : 0,
   );
@@ -504,7 +498,7 @@ function certificateFields(der: Uint8Array) {
 const SUBJECT_ALT_NAME = "551d11", AUTHORITY_KEY_IDENTIFIER = "551d23", EXTENDED_KEY_USAGE = "551d25";
 const COMMON_NAME = "550403", ORGANIZATION = "55040a";
 
-/** What an extension holds. */
+/** The value of an extension. */
 function extensionOf(der: Uint8Array, extensions: Element | undefined, id: string): Element | undefined {
   for (const extension of extensions === undefined ? [] : children(der, extensions)) {
     const [oid, ...rest] = children(der, extension);
@@ -521,7 +515,7 @@ function hexOf(der: Uint8Array, { start, end }: Element): string {
   return der.subarray(start, end).toHex();
 }
 
-/** A DER element: its tag, where it begins, and where its content starts and ends. */
+/** A DER element: its tag, its offset, and where its content starts and ends. */
 interface Element {
   readonly tag: number;
   readonly offset: number;
@@ -529,7 +523,7 @@ interface Element {
   readonly end: number;
 }
 
-/** The elements within one. */
+/** The elements within `parent`. */
 function children(der: Uint8Array, parent: Element): Element[] {
   const found: Element[] = [];
   for (let at = parent.start; at < parent.end;) {
@@ -541,7 +535,7 @@ function children(der: Uint8Array, parent: Element): Element[] {
   return found;
 }
 
-/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB). Throws where it is not there whole. */
+/** The DER element at `offset` (X.690 §8.1.3; lengths below 16 MiB); throws if it is not complete. */
 function element(der: Uint8Array, offset: number): Element {
   const first = der[offset + 1] ?? 0;
   const octets = first < 0x80 ? 0 : first & 0x7f;

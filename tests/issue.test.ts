@@ -617,7 +617,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
     [
       "one that is an authority",
       () => ca.forge({ publicKey, identifiers, ...valid(), authority: true }),
-      /^the certificate is that of an authority$/,
+      /^the certificate is a CA certificate$/,
     ],
     [
       "thirty seconds of life",

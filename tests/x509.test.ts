@@ -171,7 +171,7 @@ Deno.test("checkChain() refuses a chain for whatever is wrong with it", async ()
     ["a request within it", `${leaf}${request.pem}${good}`, names, key, /^a CERTIFICATE REQUEST among the/],
     ["text before it", `subject=CN = x\n${good}`, names, key, /^text between the certificates$/],
     ["text within it", `${leaf}x${good}`, names, key, /^text between the certificates$/],
-    ["text behind it", `${good}-----BEGIN PRIVATE`, names, key, /^text behind the certificates$/],
+    ["text behind it", `${good}-----BEGIN PRIVATE`, names, key, /^text after the certificates$/],
     ["garbage in the armour", good.replace(/MII/, "AAA"), names, key, /cannot be parsed/],
     ["another key", good, names, other, /for another key/],
     ["a name more", good, ["example.com"], key, /for other names: example.com www.example.com/],
@@ -241,13 +241,13 @@ Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and
     assert.deepEqual(check(good).leaf.keySpec, { type: "ec", curve: "P-256" }, "the issuer may be a root");
     for (
       const [what, chain, message] of [
-        ["CA:TRUE", leaf("basicConstraints=CA:TRUE"), /^the certificate is that of an authority$/],
+        ["CA:TRUE", leaf("basicConstraints=CA:TRUE"), /^the certificate is a CA certificate$/],
         ["for mail", leaf("extendedKeyUsage=emailProtection"), /^the certificate is not for TLS servers$/],
         ["SHA-1", leaf("", "-sha1"), /^the certificate is signed with SHA-1 or MD5$/],
         [
           "an issuer that is no authority",
           good + intermediate({ authority: false }),
-          /^certificate 2 of the chain is not that of an authority$|^broken chain/,
+          /^certificate 2 of the chain is not a CA certificate$|^broken chain/,
         ],
         [
           "an issuer that has expired",

@@ -1,8 +1,8 @@
 /**
- * Goal: whatever happens to any one exchange with the CA, and whatever lie is in any word of any answer, one undisturbed run
+ * Goal: whatever happens to any one exchange with the CA, and whatever is false in any word of any answer, one undisturbed run
  * later all is as it should be; nothing that the CA says reaches a shell, a path or the terminal as it is.
  *
- * Single lies and what is said of each are in acme.test.ts and issue.test.ts.
+ * Single false answers and what is reported of each are in acme.test.ts and issue.test.ts.
  */
 
 import assert from "node:assert/strict";
@@ -23,7 +23,6 @@ const status = (status: number, headers?: Record<string, string>): Fault => (
 const limited = (retryAfter: string) =>
   refusing(429, "rateLimited", "slow down", { headers: { "retry-after": retryAfter } });
 
-/** Everything that can befall one exchange. */
 const FAULTS: Readonly<Record<string, Fault>> = {
   "connection refused": { kind: "refuse" },
   "reset": { kind: "reset" },
@@ -44,7 +43,7 @@ const FAULTS: Readonly<Record<string, Fault>> = {
   "badNonce": { kind: "badNonce" },
   "truncated": { kind: "truncate" },
   "HTML with 200": { kind: "html" },
-  "sent elsewhere": status(307, { location: "https://localhost/" }),
+  "redirect": status(307, { location: "https://localhost/" }),
   "no Replay-Nonce": { kind: "drop header", name: "replay-nonce" },
   "no Location": { kind: "drop header", name: "location" },
   "no Content-Type": { kind: "drop header", name: "content-type" },
@@ -52,7 +51,7 @@ const FAULTS: Readonly<Record<string, Fault>> = {
 };
 
 /** A subject before its first run, or when all its certificates are due. */
-async function subjectFor(run: string): Promise<Subject> {
+async function subjectFor(run: "first run" | "renewal"): Promise<Subject> {
   const subject = await Subject.create();
   if (run === "first run") return subject;
   await subject.bed.run();
@@ -61,14 +60,14 @@ async function subjectFor(run: string): Promise<Subject> {
   return subject;
 }
 
-/** A run, at the n-th exchange of which a fault befalls; false if it has fewer. Silence is not waited for in earnest. */
+/** A run with a fault in its n-th exchange; false if it has fewer. Silence is cut short. */
 async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boolean> {
   const { bed } = subject;
   const before = bed.ca.log.length;
   bed.ca.switches.fault = (exchange) => exchange.n === before + n ? fault : undefined;
   const { fetch } = bed.world();
   const impatient = (url: string, init: RequestInit) =>
-    fetch(url, { ...init, signal: AbortSignal.any([init.signal!, AbortSignal.timeout(300)]) });
+    fetch(url, { ...init, signal: AbortSignal.any([init.signal!, AbortSignal.timeout(500)]) });
   const silent = JSON.stringify(fault).includes("silence");
   const ran = await bed.run({ retry: true, ...(silent && { fetch: impatient }) });
   await subject.afterFault(ran);
@@ -76,16 +75,19 @@ async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boo
   return ran.requests.length >= n;
 }
 
-for (const [run, some] of [["first run", 5], ["renewal", 4]] as const) {
-  Deno.test(`any fault of any exchange of a ${run} is made good by the next run`, async () => {
-    await sweep(`wire, ${run}`, pairs(Object.keys(FAULTS), EXCHANGES), some, async ([kind, n]) => {
+for (const run of ["first run", "renewal"] as const) {
+  Deno.test(`any fault of any exchange of a ${run} is recovered from in the next run`, async () => {
+    await sweep(`wire, ${run}`, pairs(Object.keys(FAULTS), EXCHANGES), 5, async ([kind, n]) => {
       await using subject = await subjectFor(run);
-      const befell = await disturbed(subject, n, FAULTS[kind]!);
-      // who never got the answer asks again too soon, and who got that to another question is misled; no more is forgiven
-      const blame = subject.bed.ca.violations.splice(0);
-      assert.deepEqual(blame.filter(({ type }) => type !== "tooSoon" && !kind.startsWith("the same")), []);
+      const injected = await disturbed(subject, n, FAULTS[kind]!);
+      // without the answer it asks again too soon, and the answer to another question misleads it; no other is allowed
+      const violations = subject.bed.ca.violations.splice(0);
+      assert.deepEqual(
+        violations.filter(({ type }) => type !== "tooSoon" && !kind.startsWith("the same")),
+        [],
+      );
       await subject.recover();
-      return befell;
+      return injected;
     });
   });
 }
@@ -108,10 +110,10 @@ Deno.test("a run that is interrupted at any exchange leaves nothing behind, and 
   });
 });
 
-// ---- lies --------------------------------------------------------------------------------------------------------
+// ---- false answers -----------------------------------------------------------------------------------------------
 
-/** Goes in the place of whatever the CA says; CANARY is a file that nobody may make. */
-const LIES: readonly unknown[] = [
+/** Takes the place of what the CA says; CANARY is a file that nobody may make. */
+const FALSE_VALUES: readonly unknown[] = [
   "$(touch CANARY); touch CANARY; `touch CANARY` | touch CANARY\n touch CANARY #",
   "../../../../../../../../CANARY",
   "\x1b]0;owned\x07\x1b[2J\x9b31m\r\nissued  \u202eeverything\u2066\0",
@@ -130,54 +132,54 @@ const LIES: readonly unknown[] = [
   { toString: "valid", valueOf: 1, toJSON: null, length: -1, constructor: null },
 ];
 
-/** A run whose n-th exchange goes wrong, of a subject whose certificates are due; and what must hold then. */
-async function lied(n: number, fault: (canary: string) => Fault): Promise<boolean> {
+/** A renewal with a fault in its n-th exchange, and what must hold then. `value` is the text of one of FALSE_VALUES. */
+async function deceived(n: number, value: unknown, fault: (json: string) => Fault): Promise<boolean> {
   await using subject = await subjectFor("renewal");
   const { bed } = subject;
   const canary = join(bed.home, "canary");
-  const befell = await disturbed(subject, n, fault(canary));
+  const injected = await disturbed(subject, n, fault(JSON.stringify(value).replaceAll("CANARY", canary)));
   for (const { stem, finding } of subject.inventory()) assert.equal(finding.kind, "present", stem);
-  const blame = bed.ca.violations.splice(0).filter(({ url }) => !new URL(url).pathname.match(/bank|CANARY/));
+  const violations = bed.ca.violations.splice(0).filter(({ url }) =>
+    !/bank|CANARY/.test(new URL(url).pathname)
+  );
   await subject.recover();
   assert(!existsSync(canary), "the canary was made");
-  assert.deepEqual(blame, []);
-  return befell;
+  assert.deepEqual(violations, []);
+  return injected;
 }
 
-/** A JSON text in which the n-th value that is no list and no object is another. */
-function rewritten(body: unknown, n: number, lie: unknown): unknown {
+/** A JSON value in which the n-th value that is no list and no object is another. */
+function rewritten(body: unknown, n: number, value: unknown): unknown {
   let left = n;
-  const walk = (value: unknown): unknown => {
-    if (typeof value !== "object" || value === null) return --left === 0 ? lie : value;
-    if (Array.isArray(value)) return value.map(walk);
-    return Object.fromEntries(Object.entries(value).map(([key, value]) => [key, walk(value)]));
+  const walk = (part: unknown): unknown => {
+    if (typeof part !== "object" || part === null) return --left === 0 ? value : part;
+    if (Array.isArray(part)) return part.map(walk);
+    return Object.fromEntries(Object.entries(part).map(([key, value]) => [key, walk(value)]));
   };
   return walk(body);
 }
 
-Deno.test("a lie in any word of any answer costs an error, and is made good by the next run", async () => {
-  const points = pairs(EXCHANGES, upTo(20)).map(([n, word], i) => ({ n, word, lie: i % LIES.length }));
-  await sweep("lies in a word", points, 3, async ({ n, word, lie }) => {
-    let said = false;
-    await lied(n, (canary) => ({
+Deno.test("a false value in any word of any answer costs an error, and is recovered from in the next run", async () => {
+  const points = pairs(EXCHANGES, upTo(20)).map(([n, word], i) => ({ n, word, i: i % FALSE_VALUES.length }));
+  await sweep("false values", points, 4, async ({ n, word, i }) => {
+    let changed = false;
+    await deceived(n, FALSE_VALUES[i], (json) => ({
       kind: "rewrite text",
       rewrite(body) {
-        const text = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
         const isJson = body.startsWith("{");
-        const answer = isJson ? JSON.stringify(rewritten(JSON.parse(body), word, JSON.parse(text))) : text;
-        said = answer !== body;
+        const answer = isJson ? JSON.stringify(rewritten(JSON.parse(body), word, JSON.parse(json))) : json;
+        changed = answer !== body;
         return answer;
       },
     }));
-    return said; // most answers have fewer words
+    return changed; // most answers have fewer words
   });
 });
 
 Deno.test("a refusal in hostile words is reported in harmless ones, whatever was asked", async () => {
-  await sweep("hostile refusals", pairs(EXCHANGES, LIES.keys().toArray()), 2, async ([n, lie]) => {
-    return await lied(n, (canary) => {
-      const lies = JSON.stringify(LIES[lie]).replaceAll("CANARY", canary);
-      const text = lies.length < 1 << 19 ? JSON.parse(lies) : "A".repeat(1 << 18);
+  await sweep("hostile refusals", pairs(EXCHANGES, FALSE_VALUES.keys().toArray()), 3, async ([n, i]) => {
+    return await deceived(n, FALSE_VALUES[i], (json) => {
+      const text = json.length < 1 << 19 ? JSON.parse(json) : "A".repeat(1 << 18);
       const problem = { type: text, detail: text, identifier: { type: text, value: text }, instance: text };
       const body = JSON.stringify({ ...problem, status: text, subproblems: [problem, text] });
       return { kind: "status", status: 403, body };

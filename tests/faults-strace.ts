@@ -2,9 +2,9 @@
  * The program under strace, which kills it at a system call or has the call fail (`strace -e inject`, strace(1)).
  *
  * strace counts calls by thread, and Deno changes files in threads that it chooses as it likes. So a point is named by
- * what is certain: the situation in which the program starts, the file, the call, and the how-manieth it is, which can
- * be more than the first in the main thread alone. What other threads do to one file several times (to state.json,
- * mostly) is met in situations that begin between one time and the next.
+ * what is certain: the situation in which the program starts, the file, the call, and its number, which is more than the
+ * first in the main thread alone. What other threads do to one file several times (to state.json, mostly) is met in
+ * situations that begin between one time and the next.
  */
 
 import assert from "node:assert/strict";
@@ -15,10 +15,12 @@ import type { Ended } from "./bed.ts";
 import { PROGRAM, Subject, textOf } from "./faults.ts";
 
 /** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
-const CHANGING = [
-  "openat write pwrite64 fsync fdatasync ftruncate fchmod chmod fchmodat rename renameat renameat2",
-  "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat",
-].flatMap((names) => names.split(" ")).map((name) => `?${name}`).join();
+const CHANGING =
+  ("openat write pwrite64 fsync fdatasync ftruncate fchmod chmod fchmodat rename renameat renameat2 " +
+    "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat").replaceAll(/\w+/g, "?$&").replaceAll(
+      " ",
+      ",",
+    );
 
 /** Stops the program only at the calls that are looked at, which saves half the time; strace 6.1 sends no signals then. */
 const QUICK = "--seccomp-bpf";
@@ -39,7 +41,7 @@ export interface Point {
   /** Relative to the test bed's home. */
   readonly path: string;
   readonly call: string;
-  /** The how-manieth such call for that path of the thread that makes it. */
+  /** Its number among such calls for that path in its thread, from 1. */
   readonly when: number;
   /** Whether it changes nothing. */
   readonly reads: boolean;
@@ -52,17 +54,17 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
   /** Everything is there, and new keys are due for all. */
   "renewal": renewal,
   /** Nothing is due, and everything is to be delivered. */
-  async "delivery"(subject) {
-    await subject.bed.run();
-    await subject.forgetReceipts();
+  async "delivery"({ bed }) {
+    await bed.run();
+    Deno.writeTextFileSync(bed.path("test/state.json"), JSON.stringify({ ...bed.state(), receipts: {} }));
   },
   /** A renewal was killed with a new key in its place, and the certificate for it not yet. */
   async "cut off in a commit"(subject) {
     await renewal(subject);
-    const points = (await pointsOf("renewal"))
+    const points = (await pointsIn("renewal"))
       .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
-    const { befell } = await traced(subject, "renewal", points, "signal=SIGKILL", "--parallel", "1");
-    assert(befell);
+    const { injected } = await traced(subject, "renewal", points, "signal=SIGKILL", "--parallel", "1");
+    assert(injected);
     await subject.afterFault();
   },
   /** The account gets another key; a certificate is missing, for the next run to speak to the CA. */
@@ -76,7 +78,7 @@ export const SITUATIONS = Object.keys(PREPARED);
 
 /** A subject in a situation. */
 export async function subjectIn(situation: string): Promise<Subject> {
-  const ca = { reuse: "none", renewalInfo: false } as const; // who is killed forgets when to ask again
+  const ca = { reuse: "none", renewalInfo: false } as const; // after being killed it has forgotten when to ask again
   const subject = await Subject.create({ settings: PROGRAM, ca });
   await PREPARED[situation]!(subject);
   subject.countOrders();
@@ -89,20 +91,12 @@ async function renewal(subject: Subject): Promise<void> {
   for (const { files } of subject.inventory()) await store.revoke(publicKeyHash(textOf(files.cert)));
 }
 
-/** The calls by which the program changes files when it starts in that situation. */
-export async function pointsOf(situation: string): Promise<readonly Point[]> {
-  return (await pointsIn(situation)).filter(({ reads }) => !reads);
-}
+const found: Record<string, Promise<readonly Point[]>> = {};
 
-/** The calls by which it opens files and directories to read them. */
-export async function readingPointsOf(situation: string): Promise<readonly Point[]> {
-  return (await pointsIn(situation)).filter(({ reads }) => reads);
-}
-
-function pointsIn(situation: string): Promise<readonly Point[]> {
+/** The calls by which the program changes files, or opens them to read, when it starts in that situation. */
+export function pointsIn(situation: string): Promise<readonly Point[]> {
   return found[situation] ??= findPoints(situation);
 }
-const found: Record<string, Promise<readonly Point[]>> = {};
 
 async function findPoints(situation: string): Promise<Point[]> {
   await using subject = await subjectIn(situation);
@@ -127,26 +121,26 @@ async function findPoints(situation: string): Promise<Point[]> {
 }
 
 /**
- * Runs the program to its end, with `inject` (strace's word for what is to be done) at a point, or at the first of
- * several that it comes to, which must be the same call.
+ * Runs the program to its end, with `injection` (as strace has it, `signal=…` or `error=…`) at a point, or at the first
+ * of several that it comes to, which must be the same call.
  */
 export async function traced(
   subject: Subject,
   situation: string,
   points: readonly Point[] = [],
-  inject = "",
+  injection = "",
   ...more: string[]
-): Promise<Ended & { trace: string; befell: boolean }> {
+): Promise<Ended & { trace: string; injected: boolean }> {
   const { bed } = subject;
   const output = join(bed.home, "trace");
   const options = ["-f", "-qq", "-y", "-s0", "-esignal=none", "-o", output];
-  if (!inject.startsWith("signal=")) options.push(QUICK);
+  if (!injection.startsWith("signal=")) options.push(QUICK);
   for (const { path } of points) options.push("-P", join(bed.home, path));
   const [first] = points;
   options.push("-e", first === undefined ? `trace=${CHANGING}` : `trace=${first.call}`);
-  if (first !== undefined) options.push("-e", `inject=${first.call}:${inject}:when=${first.when}`);
+  if (first !== undefined) options.push("-e", `inject=${first.call}:${injection}:when=${first.when}`);
   const task = situation === "rollover" ? ["--rollover", "--yes"] : ["--retry", ...more];
   const ended = await bed.lemattBy(["strace", ...options], "--test", ...task);
   const trace = textOf(output);
-  return { ...ended, trace, befell: trace.includes("(INJECTED)") || ended.code === 128 + 9 };
+  return { ...ended, trace, injected: trace.includes("(INJECTED)") || ended.code === 128 + 9 };
 }

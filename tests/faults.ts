@@ -1,27 +1,31 @@
 /**
- * What the fault tests share: the subject that faults befall, the points at which they do, and what must hold after a
- * fault and one undisturbed run.
+ * What the fault tests share: the points at which a fault is injected, the subject, and what must hold after the fault and
+ * after one undisturbed run.
  *
  * By default a spread of the points is tried, the same each time (`LEMATT_SEED` picks another); `LEMATT_FAULTS=all`,
- * as in `deno task test:faults`, tries every point and prints how many there were.
+ * as in `deno task test:faults`, tries every point and prints the counts, and `LEMATT_FAULTS=0.1` a tenth of them.
  */
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
 import process from "node:process";
-import { type Config, ConfigError } from "../lib/config.ts";
+import { ConfigError } from "../lib/config.ts";
+import { type Context, limit, within } from "../lib/context.ts";
 import { errorText, isSystemError } from "../lib/report.ts";
 import { preview } from "../lib/run.ts";
 import { type Entry, LockedError, orphans, readInventory, readState, Store } from "../lib/store.ts";
 import { isPrivateKey } from "../lib/x509.ts";
-import { type Bed, type Ended, type Ran, testBed, type TestWorld, until } from "./bed.ts";
+import { type Bed, type Ended, type Ran, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
-/** Whether every point is to be tried. */
-export const ALL = Deno.env.get("LEMATT_FAULTS") === "all";
+const WANTED = Deno.env.get("LEMATT_FAULTS");
+/** The part of the points to be tried; 0 is a few. */
+export const SHARE = WANTED === "all" ? 1 : Number(WANTED ?? 0);
 export const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
-/** How long one fault, with all that follows from it, may take; waits of the client are cut short in a test bed. */
-const LONGEST_SECONDS = 60;
+/** One fault with all that follows from it. */
+const LONGEST_MS = 60_000;
+/** Most of the time of an attempt is waiting: for commands, for the CA, for strace. */
+const inTurn = limit(4);
 
 // ---- points ------------------------------------------------------------------------------------------------------
 
@@ -37,44 +41,34 @@ export function randomFrom(seed = SEED): (below: number) => number {
 }
 
 /**
- * Lets `attempt` have a fault befall the program at each point, or at `some` of them, and fails with all the points at
- * which that was not survived. An attempt that returns false found no occasion (the run was over before), and does not
- * count. Several are made `atOnce` where most of one is waiting.
+ * Has `attempt` inject a fault at each point, or at `some` of them, and fails with all points after which lematt did not
+ * recover. An attempt that returns false never came to its point (the run was over before), and does not count.
  */
 export async function sweep<Point>(
   what: string,
   points: readonly Point[],
   some: number,
   attempt: (point: Point) => Promise<boolean | void>,
-  atOnce = 1,
 ): Promise<void> {
   const random = randomFrom();
   const shuffled = points.map((point) => ({ point, at: random(2 ** 31) })).sort((a, b) => a.at - b.at);
-  const chosen = ALL ? points : shuffled.slice(0, some).map(({ point }) => point);
+  const chosen = shuffled.slice(0, Math.max(some, Math.ceil(points.length * SHARE)));
   const failures: string[] = [];
-  let befell = 0;
-  const queue = chosen.values();
-  const work = async () => {
-    for (const point of queue) {
-      const late = Promise.withResolvers<never>();
-      const error = new Error(`not over after ${LONGEST_SECONDS} s`);
-      const timer = setTimeout(() => late.reject(error), LONGEST_SECONDS * 1000);
+  let injected = 0;
+  await Promise.all(chosen.map(({ point }) =>
+    inTurn(async () => {
       try {
-        if (await Promise.race([attempt(point), late.promise]) !== false) befell++;
+        if (await within(AbortSignal.timeout(LONGEST_MS), attempt(point)) !== false) injected++;
       } catch (error) {
         failures.push(`${JSON.stringify(point)}: ${Deno.inspect(error)}`);
-        if (ALL) console.error(failures.at(-1));
-      } finally {
-        clearTimeout(timer);
       }
-    }
-  };
-  await Promise.all(Array.from({ length: atOnce }, work));
-  const counts = `${what}: ${befell} faults, at ${chosen.length} of ${points.length} points`;
-  assert.equal(failures.length, 0, `${counts} (seed ${SEED}); not survived:\n${failures.join("\n\n")}`);
-  if (!ALL) return;
-  assert(befell > 0, counts);
-  console.log(`${counts}, all survived`);
+    })
+  ));
+  const counts = `${what}: ${injected} faults at ${chosen.length} of ${points.length} points`;
+  assert.equal(failures.length, 0, `${counts} (seed ${SEED}); not recovered from:\n${failures.join("\n\n")}`);
+  if (SHARE === 0) return;
+  assert(injected > 0, counts);
+  console.log(`${counts}, recovered from all`);
 }
 
 /** Every pair of one of these and one of those. */
@@ -94,7 +88,7 @@ export const PROGRAM = "keyTypes: ec\npreflight: no";
 
 /**
  * A test bed for a line of two names and a line of one, whose certificates are delivered by copying them to `served`,
- * and whose challenges need a `prepare` command. Its process numbers stand in the file `prepared` of the bed's home.
+ * and whose challenges need a `prepare` command. Its process numbers are in the file `prepared` of the bed's home.
  */
 export class Subject implements AsyncDisposable {
   readonly served: string;
@@ -126,20 +120,13 @@ ${more}`);
     return readInventory(config);
   }
 
-  /** From here on are orders counted. */
+  /** Orders are counted from here on. */
   countOrders(): void {
     this.#ordersBefore = this.bed.ca.orders.length;
   }
 
-  /** Has everything delivered once more. */
-  async forgetReceipts(): Promise<void> {
-    using store = await Store.open(this.bed.config(), this.bed.ca.now);
-    for (const section of Object.keys(store.state.receipts)) delete store.state.receipts[section];
-    await store.saveState();
-  }
-
-  /** A run in this process; errors that the program tells in a line are told as it does. */
-  async attempt(world: Partial<TestWorld> = {}): Promise<Ended> {
+  /** A run in this process; errors that the program reports in one line are reported as it does. */
+  async attempt(world: Partial<Context> = {}): Promise<Ended> {
     try {
       return await this.bed.run({ retry: true, ...world });
     } catch (error) {
@@ -150,7 +137,7 @@ ${more}`);
     }
   }
 
-  /** Removes the states that have been set aside because they could not be used. */
+  /** Removes the states that were set aside because they could not be used. */
   dropUnusable(): void {
     const path = this.bed.path("test");
     for (const name of listing(path)) {
@@ -163,11 +150,15 @@ ${more}`);
     return textOf(join(this.bed.home, "prepared")).split("\n").filter((line) => line !== "").map(Number);
   }
 
-  /** What must hold right after a fault: nothing runs on, no key can be read by others, and what was said can be read. */
+  /** What must hold right after a fault: no command runs on, no key can be read by others, and the output can be read. */
   async afterFault({ stdout = "", stderr = "" }: Partial<Ended> = {}): Promise<void> {
     presentable(stdout + stderr);
     await until("the prepare commands have ended", () => !this.prepared().some(isRunning));
-    this.#checkModes();
+    const { conf } = this.bed;
+    const secret = `( -path ${conf}/test/key* -o -name account.key* -o -name state.json )`.split(" ");
+    const args = [conf, "-xdev", ...secret, "!", "-type", "l", "-perm", "/077"];
+    const { stdout: open } = await new Deno.Command("find", { args }).output();
+    assert.equal(new TextDecoder().decode(open), "", "open to others");
   }
 
   /** One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders. */
@@ -183,20 +174,7 @@ ${more}`);
     return ran;
   }
 
-  #checkModes(): void {
-    const { conf } = this.bed;
-    const secret = [
-      `( -path ${conf}/test/key -o -path ${conf}/test/key/* -o -name account.key* -o -name state.json )`,
-    ];
-    const args = [conf, "-xdev", ...secret.join(" ").split(" "), "!", "-type", "l", "-perm", "/077"];
-    assert.equal(
-      new TextDecoder().decode(new Deno.Command("find", { args }).outputSync().stdout),
-      "",
-      "for others",
-    );
-  }
-
-  /** Every certificate is there and served, and nothing else: no temporary, no challenge, no lock that is held. */
+  /** Every certificate is there and delivered, and nothing else: no temporary, no challenge, no lock that is held. */
   async #checkFiles(): Promise<void> {
     const { bed } = this;
     const config = bed.config();
@@ -209,52 +187,48 @@ ${more}`);
     }
     assert.deepEqual(orphans(config, inventory), []);
     assert.deepEqual(bed.dropped(), [], "challenge files");
-    assert.deepEqual(listing(bed.conf), [
-      "account.key.test",
-      "actions.conf",
-      "domains",
-      "lematt.conf",
-      "test",
-    ]);
-    assert.deepEqual(listing(bed.path("test")).filter((name) => name !== "revoked-keys"), [
-      ...[".lock", "cert", "csr", "key", "state.json"],
-    ]);
-    for (const directory of ["key", "csr", "cert"]) {
-      assert.deepEqual(listing(bed.path("test", directory)).filter((name) => name.startsWith(".")), []);
-    }
+    const own = ["account.key.test", "actions.conf", "domains", "lematt.conf", "test"];
+    assert.deepEqual(listing(bed.conf), own);
+    const kept = listing(bed.path("test")).filter((name) => name !== "revoked-keys");
+    assert.deepEqual(kept, [".lock", "cert", "csr", "key", "state.json"]);
+    const names = ["key", "csr", "cert"].flatMap((directory) => listing(bed.path("test", directory)));
+    assert.deepEqual(names.filter((name) => name.startsWith(".")), [], "temporaries");
     assert(isPrivateKey(bed.text("account.key.test")));
     assert.equal(bed.ca.accounts.length, 1);
-    // what another bed of this process is just starting has the lock's file open, too, until it is that command
-    for (let free = false; !free;) free = await isFree(config, bed.ca.now);
+    // a command that another bed of this process just starts has the lock's file open, too, until it is that command
+    await until("the lock is free", () => this.#isFree());
+  }
+
+  async #isFree(): Promise<boolean> {
+    try {
+      using _store = await Store.open(this.bed.config(), this.bed.ca.now);
+      return true;
+    } catch (error) {
+      if (error instanceof LockedError) return false;
+      throw error;
+    }
   }
 
   /** Nothing is due or pending, and nothing failed. */
   #checkState(): void {
     const { bed } = this;
-    const { state, unusable } = readState(bed.config(), bed.ca.now);
+    const config = bed.config();
+    const { state, unusable } = readState(config, bed.ca.now);
     assert.equal(unusable, undefined);
     for (const kind of ["failures", "deliveries", "orders", "published"] as const) {
       assert.deepEqual(Object.values(state[kind]), [], kind);
     }
-    const { tasks, waiting, deliveries } = preview(
-      bed.config(),
-      { parallel: 1, retry: false },
-      bed.world(),
-      () => {},
-    );
-    assert.deepEqual([tasks, waiting, deliveries], [[], [], []]);
+    const plan = preview(config, { parallel: 1, retry: false }, bed.world(), () => {});
+    assert.deepEqual([plan.tasks, plan.waiting, plan.deliveries], [[], [], []]);
   }
 
-  /** One order for each key type of a line, and those that a fault has cost. */
+  /** One order for each key type of a line, and those that a fault may have cost. */
   #checkOrders(lost: number): void {
     const { keyTypes } = this.bed.config();
-    const counts = new Map<string, number>();
-    for (const { identifiers } of this.bed.ca.orders.slice(this.#ordersBefore)) {
-      const names = identifiers.map(({ value }) => value).join(" ");
-      counts.set(names, (counts.get(names) ?? 0) + 1);
-    }
-    for (const [names, count] of counts) {
-      assert(count <= keyTypes.length + lost, `${count} orders for ${names}`);
+    const made = this.bed.ca.orders.slice(this.#ordersBefore);
+    const counts = Map.groupBy(made, ({ identifiers }) => identifiers.map(({ value }) => value).join(" "));
+    for (const [names, { length }] of counts) {
+      assert(length <= keyTypes.length + lost, `${length} orders for ${names}`);
     }
   }
 
@@ -263,7 +237,7 @@ ${more}`);
   }
 }
 
-/** What lematt says is text in lines, without a stack trace and without anything that a terminal would act on. */
+/** Fails unless what was printed is lines of text, without a stack trace and without anything that a terminal acts on. */
 export function presentable(text: string): void {
   // deno-lint-ignore no-control-regex
   assert.doesNotMatch(text, /[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/);
@@ -285,16 +259,6 @@ export function listing(path: string): string[] {
     return [...Deno.readDirSync(path)].map(({ name }) => name).sort();
   } catch {
     return [];
-  }
-}
-
-async function isFree(config: Config, now: Date): Promise<boolean> {
-  try {
-    (await Store.open(config, now))[Symbol.dispose]();
-    return true;
-  } catch (error) {
-    if (error instanceof LockedError) return false;
-    throw error;
   }
 }
 

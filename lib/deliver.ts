@@ -1,36 +1,24 @@
 /**
- * Carries out what the plan says of deliveries: runs the commands of a section, probes endpoints, sends alerts, and
- * remembers what came of it. What is pending, what a probe means and which alerts are due is decided in plan.ts.
+ * Makes the deliveries that plan.ts finds pending: runs the commands of a section, has its endpoints probed, sends alerts,
+ * and remembers the results.
  */
 
 import type { Config, Line, Section } from "./config.ts";
 import { type Context, limit, settled } from "./context.ts";
+import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endpoints.ts";
 import { CommandError, runCommand, type Values } from "./hooks.ts";
-import {
-  type Alert,
-  type ByLine,
-  type Delivery,
-  drifted,
-  type EndpointStatus,
-  groupBy,
-  isGood,
-  listsDigest,
-  type Plan,
-  type PlanOptions,
-  planSection,
-  recordOf,
-  retryDeliveryAt,
-} from "./plan.ts";
+import { type Alert, type Delivery, listsDigest, listsOf, type Plan, planSection } from "./plan.ts";
 import { probe, ProbeError, type Sight as Probed } from "./probe.ts";
+import { type Basis, type ByLine, expiryOf, type PlanOptions, retryDeliveryAt } from "./renewal.ts";
 import { record, type Sight, type State } from "./state.ts";
 import type { Entry, Store } from "./store.ts";
 
-/** What came of a delivery. */
+/** The result of a delivery. */
 export interface Delivered {
   readonly delivery: Delivery;
-  /** Those whose commands have succeeded. */
+  /** The certificates for which all commands succeeded. */
   readonly entries: readonly Entry[];
-  /** Commands that succeeded, with the text that they have in actions.conf. */
+  /** The commands that succeeded, as written in actions.conf. */
   readonly commands: readonly { readonly template: string; readonly seconds: number }[];
   readonly errors: readonly CommandError[];
   /** What the endpoints serve. */
@@ -42,7 +30,7 @@ export interface Delivering {
   readonly config: Config;
   readonly store: Store;
   readonly context: Context;
-  /** As they are on disk at any moment. */
+  /** As they are on disk now: a certificate that is issued takes the place of the old one. */
   readonly certificates: ByLine;
   readonly options: PlanOptions;
 }
@@ -54,18 +42,18 @@ export type DeliverEvent =
 
 /** Sections that are delivered side by side. */
 const MOST_SECTIONS = 8;
-/** Probes of each address in the round that counts: a balancer must not be right by luck. */
+/** Probes of each address in the round that counts: one server behind a balancer may be right and another wrong. */
 const PROBES = 3;
 /** Pauses between rounds. Most services reload within a second, some restart for a minute. */
 const FIRST_PAUSE_MS = 500;
 /** A rehearsal cannot see from a certificate that a service has been reloaded, so it waits a little. */
 const REHEARSAL_PAUSE_MS = 2_000;
 const LONGEST_PAUSE_MS = 8_000;
-/** How much of what a failed command printed goes into alerts and the state. */
+/** How much of the output of a failed command goes into alerts and the state. */
 const OUTPUT_LINES = 5;
 const OUTPUT_CHARACTERS = 500;
 
-/** The sections of a run: each is attended to as soon as its own lines are done. */
+/** The sections of a run: each is delivered and probed as soon as its own lines are done. */
 export class Sections {
   delivered = 0;
   readonly #issuing = new Map<Line, PromiseWithResolvers<void>>();
@@ -90,7 +78,7 @@ export class Sections {
     for (const { resolve } of this.#issuing.values()) resolve();
   }
 
-  /** Delivers what is pending and probes what is due; `[every]` when all others are done. */
+  /** Delivers what is pending and probes what is due: `[every]` last, the others as soon as their lines are done. */
   async attend({ tasks, deliveries, endpoints }: Plan): Promise<void> {
     for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
     const linesOf = groupBy(
@@ -104,7 +92,7 @@ export class Sections {
     const others = [...busy].filter(({ name }) => name !== "every");
     const now = others.filter((section) => !linesOf.has(section));
     const later = others.filter((section) => linesOf.has(section));
-    const settled = await Promise.allSettled([
+    const results = await Promise.allSettled([
       this.#attendAll(now),
       ...later.map(async (section) => {
         await Promise.all(linesOf.get(section)!.map((line) => this.#issuing.get(line)!.promise));
@@ -112,15 +100,14 @@ export class Sections {
       }),
     ]);
     await Promise.allSettled([...this.#issuing.values()].map(({ promise }) => promise));
-    for (const result of settled) if (result.status === "rejected") throw result.reason;
-    const every = [...busy].filter(({ name }) => name === "every");
-    await this.#attendAll(every);
+    for (const result of results) if (result.status === "rejected") throw result.reason;
+    await this.#attendAll([...busy].filter(({ name }) => name === "every"));
   }
 
   async #attendAll(sections: readonly Section[]): Promise<void> {
     const rollouts: Delivery[] = [];
     const urgent: Promise<unknown>[] = [];
-    const looked = await Promise.allSettled(sections.map(async (section) => {
+    const found = await Promise.allSettled(sections.map(async (section) => {
       const delivery = await this.#pendingOf(section);
       if (delivery === undefined || delivery.until !== undefined) return;
       if (!delivery.urgent) return void rollouts.push(delivery);
@@ -128,14 +115,14 @@ export class Sections {
       started.catch(() => {}); // awaited below
       urgent.push(started);
     }));
-    // what failed before comes last
+    // sections that failed before come last
     rollouts.sort((a, b) => (a.failure?.count ?? 0) - (b.failure?.count ?? 0));
     this.#rollout = this.#rollout.then(async () => {
       for (const delivery of rollouts) {
         if (!this.#rolloutFailed) this.#rolloutFailed = !await this.#deliver(delivery);
       }
     });
-    for (const result of [...looked, ...await Promise.allSettled([...urgent, this.#rollout])]) {
+    for (const result of [...found, ...await Promise.allSettled([...urgent, this.#rollout])]) {
       if (result.status === "rejected") throw result.reason;
     }
   }
@@ -145,12 +132,12 @@ export class Sections {
     this.delivering.context.signal.throwIfAborted();
     const first = this.#plan(section);
     const { delivery } = first;
-    // endpoints are probed after a delivery anyway; where an earlier one has not helped, before it is repeated
-    const certain = delivery?.urgent && delivery.until === undefined &&
+    // a delivery is followed by probes; only the repair of drift is repeated after a probe alone
+    const isCertain = delivery?.urgent && delivery.until === undefined &&
       delivery.pending.some(({ reason }) => reason !== "drift");
-    const delivered = new Set(certain ? delivery.entries.map(({ line }) => line) : []);
+    const lines = new Set(isCertain ? delivery.entries.map(({ line }) => line) : []);
     const due = first.endpoints.filter(({ due, wanted }) =>
-      due && !wanted.some(({ line }) => delivered.has(line))
+      due && !wanted.some(({ line }) => lines.has(line))
     );
     if (due.length === 0) return delivery;
     await this.#probe(due);
@@ -173,42 +160,45 @@ export class Sections {
     await Promise.all(endpoints.map(({ key }) => this.#probing.get(key)));
   }
 
-  /** Carries out a delivery; false where it failed, or its endpoints are not right. */
+  /** Makes a delivery; false if it failed or its endpoints are not right. */
   async #deliver(delivery: Delivery): Promise<boolean> {
     this.delivering.context.signal.throwIfAborted();
     const delivered = await deliver(delivery, this.delivering);
     this.emit({ kind: "delivered", delivered });
     if (delivered.errors.length === 0) this.delivered++;
     else await this.#probe(this.#plan(delivery.section).endpoints.filter(({ due }) => due));
-    return delivered.errors.length === 0 &&
-      delivered.endpoints.every(({ sights }) => sights.every(({ verdict }) => isGood(verdict)));
+    return delivered.errors.length === 0 && delivered.endpoints.every(isRight);
   }
 
   #plan(section: Section) {
-    const { config, store: { state }, context, options, certificates } = this.delivering;
-    return planSection(section, certificates, config, state, context.now(), options);
+    return planSection(basisOf(this.delivering), section);
   }
+}
+
+function basisOf({ config, certificates, store: { state }, context, options }: Delivering): Basis {
+  return { config, certificates, state, now: context.now(), options };
 }
 
 /** Runs the lists of a section, whole and in order, then waits until its endpoints serve what was delivered. */
 async function deliver(delivery: Delivery, delivering: Delivering): Promise<Delivered> {
   const { section } = delivery;
-  const { store } = delivering;
+  const { config, store } = delivering;
+  const [uploadCerts, uploadKeys, uploadEach, update] = listsOf(section, config.mode);
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
     if (template.trim() === "") return;
-    const { seconds } = await runCommand(template, values, commandOptions(section, delivering));
+    const { seconds } = await runCommand(template, values, optionsFor(section, delivering));
     ran.push({ template, seconds });
   };
   const errors: CommandError[] = [];
   let entries: readonly Entry[] = [];
   try {
     const all = valuesOf(delivery.entries, store);
-    for (const template of [...section.uploadCerts, ...section.uploadKeys]) await run(template, all);
-    entries = await uploadEach(delivery, delivering, run, errors);
+    for (const template of [...uploadCerts, ...uploadKeys]) await run(template, all);
+    entries = await runForEach(uploadEach, delivery.entries, run, errors);
     if (entries.length > 0) {
       const values = entries.length === delivery.entries.length ? all : valuesOf(entries, store);
-      for (const template of section.update) await run(template, values);
+      for (const template of update) await run(template, values);
     }
   } catch (error) {
     if (!(error instanceof CommandError)) throw error;
@@ -222,14 +212,12 @@ async function deliver(delivery: Delivery, delivering: Delivering): Promise<Deli
 }
 
 /** Runs `uploadEach` for each certificate; returns those for which it succeeded. */
-async function uploadEach(
-  { section, entries }: Delivery,
-  { config }: Delivering,
+async function runForEach(
+  templates: readonly string[],
+  entries: readonly Entry[],
   run: (template: string, values: Values) => Promise<void>,
   errors: CommandError[],
 ): Promise<Entry[]> {
-  // it chooses its own target names, so a rehearsal could put the staging certificate into production
-  const templates = config.mode === "prod" || section.rehearse ? section.uploadEach : [];
   const done: Entry[] = [];
   for (const entry of entries) {
     const { files, keyType, line } = entry;
@@ -245,11 +233,12 @@ async function uploadEach(
   return done;
 }
 
-function commandOptions({ name }: Section, { config, context }: Pick<Delivering, "config" | "context">) {
-  const { signal, onOutput } = context;
+function optionsFor({ name }: Section, { config, context }: Pick<Delivering, "config" | "context">) {
   return {
-    ...{ mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal },
-    onOutput: (text: string) => onOutput?.(text, `[${name}]`),
+    mode: config.mode,
+    timeoutSeconds: config.commandTimeoutSeconds,
+    signal: context.signal,
+    onOutput: (text: string) => context.onOutput?.(text, `[${name}]`),
   };
 }
 
@@ -263,25 +252,22 @@ function valuesOf(entries: readonly Entry[], store: Store): Values {
   };
 }
 
-/** Writes the receipts of what succeeded, and why the rest did not. */
+/** Remembers what succeeded, and why the rest failed. */
 function remember(
   delivery: Delivery,
   entries: readonly Entry[],
   error: CommandError | undefined,
-  { config, store: { state }, context, certificates, options }: Delivering,
+  delivering: Delivering,
 ): void {
   const { section, pending, failure } = delivery;
-  const now = context.now();
+  const basis = basisOf(delivering);
+  const { config, state, now, options } = basis;
   writeReceipts(section, entries, delivery, config, state, now);
-  for (const { entry } of pending) {
-    if (entries.includes(entry)) {
-      options.delivered?.add(`${section.name}/${entry.file}`);
-    }
-  }
+  for (const { file } of entries) options.delivered?.add(`${section.name}/${file}`);
   const last = state.deliveries[section.name];
   delete state.deliveries[section.name];
-  // also what a restricted run leaves aside
-  const left = planSection(section, certificates, config, state, now, { ...options, selection: undefined });
+  // also what a restricted run leaves pending
+  const left = planSection({ ...basis, options: { ...options, selection: undefined } }, section);
   const { key } = left.delivery ?? delivery;
   if (error === undefined) {
     if (last !== undefined && left.delivery !== undefined) state.deliveries[section.name] = { ...last, key };
@@ -291,17 +277,17 @@ function remember(
   state.deliveries[section.name] = {
     key,
     count,
-    // another certificate or another command begins without back-off, but it fails no less long
+    // another certificate or another command starts without back-off, but the failure is as old as before
     since: last?.since ?? now.toISOString(),
     at: now.toISOString(),
     error: error.message,
     output: error.output.trimEnd().split("\n").slice(-OUTPUT_LINES).join("\n").slice(-OUTPUT_CHARACTERS),
-    retryAt: retryDeliveryAt(count, now, soonestExpiry(delivery.entries))?.toISOString(),
+    retryAt: retryDeliveryAt(count, now, expiryOf(pending))?.toISOString(),
     urgent: delivery.urgent,
   };
 }
 
-/** Says that the lists of a section have run for these certificates, as they are on disk now. */
+/** Remembers that the lists of a section have run for these certificates, as they are on disk now. */
 export function writeReceipts(
   section: Section,
   entries: readonly Entry[],
@@ -328,13 +314,6 @@ export function writeReceipts(
   }
 }
 
-function soonestExpiry(entries: readonly Entry[]): Date | undefined {
-  const ends = entries.flatMap(({ finding }) =>
-    "certificate" in finding ? [finding.certificate.notAfter] : []
-  );
-  return ends.length === 0 ? undefined : ends.reduce((a, b) => a < b ? a : b);
-}
-
 // ---- endpoints --------------------------------------------------------------------------------------------
 
 /** Probes the endpoints of these certificates until all are right in one complete round, or `verifyWait` is over. */
@@ -343,9 +322,10 @@ async function verify(
   entries: readonly Entry[],
   delivering: Delivering,
 ): Promise<readonly EndpointStatus[]> {
-  const { config, store: { state }, context, certificates, options } = delivering;
+  const { config, store, context } = delivering;
+  const { state } = store;
   const concerned = () =>
-    planSection(section, certificates, config, state, context.now(), options).endpoints
+    planSection(basisOf(delivering), section).endpoints
       .filter(({ wanted }) => wanted.some(({ line }) => entries.some((entry) => entry.line === line)));
   const deadline = context.now().getTime() + section.verifyWaitSeconds * 1000;
   if (config.mode === "test" && concerned().length > 0) {
@@ -355,55 +335,43 @@ async function verify(
     const endpoints = concerned();
     if (endpoints.length === 0) return [];
     const sights = await sightsOf(endpoints, context, PROBES);
-    const now = context.now();
-    const isLast = now.getTime() + pause > deadline;
+    const basis = basisOf(delivering);
+    const isLast = basis.now.getTime() + pause > deadline;
     for (const endpoint of endpoints) {
-      const found = recordOf(endpoint, sights.get(endpoint.key)!, config, now, {
+      const found = recordOf(endpoint, sights.get(endpoint.key)!, basis, {
         confirmed: true,
         afterDelivery: true,
-        counterpart: options.counterpart,
       });
       if (found.badSince === undefined || isLast) state.probes[endpoint.key] = found;
     }
     const seen = concerned();
-    const wrong = seen.filter(({ record, sights }) =>
-      record?.at !== now.toISOString() || !sights.every(({ verdict }) => isGood(verdict))
-    );
-    if (wrong.length > 0 && !isLast) {
+    const allRight = seen.every((one) => one.record?.at === basis.now.toISOString() && isRight(one));
+    if (!allRight && !isLast) {
       await context.sleep(pause);
       continue;
     }
-    if (wrong.length === 0) {
-      const receipts = state.receipts[section.name] ?? {};
-      for (const { file } of entries) {
-        const receipt = receipts[file];
-        if (receipt === undefined) continue;
-        receipt.servedSince ??= now.toISOString();
-        delete receipt.repairs;
-      }
-    }
-    await delivering.store.saveState();
+    if (allRight) { for (const { file } of entries) delete state.receipts[section.name]?.[file]?.repairs; }
+    await store.saveState();
     return seen;
   }
 }
 
-/** Probes endpoints and remembers what they serve; what looks wrong is probed again, since a repair needs certainty. */
+/** Probes endpoints and remembers what they serve. What looks wrong is probed again: a repair needs certainty. */
 export async function probeAll(
   endpoints: readonly EndpointStatus[],
   { config, store: { state }, context, options }: Pick<Delivering, "config" | "context" | "options"> & {
     store: Pick<Store, "state">;
   },
 ): Promise<void> {
-  const { counterpart } = options;
-  // what was wrong is not right for one good answer: it may be a balancer's
+  // one good answer does not make right what was wrong: another server of a balancer may have given it
   const { wrong = [], others = [] } = Object.groupBy(
     endpoints,
     ({ record }) => record?.badSince === undefined ? "others" : "wrong",
   );
-  const looks = await settled([sightsOf(others, context, 1), sightsOf(wrong, context, PROBES)]);
-  const first = new Map(looks.flatMap((sights) => [...sights]));
+  const probes = await settled([sightsOf(others, context, 1), sightsOf(wrong, context, PROBES)]);
+  const first = new Map(probes.flatMap((sights) => [...sights]));
   const judge = (endpoint: EndpointStatus, sights: readonly Sight[], confirmed: boolean) =>
-    recordOf(endpoint, sights, config, context.now(), { confirmed, afterDelivery: false, counterpart });
+    recordOf(endpoint, sights, { config, now: context.now(), options }, { confirmed, afterDelivery: false });
   const doubtful = endpoints.filter((endpoint) => {
     const found = judge(endpoint, first.get(endpoint.key)!, false);
     return found.badSince !== undefined &&
@@ -413,20 +381,20 @@ export async function probeAll(
   for (const endpoint of endpoints) {
     const [once, again] = [first.get(endpoint.key)!, second.get(endpoint.key)];
     const found = judge(endpoint, again ?? once, again !== undefined);
-    // a certificate that was served, and then was not: one server of several, or one that is being reloaded
+    // wrong, then right: one server of several, or one that is being reloaded
     const isDoubtful = again !== undefined && found.badSince === undefined;
     state.probes[endpoint.key] = isDoubtful ? judge(endpoint, union(again, once), false) : found;
   }
 }
 
-/** What was served at the second look, or at the first. */
+/** What was served in the second probe, or in the first. */
 function union(again: readonly Sight[], once: readonly Sight[]): Sight[] {
   const keyOf = ({ address, certificate }: Sight) => `${address} ${certificate?.fingerprint}`;
   const known = new Set(again.map(keyOf));
   return [...again, ...once.filter((sight) => sight.kind === "served" && !known.has(keyOf(sight)))];
 }
 
-/** Key of an endpoint -> what its addresses serve. Without openssl nothing can be seen, and all else goes on. */
+/** Key of an endpoint -> what its addresses serve. Without openssl all are unreachable, and the run continues. */
 async function sightsOf(
   endpoints: readonly EndpointStatus[],
   context: Context,
@@ -467,8 +435,8 @@ function sightOf({ address, kind, certificate, detail }: Probed): Sight {
 // ---- alerts -----------------------------------------------------------------------------------------------
 
 /**
- * Runs the alert commands of a section with `text` on their standard input, and remembers what was sent unless all of
- * them failed: who was reached is not alerted again because another could not be. Returns the first failure.
+ * Runs the alert commands of a section with `text` on their standard input. What was sent is remembered unless all of
+ * them failed: whom one of them reached is not alerted again because another one failed. Returns the first failure.
  */
 export async function sendAlert(
   alert: Alert,
@@ -487,12 +455,10 @@ export async function sendAlert(
   };
   const failures: CommandError[] = [];
   const templates = section.alert.filter((template) => template.trim() !== "");
+  const commandOptions = { ...optionsFor(section, { config, context }), stdin: text };
   for (const template of templates) {
     try {
-      await runCommand(template, values, {
-        ...commandOptions(section, { config, context }),
-        stdin: text,
-      });
+      await runCommand(template, values, commandOptions);
     } catch (error) {
       if (!(error instanceof CommandError)) throw error;
       failures.push(error);

@@ -14,7 +14,7 @@ import type { Config, Line } from "./config.ts";
 import { type Context, limit, settled } from "./context.ts";
 import { CommandError, PrepareCommands } from "./hooks.ts";
 import { type AccountKey, AcmeError, describe, importKey, isProblem } from "./http.ts";
-import { type Due, lastsUntil, retryLineAt, type Task } from "./plan.ts";
+import { type Due, expiryOf, retryLineAt, type Task } from "./renewal.ts";
 import type { Account, Failure, State } from "./state.ts";
 import { type Entry, type Issued, readIfPresent, type Store } from "./store.ts";
 import {
@@ -850,9 +850,7 @@ function failureAfter(
   const refused = error instanceof AcmeError && (error.problem !== undefined || error.spent);
   const asked = error instanceof AcmeError ? error.retryAfter : undefined;
   const costly = unkept || refused || error instanceof ChallengeError || error instanceof CommandError;
-  const ends = due.flatMap(({ entry }) => lastsUntil(entry) ?? []);
-  const notAfter = ends.length === 0 ? undefined : ends.reduce((a, b) => a < b ? a : b);
-  const retryAt = asked ?? (costly ? retryLineAt(count, now, notAfter) : undefined);
+  const retryAt = asked ?? (costly ? retryLineAt(count, now, expiryOf(due)) : undefined);
   return {
     count,
     since: before?.since ?? now.toISOString(),

@@ -1,35 +1,31 @@
 /**
- * What is said of a run: lines while it goes on, its end, the plan, alerts, and the JSON documents of run and plan.
+ * What a run prints: lines while it is running, its end, the plan, alerts, and the JSON documents of run and plan.
  *
- * Knows no files and no network. What came from outside has been made safe to print where it came in.
+ * Reads no files and no network. Texts from outside have been made safe to print where they came in.
  */
 
 import type { Config, Mode, Notice } from "./config.ts";
 import type { Delivered, DeliverEvent } from "./deliver.ts";
+import { type EndpointStatus, isGood, type JudgedSight, wrongSights } from "./endpoints.ts";
 import type { IssueEvent } from "./issue.ts";
+import type { Alert, Delivery, Plan, Problem, Warning } from "./plan.ts";
 import {
-  type Alert,
-  type Delivery,
+  certificateOf,
+  DAY_MS,
   type Due,
-  type EndpointStatus,
-  isGood,
+  HOUR_MS,
   type Kept,
-  type Plan,
-  type Problem,
   type Reason,
   type Rule,
   type Task,
-  type Verdict,
-  type Warning,
-} from "./plan.ts";
-import type { Sight } from "./state.ts";
+} from "./renewal.ts";
 import type { Entry } from "./store.ts";
 
 /** What happens in a run, as it happens. */
 export type Event =
   | IssueEvent
   | DeliverEvent
-  /** `changed`: something is not as it was, which is worth a line even under --cron. */
+  /** `changed`: something has changed, so that --cron prints it, too. */
   | { readonly kind: "notice"; readonly text: string; readonly changed?: boolean }
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
@@ -48,7 +44,7 @@ export interface OutputOptions {
   /** Nothing unless something changed or failed. */
   readonly cron: boolean;
   readonly json: boolean;
-  /** Width of the terminal where standard output is one: there is room for a progress line. */
+  /** Width of standard output if it is a terminal, which shows a progress line. */
   readonly columns?: number;
   readonly color: boolean;
   readonly now: () => Date;
@@ -62,12 +58,9 @@ export interface Ended {
   readonly plan: Plan;
   readonly issued: number;
   readonly delivered: number;
-  /** Problems whose reporting under `--cron` is not due, since it was done in the last 20 hours. */
+  /** Problems that `--cron` printed in the last 20 hours, and does not print again. */
   readonly known: ReadonlySet<string>;
 }
-
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 
 // ---- words ------------------------------------------------------------------------------------------------
 
@@ -102,21 +95,21 @@ export function timeText(date: Date): string {
   return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
 }
 
-/** `12 days`, `5 hours`, `20 minutes`, `under a minute`: in the unit that is fine enough. */
+/** `12 days`, `5 hours`, `20 minutes`, `under a minute` */
 export function durationText(ms: number): string {
-  const of = (number: number, unit: string) => `${number} ${unit}${number === 1 ? "" : "s"}`;
-  if (ms >= 3 * DAY_MS) return of(Math.floor(ms / DAY_MS), "day");
-  if (ms >= 2 * HOUR_MS) return of(Math.floor(ms / HOUR_MS), "hour");
-  return ms < 60_000 ? "under a minute" : of(Math.floor(ms / 60_000), "minute");
+  if (ms >= 3 * DAY_MS) return count(Math.floor(ms / DAY_MS), "day");
+  if (ms >= 2 * HOUR_MS) return count(Math.floor(ms / HOUR_MS), "hour");
+  return ms < 60_000 ? "under a minute" : count(Math.floor(ms / 60_000), "minute");
 }
 
-/** The moment, to the day where it is far enough. */
+/** The day, or the minute if it is less than ten days away. */
 function untilText(date: Date, now: Date): string {
   return Math.abs(date.getTime() - now.getTime()) >= 10 * DAY_MS ? dateText(date) : timeText(date);
 }
 
-export function count(number: number, thing: string, things = `${thing}s`): string {
-  return `${number} ${number === 1 ? thing : things}`;
+/** `1 line`, `2 lines` */
+export function count(number: number, thing: string): string {
+  return `${number} ${thing}${number === 1 ? "" : "s"}`;
 }
 
 /** Why a certificate is issued. */
@@ -145,62 +138,62 @@ export function reasonText(reason: Reason): string {
       return `expired ${timeText(reason.at)}`;
     case "renewal": {
       const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
-      return `due since ${dateText(reason.at)}, ${ruleText(reason.rule)}${why}`;
+      return `due since ${dateText(reason.at)}, ${RULE_TEXT[reason.rule]}${why}`;
     }
     default:
       return reason satisfies never;
   }
 }
 
-/** What decides on a renewal, in the words of the configuration. */
-export function ruleText(rule: Rule): string {
-  switch (rule) {
-    case "age":
-      return "by generateNewCertsAfterDays";
-    case "expiry":
-      return "by reauthorizeDays";
-    case "expiry, capped":
-      return "by reauthorizeDays, capped";
-    case "life":
-      return "by its lifetime";
-    case "runs":
-      return "early enough for two more runs";
-    case "ari":
-      return "as the CA suggests";
-    default:
-      return rule satisfies never;
-  }
-}
+/** What set the date of a renewal, in the words of the configuration. */
+export const RULE_TEXT: Readonly<Record<Rule, string>> = {
+  "age": "by generateNewCertsAfterDays",
+  "expiry": "by reauthorizeDays",
+  "expiry, capped": "by reauthorizeDays, capped",
+  "life": "by its lifetime",
+  "runs": "early enough for two more runs",
+  "ari": "as the CA suggests",
+};
 
-/** What a person should know of a certificate. */
+/** What a person should know, in a sentence. */
 export function warningText(warning: Warning): string {
-  if (warning.kind === "nothing to deliver") {
-    const { what } = warning;
-    const name = typeof what === "string" ? `[${what}]` : what.names[0];
-    return `nothing to deliver for ${name}: it has no command, or no certificate`;
-  }
-  if (warning.kind === "not renewed") {
-    const { section, file, notAfter } = warning;
-    return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +
-      "(--prune forgets it)";
-  }
-  const what = entryText(warning.entry);
   switch (warning.kind) {
     case "short life": {
-      const { lifeMs, intervalMs } = warning;
-      return `${what} lives ${durationText(lifeMs)}, but runs are ${
+      const { entry, lifeMs, intervalMs } = warning;
+      return `the lifetime of ${entryText(entry)} is ${durationText(lifeMs)}, but runs are ${
         durationText(intervalMs)
       } apart: run lematt more often`;
     }
     case "other key":
-      return `the key of ${what} is not as configured; the next renewal makes one that is`;
+      return `the key of ${
+        entryText(warning.entry)
+      } is not as configured; the next renewal makes one that is`;
+    case "no key":
+      return `${warning.entry.files.key} is missing, so a new certificate is issued; ` +
+        "a command that moves keys away makes every run do so";
+    case "not renewed": {
+      const { section, file, notAfter } = warning;
+      return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +
+        "(--prune forgets it)";
+    }
+    case "nothing to deliver": {
+      const { what } = warning;
+      const name = typeof what === "string" ? `[${what}]` : what.names[0];
+      return `nothing to deliver for ${name}: it has no command, or no certificate`;
+    }
     default:
       return warning satisfies never;
   }
 }
 
+/** `www.example.com:443 (rsa, ec)` */
+function endpointText(endpoints: readonly EndpointStatus[]): string {
+  const keyTypes = [...new Set(endpoints.map(({ keyType }) => keyType))];
+  return `${endpoints[0]!.endpoint.text} (${keyTypes.join(", ")})`;
+}
+
 /** What an address serves. */
-export function sightText(sight: Sight & { verdict: Verdict }): string {
+export function sightText(sight: JudgedSight): string {
   const { verdict, certificate, detail, address } = sight;
   const at = address === "" ? "" : ` at ${address}`;
   const until = certificate === undefined ? "" : `, valid until ${timeText(new Date(certificate.notAfter))}`;
@@ -238,29 +231,54 @@ function expiryText(what: string, notAfter: Date | undefined): string {
   return notAfter === undefined ? "" : `; ${what} expires ${timeText(notAfter)}`;
 }
 
-/** A problem in a sentence; `short` names it without its cause. */
-export function problemText(problem: Problem, form: "short" | "long" = "long"): string {
-  const long = form === "long";
+/** What a problem is about, without its cause. */
+export function problemName(problem: Problem): string {
+  switch (problem.kind) {
+    case "CA":
+      return `issuance of ${count(problem.lines.length, "line")}`;
+    case "disk":
+      return "writing files";
+    case "clock":
+      return "this host's clock";
+    case "failing":
+      return `issuance of ${nameText(problem.lines[0]!.names)}`;
+    case "rate-limited":
+      return `${count(problem.lines.length, "line")} rate-limited by the CA`;
+    case "overdue":
+      return `renewal of ${entryText(problem.entry)}`;
+    case "delivery": {
+      const { section, pending } = problem.delivery;
+      return `[${section.name}] delivery of ${count(pending.length, "certificate")}`;
+    }
+    case "endpoint":
+      return endpointText(problem.endpoints);
+    case "not run":
+      return "runs of lematt";
+    default:
+      return problem satisfies never;
+  }
+}
+
+/** A problem in a sentence. */
+export function problemText(problem: Problem): string {
+  const name = problemName(problem);
   switch (problem.kind) {
     case "CA": {
-      const { failure, notAfter } = problem;
-      const lines = count(problem.lines.length, "line");
-      if (!long) return `issuance of ${lines}`;
+      const { failure, lines, notAfter } = problem;
       const times = failure.count === 1
         ? ""
         : `, ${failure.count} times since ${timeText(new Date(failure.since))}`;
-      return `${lines} not issued${times}: ${failure.error}${expiryText("the first certificate", notAfter)}`;
+      return `${count(lines.length, "line")} not issued${times}: ${failure.error}` +
+        expiryText("the first certificate", notAfter);
     }
     case "disk": {
       const { error, notAfter } = problem;
-      if (!long) return "writing files";
       if (!isSystemError(error)) return `cannot run: ${errorText(error)}`;
-      return `cannot write files: ${errorText(error)}; nothing is issued until that is mended` +
+      return `cannot write files: ${errorText(error)}; nothing is issued until that is repaired` +
         expiryText("the first certificate", notAfter);
     }
     case "clock": {
       const { now, evidence: { of, at }, notAfter } = problem;
-      if (!long) return "this host's clock";
       const other = {
         CA: "the CA's",
         certificate: "but a certificate is valid from",
@@ -270,46 +288,33 @@ export function problemText(problem: Problem, form: "short" | "long" = "long"): 
         expiryText("the first certificate", notAfter);
     }
     case "failing": {
-      const name = nameText(problem.lines[0]!.names);
-      if (!long) return `issuance of ${name}`;
-      const { count, error, retryAt } = problem.failure;
-      const times = count === 1 ? "failed" : `failed ${count} times in a row`;
-      const next = retryAt === undefined
-        ? ""
-        : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
-      const until = expiryText("its certificate", problem.notAfter);
-      return `${name} ${times}: ${error}${next}${until}`;
+      const { failure, lines, notAfter } = problem;
+      const times = failure.count === 1 ? "failed" : `failed ${failure.count} times in a row`;
+      return `${nameText(lines[0]!.names)} ${times}: ${failure.error}${retryText(failure)}` +
+        expiryText("its certificate", notAfter);
     }
     case "rate-limited":
-      return `${count(problem.lines.length, "line")} rate-limited by the CA` +
-        (long ? ` until ${timeText(problem.until)} (--retry: now)` : "");
-    case "overdue": {
-      const name = entryText(problem.entry);
-      if (!long) return `renewal of ${name}`;
+      return `${name} until ${timeText(problem.until)} (--retry: now)`;
+    case "overdue":
       return problem.entry.finding.kind === "revoked"
-        ? `${name} was revoked and is not replaced yet`
-        : `${name} is overdue for renewal and expires ${timeText(problem.notAfter)}`;
-    }
+        ? `${entryText(problem.entry)} was revoked and is not replaced yet`
+        : `${entryText(problem.entry)} is overdue for renewal and expires ${timeText(problem.notAfter)}`;
     case "delivery": {
-      const { delivery: { section, pending }, failure, servedUntil } = problem;
-      const what = `[${section.name}] delivery of ${count(pending.length, "certificate")}`;
-      if (!long) return what;
-      const next = failure.retryAt === undefined
-        ? ""
-        : `; tried again from ${timeText(new Date(failure.retryAt))} (--retry: now)`;
-      return `${what} pending since ${timeText(new Date(failure.since))}: ${failure.error}${next}` +
-        expiryText("the certificate that is served", servedUntil);
+      const { failure, servedUntil } = problem;
+      return `${name} pending since ${timeText(new Date(failure.since))}: ${failure.error}` +
+        retryText(failure) + expiryText("the certificate that is served", servedUntil);
     }
-    case "endpoint": {
-      const { endpoint, sight, since } = problem;
-      const what = `${endpoint.endpoint.text} (${endpoint.keyType})`;
-      return long ? `${what} ${sightText(sight)}, wrong since ${timeText(since)}` : what;
-    }
+    case "endpoint":
+      return `${name} ${sightText(problem.sight)}, wrong since ${timeText(problem.since)}`;
     case "not run":
-      return long ? `lematt --prod has not run since ${timeText(problem.since)}` : "runs of lematt";
+      return `lematt --prod has not run since ${timeText(problem.since)}`;
     default:
       return problem satisfies never;
   }
+}
+
+function retryText({ retryAt }: { readonly retryAt?: string }): string {
+  return retryAt === undefined ? "" : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
 }
 
 /** A problem, and the end of what a command printed that is its cause. */
@@ -317,9 +322,10 @@ export function problemLines(problem: Problem): string[] {
   return [problemText(problem), ...problem.kind === "delivery" ? outputOf(problem.failure.output ?? "") : []];
 }
 
-/** Errors whose message says all. */
-const KNOWN_ERRORS = [
+/** Errors whose message is enough; of any other, a bug, the stack is shown. */
+const EXPECTED_ERRORS = [
   "AbortError",
+  "AcmeError",
   "ChallengeError",
   "CommandError",
   "LockedError",
@@ -327,77 +333,78 @@ const KNOWN_ERRORS = [
   "StateError",
 ];
 
-/** An error as a person should see it: the CA's words with their step; a bug with its stack. */
-export function errorText(error: Error): string {
-  const { name } = error;
-  if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${error.message}`;
-  const expected = KNOWN_ERRORS.includes(name) || isSystemError(error);
-  return expected ? error.message : error.stack ?? String(error);
+export function isExpected(error: Error): boolean {
+  return EXPECTED_ERRORS.includes(error.name) || isSystemError(error);
 }
 
-/** Whether the system refused something. Deno gives a code to most of that, but not to all: ENOLCK has none. */
+/** An error as a person should see it: the CA's words with their step; a bug with its stack. */
+export function errorText(error: Error): string {
+  const { name, message, stack } = error;
+  if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${message}`;
+  return isExpected(error) ? message : stack ?? String(error);
+}
+
+/** Whether the system refused something. Deno gives most of these errors a code, but not all: ENOLCK has none. */
 export function isSystemError(error: Error): boolean {
   const { code } = error as { code?: string };
   return code !== undefined || error instanceof Deno.errors.NotFound ||
     /\(os error \d+\)/.test(error.message);
 }
 
-/** What an alert says: subject as words, and the text. */
+/** Subject (as words) and text of an alert. */
 export function alertOf(
   { mode }: Config,
   { problems, resolved }: Alert,
 ): { subject: string[]; text: string } {
   const first = problems[0];
-  const about = first === undefined ? undefined : first.lines[0]?.names[0] ?? "lematt";
   const subject = first === undefined
     ? ["well", "again"]
-    : [String(problems.length), problems.length === 1 ? "problem:" : "problems:", about!];
+    : [...`${count(problems.length, "problem")}:`.split(" "), first.lines[0]?.names[0] ?? "lematt"];
   const texts = problems.map((problem) => problemLines(problem).join("\n  "));
   const lines = [...texts, ...resolved.map((what) => `well again: ${what}`)];
   return { subject, text: `${lines.join("\n")}\n\nlematt --${mode} --status shows all of it.\n` };
 }
 
-/** What a failed command printed, set off from our own words. */
+/** The end of what a failed command printed, marked as such. */
 function outputOf(output: string): string[] {
   return output.trimEnd().split("\n").filter((line) => line !== "").slice(-20).map((line) => `| ${line}`);
 }
 
 // ---- lines ------------------------------------------------------------------------------------------------
 
-/** Prints a run while it goes on, and its end. */
+/** Prints a run while it is running, and its end. */
 export class Report {
-  /** Standard output that waits, under --cron, for something worth being read. */
-  #held: string[] = [];
-  #quiet: boolean;
-  #progress = { tasks: 0, begun: 0, done: 0, failed: 0 };
-  #progressShown = false;
-  #issued: Extract<Event, { kind: "issued" }>[] = [];
-  readonly #events: Event[] = [];
-  /** What has been said; each round of probes says the same of an endpoint. */
+  /** Under --cron, until something changes: the lines that are printed then. */
+  #unprinted: string[] | undefined;
+  /** Under --cron: failures, printed at the end unless they were printed in the last 20 hours. */
+  readonly #failures: { readonly key: string; readonly text: string }[] = [];
+  /** Problems that need no line at the end, since their failure is printed. */
+  readonly #reported = new Set<string>();
+  /** Each round of probes may give the same notice. */
   readonly #notices = new Set<string>();
-  /** Problems whose failure has been printed as it happened. */
-  readonly #printed = new Set<string>();
-  #alertFailed = false;
-  /** Under --cron: failures that are printed at the end, unless they were printed in the last 20 hours. */
-  readonly #heldFailures: { readonly key: string; readonly text: string }[] = [];
+  readonly #events: Event[] = [];
+  #issued: Extract<Event, { kind: "issued" }>[] = [];
+  #progress = { tasks: 0, begun: 0, done: 0, failed: 0 };
+  #isProgressShown = false;
+  #hasAlertFailed = false;
 
   constructor(private readonly options: OutputOptions) {
-    this.#quiet = options.cron;
+    if (options.cron) this.#unprinted = [];
   }
 
-  /** Takes one event and prints what there is to say. */
+  /** Takes one event and prints what a person should know of it. */
   emit(event: Event): void {
     if (event.kind === "notice" && this.#notices.has(event.text)) return;
-    if (event.kind === "notice") this.#notices.add(event.text);
     if (this.options.json) this.#events.push(event);
     this.#clearProgress();
     switch (event.kind) {
       case "notice":
-        if (event.changed) this.#sayAloud(`note      ${event.text}`);
-        else this.#say(`note      ${event.text}`);
+        this.#notices.add(event.text);
+        if (event.changed) this.#printChange(`note      ${event.text}`);
+        else this.#print(`note      ${event.text}`);
         break;
       case "account key":
-        this.#sayAloud(`${event.how.padEnd(10)}${event.path}, the account key (P-256); keep a copy of it`);
+        this.#printChange(`${event.how.padEnd(10)}${event.path}, the account key (P-256); keep a copy of it`);
         break;
       case "begin":
         this.#progress.tasks = event.tasks.length;
@@ -405,10 +412,9 @@ export class Report {
       case "task":
         this.#progress.begun++;
         break;
-      case "no CA": {
-        this.#fail("CA", `${count(event.tasks.length, "line")} of domains`, [event.error]);
+      case "no CA":
+        this.#printErrors("CA", `${count(event.tasks.length, "line")} of domains`, [event.error]);
         break;
-      }
       case "issued":
         this.#issued.push(event);
         break;
@@ -416,30 +422,28 @@ export class Report {
         this.#progress.failed++;
         const { line } = event.due[0]!.entry;
         const subject = subjectText(line.names, event.due.map(({ entry }) => entry.keyType));
-        this.#fail(`failing ${line.names.join(" ")}`, subject, [event.error]);
+        this.#printErrors(`failing ${line.names.join(" ")}`, subject, [event.error]);
         break;
       }
       case "end":
         this.#progress.done++;
-        this.#sayIssued(event.task);
+        this.#printIssued(event.task);
         break;
       case "drift":
-        for (const { endpoint, keyType, sights } of event.endpoints) {
-          for (const sight of sights.filter(({ verdict }) => !isGood(verdict))) {
-            this.#sayAloud(`drift     [${event.section}] ${endpoint.text} (${keyType}) ${sightText(sight)}`);
-          }
+        for (const { endpoints, sight } of wrongSights(event.endpoints)) {
+          this.#printChange(`drift     [${event.section}] ${endpointText(endpoints)} ${sightText(sight)}`);
         }
         break;
       case "delivered":
-        this.#sayDelivered(event.delivered);
+        this.#printDelivered(event.delivered);
         break;
       case "output":
         for (const line of event.text.trimEnd().split("\n")) {
-          this.#say(`          ${event.whose} | ${line}`);
+          this.#print(`          ${event.whose} | ${line}`);
         }
         break;
       case "alert":
-        this.#sayAlert(event);
+        this.#printAlert(event);
         break;
       default:
         event satisfies never;
@@ -447,125 +451,115 @@ export class Report {
     this.#showProgress();
   }
 
-  /** One line for the certificates of a line of domains, where the same can be said of them. */
-  #sayIssued(task: Task): void {
+  /** One line for the certificates of a line of domains that have the same dates and reason. */
+  #printIssued(task: Task): void {
     const texts = new Map<string, string[]>();
     const own = this.#issued.filter(({ due }) => due.entry.line === task.line);
-    for (const { due, certificate: { finding } } of own) {
-      if (finding.kind !== "present") continue;
-      const text = `until ${untilText(finding.certificate.notAfter, this.options.now())}: ${
-        reasonText(due.reason)
-      }`;
+    for (const { due, certificate } of own) {
+      const until = untilText(certificateOf(certificate)!.notAfter, this.options.now());
+      const text = `until ${until}: ${reasonText(due.reason)}`;
       texts.set(text, [...texts.get(text) ?? [], due.entry.keyType]);
     }
     this.#issued = this.#issued.filter((one) => !own.includes(one));
     for (const [text, keyTypes] of texts) {
-      this.#sayAloud(`issued    ${subjectText(task.line.names, keyTypes.toSorted().toReversed())} ${text}`);
+      this.#printChange(
+        `issued    ${subjectText(task.line.names, keyTypes.toSorted().toReversed())} ${text}`,
+      );
     }
   }
 
-  #sayDelivered(
-    { delivery: { section, pending, entries: all }, entries, commands, errors, endpoints }: Delivered,
-  ): void {
+  #printDelivered({ delivery, entries, commands, errors, endpoints }: Delivered): void {
+    const { section: { name }, pending } = delivery;
     for (const { template, seconds } of commands) {
-      const text = `ran       [${section.name}] ${template} (${seconds.toFixed(1)} s)`;
-      if (errors.length > 0) this.#say(text); // the failure is said
-      else this.#sayAloud(text);
+      const text = `ran       [${name}] ${template} (${seconds.toFixed(1)} s)`;
+      if (errors.length > 0) this.#print(text); // the failure is what --cron prints
+      else this.#printChange(text);
     }
     if (errors.length > 0) {
-      this.#fail(
-        `delivery ${section.name}`,
-        `[${section.name}] delivery of ${count(all.length - entries.length, "certificate")}`,
-        errors,
-      );
+      const failed = count(delivery.entries.length - entries.length, "certificate");
+      this.#printErrors(`delivery ${name}`, `[${name}] delivery of ${failed}`, errors);
     } else {
       const reasons = [...new Set(pending.map(({ reason }) => reason))].join(", ");
-      this.#sayAloud(`delivered [${section.name}] ${count(entries.length, "certificate")}: ${reasons}`);
+      this.#printChange(`delivered [${name}] ${count(entries.length, "certificate")}: ${reasons}`);
     }
-    for (const { key, endpoint, keyType, sights } of endpoints) {
-      const wrong = new Set(sights.filter(({ verdict }) => !isGood(verdict)).map(({ address }) => address));
-      for (const sight of sights) {
-        const text = `[${section.name}] ${endpoint.text} (${keyType}) ${sightText(sight)}`;
-        if (!isGood(sight.verdict)) {
-          this.#sayFailure(`endpoint ${key} ${sight.address}`, `WRONG     ${text}\n`);
-        } else if (!wrong.has(sight.address)) this.#sayAloud(`verified  ${text}`);
+    for (const { key, endpoints: wrong, sight } of wrongSights(endpoints)) {
+      this.#printFailure(key, `WRONG     [${name}] ${endpointText(wrong)} ${sightText(sight)}\n`);
+    }
+    for (const endpoint of endpoints) {
+      const wrong = endpoint.sights.filter((sight) => !isGood(sight)).map(({ address }) => address);
+      for (const sight of endpoint.sights.filter(({ address }) => !wrong.includes(address))) {
+        this.#printChange(`verified  [${name}] ${endpointText([endpoint])} ${sightText(sight)}`);
       }
     }
   }
 
-  /** Whom an alert was sent to, and what it is about; the problems are printed anyway. */
-  #sayAlert({ alert: { section, problems, resolved }, subject, error }: Extract<Event, { kind: "alert" }>) {
+  /** The section that an alert was sent to, and its subject; the problems are printed anyway. */
+  #printAlert({ alert: { section, problems, resolved }, subject, error }: Extract<Event, { kind: "alert" }>) {
     if (error !== undefined) {
-      this.#alertFailed = true;
-      return this.#fail("", `[${section.name}] alert`, [error]);
+      this.#hasAlertFailed = true;
+      return this.#printErrors("", `[${section.name}] alert`, [error]);
     }
     const texts = [...problems.length > 0 ? [subject] : [], ...resolved.map((what) => `well again: ${what}`)];
-    for (const text of texts) this.#sayAloud(`alert     [${section.name}] ${text}`);
+    for (const text of texts) this.#printChange(`alert     [${section.name}] ${text}`);
   }
 
-  /** Prints the end of a run and returns the exit status: 1 where there is a problem. */
+  /** Prints the end of a run and returns the exit status: 1 if there is a problem. */
   finish({ plan, issued, delivered, known }: Ended): 0 | 1 {
+    const { mode, cron, json, now, out, err } = this.options;
     this.#clearProgress();
     const { problems, kept, tasks, waiting, deliveries } = plan;
-    for (const { key, text } of this.#heldFailures) if (!known.has(key)) this.options.err(text);
+    for (const { key, text } of this.#failures) if (!known.has(key)) err(text);
     for (const problem of problems) {
-      if (this.#printed.has(problem.key) || (this.options.cron && known.has(problem.key))) continue;
-      this.#sayError(`problem   ${problemLines(problem).join("\n          ")}`);
+      if (this.#reported.has(problem.key) || (cron && known.has(problem.key))) continue;
+      err(`problem   ${problemLines(problem).join("\n          ")}\n`);
     }
-    const next = soonest(kept);
+    const next = kept.reduce<Kept | undefined>((a, b) => a && a.renewAt <= b.renewAt ? a : b, undefined);
     const parts = [
       issued > 0 ? `${issued} issued` : tasks.length + waiting.length === 0 ? "nothing due" : "",
       delivered > 0 ? `${count(delivered, "section")} delivered` : "",
       deliveries.length > 0 ? `${count(deliveries.length, "section")} pending` : "",
       `${Math.max(0, kept.length - issued)} kept`,
       problems.length > 0 ? count(problems.length, "problem") : "",
-      next === undefined
-        ? ""
-        : `next renewal ${untilText(next.renewAt, this.options.now())} (${entryText(next.entry)})`,
+      next === undefined ? "" : `next renewal ${untilText(next.renewAt, now())} (${entryText(next.entry)})`,
     ];
-    this.#say(parts.filter((part) => part !== "").join(", "));
-    if (this.options.json && !(this.#quiet && problems.every(({ key }) => known.has(key)))) {
-      this.options.out(runJson(this.options.mode, this.#events, plan));
-    }
-    return problems.length > 0 || this.#alertFailed ? 1 : 0;
+    this.#print(parts.filter((part) => part !== "").join(", "));
+    const isQuiet = this.#unprinted !== undefined && problems.every(({ key }) => known.has(key));
+    if (json && !isQuiet) out(runJson(mode, this.#events, plan));
+    return problems.length > 0 || this.#hasAlertFailed ? 1 : 0;
   }
 
-  /** Prints what --cron holds back of a run that does not come to its end. */
+  /** Prints the failures so far of a run that does not come to its end. */
   interrupted(): void {
-    for (const { text } of this.#heldFailures) this.options.err(text);
+    for (const { text } of this.#failures) this.options.err(text);
   }
 
-  #sayError(text: string): void {
-    this.options.err(`${text}\n`);
-  }
-
-  /** Standard output for people; held back under --cron until something has changed. */
-  #say(text: string): void {
+  /** A line for people; --cron prints it only if something changes. */
+  #print(text: string): void {
     if (this.options.json) return; // the document has it
-    if (this.#quiet) this.#held.push(text);
+    if (this.#unprinted !== undefined) this.#unprinted.push(text);
     else this.options.out(`${text}\n`);
   }
 
-  /** Something changed: this, and whatever was held back, is worth being read. */
-  #sayAloud(text: string): void {
-    this.#quiet = false;
-    for (const line of this.#held.splice(0)) this.options.out(`${line}\n`);
-    this.#say(text);
+  /** A change, which --cron prints, too, and all lines before it. */
+  #printChange(text: string): void {
+    for (const line of this.#unprinted ?? []) this.options.out(`${line}\n`);
+    this.#unprinted = undefined;
+    this.#print(text);
   }
 
-  /** `key` is that of the problem that this leads to. */
-  #fail(key: string, subject: string, errors: readonly Error[]): void {
+  /** `key` is that of the problem that the errors lead to. */
+  #printErrors(key: string, subject: string, errors: readonly Error[]): void {
     const label = this.options.color ? "\x1b[31mFAILED\x1b[0m" : "FAILED";
     const lines = errors.flatMap((error) => [
       ...errorText(error).split("\n"),
       ...outputOf((error as Error & { output?: string }).output ?? ""),
     ]);
-    this.#sayFailure(key, `${label}    ${subject}\n${lines.map((line) => `          ${line}\n`).join("")}`);
+    this.#printFailure(key, `${label}    ${subject}\n${lines.map((line) => `          ${line}\n`).join("")}`);
   }
 
-  #sayFailure(key: string, text: string): void {
-    this.#printed.add(key);
-    if (this.options.cron && key !== "") this.#heldFailures.push({ key, text });
+  #printFailure(key: string, text: string): void {
+    this.#reported.add(key);
+    if (this.options.cron && key !== "") this.#failures.push({ key, text });
     else this.options.err(text);
   }
 
@@ -575,26 +569,19 @@ export class Report {
     if (columns === undefined || cron || tasks < 2 || done === tasks) return;
     const text = `${done} of ${tasks} lines done, ${begun - done} in progress, ${failed} failed`;
     this.options.out(text.slice(0, Math.max(0, columns - 1)));
-    this.#progressShown = true;
+    this.#isProgressShown = true;
   }
 
   #clearProgress(): void {
-    if (this.#progressShown) this.options.out("\r\x1b[K");
-    this.#progressShown = false;
+    if (this.#isProgressShown) this.options.out("\r\x1b[K");
+    this.#isProgressShown = false;
   }
-}
-
-function soonest(kept: readonly Kept[]): Kept | undefined {
-  return kept.reduce<Kept | undefined>(
-    (a, b) => a !== undefined && a.renewAt <= b.renewAt ? a : b,
-    undefined,
-  );
 }
 
 // ---- plan -------------------------------------------------------------------------------------------------
 
-/** How many members of a group are named. */
-const MOST_NAMED = 10;
+/** How many members of a group are listed. */
+const MOST_LISTED = 10;
 
 /** What a run would do, grouped by reason; or what `--accept` would note as delivered. */
 export function planText(plan: Plan, records: readonly string[], now: Date, accepts = false): string {
@@ -611,9 +598,9 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
         lines.push(`${verb.padEnd(9)} ${whats[0]}: ${reason}`);
         continue;
       }
-      const more = whats.length > MOST_NAMED ? [`and ${whats.length - MOST_NAMED} more`] : [];
+      const more = whats.length > MOST_LISTED ? [`and ${whats.length - MOST_LISTED} more`] : [];
       lines.push(`${verb.padEnd(9)} ${count(whats.length, noun)}: ${reason}`);
-      for (const what of [...whats.slice(0, MOST_NAMED), ...more]) lines.push(`            ${what}`);
+      for (const what of [...whats.slice(0, MOST_LISTED), ...more]) lines.push(`            ${what}`);
     }
   };
   const dues = (tasks: readonly Task[]) =>
@@ -662,7 +649,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
   group(
     "keep",
     plan.kept.map(({ entry, renewAt, rule }) => [
-      `renewed ${untilText(renewAt, now)}, ${ruleText(rule)}`,
+      `renewed ${untilText(renewAt, now)}, ${RULE_TEXT[rule]}`,
       entryText(entry),
     ]),
     "certificate",
@@ -683,9 +670,10 @@ export function jsonText(document: object): string {
   return `${JSON.stringify({ version: JSON_VERSION, ...document }, undefined, 2)}\n`;
 }
 
-/** The one form of a certificate; what is unknown is absent. */
-export function certificateJson({ line, keyType, files, finding, former }: Entry): object {
-  const certificate = "certificate" in finding ? finding.certificate : former?.certificate;
+/** A certificate in all documents; what is unknown is absent. */
+export function certificateJson(entry: Entry): object {
+  const { line, keyType, files, finding } = entry;
+  const certificate = certificateOf(entry);
   return {
     names: line.names,
     keyType,
@@ -744,16 +732,22 @@ export function endpointJson({ endpoint, keyType, sections, sights, record, due 
 
 const dueJson = ({ entry, reason }: Due) => ({ ...certificateJson(entry), reason: reasonText(reason) });
 
+const waitingJson = ({ waiting }: Plan) =>
+  waiting.flatMap(({ due, until, failure }) =>
+    due.map((one) => ({ ...dueJson(one), until, failure: failure?.error }))
+  );
+
+const keptJson = ({ kept }: Plan) =>
+  kept.map(({ entry, renewAt, rule }) => ({ ...certificateJson(entry), renewAt, rule }));
+
 /** The plan as a document. */
 export function planJson(mode: Mode, plan: Plan, records: readonly string[]): string {
   return jsonText({
     command: "plan",
     mode,
     issue: plan.tasks.flatMap(({ due }) => due.map(dueJson)),
-    waiting: plan.waiting.flatMap(({ due, until, failure }) =>
-      due.map((one) => ({ ...dueJson(one), until, failure: failure?.error }))
-    ),
-    keep: plan.kept.map(({ entry, renewAt, rule }) => ({ ...certificateJson(entry), renewAt, rule })),
+    waiting: waitingJson(plan),
+    keep: keptJson(plan),
     deliver: plan.deliveries.map(deliveryJson),
     probe: plan.endpoints.filter(({ due }) => due).map(endpointJson),
     records,
@@ -804,10 +798,8 @@ function runJson(mode: Mode, events: readonly Event[], plan: Plan): string {
       text,
       ...(error && errorJson(error)),
     })),
-    keep: plan.kept.map(({ entry, renewAt, rule }) => ({ ...certificateJson(entry), renewAt, rule })),
-    waiting: plan.waiting.flatMap(({ due, until, failure }) =>
-      due.map((one) => ({ ...dueJson(one), until, failure: failure?.error }))
-    ),
+    keep: keptJson(plan),
+    waiting: waitingJson(plan),
     pending: plan.deliveries.map(deliveryJson),
     problems: plan.problems.map(problemJson),
   });

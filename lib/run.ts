@@ -1,8 +1,8 @@
 /**
  * The commands: run, plan, status, accept, prune, revoke, rollover. Each is a short script that reads top to bottom.
  *
- * Everything that happens is an event; sentences are made in report.ts and status.ts. One line or section that fails stops
- * no other.
+ * Everything that happens is an event; report.ts and status.ts make the sentences. A line or section that fails does not
+ * stop the others.
  */
 
 import { basename } from "node:path";
@@ -12,26 +12,15 @@ import type { Context } from "./context.ts";
 import { probeAll, Sections, sendAlert, writeReceipts } from "./deliver.ts";
 import { checkPackages } from "./http.ts";
 import { Issuer, rememberedAccount } from "./issue.ts";
-import {
-  adoptReceipts,
-  delivers,
-  dueAlerts,
-  forgetUnknown,
-  groupBy,
-  type Plan,
-  plan,
-  type PlanOptions,
-  type Selection,
-  takeOver,
-} from "./plan.ts";
-import { alertOf, type Ended, type Event, problemText, warningText } from "./report.ts";
+import { adoptReceipts, delivers, dueAlerts, forgetUnknown, type Plan, plan, takeOver } from "./plan.ts";
+import { type PlanOptions, RUNS, type Selection } from "./renewal.ts";
+import { alertOf, type Ended, type Event, problemName, problemText, warningText } from "./report.ts";
 import type { Status } from "./status.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
 import { quote, toIdentifier } from "./names.ts";
 import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x509.ts";
 import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
 
-/** Takes what happens, as it happens. */
 export type Emit = (event: Event) => void;
 
 export interface RunOptions {
@@ -42,14 +31,14 @@ export interface RunOptions {
   readonly selection?: Selection;
 }
 
-/** As many runs are remembered as the usual interval needs. */
-const RUNS = 6;
+/** A failure that `--cron` has printed is printed again after this time. */
+const PRINT_AGAIN_MS = 20 * 3_600_000;
 
 // ---- run ------------------------------------------------------------------------------------------------
 
 /**
- * A whole run, or a part that `selection` names. Throws LockedError, StateError, and the signal's reason. Where it cannot
- * begin, or does not come to its end, alerts are sent all the same.
+ * A whole run, or the part that `selection` names. Throws LockedError, StateError, and the signal's reason. Alerts are sent
+ * even if it cannot begin or is cut off by an error.
  */
 export async function run(
   config: Config,
@@ -65,7 +54,7 @@ export async function run(
     return await runWith(store, config, options, context, emit);
   } catch (error) {
     if (!context.signal.aborted) await alertEnd(error as Error, store.state, config, context, emit);
-    await store.saveState(); // what has been done
+    await store.saveState();
     throw error;
   }
 }
@@ -99,8 +88,8 @@ async function runWith(
     aheadMs: () => issuer.aheadMs,
   };
 
-  const entries = groupBy(readInventory(config).map((entry) => [entry.line, entry] as const));
-  const inventory = () => [...entries.values()].flat();
+  const certificates = Map.groupBy(readInventory(config), ({ line }) => line);
+  const inventory = () => [...certificates.values()].flat();
   takeOver(config, inventory(), state, begun);
   adoptReceipts(config, state);
   if (options.selection === undefined) {
@@ -117,23 +106,14 @@ async function runWith(
   const decided = plan(config, inventory(), state, context.now(), planOptions);
   for (const warning of decided.warnings) emit({ kind: "notice", text: warningText(warning) });
   for (const problem of decided.problems) {
-    // at the end of this run it is none any more
-    const passes = problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
-    if (passes) emit({ kind: "notice", text: problemText(problem), changed: true });
+    const endsWithThisRun = problem.kind === "not run" ||
+      (problem.kind === "clock" && problem.evidence.of === "run");
+    if (endsWithThisRun) emit({ kind: "notice", text: problemText(problem), changed: true });
   }
-  // before the first order or command; a run with nothing to do is spared the time
+  // before the first order or command; not in a run with nothing to do, for it takes time
   if (decided.tasks.length + decided.deliveries.length > 0) await checkPackages();
   if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
-  const sections = new Sections(
-    {
-      config,
-      store,
-      context,
-      options: planOptions,
-      certificates: entries,
-    },
-    emit,
-  );
+  const sections = new Sections({ config, store, context, options: planOptions, certificates }, emit);
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(
       due.entry,
@@ -141,7 +121,7 @@ async function runWith(
       (text) => emit({ kind: "notice", text, changed: true }),
     );
     const { line } = entry;
-    entries.set(line, entries.get(line)!.map((one) => one.keyType === entry.keyType ? entry : one));
+    certificates.set(line, certificates.get(line)!.map((one) => one.keyType === entry.keyType ? entry : one));
     issued.add(entry.file);
     emit({ kind: "issued", due, certificate: entry, seconds });
   }, (task) => sections.lineDone(task.line));
@@ -162,19 +142,19 @@ async function runWith(
   await store.saveState();
   const final = plan(config, inventory(), state, ended, planOptions);
   record.problems = final.problems.length;
-  // what a restricted run leaves aside is not well again
+  // what a restricted run leaves out is not well again
   const whole = options.selection === undefined
     ? final
     : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
   const pending = new Set(whole.deliveries.map(({ section }) => section.name));
   for (const name of Object.keys(state.deliveries)) if (!pending.has(name)) delete state.deliveries[name];
   await sendAlerts(whole, config, store, context, emit);
-  const known = reportedBefore(whole, state, context.now());
+  const known = printedBefore(whole, state, context.now());
   await store.saveState();
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
 }
 
-/** Alerts that a run ended with an error, and of all else that can be read. */
+/** Alerts that a run ended with an error, and of all other problems that can be read. */
 async function alertEnd(
   error: Error,
   known: State | undefined,
@@ -187,7 +167,7 @@ async function alertEnd(
     const { state, inventory } = observe(config, context, () => {});
     found = { state: known ?? state, inventory };
   } catch {
-    // it is the state that cannot be read
+    // the state cannot be read
   }
   const options = { counterpart: counterpartOf(config), writeError: () => error };
   const decided = plan(config, found.inventory, found.state, context.now(), options);
@@ -215,19 +195,19 @@ function linkTo(entry: Entry, store: Store, emit: Emit): void {
   }
 }
 
-/** The certificates of the other mode, read when they are first needed. */
+/** The certificates of the other mode, read when they are first needed; none if this user cannot read them. */
 function counterpartOf(config: Config): () => readonly Entry[] {
   let entries: readonly Entry[] | undefined;
   return () => {
     try {
       return entries ??= readInventory(loadConfig(config.mode === "test" ? "prod" : "test", config.file));
     } catch {
-      return entries = []; // not readable for this user: nothing is known of it
+      return entries = [];
     }
   };
 }
 
-/** When the last rehearsal delivered something; for production. */
+/** For production: when the last rehearsal delivered something; undefined if this user cannot read that. */
 function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
   let found: { at: Date | undefined } | undefined;
   return () => (found ??= { at: find() }).at;
@@ -235,12 +215,13 @@ function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
   function find(): Date | undefined {
     if (config.mode === "test") return undefined;
     try {
-      const { state } = readState(loadConfig("test", config.file), now);
-      const times = Object.values(state.receipts).flatMap((receipts) => Object.values(receipts))
-        .map(({ at }) => Date.parse(at));
+      const { receipts } = readState(loadConfig("test", config.file), now).state;
+      const times = Object.values(receipts).flatMap((one) => Object.values(one)).map(({ at }) =>
+        Date.parse(at)
+      );
       return new Date(Math.max(0, ...times));
     } catch {
-      return undefined; // not readable for this user: nothing is known of it
+      return undefined;
     }
   }
 }
@@ -252,7 +233,7 @@ async function sendAlerts(
   context: Context,
   emit: Emit,
 ): Promise<void> {
-  const whats = new Map(decided.problems.map((problem) => [problem.key, problemText(problem, "short")]));
+  const whats = new Map(decided.problems.map((problem) => [problem.key, problemName(problem)]));
   for (const alert of dueAlerts(config, decided.problems, store.state, context.now())) {
     const { subject, text } = alertOf(config, alert);
     const error = await sendAlert(alert, { subject, text, whats }, { config, store, context });
@@ -260,22 +241,19 @@ async function sendAlerts(
   }
 }
 
-/** Problems that were reported in the last 20 hours; from now on, all present ones were. */
-function reportedBefore({ problems }: Plan, state: State, now: Date): Set<string> {
+/** Problems that `--cron` printed in the last 20 hours. Remembers that all present ones are printed now. */
+function printedBefore({ problems }: Plan, state: State, now: Date): Set<string> {
   const known = new Set<string>();
   const reported: State["reported"] = Object.create(null);
   for (const { key } of problems) {
     const at = state.reported[key];
-    const isRecent = at !== undefined && now.getTime() - Date.parse(at) < REPORT_AGAIN_MS;
+    const isRecent = at !== undefined && now.getTime() - Date.parse(at) < PRINT_AGAIN_MS;
     if (isRecent) known.add(key);
     reported[key] = isRecent ? at : now.toISOString();
   }
   state.reported = reported;
   return known;
 }
-
-/** A failure that `--cron` has printed is printed again after this time. */
-const REPORT_AGAIN_MS = 20 * 3_600_000;
 
 // ---- advice ---------------------------------------------------------------------------------------------
 
@@ -295,7 +273,7 @@ export async function records(config: Config, context: Context): Promise<string[
   });
 }
 
-/** What `--check` says beside errors and warnings: records to place, links that will change, runs that are too rare. */
+/** What `--check` prints besides errors and warnings: records to place, links that will change, warnings of the plan. */
 export async function advice(config: Config, context: Context): Promise<string[]> {
   const { state } = readState(config, context.now());
   const account = await rememberedAccount(config, state);
@@ -304,38 +282,31 @@ export async function advice(config: Config, context: Context): Promise<string[]
     ...new Set(config.lines.flatMap(({ names }) => names.map((name) => challengeOf(config, name)))),
   ];
   const issuer = account?.issuers[0];
-  // RFC 8657: nobody but this account gets certificates, and only by the challenges in use
+  // RFC 8657: only this account gets certificates, and only by the challenges in use
   const caa = issuer === undefined ? [] : [
     `advised: CAA 0 issue "${issuer}; accounturi=${account!.url}; validationmethods=${
       methods.join(",")
     }" ${flag}`,
   ];
   const inventory = readInventory(config);
-  const keyless = inventory.filter(({ finding }) => finding.kind === "missing" && finding.what === "key");
   const { warnings } = plan(config, inventory, state, context.now());
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
-    ...keyless.map(({ files }) =>
-      `${files.key} is missing, so the next run issues a new certificate; a command that moves keys away has every run do so ${flag}`
-    ),
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
     ...warnings.map((warning) => `${warningText(warning)} ${flag}`),
   ];
 }
 
-/** What the CA would find of each name's challenge, found out without it. */
+/** Checks each name's challenge as the CA would. */
 export async function tryChallenges(config: Config, context: Context): Promise<ChallengeFinding[]> {
-  return await checkChallenges(
-    config,
-    context,
-    await rememberedAccount(config, readState(config, context.now()).state),
-  );
+  const account = await rememberedAccount(config, readState(config, context.now()).state);
+  return await checkChallenges(config, context, account);
 }
 
 // ---- plan, status ---------------------------------------------------------------------------------------
 
-/** What a run would do, by what is remembered. Touches neither CA nor disk nor endpoints. */
+/** What a run would do, as far as is known without asking the CA or an endpoint. Changes nothing. */
 export function preview(config: Config, options: RunOptions, context: Context, emit: Emit): Plan {
   const { state, inventory } = observe(config, context, emit);
   const { retry, selection } = options;
@@ -347,7 +318,7 @@ export function preview(config: Config, options: RunOptions, context: Context, e
   });
 }
 
-/** How everything is. Probes the endpoints unless `offline`; changes nothing. */
+/** Certificates, endpoints, problems. Probes the endpoints unless `offline`; changes nothing. */
 export async function status(
   config: Config,
   offline: boolean,
@@ -365,7 +336,7 @@ export async function status(
   return { config, now: context.now(), plan: decided, inventory, orphans: orphans(config, inventory) };
 }
 
-/** State and inventory for those who change nothing. */
+/** State and inventory for commands that change nothing. */
 function observe(
   config: Config,
   context: Context,
@@ -431,15 +402,14 @@ export interface Revocable {
   readonly path: string;
   readonly pem: string;
   readonly certificate: Certificate;
-  /** Its private key, where that is at hand: it may revoke what another account ordered (RFC 8555 §7.6). */
+  /** Its private key if it is beside it, which may revoke what another account ordered (RFC 8555 §7.6). */
   readonly keyPem?: string;
 }
 
-/** The certificates of a line, or the one in a file. Throws SelectionError where `what` is neither. */
+/** The certificates of a line, or the one in a file. Throws SelectionError if `what` is neither. */
 export function revocable(config: Config, what: string): Revocable[] {
-  const name = toIdentifier(what);
-  const named = typeof name === "string" ? config.lines.filter(({ names }) => names.includes(name)) : [];
-  const first = named.filter(({ names }) => names[0] === name);
+  const named = linesNamed(config, what);
+  const first = named.filter(({ names }) => names[0] === toIdentifier(what));
   const lines = first.length > 0 ? first : named;
   if (lines.length > 1) {
     const texts = lines.map(({ line, names }) => `line ${line} (${names.join(" ")})`);
@@ -470,7 +440,7 @@ function readRevocable(path: string, key: string): Revocable {
   try {
     certificate = readCertificate(pem);
   } catch {
-    throw new SelectionError(`${path} holds no certificate`);
+    throw new SelectionError(`no certificate in ${path}`);
   }
   try {
     const keyPem = Deno.readTextFileSync(key);
@@ -498,12 +468,12 @@ export async function revoke(
 
 // ---- selection ------------------------------------------------------------------------------------------
 
-/** What was asked for on the command line does not exist, or not unambiguously. */
+/** What the command line names does not exist, or is ambiguous. */
 export class SelectionError extends Error {
   override readonly name = "SelectionError";
 }
 
-/** What `--renew`, `--only`, `--deliver` and `--accept` name. Undefined where none is given. */
+/** What `--renew`, `--only`, `--deliver` and `--accept` name; undefined if none of them is given. */
 export function select(
   config: Config,
   { renew = [], only = [], deliver = [], accept = [], newKey = false }: {
@@ -516,8 +486,7 @@ export function select(
 ): Selection | undefined {
   if (renew.length + only.length + deliver.length + accept.length === 0) return undefined;
   const linesOf = (written: string): Line[] => {
-    const name = toIdentifier(written);
-    const lines = typeof name === "string" ? config.lines.filter(({ names }) => names.includes(name)) : [];
+    const lines = linesNamed(config, written);
     if (lines.length === 0) throw new SelectionError(`no line of "domains" has the name ${quote(written)}`);
     return lines;
   };
@@ -536,6 +505,12 @@ export function select(
     sections: new Set(whats.flat().filter((one) => typeof one === "string")),
     deliver: new Set(whats.slice(0, deliver.length).flat()),
   };
+}
+
+/** The lines that have a name, however it is written. */
+function linesNamed({ lines }: Config, written: string): Line[] {
+  const name = toIdentifier(written);
+  return typeof name === "string" ? lines.filter(({ names }) => names.includes(name)) : [];
 }
 
 function exists(path: string): boolean {

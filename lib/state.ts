@@ -36,7 +36,7 @@ export interface State {
   /** The last full runs, at most six. */
   runs: RunRecord[];
   /** Of version 1, until taken over: section -> base name of a certificate file -> fingerprint not delivered yet. */
-  owed?: Record<string, Record<string, string>>;
+  undelivered?: Record<string, Record<string, string>>;
   /** Of version 1, until taken over: fingerprints of revoked certificates, to be replaced under new keys. */
   revoked?: string[];
 }
@@ -106,8 +106,6 @@ export interface Receipt {
   /** of the certificate */
   notAfter?: string;
   at: string;
-  /** Since when all its endpoints are seen to serve it. */
-  servedSince?: string;
   /** How often in a row the commands were repeated for this certificate, since an endpoint served another. */
   repairs?: number;
 }
@@ -240,14 +238,12 @@ function fromVersion1(old: Record<string, unknown>): unknown {
       ]),
     )
     : undefined;
-  const owed = isRecord(old.owed) ? old.owed : {};
-  const certificates = Object.entries(owed).map(([section, debt]) =>
-    [section, isRecord(debt) ? debt.certificates : undefined] as const
-  );
+  const sections = Object.entries(isRecord(old.owed) ? old.owed : {});
+  const undelivered = sections.map(([name, part]) => [name, isRecord(part) ? part.certificates : undefined]);
   return {
     ...emptyState(),
     ...defined({ accounts, renewals, holds, failures }),
-    owed: Object.fromEntries(certificates),
+    undelivered: Object.fromEntries(undelivered),
     ...(isRecord(old.revoked) && { revoked: Object.keys(old.revoked) }),
   };
 }
@@ -349,7 +345,6 @@ const STATE = shape({
     fingerprint: isText,
     notAfter: optional(isDate),
     at: isDate,
-    servedSince: optional(isDate),
     repairs: optional(isCount),
   })))),
   deliveries: optional(recordOf(shape({ ...WAIT, key: isText, urgent: isFlag, output: optional(isText) }))),
@@ -370,6 +365,6 @@ const STATE = shape({
     delivered: optional(isCount),
     problems: optional(isCount),
   }))),
-  owed: optional(recordOf(recordOf(isText))),
+  undelivered: optional(recordOf(recordOf(isText))),
   revoked: optional(listOf(isText)),
 });

@@ -1,7 +1,9 @@
-/** What is said of how everything is: a table for people, a JSON document, Prometheus metrics. Makes text and nothing else. */
+/** The status as text: a table for people, a JSON document, Prometheus metrics. */
 
 import type { Config } from "./config.ts";
-import { type EndpointStatus, isGood, lastsUntil, type Plan, validSince } from "./plan.ts";
+import { isGood, isRight } from "./endpoints.ts";
+import type { Plan } from "./plan.ts";
+import { certificateOf } from "./renewal.ts";
 import {
   certificateJson,
   count,
@@ -14,7 +16,7 @@ import {
   problemJson,
   problemLines,
   reasonText,
-  ruleText,
+  RULE_TEXT,
   sightText,
   timeText,
   warningText,
@@ -51,7 +53,7 @@ function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: s
     }
   }
   for (const { entry, renewAt, rule } of kept) {
-    next.set(entry, { at: renewAt, text: `${dateText(renewAt)}, ${ruleText(rule)}` });
+    next.set(entry, { at: renewAt, text: `${dateText(renewAt)}, ${RULE_TEXT[rule]}` });
   }
   return next;
 }
@@ -83,7 +85,7 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
     lines.push(...wrapped(`warning: ${warningText(warning)}`, columns, "", "  "));
   }
   const next = nextOf(plan);
-  const left = (entry: Entry) => (lastsUntil(entry)?.getTime() ?? 0) - now.getTime();
+  const left = (entry: Entry) => (certificateOf(entry)?.notAfter.getTime() ?? 0) - now.getTime();
   const byLine = [...Map.groupBy(inventory, ({ line }) => line).values()]
     .map((entries) => ({ entries, first: Math.min(...entries.map(left)) }))
     .sort((a, b) => a.first - b.first);
@@ -92,7 +94,7 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
     byLine.flatMap(({ entries }) => entries).map((entry) => [
       nameText(entry.line.names),
       entry.keyType,
-      lastsUntil(entry) === undefined ? "none" : left(entry) <= 0 ? "EXPIRED" : durationText(left(entry)),
+      certificateOf(entry) === undefined ? "none" : left(entry) <= 0 ? "EXPIRED" : durationText(left(entry)),
       next.get(entry)?.text ?? "",
     ]),
   );
@@ -129,10 +131,6 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
     ? "no full run yet"
     : `last full run ${timeText(lastRun)}, ${durationText(now.getTime() - lastRun.getTime())} ago`;
   return [...lines, "", ...wrapped(run, columns, "", "  "), ""].join("\n");
-}
-
-function isRight({ sights }: EndpointStatus): boolean {
-  return sights.length > 0 && sights.every(({ verdict }) => isGood(verdict));
 }
 
 /**
@@ -234,8 +232,16 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
     address: sight.address,
     key_type: endpoint.keyType,
   });
-  gauge("certificate_not_before_seconds", "Since when the certificate is valid.", dated(validSince));
-  gauge("certificate_not_after_seconds", "When the certificate expires.", dated(lastsUntil));
+  gauge(
+    "certificate_not_before_seconds",
+    "Since when the certificate is valid.",
+    dated((entry) => certificateOf(entry)?.notBefore),
+  );
+  gauge(
+    "certificate_not_after_seconds",
+    "When the certificate expires.",
+    dated((entry) => certificateOf(entry)?.notAfter),
+  );
   gauge(
     "certificate_renew_at_seconds",
     "When it is due for renewal; in the past where it is overdue.",
@@ -261,7 +267,7 @@ export function statusMetrics({ config, now, plan, inventory, orphans }: Status)
   gauge(
     "endpoint_right",
     "Whether an endpoint serves the newest certificate.",
-    sights.map((one) => [{ ...place(one), state: one.sight.verdict }, isGood(one.sight.verdict) ? 1 : 0]),
+    sights.map((one) => [{ ...place(one), state: one.sight.verdict }, isGood(one.sight) ? 1 : 0]),
   );
   for (const [name, help, bound] of ENDPOINT_DATES) {
     gauge(

@@ -15,8 +15,10 @@ const FLOORS = [
   "config",
   "hooks probe state acme",
   "store challenge",
+  "renewal",
+  "issue endpoints",
   "plan",
-  "issue deliver",
+  "deliver",
   "report",
   "status",
   "run",
@@ -71,12 +73,18 @@ Deno.test("leforward.ts imports nothing, so that copying it is installing it", (
   assert.deepEqual(importsOf(sources.get("leforward")!), []);
 });
 
-Deno.test("plan.ts is pure: it reads nothing, asks nobody for the time, and imports nothing that does", () => {
-  const values = importsOf(sources.get("plan")!).filter(({ typesOnly }) => !typesOnly).map(({ from }) =>
-    from
-  );
-  assert.deepEqual(values.sort(), ["./names.ts", "./x509.ts"]);
-  assert.doesNotMatch(sources.get("plan")!, /\bDeno\.|new Date\(\)|Date\.now|Math\.random/);
+Deno.test("decisions are pure: they read nothing, ask nobody for the time, and import nothing that does", () => {
+  const imports = {
+    renewal: [],
+    endpoints: ["./names.ts", "./renewal.ts"],
+    plan: ["./endpoints.ts", "./renewal.ts", "./x509.ts"],
+  };
+  for (const [name, expected] of Object.entries(imports)) {
+    const source = sources.get(name)!;
+    const values = importsOf(source).filter(({ typesOnly }) => !typesOnly).map(({ from }) => from);
+    assert.deepEqual(values.sort(), expected);
+    assert.doesNotMatch(source, /\bDeno\.|new Date\(\)|Date\.now|Math\.random/);
+  }
 });
 
 Deno.test("each package is imported by one file", () => {

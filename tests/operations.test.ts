@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { usualInterval } from "../lib/plan.ts";
+import { usualInterval } from "../lib/renewal.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { testBed, type Texts } from "./bed.ts";
 import { which } from "./bench-measure.ts";

@@ -5,8 +5,10 @@
 
 import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
+import { recordOf } from "../lib/endpoints.ts";
 import * as planning from "../lib/plan.ts";
-import { listsDigest, plan, type PlanOptions, renewal, retryDeliveryAt, retryLineAt } from "../lib/plan.ts";
+import { listsDigest, plan } from "../lib/plan.ts";
+import { type PlanOptions, renewal, retryDeliveryAt, retryLineAt, usualInterval } from "../lib/renewal.ts";
 import {
   type DeliveryFailure,
   emptyState,
@@ -154,21 +156,26 @@ Deno.test("any life from 15 minutes to 400 days is renewed in time by runs that 
   }
 });
 
-Deno.test("usualInterval() is the second longest of the last six runs', so that one outage does not count", () => {
+Deno.test("usualInterval() is the second longest of the last twelve runs', so that one outage does not count", () => {
   const table: [string, readonly number[], number][] = [
     ["never run", [], 1],
     ["one run", [3], 1],
-    ["two runs tell little", [3, 3.5], 1],
+    ["two runs are too few", [3, 3.5], 1],
     ["every night", [0, 1, 2, 3, 4, 5], 1],
     ["every eight hours", [0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3], 1 / 3],
     ["an outage of nine days", [0, 1, 10, 11, 12, 13], 1],
     ["two outages", [0, 1, 10, 11, 20, 21], 9],
-    ["what was long ago does not count", [0, 30, 60, 61, 62, 63, 64, 65], 1],
+    ["what was long ago does not count", [0, 30, ...Array.from({ length: 12 }, (_, night) => 60 + night)], 1],
+    [
+      "three runs in every night",
+      [0, 1, 2, 3].flatMap((day) => [day, day + 1 / 24, day + 2 / 24]),
+      22 / 24,
+    ],
     ["a clock that was put back", [4, 5, 3, 2, 1, 0], 1],
   ];
   for (const [what, days, expected] of table) {
     assert.equal(
-      planning.usualInterval(days.map((day) => ({ at: iso(day) }))),
+      usualInterval(days.map((day) => ({ at: iso(day) }))),
       Math.round(expected * DAY),
       what,
     );
@@ -208,14 +215,18 @@ Deno.test("what is missing, unreadable, revoked, for other names or for another 
   assert.equal(fateOf(entry(on, MISSING, FORMER), 1), "other names");
 });
 
-Deno.test("plan() warns of lives too short for the runs, and of keys that are not as configured any more", () => {
-  const lines = [line("short.example.com"), line("small.example.com"), line("good.example.com")];
+Deno.test("plan() warns of lives too short for the runs, and of keys that are missing or not as configured", () => {
+  const names = ["short.example.com", "small.example.com", "good.example.com", "keyless.example.com"];
+  const lines = names.map((name) => line(name));
   const rsa = (bits: number): KeySpec => ({ type: "rsa", bits });
   const kept = (line: Line, to: number, bits: number) => {
     const facts = { ...certificate(line.names, { to }), keySpec: rsa(bits) };
     return entry(line, { kind: "present", certificate: facts });
   };
-  const inventory = [kept(lines[0]!, 2, 2048), kept(lines[1]!, 90, 2048), kept(lines[2]!, 90, 3072)];
+  const inventory = [
+    ...[kept(lines[0]!, 2, 2048), kept(lines[1]!, 90, 2048), kept(lines[2]!, 90, 3072)],
+    entry(lines[3]!, { kind: "missing", what: "key" }),
+  ];
   const { warnings } = plan(
     configure(lines, { keyBitsRSA: 3072, curve: "P-256" }),
     inventory,
@@ -226,6 +237,7 @@ Deno.test("plan() warns of lives too short for the runs, and of keys that are no
     ["short life", "short.example.com"],
     ["other key", "short.example.com"],
     ["other key", "small.example.com"],
+    ["no key", "keyless.example.com"],
   ]);
 });
 
@@ -587,7 +599,8 @@ Deno.test("an endpoint is right with any certificate that has its name, whicheve
   };
   assert.deepEqual(places(wild, own), expected);
   const certificates = new Map([wild, own].map((on) => [on, [present(on)]] as const));
-  const alone = planning.planSection(host, certificates, configure([wild, own]), stateOf(), day(1));
+  const basis = { config: configure([wild, own]), certificates, state: stateOf(), now: day(1), options: {} };
+  const alone = planning.planSection(basis, host);
   assert.deepEqual(alone.endpoints.map(({ key }) => key.replace(" rsa", "")), Object.keys(expected));
   assert.deepEqual(alone.endpoints[0]!.wanted.map(({ line }) => line), [own, wild]);
 });
@@ -698,7 +711,8 @@ Deno.test("recordOf() remembers since when an endpoint is wrong, and whether our
   for (const [what, before, sight, afterDelivery, expected] of table) {
     const state = stateOf(before && { probes: { "www.example.com:443 rsa": before } });
     const [status] = plan(config, [present(WATCHED_SITE)], state, day(2)).endpoints;
-    const found = planning.recordOf(status!, [sight], config, day(2), { confirmed: false, afterDelivery });
+    const basis = { config, now: day(2), options: {} };
+    const found = recordOf(status!, [sight], basis, { confirmed: false, afterDelivery });
     assert.deepEqual(found, { at: iso(2), sights: [sight], ...expected }, what);
   }
 });
@@ -719,6 +733,7 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
   const window = { start: iso(-300), end: iso(3), at: iso(-200) };
   const [failed, overdue] = ["failing www.example.com", "overdue www.example.com-cert.rsa.pem!"];
   const endpoint = "endpoint www.example.com:443 rsa 192.0.2.1";
+  const unreachable = "endpoint www.example.com:443 192.0.2.1"; // of any key type
   // an exclamation mark: an alert goes out
   const table: [what: string, state: Partial<State>, now: number, problems: string, found?: Entry][] = [
     ["all is well", delivered, 2, ""],
@@ -754,8 +769,8 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
     ["renewed since an endpoint was right", { ...receipts([WATCHED]), ...seen([OLD]) }, 2.1, ""],
     ["an endpoint is wrong", wrong({}, 2), 2.1, endpoint],
     ["an endpoint is wrong for 20 hours", wrong({}, 1), 2.1, `${endpoint}!`],
-    ["an endpoint is unreachable", wrong("unreachable", 2), 2.1, endpoint],
-    ["an endpoint is unreachable for 20 hours", wrong("unreachable", 1), 2.1, `${endpoint}!`],
+    ["an endpoint is unreachable", wrong("unreachable", 2), 2.1, unreachable],
+    ["an endpoint is unreachable for 20 hours", wrong("unreachable", 1), 2.1, `${unreachable}!`],
     ["an expired certificate is served", wrong({ notAfter: iso(1) }, 2), 2.1, `${endpoint}!`],
     ["one for other names is served", wrong({ names: ["x.example"] }, 2), 2.1, `${endpoint}!`],
     ["our delivery broke an endpoint", wrong("refused", 2, { brokenByDelivery: true }), 2.1, `${endpoint}!`],
@@ -856,6 +871,37 @@ Deno.test("adoptReceipts() gives a new section what a vanished one with the same
   assert.equal(adopted(section("other", { update: ["restart"] })), "web");
 });
 
+Deno.test("a section that was renamed, and renamed back after a renewal, is not delivered again", () => {
+  const state = stateOf(receipts([WEB], { fingerprint: "old", at: iso(0) }));
+  const renamed = { ...WEB, name: "renamed" };
+  const after = { ...state, receipts: { ...state.receipts, ...receipts([renamed]).receipts } };
+  assert.equal(pending(SITE, after), "");
+  assert.equal(pending(SITE, after, { sections: [WEB, renamed] }), NEW, "both are there");
+});
+
+Deno.test("an endpoint that is unreachable is one problem, whatever key types are asked for", () => {
+  const verify = endpoints("www.example.com:443");
+  const on = line("www.example.com", [section("web", { verify, keyTypes: ["rsa", "ec"] })], "ec");
+  const inventory = [present(on), present(on, {}, "ec")];
+  const problems = (...kinds: [rsa: Sight["kind"], ec: Sight["kind"]]) => {
+    const record = (kind: Sight["kind"], since: number) => ({
+      at: iso(2),
+      badSince: iso(since),
+      sights: [sight(kind as Served)],
+    });
+    const probes = {
+      "www.example.com:443 rsa": record(kinds[0], 1.9),
+      "www.example.com:443 ec": record(kinds[1], 1),
+    };
+    return plan(configure([on]), inventory, stateOf({ probes }), day(2)).problems;
+  };
+  const [both, ...none] = problems("unreachable", "unreachable");
+  assert.deepEqual(none, []);
+  assert(both?.kind === "endpoint" && both.alert && both.since.getTime() === day(1).getTime());
+  assert.deepEqual(both.endpoints.map(({ keyType }) => keyType), ["rsa", "ec"]);
+  assert.equal(problems("unreachable", "refused").length, 2);
+});
+
 Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more", () => {
   const on = line("www.example.com", [{ ...WATCHED, alert: ["mail"] }]);
   const both = <T>(known: string, value: T) => ({ [known]: value, unknown: value });
@@ -864,7 +910,10 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
     failures: both("www.example.com", failure()),
     orders: both("www.example.com-cert.rsa.pem", { url: "https://ca/1", account: "a", since: iso(1) }),
     deliveries: both("web", { key: "k", ...failure(), urgent: true }),
-    alerts: both("web", { x: { at: iso(1), what: "x" } }),
+    alerts: both("web", {
+      "endpoint www.example.com:443 rsa 192.0.2.1": { at: iso(1), what: "x" },
+      "endpoint removed.example:443 192.0.2.1": { at: iso(1), what: "is not configured any more" },
+    }),
     probes: both("www.example.com:443 rsa", { at: iso(1), sights: [] }),
     receipts: both("web", { "www.example.com-cert.rsa.pem": {} as Receipt }),
   });
@@ -878,6 +927,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   }
   const kinds = ["renewals", "failures", "orders", "deliveries", "alerts", "probes", "receipts"] as const;
   for (const kind of kinds) assert.equal(Object.keys(state[kind]).length, 1, kind);
+  assert.deepEqual(Object.keys(state.alerts.web!), ["endpoint www.example.com:443 rsa 192.0.2.1"]);
   Object.assign(state, receipts([WATCHED]));
   planning.forgetUnknown(config, [present(on)], state, day(2), () => new Set());
   assert.deepEqual(
@@ -895,7 +945,7 @@ Deno.test("a directory of version 1 is taken over with what was not delivered ye
   const taken = (text: string) => {
     const state = parseState(text, day(2)) as State;
     planning.takeOver(configure([on]), [present(on)], state, day(2));
-    assert.equal(state.owed, undefined);
+    assert.equal(state.undelivered, undefined);
     return pending(on, state);
   };
   assert.equal(taken(JSON.stringify({ version: 1, owed })), "[mail] first delivery");

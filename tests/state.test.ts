@@ -26,7 +26,7 @@ function full(at = PAST, until = SOON): State {
     failures: { "a.example": { ...wait, shared: true } },
     holds: { "https://ca": until },
     withoutRenewalInfo: { "https://ca": at },
-    receipts: { web: { "a.pem": { digest: "d", fingerprint: "f", at, servedSince: PAST, repairs: 1 } } },
+    receipts: { web: { "a.pem": { digest: "d", fingerprint: "f", at, repairs: 1 } } },
     deliveries: { web: { ...wait, key: "k", output: "no route", urgent: true } },
     probes: {
       "a.example:443 rsa": {
@@ -170,7 +170,7 @@ Deno.test("a state of version 1 is taken over; a newer version is not touched", 
     ...plain(emptyState()),
     ...{ accounts, renewals, holds },
     failures: { a: { ...failure, since: PAST } },
-    owed: { web: { "a.pem": "f" } },
+    undelivered: { web: { "a.pem": "f" } },
   });
   assert.throws(() => parseState(`{"version": 3, "news": {}}`, NOW), StateError);
 });

@@ -1,9 +1,9 @@
 /**
- * What stands below `prod/` and `test/`: the names of its files, what is found in them, and every change to them.
+ * The files below `prod/` and `test/`: their names, their inventory, and every change to them. plan.ts decides what to do
+ * about the inventory.
  *
- * The only writer there. Keeps the names of the Python original, so that its directories are taken over in place. Files
- * are written beside their target, flushed and renamed; an OS lock on `.lock` keeps a second run out. What to do about
- * what is found is decided in plan.ts.
+ * File names are those of the Python original, so that its directories are taken over in place. Files are written beside
+ * their target, flushed and renamed. An OS lock on `.lock` keeps a second run out.
  */
 
 import defer * as nodeFs from "node:fs";
@@ -20,19 +20,19 @@ import {
   sha256,
 } from "./x509.ts";
 
-/** One certificate of the configuration as it stands on disk. */
+/** One certificate of the configuration, and what is on disk. */
 export interface Entry {
   readonly line: Line;
   readonly keyType: KeyType;
-  /** What the names of its files begin with. */
+  /** The beginning of its file names. */
   readonly stem: string;
   readonly files: Files;
-  /** Base name of the certificate file, by which the state refers to it. */
+  /** Base name of the certificate file, which is its key in the state. */
   readonly file: string;
   readonly finding: Finding;
-  /** The certificate that the first name of the line still links to, from before its names changed. */
+  /** The certificate from before the names of the line changed, to which its first name still links. */
   readonly former?: { readonly certificate: Certificate; readonly file: string };
-  /** When it was put in place, where its life is so short that a CA's back-dating matters. */
+  /** When it was put in place; only if its life is so short that back-dating by the CA matters. */
   readonly issuedAt?: Date;
 }
 
@@ -43,7 +43,7 @@ export interface Files {
   readonly cert: string;
 }
 
-/** What was found of one certificate and its key. */
+/** State of a certificate and its key on disk. */
 export type Finding =
   | { readonly kind: "present"; readonly certificate: Certificate }
   | { readonly kind: "missing"; readonly what: "certificate" | "key" }
@@ -52,9 +52,9 @@ export type Finding =
   | { readonly kind: "other key"; readonly certificate: Certificate }
   | { readonly kind: "revoked"; readonly certificate: Certificate };
 
-/** A certificate received and checked, with what belongs to it. */
+/** A certificate that was received and checked, with its key and CSR. */
 export interface Issued {
-  /** PEM; the key that is on disk already, or a new one that replaces it. */
+  /** The key on disk, or a new one that replaces it. */
   readonly keyPem: string;
   readonly csrPem: string;
   readonly chainPem: string;
@@ -66,10 +66,11 @@ export class LockedError extends Error {
   override readonly name = "LockedError";
 }
 
+const KEY_TYPES: readonly KeyType[] = ["rsa", "ec"];
 const FILE_NAME_MAX = 255;
 const TEMPORARY = ".new";
 const PENDING = ".pending";
-/** Below this, a CA that back-dates by an hour would make a certificate look older than it is. */
+/** In a shorter life, an hour of back-dating matters. */
 const SHORT_LIFE_MS = 10 * 86_400_000;
 /** Let's Encrypt back-dates by an hour. */
 const LONGEST_BACK_DATING_MS = 2 * 3_600_000;
@@ -78,35 +79,37 @@ const LOCK_WAIT_MS = 1_000;
 
 // ---- names ----------------------------------------------------------------------------------------------
 
-/** Base names of the files of `stem`, those of the original. */
-function fileNames(config: Config, stem: string, keyType: KeyType): Files {
-  const tag = (keyType === "rsa" ? config.rsaTag : config.curveTag) + (config.mode === "test" ? ".test" : "");
+function filesOf(config: Config, stem: string, keyType: KeyType): Files {
+  const { base } = config;
+  const tag = tagOf(config, keyType);
   return {
-    key: `${stem}-key.${tag}.pem`,
-    csr: `${stem}-csr.${tag}.csr`,
-    cert: `${stem}-cert-combined.${tag}.pem`,
+    key: `${base}/key/${stem}-key.${tag}.pem`,
+    csr: `${base}/csr/${stem}-csr.${tag}.csr`,
+    cert: `${base}/cert/${stem}${certEnding(config, keyType)}`,
   };
 }
 
-function filesOf(config: Config, stem: string, keyType: KeyType): Files {
-  const { key, csr, cert } = fileNames(config, stem, keyType);
-  // not join(), which takes its time to find nothing to normalize
-  return {
-    key: `${config.base}/key/${key}`,
-    csr: `${config.base}/csr/${csr}`,
-    cert: `${config.base}/cert/${cert}`,
-  };
+function tagOf({ mode, rsaTag, curveTag }: Config, keyType: KeyType): string {
+  return (keyType === "rsa" ? rsaTag : curveTag) + (mode === "test" ? ".test" : "");
+}
+
+function certEnding(config: Config, keyType: KeyType): string {
+  return `-cert-combined.${tagOf(config, keyType)}.pem`;
+}
+
+/** The stem of a certificate file; undefined if it is not of this key type. */
+function stemIn(file: string, config: Config, keyType: KeyType): string | undefined {
+  const ending = certEnding(config, keyType);
+  return file.endsWith(ending) ? file.slice(0, -ending.length) : undefined;
 }
 
 /**
- * What the file names of a certificate begin with: its names joined by `_`, the primary first. Where the longest file
- * name would exceed 255 bytes, the primary (cut if need be), the count of names and a digest of the whole.
+ * The beginning of the file names of a certificate: its names joined by `_`, the primary first. If a file name would be
+ * longer than 255 bytes: the primary (cut if needed), the number of names and a digest of the whole.
  */
 export function stemOf(config: Config, names: readonly string[]): string {
   const stem = names.map(spelled).join("_");
-  const longest = Math.max(
-    ...(["rsa", "ec"] as const).map((type) => fileNames(config, "", type).cert.length),
-  );
+  const longest = Math.max(...KEY_TYPES.map((keyType) => certEnding(config, keyType).length));
   if (stem.length + longest <= FILE_NAME_MAX) return stem;
   const rest = `_${names.length}names_${sha256(stem).slice(0, 12)}`;
   return spelled(names[0]!).slice(0, FILE_NAME_MAX - longest - rest.length) + rest;
@@ -117,8 +120,8 @@ function spelled(name: string): string {
 }
 
 /**
- * The line that a name's own files belong to: the one that has this name alone, else the first that has it. Each name of
- * a line of several is linked to the bundle by the line that owns it.
+ * The line that owns the files and links of a name: the line with this name alone, else the first line that has it. Each
+ * name of a line with several is a link to its bundle, if the line owns the name.
  */
 function linkOwners(config: Config): Map<string, Line> {
   const owners = new Map<string, Line>();
@@ -129,7 +132,7 @@ function linkOwners(config: Config): Map<string, Line> {
   return owners;
 }
 
-/** The files by which the names of a line of several find its bundle; those under an older spelling are kept with it. */
+/** The links from the names of a line to its bundle; a bundle under an older spelling keeps links in that spelling. */
 function linksOf(config: Config, { line, keyType, stem }: Entry, owners: ReadonlyMap<string, Line>): Files[] {
   if (line.names.length === 1) return [];
   const former = stem === stemOf(config, line.names) ? [] : line.formerNames.flat();
@@ -140,11 +143,9 @@ function linksOf(config: Config, { line, keyType, stem }: Entry, owners: Readonl
 
 // ---- inventory ------------------------------------------------------------------------------------------
 
-/** Reads what is on disk for every certificate of the configuration, in the order of `domains`. Changes nothing. */
+/** Reads the files of every certificate of the configuration, in the order of `domains`. Changes nothing. */
 export function readInventory(config: Config): Entry[] {
-  const revoked = new Set(
-    (readIfPresent(revokedPath(config)) ?? "").split("\n").filter((line) => line !== ""),
-  );
+  const revoked = revokedHashes(config);
   const owners = linkOwners(config);
   return config.lines.flatMap((line) => {
     const isOwner = owners.get(line.names[0]!) === line;
@@ -152,7 +153,7 @@ export function readInventory(config: Config): Entry[] {
   });
 }
 
-/** `isOwner`: what its first name finds is this line's, and no other's. */
+/** `isOwner`: whether the line owns its first name. */
 function readEntry(
   config: Config,
   line: Line,
@@ -160,19 +161,16 @@ function readEntry(
   revoked: ReadonlySet<string>,
   isOwner: boolean,
 ): Entry {
-  const stem = stemOf(config, line.names);
-  const files = filesOf(config, stem, keyType);
-  const finding = inspect(files, line.names, revoked);
-  if (finding.kind === "missing" && finding.what === "certificate") {
-    const older = olderSpelling(config, line, keyType);
-    if (older !== undefined) {
-      const files = filesOf(config, older, keyType);
-      return entryOf(line, keyType, older, files, inspect(files, line.names, revoked));
-    }
-    const former = isOwner ? formerOf(config, line, keyType) : undefined;
-    return { ...entryOf(line, keyType, stem, files, finding), former };
-  }
-  return entryOf(line, keyType, stem, files, finding);
+  const entryAt = (stem: string) => {
+    const files = filesOf(config, stem, keyType);
+    return entryOf(line, keyType, stem, files, inspect(files, line.names, revoked));
+  };
+  const entry = entryAt(stemOf(config, line.names));
+  const { finding } = entry;
+  if (finding.kind !== "missing" || finding.what !== "certificate") return entry;
+  const older = olderSpelling(config, line, keyType);
+  if (older !== undefined) return entryAt(older);
+  return isOwner ? { ...entry, former: formerOf(config, line, keyType) } : entry;
 }
 
 function entryOf(line: Line, keyType: KeyType, stem: string, files: Files, finding: Finding): Entry {
@@ -182,32 +180,36 @@ function entryOf(line: Line, keyType: KeyType, stem: string, files: Files, findi
   if (notAfter.getTime() - notBefore.getTime() >= SHORT_LIFE_MS) return entry;
   const { mtime } = Deno.statSync(files.cert);
   if (mtime === null || mtime <= notBefore || mtime >= notAfter) return entry;
-  // a file may also be younger because it was copied
+  // a copied file is younger
   return {
     ...entry,
     issuedAt: new Date(Math.min(mtime.getTime(), notBefore.getTime() + LONGEST_BACK_DATING_MS)),
   };
 }
 
-/** The stem under which the Python original has the files of a line, where it is another and they are there. */
+/** The stem under which the Python original wrote the files of a line, if it is another and they exist. */
 function olderSpelling(config: Config, line: Line, keyType: KeyType): string | undefined {
   const stems = line.formerNames.map((names) => stemOf(config, names));
   const found = stems.find((stem) => exists(filesOf(config, stem, keyType).cert));
   if (found !== undefined || line.names.length < 3) return found;
-  // it left to chance in which order names that differ in the last label alone (`example.net example.org`) stand in a
-  // stem; the link of the primary shows which it was
-  const target = linkTarget(filesOf(config, stemOf(config, line.names.slice(0, 1)), keyType).cert);
-  const end = fileNames(config, "", keyType).cert;
-  if (target === undefined || target.includes("/") || !target.endsWith(end)) return undefined;
-  const stem = target.slice(0, -end.length);
+  // the original wrote names that differ in the last label only (`example.net example.org`) in random order; the link of
+  // the primary has the order
+  const target = linkTarget(ownFiles(config, line, keyType).cert) ?? "/";
+  const stem = target.includes("/") ? undefined : stemIn(target, config, keyType);
+  if (stem === undefined) return undefined;
   const asSet = (names: readonly string[]) => names.toSorted().join();
   const known = [line.names, ...line.formerNames].map((names) => asSet(names.map(spelled)));
   return known.includes(asSet(stem.split("_"))) ? stem : undefined;
 }
 
-/** The certificate under the primary name, which is for other names: those that the line had before. */
+/** The files, or links, of the first name of a line. */
+function ownFiles(config: Config, { names }: Line, keyType: KeyType): Files {
+  return filesOf(config, stemOf(config, names.slice(0, 1)), keyType);
+}
+
+/** The certificate that the first name has from before the names of the line changed. */
 function formerOf(config: Config, line: Line, keyType: KeyType): Entry["former"] {
-  const { cert } = filesOf(config, stemOf(config, line.names.slice(0, 1)), keyType);
+  const { cert } = ownFiles(config, line, keyType);
   try {
     const file = basename(linkTarget(cert) ?? cert);
     return { certificate: readCertificate(Deno.readTextFileSync(cert)), file };
@@ -238,7 +240,7 @@ function inspect(files: Files, names: readonly string[], revoked: ReadonlySet<st
 
 function readFor(path: string, what: "certificate" | "key"): string | Finding {
   try {
-    return Deno.readTextFileSync(path); // a third faster than that of node:fs
+    return Deno.readTextFileSync(path); // a third faster than node:fs
   } catch (error) {
     const code = codeOf(error);
     return code === "ENOENT"
@@ -247,18 +249,17 @@ function readFor(path: string, what: "certificate" | "key"): string | Finding {
   }
 }
 
-/** Files in the directories of keys, requests and certificates that belong to no line, relative to `config.base`. */
+/** Files in `key`, `csr` and `cert` that belong to no line, relative to `config.base`. */
 export function orphans(config: Config, inventory: readonly Entry[]): string[] {
   const owners = linkOwners(config);
   const known = new Set<string>();
   for (const entry of inventory) {
-    for (const { key, csr, cert } of [entry.files, ...linksOf(config, entry, owners)]) {
+    const { files, former, keyType } = entry;
+    const stem = former && stemIn(former.file, config, keyType);
+    const formerFiles = stem === undefined ? [] : [filesOf(config, stem, keyType)];
+    for (const { key, csr, cert } of [files, ...linksOf(config, entry, owners), ...formerFiles]) {
       known.add(key).add(csr).add(cert);
     }
-    const end = fileNames(config, "", entry.keyType).cert;
-    if (!entry.former?.file.endsWith(end)) continue;
-    const { key, csr, cert } = filesOf(config, entry.former.file.slice(0, -end.length), entry.keyType);
-    known.add(key).add(csr).add(cert);
   }
   return ["cert", "csr", "key"].flatMap((directory) =>
     listing(join(config.base, directory))
@@ -267,7 +268,7 @@ export function orphans(config: Config, inventory: readonly Entry[]): string[] {
   );
 }
 
-/** Links to bundles that the next run will point to another line's, as sentences: somebody may use the old ones. */
+/** Warnings of links that the next run will point to another bundle. */
 export function changingLinks(config: Config, inventory: readonly Entry[]): string[] {
   const owners = linkOwners(config);
   return inventory.filter(({ finding }) => finding.kind === "present").flatMap((entry) =>
@@ -275,7 +276,7 @@ export function changingLinks(config: Config, inventory: readonly Entry[]): stri
       const target = linkTarget(cert);
       return target === undefined || target === entry.file
         ? []
-        : [`${basename(cert)} is going to point to ${entry.file}, not to ${target}`];
+        : [`${basename(cert)} will point to ${entry.file}, no longer to ${target}`];
     })
   );
 }
@@ -283,9 +284,8 @@ export function changingLinks(config: Config, inventory: readonly Entry[]): stri
 // ---- state ----------------------------------------------------------------------------------------------
 
 /**
- * What `state.json` holds, and the text that it was read from. Changes nothing.
- *
- * @throws StateError where it may not be read, or a newer lematt wrote it: to begin anew would lose what it holds
+ * The contents of `state.json`, parsed and as text. Changes nothing. Throws StateError if it cannot be read, or is of a
+ * newer lematt.
  */
 export function readState(config: Config, now: Date): { state: State; text?: string; unusable?: string } {
   const path = join(config.base, "state.json");
@@ -299,37 +299,39 @@ export function readState(config: Config, now: Date): { state: State; text?: str
   }
 }
 
-/** Public keys that were revoked, a hash a line. */
+/** Hashes of revoked public keys, one in each line. */
 function revokedPath(config: Config): string {
   return join(config.base, "revoked-keys");
+}
+
+function revokedHashes(config: Config): Set<string> {
+  const hashes = new Set(readIfPresent(revokedPath(config))?.split("\n"));
+  hashes.delete("");
+  return hashes;
 }
 
 // ---- changes --------------------------------------------------------------------------------------------
 
 /** One mode's directory, locked until disposed of. */
 export class Store implements Disposable {
-  #written: Promise<void> = Promise.resolve();
+  #writing: Promise<void> = Promise.resolve();
   #waiting: Promise<void> | undefined;
   readonly #owners: Map<string, Line>;
 
   private constructor(
     private readonly config: Config,
     private readonly lock: Deno.FsFile,
-    /** Changed in memory, kept by `saveState`. */
+    /** Changed in memory, written by `saveState`. */
     readonly state: State,
-    /** What is in `state.json`. */
-    private kept: string | undefined,
-    /** What the user should know. */
+    /** The contents of `state.json`. */
+    private written: string | undefined,
+    /** Warnings. */
     readonly notices: string[],
   ) {
     this.#owners = linkOwners(config);
   }
 
-  /**
-   * Makes the directories, takes the lock, and completes or undoes what a run that was cut off left behind.
-   *
-   * @throws LockedError, StateError
-   */
+  /** Makes the directories, takes the lock, repairs what an interrupted run left. Throws LockedError and StateError. */
   static async open(config: Config, now: Date): Promise<Store> {
     const { base, mode } = config;
     makeDirectory(base, 0o755, ownerOf(config.directory));
@@ -344,7 +346,7 @@ export class Store implements Disposable {
       if (unusable !== undefined) {
         const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
         Deno.renameSync(join(base, "state.json"), join(base, aside));
-        notices.push(`cannot use ${mode}/state.json: ${unusable}; set aside as ${aside}, begun anew`);
+        notices.push(`cannot use ${mode}/state.json: ${unusable}; set aside as ${aside}, a new one is begun`);
       }
       const store = new Store(config, lock, state, text, notices);
       store.#completeCommits();
@@ -360,20 +362,19 @@ export class Store implements Disposable {
     this.lock.close();
   }
 
-  /**
-   * The private key that stands there, to be used again. A link to another certificate's key is no key of this one; a link
-   * that leads elsewhere is the user's, and followed.
-   */
+  /** The private key in use. A link to a key beside it is another certificate's; other links are the user's. */
   keyOf({ files: { key } }: Entry): string | undefined {
     const target = linkTarget(key);
-    if (target !== undefined && !target.includes("/")) return undefined;
-    const keyPem = readIfPresent(key);
-    return keyPem !== undefined && isPrivateKey(keyPem) && !this.isRevoked(keyPem) ? keyPem : undefined;
+    return target !== undefined && !target.includes("/") ? undefined : this.#usableKey(key);
   }
 
-  /** The key of an order that the CA had not finished, beside the live one. */
+  /** The key of an order that the CA has not finished. */
   pendingKey({ files: { key } }: Entry): string | undefined {
-    const keyPem = readIfPresent(pendingOf(key));
+    return this.#usableKey(pendingOf(key));
+  }
+
+  #usableKey(path: string): string | undefined {
+    const keyPem = readIfPresent(path);
     return keyPem !== undefined && isPrivateKey(keyPem) && !this.isRevoked(keyPem) ? keyPem : undefined;
   }
 
@@ -382,13 +383,13 @@ export class Store implements Disposable {
   }
 
   dropPendingKey({ files: { key } }: Entry): void {
-    removeIfThere(pendingOf(key));
+    removeIfPresent(pendingOf(key));
   }
 
   /**
-   * Puts a certificate, and its key where that is new, in the place of the old. Both are complete on disk before the
-   * first is renamed, so that a run cut off between the two renames is completed by the next. Returns the entry as it
-   * stands then; `warn` takes what goes wrong when both are in place.
+   * Puts a certificate, and its key if that is new, in place of the old. Both are complete on disk before the first is
+   * renamed; if a run is killed between the two renames, the next run does the second. Returns the new entry; `warn`
+   * is called for errors after both are in place.
    */
   async commit(
     entry: Entry,
@@ -410,58 +411,56 @@ export class Store implements Disposable {
       this.dropPendingKey(entry);
       for (const path of [files.key, files.cert]) syncDirectory(dirname(path));
     } catch (error) {
-      warn(`${entry.file} is in its place, but: ${(error as Error).message}`);
+      warn(`${entry.file} is in place, but: ${(error as Error).message}`);
     }
     const { line, keyType, stem } = entry;
     return entryOf(line, keyType, stem, files, { kind: "present", certificate: issued.certificate });
   }
 
-  /** Makes sure, before a certificate is asked for, that it can be kept. */
+  /** Checks, before a certificate is ordered, that its files can be written. */
   async ensureWritable(): Promise<void> {
     for (const directory of ["key", "csr", "cert"]) {
-      removeIfThere(await this.#temporary(join(this.config.base, directory, "probe"), "", 0o600));
+      removeIfPresent(await this.#temporary(join(this.config.base, directory, "probe"), "", 0o600));
     }
-    this.kept = undefined;
+    this.written = undefined;
     await this.saveState();
     if (this.writeError !== undefined) throw this.writeError;
   }
 
-  /** Makes the links by which each name of a line of several finds the bundle, where they are not right already. */
+  /** Makes the links from the names of a line to its bundle, unless they are right already. */
   link(entry: Entry): void {
     for (const link of linksOf(this.config, entry, this.#owners)) {
       for (const what of ["key", "cert"] as const) this.#linkTo(link[what], basename(entry.files[what]));
     }
   }
 
-  /** Every path under which a certificate and its key are found: the bundle first, then the links to it. */
+  /** All paths of a certificate and its key: the bundle first, then the links to it. */
   pathsOf(entry: Entry): { certs: string[]; keys: string[] } {
     const files = [entry.files, ...linksOf(this.config, entry, this.#owners)];
     return { certs: files.map(({ cert }) => cert), keys: files.map(({ key }) => key) };
   }
 
-  /** Moves files (relative to `config.base`) to `orphaned/`, where nothing is deleted. */
+  /** Moves files (relative to `config.base`) to `orphaned/`; never replaces one there. */
   moveOrphans(paths: readonly string[]): void {
-    const owner = ownerOf(this.config.base);
-    makeDirectory(join(this.config.base, "orphaned"), 0o700, owner);
+    const { base } = this.config;
     for (const path of paths) {
-      const directory = join(this.config.base, "orphaned", dirname(path));
-      makeDirectory(directory, 0o700, owner);
-      let target = join(this.config.base, "orphaned", path);
-      for (let number = 2; exists(target); number++) {
-        target = `${join(this.config.base, "orphaned", path)}.${number}`;
-      }
-      Deno.renameSync(join(this.config.base, path), target);
+      const orphaned = join(base, "orphaned", path);
+      makeDirectories(dirname(orphaned));
+      let target = orphaned;
+      for (let number = 2; exists(target); number++) target = `${orphaned}.${number}`;
+      Deno.renameSync(join(base, path), target);
     }
   }
 
-  /** Remembers a public key (see `publicKeyHash`), which is never used again. */
+  /** Adds a public key (see `publicKeyHash`) to those that are never used again. */
   async revoke(hash: string): Promise<void> {
-    const path = revokedPath(this.config);
-    const known = readIfPresent(path) ?? "";
-    if (!known.split("\n").includes(hash)) await this.#replace(path, `${known}${hash}\n`, 0o600);
+    const known = revokedHashes(this.config);
+    if (known.has(hash)) return;
+    const text = [...known.add(hash)].map((known) => `${known}\n`).join("");
+    await this.#replace(revokedPath(this.config), text, 0o600);
   }
 
-  /** Version 1 of the state remembered certificates in the place of keys. */
+  /** Version 1 of the state had revoked certificates instead of keys. */
   async #takeOverRevoked(): Promise<void> {
     const { revoked } = this.state;
     if (revoked === undefined) return;
@@ -473,53 +472,53 @@ export class Store implements Disposable {
   }
 
   isRevoked(keyPem: string): boolean {
-    const known = readIfPresent(revokedPath(this.config));
-    return known !== undefined && known.split("\n").includes(publicKeyHash(keyPem));
+    const known = revokedHashes(this.config);
+    return known.size > 0 && known.has(publicKeyHash(keyPem));
   }
 
   /**
-   * Keeps `state` as it is now. Whoever asks while it is being written shares the next writing. That it cannot be written
-   * ends no run, since deliveries and alerts go on without: see `writeError`.
+   * Writes `state`. Calls during a write share the next one. Never fails, since deliveries and alerts go on without it: see
+   * `writeError`.
    */
   saveState(): Promise<void> {
-    return this.#waiting ??= this.#written.then(() => {
+    return this.#waiting ??= this.#writing.then(() => {
       this.#waiting = undefined;
-      return this.#written = this.#writeState().then(
+      return this.#writing = this.#writeState().then(
         () => void (this.writeError = undefined),
         (error) => void (this.writeError = error),
       );
     });
   }
 
-  /** Why the state could not be written the last time. */
+  /** Why the last write of the state failed. */
   writeError: Error | undefined;
 
   async #writeState(): Promise<void> {
     const text = JSON.stringify(this.state, undefined, 1) + "\n";
-    if (text === this.kept) return;
-    this.kept = undefined;
+    if (text === this.written) return;
+    this.written = undefined;
     await this.#replace(join(this.config.base, "state.json"), text, 0o600);
-    this.kept = text;
+    this.written = text;
   }
 
-  /** Makes a secret file that must not exist yet, and the directories to it. Throws Deno.errors.AlreadyExists. */
+  /** Makes a secret file and its directories. Throws Deno.errors.AlreadyExists if it exists. */
   async createSecret(path: string, text: string): Promise<void> {
     makeDirectories(dirname(path));
     const temporary = await this.#temporary(path, text, 0o600);
     try {
-      Deno.linkSync(temporary, path); // unlike a rename, never replaces
+      Deno.linkSync(temporary, path); // never replaces, unlike a rename
     } catch (error) {
       if (error instanceof Deno.errors.AlreadyExists || exists(path)) {
         throw new Deno.errors.AlreadyExists(path);
       }
       Deno.renameSync(temporary, path); // a file system without hard links
     } finally {
-      removeIfThere(temporary);
+      removeIfPresent(temporary);
     }
     syncDirectory(dirname(path));
   }
 
-  /** Puts a secret in a file, whole or not at all. */
+  /** Writes a secret file, completely or not at all. */
   async replaceSecret(path: string, text: string): Promise<void> {
     await this.#replace(path, text, 0o600);
   }
@@ -530,19 +529,18 @@ export class Store implements Disposable {
   }
 
   /**
-   * Writes and flushes a new file beside `path`, and returns its path. It has the owner, group and mode of the file that
-   * it is going to replace, less what others may do with a key, and its group where that is another then; `mode`,
-   * whatever the umask, where there is none.
+   * Writes and flushes a new file beside `path`, and returns its path. It gets owner, group and mode of the file that it
+   * will replace, else `mode`. A secret loses the permissions of others, and those of the group if that cannot be kept.
    */
   async #temporary(path: string, text: string, mode: number): Promise<string> {
     const temporary = temporaryOf(path, this.config);
-    removeIfThere(temporary);
+    removeIfPresent(temporary);
     const before = regularFile(path);
     const isSecret = mode === 0o600;
     const kept = before === undefined ? mode : before.mode! & (isSecret ? 0o770 : 0o777);
     using file = await Deno.open(temporary, { write: true, createNew: true, mode: kept });
     const isSameGroup = giveTo(temporary, before ?? ownerOf(dirname(path)));
-    setMode(temporary, isSecret && !isSameGroup ? kept & 0o700 : kept); // before it is complete, and may be found and used
+    setMode(temporary, isSecret && !isSameGroup ? kept & 0o700 : kept); // while it is still incomplete
     try {
       const bytes = new TextEncoder().encode(text);
       for (let written = 0; written < bytes.length;) written += await file.write(bytes.subarray(written));
@@ -556,28 +554,27 @@ export class Store implements Disposable {
   #linkTo(path: string, target: string): void {
     if (linkTarget(path) === target) return;
     const temporary = temporaryOf(path, this.config);
-    removeIfThere(temporary);
+    removeIfPresent(temporary);
     Deno.symlinkSync(target, temporary);
     giveTo(temporary, ownerOf(dirname(path)));
     Deno.renameSync(temporary, path);
   }
 
-  /** Removes the keys of orders of which nothing is known any more. */
+  /** Removes keys of orders that are no longer in the state. */
   #dropPendingKeys(): void {
     const { config, state: { orders } } = this;
-    const known = (["rsa", "ec"] as const).flatMap((keyType) => {
-      const end = fileNames(config, "", keyType).cert;
-      return Object.keys(orders).filter((file) => file.endsWith(end))
-        .map((file) => pendingOf(filesOf(config, file.slice(0, -end.length), keyType).key));
-    });
+    const known = KEY_TYPES.flatMap((keyType) =>
+      Object.keys(orders).map((file) => stemIn(file, config, keyType)).filter((stem) => stem !== undefined)
+        .map((stem) => pendingOf(filesOf(config, stem, keyType).key))
+    );
     const directory = `${config.base}/key`;
     listing(directory).filter((name) => name.endsWith(PENDING)).map((name) => `${directory}/${name}`)
-      .filter((path) => !known.includes(path)).forEach(removeIfThere);
+      .filter((path) => !known.includes(path)).forEach(removeIfPresent);
   }
 
   /**
-   * After a run that was cut off: a complete pair of temporaries, or a certificate that is for the key already in place,
-   * takes its place; whatever else was left half done is removed. What cannot take its place stays, and stops no other.
+   * Completes commits of a run that was killed: a complete pair of temporaries, or a certificate for the key in place. All
+   * other temporaries are removed.
    */
   #completeCommits(): void {
     const { config } = this;
@@ -586,7 +583,7 @@ export class Store implements Disposable {
         .map((name) => join(config.base, directory, name))
     );
     for (const end of ["", ".new", ".test", ".test.new"]) { // the account keys of issue.ts
-      removeIfThere(temporaryOf(config.accountKey + end, config));
+      removeIfPresent(temporaryOf(config.accountKey + end, config));
     }
     this.#dropPendingKeys();
     if (left.length === 0) return;
@@ -605,35 +602,30 @@ export class Store implements Disposable {
         this.dropPendingKey(entry);
         this.link(entry);
       } catch (error) {
-        this.notices.push(`cannot complete what a run left half done: ${(error as Error).message}`);
+        this.notices.push(`cannot complete an interrupted run: ${(error as Error).message}`);
         stuck.push(newKey, newCert);
       }
     }
-    left.filter((path) => !stuck.includes(path)).forEach(removeIfThere);
+    left.filter((path) => !stuck.includes(path)).forEach(removeIfPresent);
   }
 }
 
-/** Takes the lock, for which it waits a moment: status and the like hold it for no longer. Throws LockedError. */
+/** Takes the lock. Waits a moment for it, since commands other than a run need it only briefly. Throws LockedError. */
 async function takeLock(path: string, mode: string): Promise<Deno.FsFile> {
   const deadline = performance.now() + LOCK_WAIT_MS;
-  for (;;) {
-    using opened = new DisposableStack();
-    let locked: boolean;
-    let file: Deno.FsFile;
-    try {
-      file = opened.use(Deno.openSync(path, { write: true, create: true, mode: 0o600 }));
-      locked = file.tryLockSync(true);
-    } catch (error) {
-      throw withPath(error as Error, `lock '${path}', on a file system that must support locks`);
+  const file = Deno.openSync(path, { write: true, create: true, mode: 0o600 });
+  try {
+    while (!file.tryLockSync(true)) {
+      if (performance.now() > deadline) {
+        throw new LockedError(`another --${mode} run is in progress (it has locked ${path})`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, 50));
     }
-    if (locked) {
-      opened.move();
-      return file;
-    }
-    if (performance.now() > deadline) {
-      throw new LockedError(`another --${mode} run is in progress (it holds ${path})`);
-    }
-    await new Promise((resolve) => setTimeout(resolve, 50));
+    return file;
+  } catch (error) {
+    file.close();
+    if (error instanceof LockedError) throw error;
+    throw withPath(error as Error, `lock '${path}', on a file system that must support locks`);
   }
 }
 
@@ -647,7 +639,7 @@ function ownerOf(path: string): Owner {
   return { uid, gid };
 }
 
-/** Root leaves what it makes to the owner of what is there; others keep the group where they may. False: they may not. */
+/** Root gives a new file to `owner`; other users give it to the group only. False if they may not. */
 function giveTo(path: string, owner: Owner): boolean {
   const isRoot = Deno.uid() === 0;
   const found = Deno.lstatSync(path);
@@ -662,19 +654,19 @@ function giveTo(path: string, owner: Owner): boolean {
   }
 }
 
-/** Gives a file or directory that was made just now the mode that the umask may have kept from it. */
+/** Sets the mode of a new file or directory, which the umask may have changed. */
 function setMode(path: string, mode: number): void {
   if ((Deno.lstatSync(path).mode! & 0o777) !== mode) Deno.chmodSync(path, mode);
 }
 
-/** Makes a directory for secrets, and those above it. */
+/** Makes a directory for secrets, and its parents. */
 function makeDirectories(path: string): void {
   if (exists(path)) return;
   makeDirectories(dirname(path));
   makeDirectory(path, 0o700, ownerOf(dirname(path)));
 }
 
-/** Makes a directory with exactly this mode whatever the umask; one that is there stays as it is. */
+/** Makes a directory with exactly this mode; leaves an existing one as it is. */
 function makeDirectory(path: string, mode: number, owner: Owner): void {
   try {
     Deno.mkdirSync(path, { mode });
@@ -687,27 +679,30 @@ function makeDirectory(path: string, mode: number, owner: Owner): void {
 }
 
 /**
- * Name beside `path`, derived, so that the next run finds it; that of `path` may use all 255 bytes. Outside the mode's
- * directory (the account key) each mode has a name of its own: the lock of the one does not keep the other out.
+ * The path of a temporary, always the same, so that the next run finds it. Outside the mode's directory (account keys) each
+ * mode has its own, since the lock of one does not keep the other out.
  */
 function temporaryOf(path: string, { base, mode }: Config): string {
-  const name = path.startsWith(`${base}/`) ? basename(path) : `${basename(path)}.${mode}`;
-  const short = name.length + 1 + TEMPORARY.length > FILE_NAME_MAX ? sha256(name) : name;
-  return join(dirname(path), `.${short}${TEMPORARY}`);
+  return hidden(path, path.startsWith(`${base}/`) ? TEMPORARY : `.${mode}${TEMPORARY}`);
 }
 
 function pendingOf(key: string): string {
-  const name = `.${basename(key)}${PENDING}`;
-  return join(dirname(key), name.length > FILE_NAME_MAX ? `.${sha256(name)}${PENDING}` : name);
+  return hidden(key, PENDING);
 }
 
-/** Adds to an error of the system which file it is about, as Deno mostly does unless that is open already. */
+/** A hidden file beside `path`, with a digest as its name if it would be too long. */
+function hidden(path: string, ending: string): string {
+  const name = `.${basename(path)}${ending}`;
+  return join(dirname(path), name.length > FILE_NAME_MAX ? `.${sha256(name)}${ending}` : name);
+}
+
+/** Adds the path to an error of the system; Deno does not, for files that are open. */
 function withPath(error: Error, what: string): Error {
   if (!error.message.includes("'")) error.message += `: ${what}`;
   return error;
 }
 
-/** A rename is on disk once its directory is; some file systems (CIFS, FUSE) cannot do that, and are not refused. */
+/** Flushes a directory, and so the renames in it. Some file systems (CIFS, FUSE) cannot; that is ignored. */
 function syncDirectory(path: string): void {
   using directory = Deno.openSync(path);
   try {
@@ -720,23 +715,36 @@ function syncDirectory(path: string): void {
   }
 }
 
-function regularFile(path: string): Deno.FileInfo | undefined {
+/** The result of `operation`, undefined if its file does not exist. */
+function ifPresent<T>(operation: () => T): T | undefined {
   try {
-    const found = Deno.lstatSync(path);
-    return found.isFile ? found : undefined;
+    return operation();
   } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
+    if (codeOf(error) === "ENOENT") return undefined;
     throw error;
   }
 }
 
+/** The text of a file, undefined if it does not exist. */
+export function readIfPresent(path: string): string | undefined {
+  return ifPresent(() => Deno.readTextFileSync(path));
+}
+
+function removeIfPresent(path: string): void {
+  ifPresent(() => Deno.removeSync(path));
+}
+
+function regularFile(path: string): Deno.FileInfo | undefined {
+  const found = ifPresent(() => Deno.lstatSync(path));
+  return found?.isFile ? found : undefined;
+}
+
 function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false;
-  }
+  return ifPresent(() => Deno.lstatSync(path)) !== undefined;
+}
+
+function listing(directory: string): string[] {
+  return ifPresent(() => Array.from(Deno.readDirSync(directory), ({ name }) => name).sort()) ?? [];
 }
 
 function linkTarget(path: string): string | undefined {
@@ -744,33 +752,6 @@ function linkTarget(path: string): string | undefined {
     return Deno.readLinkSync(path);
   } catch {
     return undefined;
-  }
-}
-
-function listing(directory: string): string[] {
-  try {
-    return Array.from(Deno.readDirSync(directory), ({ name }) => name).sort();
-  } catch (error) {
-    if (codeOf(error) === "ENOENT") return [];
-    throw error;
-  }
-}
-
-/** The text of a file, undefined where there is none. */
-export function readIfPresent(path: string): string | undefined {
-  try {
-    return Deno.readTextFileSync(path);
-  } catch (error) {
-    if (codeOf(error) === "ENOENT") return undefined;
-    throw error;
-  }
-}
-
-function removeIfThere(path: string): void {
-  try {
-    Deno.removeSync(path);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
   }
 }
 

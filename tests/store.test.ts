@@ -194,7 +194,7 @@ Deno.test("a name that has a line of its own keeps its file; of two lines of sev
   const swapped = changed(config, "c.example a.example", "a.example b.example", "b.example");
   assert.match(
     changingLinks(swapped, readInventory(swapped)).join(),
-    /^a\.example-.* is going to point to c\.example_a\.example-/,
+    /^a\.example-.* will point to c\.example_a\.example-/,
   );
   using store = await open(config);
   assert.deepEqual(store.pathsOf(ab!).certs.map((path) => basename(path).split("-")[0]), [
@@ -455,7 +455,7 @@ Deno.test("what cannot take its place stays for the next run, and stops no other
   Deno.renameSync(a.files.key, `${a.files.key}.aside`);
   Deno.mkdirSync(a.files.key);
   const store = await open(config);
-  assert.match(store.notices.join(), /^cannot complete what a run left half done: .*a\.example/);
+  assert.match(store.notices.join(), /^cannot complete an interrupted run: .*a\.example/);
   assert.equal(kinds(config), "unreadable,present");
   close(store);
   Deno.removeSync(a.files.key);

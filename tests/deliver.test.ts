@@ -27,54 +27,49 @@ async function settle(bed: Bed): Promise<void> {
   bed.take();
 }
 
-/** Section -> why something is pending there, as a run would find it. */
-function reasonsIn({ events }: Awaited<ReturnType<Bed["run"]>>): Record<string, string[]> {
-  return Object.fromEntries(events.flatMap((event) => {
-    if (event.kind !== "delivered") return [];
-    const { section, pending } = event.delivered.delivery;
-    return [[section.name, [...new Set(pending.map(({ reason }) => reason))]]];
-  }));
-}
-
 const path = (bed: Bed, what: "cert" | "key", stem: string, tag = "prime256v1") =>
   bed.path("test", what, `${stem}-${what === "cert" ? "cert-combined" : "key"}.${tag}.test.pem`);
 
 // ---- the lists of a section ------------------------------------------------------------------------------
 
 Deno.test("a section uploads certificates, keys, each certificate, then updates, each list whole and in order", async () => {
-  await using bed = await bedOf(
-    "a.example.com",
-    `[default]
-rehearse: yes
-update: ["echo pause >> HERE/log", "echo reload a >> HERE/log", "", "echo pause >> HERE/log", "echo reload b >> HERE/log"]
-uploadEach: ["echo each KEY_TYPE DOMAIN >> HERE/log"]
-uploadKeys: ["echo keys >> HERE/log"]
-uploadCerts: ["echo certs 1 >> HERE/log", "echo certs 2 >> HERE/log"]`,
-    "",
-  );
-  const { code, stdout } = await bed.run();
-  assert.equal(code, 0);
-  assert.deepEqual(bed.take(), [
-    ...["certs 1", "certs 2", "keys", "each rsa a.example.com", "each ec a.example.com"],
-    ...["pause", "reload a", "pause", "reload b"],
-  ]);
-  assert.match(stdout, /^ran .*\[default\] echo certs 1/m);
+  const echo = (...texts: string[]) =>
+    JSON.stringify(texts.map((text) => text && `echo ${text} >> HERE/log`));
+  const actions = `[default]
+update: ${echo("pause", "reload a", "", "pause", "reload $LEMATT_MODE")}
+uploadEach: ${echo("each KEY_TYPE DOMAIN")}
+uploadKeys: ${echo("keys")}
+uploadCerts: ${echo("certs 1", "certs 2")}
+rehearse: `;
+  await using bed = await bedOf("a.example.com", `${actions} yes`, "");
+  assert.equal((await bed.run()).code, 0);
+  const [before, each, after] = [
+    ["certs 1", "certs 2", "keys"],
+    ["each rsa a.example.com", "each ec a.example.com"],
+    ["pause", "reload a", "pause"],
+  ];
+  assert.deepEqual(bed.take(), [...before!, ...each!, ...after!, "reload test"]);
+  bed.act(`${actions} no`); // uploadEach chooses names of its own, which may be those of production
+  await bed.run();
+  assert.deepEqual(bed.take(), [...before!, ...after!, "reload test"]);
+  await bed.run({ mode: "prod" });
+  assert.deepEqual(bed.take(), [...before!, ...each!, ...after!, "reload prod"]);
 });
 
 Deno.test("sections with one update line run it each, after their own uploads, with their own names", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[DEFAULT]
-update: ["echo build $LEMATT_DOMAINS_CN >> HERE/log.$LEMATT_DOMAINS_CN", "echo reload DOMAINS_CN >> HERE/log.DOMAINS_CN"]
+update: ["echo build $LEMATT_DOMAINS_CN >> HERE/DOMAINS_CN", "echo reload >> HERE/DOMAINS_CN"]
 [a]
 domains: a.example.com
 [b]
 domains: b.example.com
-uploadCerts: ["echo upload >> HERE/log.DOMAINS_CN"]`,
+uploadCerts: ["echo upload >> HERE/DOMAINS_CN"]`,
   );
   await bed.run();
-  assert.deepEqual(bed.take("log.a.example.com"), ["build a.example.com", "reload a.example.com"]);
-  assert.deepEqual(bed.take("log.b.example.com"), ["upload", "build b.example.com", "reload b.example.com"]);
+  assert.deepEqual(bed.take("a.example.com"), ["build a.example.com", "reload"]);
+  assert.deepEqual(bed.take("b.example.com"), ["upload", "build b.example.com", "reload"]);
 });
 
 Deno.test("a failed upload keeps the update of its own section from running, and shows what was printed", async () => {
@@ -82,23 +77,17 @@ Deno.test("a failed upload keeps the update of its own section from running, and
     "a.example.com\nb.example.com",
     `[a]
 domains: a.example.com
-uploadCerts: ["echo a certs CERTS >> HERE/log; echo no route to host >&2; exit 7"]
+uploadCerts: ["echo a certs >> HERE/log; echo no route to host >&2; exit 7"]
 uploadKeys: ["echo a keys >> HERE/log"]
 update: ["echo a update >> HERE/log"]
 [b]
 domains: b.example.com
-uploadCerts: ["true"]
 update: ["echo b update >> HERE/log"]`,
   );
   const { code, stderr } = await bed.run();
-  assert.equal(code, 1);
-  assert.deepEqual(bed.take().map((line) => line.split(" ", 2).join(" ")).sort(), ["a certs", "b update"]);
-  assert.match(
-    stderr,
-    /^FAILED +\[a\] .*\n +cannot run "echo a certs .*": exit status 7\n +\| no route to host$/m,
-  );
-  assert.deepEqual(Object.keys(bed.state().receipts), ["b"]);
-  assert.deepEqual(Object.keys(bed.state().deliveries), ["a"]);
+  assert.deepEqual([code, bed.take().sort()], [1, ["a certs", "b update"]]);
+  assert.match(stderr, /^FAILED +\[a\] .*\n.*"echo a certs .*": exit status 7\n +\| no route to host$/m);
+  assert.deepEqual([Object.keys(bed.state().receipts), Object.keys(bed.state().deliveries)], [["b"], ["a"]]);
 });
 
 Deno.test("uploadEach that fails for one certificate leaves that one pending and updates for the others", async () => {
@@ -124,37 +113,16 @@ update: ["echo update DOMAINS_CN >> HERE/log"]`,
   assert.deepEqual(bed.take(), [uploaded("b.example.com"), "update b.example.com"]);
 });
 
-Deno.test("uploadEach does not run in a rehearsal, unless its section says so", async () => {
-  const actions =
-    `[default]\nuploadEach: ["echo each >> HERE/log"]\nupdate: ["echo update $LEMATT_MODE >> HERE/log"]`;
-  await using bed = await bedOf("a.example.com", actions);
-  await bed.run();
-  assert.deepEqual(bed.take(), ["update test"]);
-  bed.act(`${actions}\nrehearse: yes`);
-  await bed.run();
-  assert.deepEqual(bed.take(), ["each", "update test"]);
-  bed.act(actions);
-  await bed.run({ mode: "prod" });
-  assert.deepEqual(bed.take(), ["each", "update prod"]);
-});
-
 Deno.test("a section gets the types of keys that it asks for, and a line is delivered whole", async () => {
   await using bed = await bedOf(
     "a.example.com",
-    `[pg]
-domains: a.example.com
-keyTypes: rsa
-uploadCerts: ["echo pg CERTS >> HERE/log"]
-[web]
-domains: a.example.com
-keyTypes: rsa ec
-uploadKeys: ["echo web KEYS >> HERE/log"]`,
+    `[pg]\ndomains: a.example.com\nkeyTypes: rsa\nuploadCerts: ["echo pg CERTS >> HERE/log"]
+[web]\ndomains: a.example.com\nkeyTypes: rsa ec\nuploadKeys: ["echo web KEYS >> HERE/log"]`,
   );
-  const [rsa, ec] = ["rsa2048", "prime256v1"] as const;
   const web = ["rsa2048", "prime256v1"].map((tag) => path(bed, "key", "a.example.com", tag)).join(" ");
   await bed.run();
-  assert.deepEqual(bed.take().sort(), [`pg ${path(bed, "cert", "a.example.com", rsa)}`, `web ${web}`]);
-  Deno.removeSync(path(bed, "cert", "a.example.com", ec));
+  assert.deepEqual(bed.take().sort(), [`pg ${path(bed, "cert", "a.example.com", "rsa2048")}`, `web ${web}`]);
+  Deno.removeSync(path(bed, "cert", "a.example.com"));
   await bed.run();
   assert.deepEqual(bed.take(), [`web ${web}`]);
 });
@@ -184,10 +152,7 @@ Deno.test("--verbose shows what commands print", async () => {
   const actions = `[default]\nprepare: ["echo ready; exec cat"]\nupdate: ["echo hello; echo there >&2"]`;
   await using bed = await bedOf("a.example.com", actions, "keyTypes: ec\npreflight: no");
   const { stdout } = await bed.run({ verbose: true });
-  assert.match(stdout, /prepare \| ready$/m);
-  assert.match(stdout, /\[default\] \| hello$/m);
-  assert.match(stdout, /\[default\] \| there$/m);
-  await bed.plant();
+  assert.deepEqual(stdout.match(/\| (ready|hello|there)$/gm), ["| ready", "| hello", "| there"]);
   assert.doesNotMatch((await bed.run({ named: { deliver: ["[default]"] } })).stdout, /hello$/m);
 });
 
@@ -196,14 +161,9 @@ Deno.test("--verbose shows what commands print", async () => {
 Deno.test("a section that hangs delays no other, and [every] comes when all others are done", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
-    `[every]
-uploadCerts: ["echo every DOMAINS_CN >> HERE/log"]
-[a]
-domains: a.example.com
-uploadCerts: ["read word < HERE/fifo; echo a >> HERE/log"]
-[b]
-domains: b.example.com
-update: ["echo b >> HERE/log; echo go > HERE/fifo"]`,
+    `[every]\nuploadCerts: ["echo every DOMAINS_CN >> HERE/log"]
+[a]\ndomains: a.example.com\nuploadCerts: ["read word < HERE/fifo; echo a >> HERE/log"]
+[b]\ndomains: b.example.com\nupdate: ["echo b >> HERE/log; echo go > HERE/fifo"]`,
   );
   await makeFifo(bed); // [a] is let go by the last command of [b]
   assert.equal((await bed.run()).code, 0);
@@ -213,68 +173,44 @@ update: ["echo b >> HERE/log; echo go > HERE/fifo"]`,
 Deno.test("a line that is slow at its challenge delays no section but its own and [every]", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com\nc.example.com",
-    `[DEFAULT]
-update: ["echo DOMAINS_CN >> HERE/log"]
-[every]
-[slow]
-domains: a.example.com
-prepare: ["cat"]
-[both]
-domains: a.example.com b.example.com
-[default]`,
+    `[DEFAULT]\nupdate: ["echo DOMAINS_CN >> HERE/log"]\n[every]\n[slow]\ndomains: a.example.com
+prepare: ["cat"]\n[both]\ndomains: a.example.com b.example.com\n[default]`,
   );
   const gate = Promise.withResolvers<void>();
-  const route = async () => {
-    await gate.promise;
-    return [{ address: "127.0.0.1", port: bed.web.port }];
-  };
+  const route = () => gate.promise.then(() => [{ address: "127.0.0.1", port: bed.web.port }]);
   const running = bed.run({ route });
   await until("the others have been delivered", () => existsSync(join(bed.home, "log")));
   gate.resolve();
   await running;
   const [first, ...rest] = bed.take();
-  assert.equal(first, "c.example.com");
-  assert.deepEqual(rest.slice(0, 2).sort(), ["a.example.com", "a.example.com b.example.com"]);
-  assert.deepEqual(rest.slice(2), ["a.example.com b.example.com c.example.com"]);
+  const both = "a.example.com b.example.com";
+  assert.deepEqual([first, rest.pop()], ["c.example.com", `${both} c.example.com`]);
+  assert.deepEqual(rest.sort(), ["a.example.com", both]);
 });
 
 Deno.test("a rollout takes one section after the other and ends at the first failure, which comes last in the next", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", "");
   await settle(bed);
   const section = (name: string) =>
-    `[${name}]\ndomains: ${name}.example.com\nupdate: ["echo ${name} >> HERE/log; ! test -e HERE/${name}"]\n`;
+    `[${name}]\ndomains: ${name}.example.com\n` +
+    `update: ["mkdir HERE/one && rmdir HERE/one && echo ${name} >> HERE/log; ! test -e HERE/${name}"]\n`;
   bed.act(`${section("a")}${section("b")}${section("c")}[every]\nupdate: ["echo every >> HERE/log"]`);
   Deno.writeTextFileSync(join(bed.home, "b"), "");
-  assert.equal((await bed.run()).code, 1);
-  assert.deepEqual(bed.take(), ["a", "b"]);
-  const second = await bed.run();
-  assert.equal(second.code, 1);
-  assert.deepEqual(bed.take(), ["c", "b"]);
+  assert.deepEqual([(await bed.run()).code, bed.take()], [1, ["a", "b"]]);
+  assert.deepEqual([(await bed.run()).code, bed.take()], [1, ["c", "b"]]);
   Deno.removeSync(join(bed.home, "b"));
-  assert.equal((await bed.run({ retry: true })).code, 0);
-  assert.deepEqual(bed.take(), ["b", "every"]);
-});
-
-Deno.test("twenty hosts that are given new commands are given them one at a time", async () => {
-  const names = Array.from({ length: 20 }, (_, n) => `host${n}.example.com`);
-  await using bed = await bedOf(names.join("\n"), "");
-  await settle(bed);
-  const update = `["mkdir HERE/one && rmdir HERE/one && echo DOMAINS_CN >> HERE/log"]`;
-  bed.act(names.map((name) => `[${name}]\ndomains: ${name}\nupdate: ${update}`).join("\n"));
-  assert.equal((await bed.run()).code, 0);
-  assert.deepEqual(bed.take(), names);
+  assert.deepEqual([(await bed.run({ retry: true })).code, bed.take()], [0, ["b", "every"]]);
 });
 
 Deno.test("at most eight sections are given new certificates at once", async () => {
   const names = Array.from({ length: 12 }, (_, n) => `host${n}.example.com`);
   // each waits until eight have begun, and says how many are at it
-  const update =
-    `["echo >> HERE/begun; mkdir -p HERE/at/DOMAINS_CN; until test $(wc -l < HERE/begun) -ge 8; do sleep 0.01; done", ` +
-    `"ls HERE/at | wc -l >> HERE/log; sleep 0.02; rmdir HERE/at/DOMAINS_CN"]`;
-  await using bed = await bedOf(
-    names.join("\n"),
-    names.map((name) => `[${name}]\ndomains: ${name}\nupdate: ${update}`).join("\n"),
-  );
+  const update = JSON.stringify([
+    "echo >> HERE/begun; mkdir -p HERE/at/DOMAINS_CN; until test $(wc -l < HERE/begun) -ge 8; do sleep 0.01; done",
+    "ls HERE/at | wc -l >> HERE/log; sleep 0.02; rmdir HERE/at/DOMAINS_CN",
+  ]);
+  const sections = names.map((name) => `[${name}]\ndomains: ${name}\nupdate: ${update}`);
+  await using bed = await bedOf(names.join("\n"), sections.join("\n"));
   assert.equal((await bed.run()).code, 0);
   const counts = bed.take().map(Number);
   assert.deepEqual([counts.length, Math.max(...counts)], [12, 8]);
@@ -284,19 +220,12 @@ Deno.test("new certificates go out side by side while a rollout waits for its tu
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", "");
   await settle(bed);
   await makeFifo(bed);
-  Deno.removeSync(path(bed, "cert", "b.example.com"));
-  Deno.removeSync(path(bed, "cert", "c.example.com"));
+  for (const name of ["b.example.com", "c.example.com"]) Deno.removeSync(path(bed, "cert", name));
   // [a] is a rollout and [b] urgent: each would hang without the other, and without [c]
   bed.act(`[a]\ndomains: a.example.com\nupdate: ["read word < HERE/fifo"]
 [b]\ndomains: b.example.com\nupdate: ["until test -e HERE/c; do sleep 0.01; done; echo go > HERE/fifo"]
 [c]\ndomains: c.example.com\nupdate: ["touch HERE/c"]`);
-  const ran = await bed.run();
-  assert.equal(ran.code, 0);
-  assert.deepEqual(reasonsIn(ran), {
-    a: ["first delivery"],
-    b: ["new certificate"],
-    c: ["new certificate"],
-  });
+  assert.equal((await bed.run()).code, 0);
 });
 
 // ---- receipts --------------------------------------------------------------------------------------------
@@ -304,41 +233,31 @@ Deno.test("new certificates go out side by side while a rollout waits for its tu
 Deno.test("what is there and not delivered is delivered, whatever has led to it, and nothing else", async () => {
   const log = `update: ["echo DOMAINS_CN >> HERE/log"]`;
   const begin = `[web]\ndomains: a.example.com b.example.com\n${log}`;
-  type Change = { domains?: string; actions?: string };
-  const table: [what: string, change: Change, log: string[]][] = [
-    ["a section is renamed", { actions: begin.replace("[web]", "[www]") }, []],
-    ["a section is renamed and its commands change", {
-      actions: `[www]\ndomains: a.example.com b.example.com\nupdate: ["echo new DOMAINS_CN >> HERE/log"]`,
-    }, ["new a.example.com b.example.com"]],
-    ["a line moves to another section", {
-      actions:
-        `[web]\ndomains: a.example.com\n${log}\n[other]\ndomains: b.example.com\nupdate: ["echo other DOMAINS_CN >> HERE/log"]`,
-    }, ["other b.example.com"]],
-    ["a second host is added", {
-      actions:
-        `${begin}\n[second]\ndomains: a.example.com\nuploadCerts: ["echo second DOMAINS_CN >> HERE/log"]`,
-    }, ["second a.example.com"]],
-    ["an endpoint is added", { actions: `${begin}\nalert: ["true"]\nverifyWait: 1` }, []],
-    ["a section has no lists", { actions: `${begin}\n[none]\ndomains: a.example.com\nalert: ["true"]` }, []],
-    ["a line is added", { domains: "a.example.com\nb.example.com\nc.example.com" }, []],
+  const table: [what: string, actions: string, log: string[], domains?: string][] = [
+    ["a section is renamed", begin.replace("web", "www"), []],
+    [
+      "a section is renamed and its commands change",
+      begin.replace("web", "www").replace("echo", "echo new"),
+      ["new a.example.com b.example.com"],
+    ],
+    [
+      "a line moves to another section",
+      `[web]\ndomains: a.example.com\n${log}\n[b]\ndomains: b.example.com\n${log.replace("echo", "echo b")}`,
+      ["b b.example.com"],
+    ],
+    ["a second host is added", `${begin}\n[2]\ndomains: a.example.com\n${log}`, ["a.example.com"]],
+    ["what makes no difference changes", `${begin}\nalert: ["true"]\nverifyWait: 1`, []],
+    ["a line is added", begin, [], "a.example.com\nb.example.com\nc.example.com"],
   ];
-  await all(table.map(async ([what, { domains, actions }, expected]) => {
+  await all(table.map(async ([what, actions, expected, domains]) => {
     await using bed = await bedOf("a.example.com\nb.example.com", begin);
     await settle(bed);
-    if (domains !== undefined) bed.configure({ domains });
-    if (actions !== undefined) bed.act(actions);
+    bed.configure({ domains });
+    bed.act(actions);
     const { code, stderr } = await bed.run();
     assert.deepEqual([code, bed.take()], [0, expected], `${what}: ${stderr}`);
     assert.equal((await bed.run(), bed.take().length), 0, `${what}: again`);
   }));
-});
-
-Deno.test("actions that are written after the first run are carried out by the second", async () => {
-  await using bed = await bedOf("a.example.com", "");
-  await bed.run();
-  bed.act(`[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`);
-  const { code, requests } = await bed.run();
-  assert.deepEqual([code, requests.length, bed.take()], [0, 0, ["a.example.com"]]);
 });
 
 Deno.test("a line or a section that is away for one run is not delivered again, but what failed still is", async () => {
@@ -372,39 +291,35 @@ Deno.test("--accept notes as delivered what is already in place, and runs nothin
 });
 
 Deno.test("--deliver delivers again, once, what it names", async () => {
-  const log = `update: ["echo $0 DOMAINS_CN >> HERE/log"]`;
-  await using bed = await bedOf(
-    "a.example.com\nb.example.com",
-    `[a]\ndomains: a.example.com\n${log.replace("$0", "a")}\n[default]\n${log.replace("$0", "default")}
-[every]\n${log.replace("$0", "every")}`,
-  );
+  const log = (name: string) => `update: ["echo ${name} DOMAINS_CN >> HERE/log"]\n`;
+  const actions = `[a]\ndomains: a.example.com\n${log("a")}[default]\n${log("default")}[every]\n${
+    log("every")
+  }`;
+  await using bed = await bedOf("a.example.com\nb.example.com", actions);
   await settle(bed);
-  const delivered = async (...deliver: string[]) => {
-    const { code } = await bed.run({ named: { deliver } });
-    assert.equal(code, 0);
-    return bed.take();
-  };
-  assert.deepEqual(await delivered("a.example.com"), ["a a.example.com", "every a.example.com"]);
-  assert.deepEqual(await delivered("[every]"), ["every a.example.com b.example.com"]);
-  const [every, ...sideBySide] = (await delivered("[a]", "b.example.com")).toReversed();
-  assert.deepEqual([every, ...sideBySide.sort()], [
-    "every b.example.com",
-    "a a.example.com",
-    "default b.example.com",
-  ]);
-  assert.deepEqual((await bed.run(), bed.take()), []);
+  const table: [deliver: string[], log: string[]][] = [
+    [["a.example.com"], ["a a.example.com", "every a.example.com"]],
+    [["[every]"], ["every a.example.com b.example.com"]],
+    [["[a]", "b.example.com"], ["a a.example.com", "default b.example.com", "every b.example.com"]],
+    [[], []],
+  ];
+  for (const [deliver, expected] of table) {
+    assert.equal((await bed.run({ named: { deliver } })).code, 0);
+    const log = bed.take();
+    assert.equal(log.at(-1), expected.at(-1), "[every] comes last");
+    assert.deepEqual(log.sort(), expected);
+  }
 });
 
 // ---- what failed -----------------------------------------------------------------------------------------
 
-Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 … 20 hours", async () => {
+Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 … 20 hours, until the host is back", async () => {
   await using bed = await bedOf(
     "a.example.com",
-    `[default]\nuploadCerts: ["echo tried >> HERE/log; exit 1"]`,
+    `[default]\nuploadCerts: ["echo >> HERE/log; test -e HERE/up"]`,
   );
   const tries = async () => (await bed.run(), bed.take().length);
-  assert.equal(await tries(), 1);
-  assert.equal(await tries(), 1);
+  assert.deepEqual([await tries(), await tries()], [1, 1]);
   for (const hours of [1, 2, 4, 8, 16, 20, 20]) {
     bed.ca.advance(hours * HOUR - MINUTE);
     assert.equal(await tries(), 0, `before ${hours} h`);
@@ -413,45 +328,15 @@ Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 �
   }
   const waiting = await bed.run();
   assert.equal(waiting.code, 1); // a problem although it is not tried
-  assert.match(waiting.stderr, /^problem +\[default\] .* pending since .*exit status 1.*--retry/m);
-  assert.equal((await bed.run({ retry: true }), bed.take().length), 1, "--retry");
-});
-
-Deno.test("a host that is down for three nights is tried every night, and has its certificate when it is back", async () => {
-  await using bed = await bedOf(
-    "a.example.com",
-    `[default]\nuploadCerts: ["echo tried >> HERE/log; test -e HERE/up"]`,
-  );
-  for (let night = 0; night < 3; night++) {
-    assert.deepEqual([(await bed.run({ cron: true })).code, bed.take().length], [1, 1], `night ${night}`);
+  assert.match(waiting.stderr, /^problem +\[default\] .*exit status 1.*--retry/m);
+  for (let night = 0; night < 2; night++) {
     bed.ca.advance(DAY - 1000); // a timer is not exact
+    assert.equal(await tries(), 1, `night ${night}`);
   }
   Deno.writeTextFileSync(join(bed.home, "up"), "");
-  const { code, stdout, requests } = await bed.run({ cron: true });
-  assert.deepEqual([code, requests.length], [0, 0]);
-  assert.match(stdout, /^delivered \[default\] 1 certificate: /m);
-  assert.deepEqual(bed.state().deliveries, {});
-});
-
-Deno.test("changed commands, changed endpoints, or a new certificate end the waiting", async () => {
-  const failing = `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; exit 1"]`;
-  const changes: Record<string, (bed: Bed) => void> = {
-    commands: (bed) => bed.act(failing.replace("exit 1", "exit 2")),
-    endpoints: (bed) => bed.act(`${failing}\nverify: ["DOMAIN:1"]\nverifyWait: 0`),
-    certificate: (bed) => bed.configure({ domains: "a.example.com\nb.example.com" }),
-  };
-  await all(
-    Object.entries(changes).map(async ([what, change]) => {
-      await using bed = await bedOf("a.example.com", failing);
-      for (let run = 0; run < 5; run++) await bed.run({ retry: true });
-      assert.equal((await bed.run(), bed.take().length), 5, "waits");
-      change(bed);
-      await bed.run();
-      const expected = what === "certificate" ? "a.example.com b.example.com" : "a.example.com";
-      assert.deepEqual(bed.take(), [expected], what);
-      assert.equal(bed.state().deliveries.default!.retryAt, undefined, what);
-    }),
-  );
+  const { code, stdout, requests } = await bed.run({ retry: true });
+  assert.deepEqual([code, requests.length, bed.state().deliveries], [0, 0, {}]);
+  assert.match(stdout, /^delivered +\[default\] /m);
 });
 
 Deno.test("what is pending is delivered though the CA cannot be reached", async () => {
@@ -465,26 +350,4 @@ Deno.test("what is pending is delivered though the CA cannot be reached", async 
   assert.equal(code, 1);
   assert.match(stderr, /the cable is out/);
   assert.deepEqual(bed.take(), ["a.example.com"]);
-});
-
-Deno.test("a certificate that is renewed while its predecessor is being delivered is delivered, too", async () => {
-  await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["exit 1"]`);
-  await bed.run();
-  bed.ca.advance(80 * DAY);
-  bed.act(
-    `[default]\nuploadCerts: ["cat CERTS > HERE/delivered"]\n[b]\ndomains: b.example.com\nupdate: ["true"]`,
-  );
-  bed.configure({ domains: "a.example.com\nb.example.com" });
-  assert.equal((await bed.run()).code, 0);
-  assert.equal(
-    Deno.readTextFileSync(join(bed.home, "delivered")),
-    Deno.readTextFileSync(path(bed, "cert", "a.example.com")),
-  );
-});
-
-Deno.test("a target that is full is a failure like another, with what the command said", async () => {
-  await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["cat CERTS > /dev/full"]`);
-  const { code, stderr } = await bed.run();
-  assert.equal(code, 1);
-  assert.match(stderr, /\| .*No space left on device/);
 });

@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { createPublicKey } from "node:crypto";
 import { join } from "node:path";
+import type { Mode } from "../lib/config.ts";
 import { type Event, type OutputOptions, planJson, planText, Report } from "../lib/report.ts";
 import { preview, select } from "../lib/run.ts";
 import { type Bed, testBed } from "./bed.ts";
@@ -25,26 +26,24 @@ async function bedOf(domains: string, actions = "", settings = "") {
 
 /** What is printed of these events, in the order in which it is printed. */
 function printed(options: Partial<OutputOptions>, events: readonly Event[]): string {
-  let text = "";
-  const write = (more: string) => void (text += more);
-  const report = new Report({
-    ...{
-      mode: "test",
-      cron: false,
-      json: false,
-      color: false,
-      now: () => new Date(),
-      out: write,
-      err: write,
-    },
-    ...options,
-  });
+  const texts: string[] = [];
+  const out = (text: string) => void texts.push(text);
+  const defaults = {
+    mode: "test",
+    cron: false,
+    json: false,
+    color: false,
+    now: () => new Date(),
+    out,
+    err: out,
+  } as const;
+  const report = new Report({ ...defaults, ...options });
   for (const event of events) report.emit(event);
-  return text;
+  return texts.join("");
 }
 
-const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}) => {
-  const config = bed.config();
+const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}, mode: Mode = "test") => {
+  const config = bed.config(mode);
   const options = { parallel: 1, retry: false, selection: select(config, named) };
   return preview(config, options, bed.world(), () => {});
 };
@@ -156,22 +155,11 @@ alert: ["true"]`);
   for (const key of ["issued", "failed", "delivered", "drift", "alerts", "keep", "problems", "pending"]) {
     assert.ok(documents.some((document) => (document[key] as unknown[]).length > 0), key);
   }
-  const [first] = documents;
-  assert.deepEqual(
-    (first!.failed as { names: string[]; problem: { type: string } }[]).map((
-      { names, problem },
-    ) => [names[0], problem.type]),
-    [
-      ["bad.example.com", "rejectedIdentifier"],
-    ],
-  );
+  const [{ names, problem }] = documents[0]!.failed as [{ names: string[]; problem: { type: string } }];
+  assert.deepEqual([names, problem.type], [["bad.example.com"], "rejectedIdentifier"]);
 
-  const config = bed.config("prod");
   for (const named of [{}, { deliver: ["[b]"] }, { renew: ["a.example.com"] }]) {
-    const options = { parallel: 1, retry: false, selection: select(config, named) };
-    const plan = JSON.parse(
-      planJson("prod", preview(config, options, bed.world(), () => {}), ["x. IN TXT y"]),
-    );
+    const plan = JSON.parse(planJson("prod", planned(bed, named, "prod"), ["x. IN TXT y"]));
     assert.deepEqual(violations(plan, "plan"), []);
   }
 });

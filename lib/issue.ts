@@ -347,7 +347,8 @@ export class Issuer {
     if (tasks.length === 0) return;
     const { config, store, context, parallel, emit } = this.options;
     let closed: Error | undefined;
-    const opened = Promise.all([this.open(), store.ensureWritable()]).then(([client]) => {
+    // one after the other: what goes on behind the end of a run makes account keys without the lock
+    const opened = store.ensureWritable().then(() => this.open()).then((client) => {
       if (Math.abs(client.aheadMs) > MOST_SKEW_MS) throw wrongClock(client, config, context.now());
       delete store.state.holds[config.directoryUrl];
       return client;

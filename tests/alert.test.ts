@@ -216,7 +216,7 @@ async function onDisk(options: string, use: (bed: Bed, mount: (...args: string[]
   try {
     await use(bed, mount);
   } finally {
-    execFileSync("umount", [path], { stdio: "inherit" });
+    execFileSync("umount", [path]);
   }
 }
 
@@ -239,8 +239,8 @@ Deno.test(
       assert.match(text, /No space left on device/);
       assert.match(text, /expires \d{4}-\d\d-\d\d/);
       Deno.removeSync(bed.path("prod", "filler"));
-      const next = await bed.run({ mode: "prod", retry: true });
-      assert.equal(next.code, 0, next.stderr + JSON.stringify(bed.ca.log));
+      assert.equal(bed.ca.log.length, 0, "nothing is asked of the CA that could not be kept");
+      assert.equal((await bed.run({ mode: "prod" })).code, 0);
     }),
 );
 

@@ -16,27 +16,17 @@ if (major < OLDEST_DENO[0] || (major === OLDEST_DENO[0] && minor < OLDEST_DENO[1
   Deno.exit(2);
 }
 // loaded here, so that an older Deno comes to say so
+const { runAlertCommands } = await import("./lib/alert.ts");
 const { ConfigError, loadConfig } = await import("./lib/config.ts");
 const { systemContext } = await import("./lib/context.ts");
-const { killAll, runCommand } = await import("./lib/hooks.ts");
+const { killAll } = await import("./lib/hooks.ts");
 const { checkPackages } = await import("./lib/http.ts");
-const { errorText, isSystemError, noticeText, planJson, planText, Report } = await import("./lib/report.ts");
-const {
-  accept,
-  advice,
-  preview,
-  prunable,
-  prune,
-  records,
-  revocable,
-  revoke,
-  rollover,
-  run,
-  select,
-  status,
-  tryChallenges,
-} = await import("./lib/run.ts");
+const { planJson, planText, Report } = await import("./lib/report.ts");
+const { accept, advice, preview, prunable, prune, records, revoke, rollover, run, status, tryChallenges } =
+  await import("./lib/run.ts");
+const { revocable, select } = await import("./lib/select.ts");
 const { exitStatus, statusJson, statusMetrics, statusTable } = await import("./lib/status.ts");
+const { count, errorText, isExpected, noticeText } = await import("./lib/text.ts");
 
 const VERSION = "0.2.0";
 
@@ -189,15 +179,8 @@ function parse(args: readonly string[]) {
   };
 }
 
-/** Errors that say all in one line, and the exit status that they lead to. Anything else is a bug and shows its stack. */
-const KNOWN_ERRORS: ReadonlyMap<string, number> = new Map([
-  ["LockedError", 3],
-  ["SelectionError", 2],
-  ["StateError", 2],
-  ["AcmeError", 1],
-  ["AbortError", 1],
-  ["CommandError", 1],
-]);
+/** The exit status that an error leads to, if it is not 1. */
+const EXIT_STATUS: Readonly<Record<string, number>> = { LockedError: 3, SelectionError: 2, StateError: 2 };
 
 /** The program; `outside` stands in for parts of the outside in tests. Returns the exit status. */
 export async function main(args: readonly string[], outside: Partial<Context> = {}): Promise<number> {
@@ -234,10 +217,9 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
       err(`lematt: packages are missing or broken; as this user: cd ${program} && deno install --frozen\n`);
       return 2;
     }
-    const known = KNOWN_ERRORS.get((error as Error).name);
-    if (known === undefined && !isSystemError(error as Error)) throw error;
+    if (!isExpected(error as Error)) throw error; // a bug, which shows its stack
     err(`lematt: ${errorText(error as Error)}\n`);
-    return known ?? 1;
+    return EXIT_STATUS[(error as Error).name] ?? 1;
   } finally {
     for (const signal of signals) Deno.removeSignalListener(signal, interrupt);
   }
@@ -257,7 +239,7 @@ async function check(
   }
   for (const text of texts) out(`${text}\n`);
   const { file, lines } = configs[0]!;
-  out(`${file}: ${lines.length} ${lines.length === 1 ? "line" : "lines"} of domains, no errors\n`);
+  out(`${file}: ${count(lines.length, "line")} of domains, no errors\n`);
   if (!challenges) return 0;
   const findings = await tryChallenges(configs[0]!, contextOf(configs[0]!));
   for (const { name, challenge, problem, note } of findings) {
@@ -266,23 +248,18 @@ async function check(
   return findings.some(({ problem }) => problem !== undefined) ? 1 : 0;
 }
 
-/** Prints what is wrong with the configuration; a run that nobody watches alerts as far as that could be read. */
+/** Prints the errors of the configuration; under --cron they are sent by the `alert` commands that could be read. */
 async function configurationFailed(
   { problems, directory, alerts }: InstanceType<typeof ConfigError>,
   { cron, mode }: Arguments,
 ): Promise<number> {
-  const count = `${problems.length} ${problems.length === 1 ? "error" : "errors"}`;
-  const where = directory === undefined ? "" : `${count} in ${directory}\n`;
+  const where = directory === undefined ? "" : `${count(problems.length, "error")} in ${directory}\n`;
   const text = problems.map((problem) => `${noticeText(problem)}\n`).join("") + where;
   err(text);
   for (const { commands } of cron ? alerts : []) {
-    for (const command of commands.filter((command) => command.trim() !== "")) {
-      const subject = ["configuration", "not", "valid"];
-      const options = { mode: mode!, timeoutSeconds: 60, stdin: text };
-      await runCommand(command, { SUBJECT: subject, DOMAINS_CN: [], DOMAINS_ALL: [] }, options).catch((
-        error,
-      ) => err(`lematt: ${errorText(error)}\n`));
-    }
+    const options = { mode: mode!, timeoutSeconds: 60, stdin: text };
+    const { errors } = await runAlertCommands(commands, ["configuration", "not", "valid"], [], options);
+    for (const error of errors) err(`lematt: ${errorText(error)}\n`);
   }
   return 2;
 }
@@ -350,8 +327,8 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
       return options.metrics ? 0 : exitStatus(found);
     }
     case "accept": {
-      const count = await accept(config, selection!, context, emit);
-      out(`${count} ${count === 1 ? "delivery" : "deliveries"} noted as done; nothing was run\n`);
+      const accepted = await accept(config, selection!, context, emit);
+      out(`${count(accepted, "certificate")} noted as delivered; no command was run\n`);
       return 0;
     }
     case "prune": {

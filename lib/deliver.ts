@@ -1,16 +1,17 @@
 /**
- * Makes the deliveries that plan.ts finds pending: runs the commands of a section, has its endpoints probed, sends alerts,
- * and remembers the results.
+ * Makes the deliveries that plan.ts finds pending: runs the commands of a section, has its endpoints probed, and
+ * remembers the results.
  */
 
 import type { Config, Line, Section } from "./config.ts";
 import { type Context, limit, settled } from "./context.ts";
 import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endpoints.ts";
-import { CommandError, runCommand, type Values } from "./hooks.ts";
-import { type Alert, type Delivery, listsDigest, listsOf, type Plan, planSection } from "./plan.ts";
+import { CommandError, type CommandOptions, runCommand, type Values } from "./hooks.ts";
+import { type Delivery, listsOf, type Plan, planSection } from "./plan.ts";
 import { probe, ProbeError, type Sight as Probed } from "./probe.ts";
 import { type Basis, type ByLine, expiryOf, type PlanOptions, retryDeliveryAt } from "./renewal.ts";
-import { record, type Sight, type State } from "./state.ts";
+import { writeReceipts } from "./receipts.ts";
+import type { Sight } from "./state.ts";
 import type { Entry, Store } from "./store.ts";
 
 /** The result of a delivery. */
@@ -182,12 +183,12 @@ function basisOf({ config, certificates, store: { state }, context, options }: D
 /** Runs the lists of a section, whole and in order, then waits until its endpoints serve what was delivered. */
 async function deliver(delivery: Delivery, delivering: Delivering): Promise<Delivered> {
   const { section } = delivery;
-  const { config, store } = delivering;
+  const { config, store, context } = delivering;
   const [uploadCerts, uploadKeys, uploadEach, update] = listsOf(section, config.mode);
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
     if (template.trim() === "") return;
-    const { seconds } = await runCommand(template, values, optionsFor(section, delivering));
+    const { seconds } = await runCommand(template, values, optionsFor(section, config, context));
     ran.push({ template, seconds });
   };
   const errors: CommandError[] = [];
@@ -233,7 +234,8 @@ async function runForEach(
   return done;
 }
 
-function optionsFor({ name }: Section, { config, context }: Pick<Delivering, "config" | "context">) {
+/** How to run the commands of a section. */
+export function optionsFor({ name }: Section, config: Config, context: Context): CommandOptions {
   return {
     mode: config.mode,
     timeoutSeconds: config.commandTimeoutSeconds,
@@ -285,33 +287,6 @@ function remember(
     retryAt: retryDeliveryAt(count, now, expiryOf(pending))?.toISOString(),
     urgent: delivery.urgent,
   };
-}
-
-/** Remembers that the lists of a section have run for these certificates, as they are on disk now. */
-export function writeReceipts(
-  section: Section,
-  entries: readonly Entry[],
-  delivery: Pick<Delivery, "pending"> | undefined,
-  config: Config,
-  state: State,
-  now: Date,
-): void {
-  if (entries.length === 0) return;
-  const receipts = state.receipts[section.name] ??= record({});
-  const digest = listsDigest(section, config.mode);
-  for (const entry of entries) {
-    if (entry.finding.kind !== "present") continue;
-    const drifted = delivery?.pending.some((one) => one.entry === entry && one.reason === "drift");
-    const repairs = drifted ? (receipts[entry.file]?.repairs ?? 0) + 1 : 0;
-    const { fingerprint, notAfter } = entry.finding.certificate;
-    receipts[entry.file] = {
-      digest,
-      fingerprint,
-      notAfter: notAfter.toISOString(),
-      at: now.toISOString(),
-      ...(repairs > 0 && { repairs }),
-    };
-  }
 }
 
 // ---- endpoints --------------------------------------------------------------------------------------------
@@ -430,45 +405,4 @@ function sightOf({ address, kind, certificate, detail }: Probed): Sight {
     }),
     ...(detail !== undefined && { detail }),
   };
-}
-
-// ---- alerts -----------------------------------------------------------------------------------------------
-
-/**
- * Runs the alert commands of a section with `text` on their standard input. What was sent is remembered unless all of
- * them failed: whom one of them reached is not alerted again because another one failed. Returns the first failure.
- */
-export async function sendAlert(
-  alert: Alert,
-  { subject, text, whats }: { subject: readonly string[]; text: string; whats: ReadonlyMap<string, string> },
-  { config, store: { state }, context }: Pick<Delivering, "config" | "context"> & {
-    store: Pick<Store, "state">;
-  },
-): Promise<CommandError | undefined> {
-  const { section, problems } = alert;
-  const now = context.now();
-  const lines = problems.flatMap(({ lines }) => lines);
-  const values = {
-    SUBJECT: subject,
-    DOMAINS_CN: [...new Set(lines.map(({ names }) => names[0]!))],
-    DOMAINS_ALL: [...new Set(lines.flatMap(({ names }) => names))],
-  };
-  const failures: CommandError[] = [];
-  const templates = section.alert.filter((template) => template.trim() !== "");
-  const commandOptions = { ...optionsFor(section, { config, context }), stdin: text };
-  for (const template of templates) {
-    try {
-      await runCommand(template, values, commandOptions);
-    } catch (error) {
-      if (!(error instanceof CommandError)) throw error;
-      failures.push(error);
-    }
-  }
-  if (failures.length < templates.length) {
-    const sent = state.alerts[section.name] ??= record({});
-    const present = new Set(whats.keys());
-    for (const key of Object.keys(sent)) if (!present.has(key)) delete sent[key];
-    for (const { key } of problems) sent[key] = { at: now.toISOString(), what: whats.get(key) ?? key };
-  }
-  return failures[0];
 }

@@ -2,7 +2,7 @@
  * What a run has to do and why: the difference between what the configuration wants and what is there.
  *
  * Pure: configuration, files found, remembered state and the clock go in; certificates to issue (renewal.ts), endpoints to
- * probe (endpoints.ts), pending deliveries, problems and alerts come out. Status, metrics, alerts, `--plan` and the exit
+ * probe (endpoints.ts), pending deliveries and problems come out. Status, metrics, alerts, `--plan` and the exit
  * status are views of this one answer, so they cannot disagree. It reads nothing and makes no sentences.
  */
 
@@ -282,10 +282,8 @@ export function listsDigest(section: Section, mode: Config["mode"]): string {
   return sha256(JSON.stringify(listsOf(section, mode))).slice(0, 16);
 }
 
-// ---- what is remembered of deliveries -------------------------------------------------------------------
-
 /** The receipts of a section, and newer ones of sections that are gone and had the same lists: it was renamed. */
-function receiptsOf(section: Section, digest: string, { sections }: Config, { receipts }: State) {
+export function receiptsOf(section: Section, digest: string, { sections }: Config, { receipts }: State) {
   const gone = Object.keys(receipts).filter((name) => !sections.some((one) => one.name === name));
   const found: Record<string, Receipt> = Object.create(null);
   if (gone.length === 0) return receipts[section.name] ?? found;
@@ -295,77 +293,6 @@ function receiptsOf(section: Section, digest: string, { sections }: Config, { re
     if (receipt.digest === digest && (own === undefined || own.at < receipt.at)) found[file] = receipt;
   }
   return found;
-}
-
-/** Gives sections that were renamed the receipts that they had under their old name. */
-export function adoptReceipts(config: Config, state: State): void {
-  for (const section of config.sections) {
-    const receipts = receiptsOf(section, listsDigest(section, config.mode), config, state);
-    if (Object.keys(receipts).length > 0) state.receipts[section.name] = receipts;
-  }
-}
-
-/**
- * Makes receipts of what version 1 of the state remembered: everything had been delivered but what it listed as
- * undelivered.
- */
-export function takeOver(config: Config, inventory: readonly Entry[], state: State, now: Date): void {
-  const { undelivered } = state;
-  if (undelivered === undefined) return;
-  delete state.undelivered;
-  for (const { line, file, finding } of inventory) {
-    for (const section of line.sections) {
-      if (finding.kind !== "present" || !delivers(section, config.mode)) continue;
-      const { name } = section;
-      if (Object.hasOwn(undelivered, name) && Object.hasOwn(undelivered[name]!, file)) continue;
-      const receipts = state.receipts[name] ??= Object.create(null) as Record<string, Receipt>;
-      const digest = listsDigest(section, config.mode);
-      receipts[file] = { digest, fingerprint: finding.certificate.fingerprint, at: now.toISOString() };
-    }
-  }
-}
-
-/**
- * Forgets what is remembered of lines, certificates, sections and endpoints that are gone, and failures of what is no
- * longer due or pending. Receipts stay for as long as their certificate is on disk: a line or section that is missing
- * for one run is not delivered again. `orphans` lists the base names of certificates that belong to no line.
- */
-export function forgetUnknown(
-  config: Config,
-  inventory: readonly Entry[],
-  state: State,
-  now: Date,
-  orphans: () => ReadonlySet<string>,
-  options: PlanOptions = {},
-): void {
-  const { tasks, waiting, deliveries, endpoints } = plan(config, inventory, state, now, options);
-  const keep = (entries: Record<string, unknown>, isKnown: (key: string) => boolean) => {
-    for (const key of Object.keys(entries)) if (!isKnown(key)) delete entries[key];
-  };
-  const ids = new Set(
-    inventory.map(({ finding }) => finding.kind === "present" ? finding.certificate.id : undefined),
-  );
-  keep(state.renewals, (id) => ids.has(id));
-  const due = new Set([...tasks, ...waiting].flatMap(({ due }) => due.map(({ entry }) => entry.stem)));
-  keep(state.failures, (stem) => due.has(stem));
-  const files = new Set(
-    inventory.flatMap(({ file, former }) => former === undefined ? file : [file, former.file]),
-  );
-  keep(state.orders, (file) => files.has(file));
-  for (const receipts of Object.values(state.receipts)) {
-    keep(receipts, (file) => files.has(file) || orphans().has(file));
-  }
-  keep(state.receipts, (name) => Object.keys(state.receipts[name]!).length > 0);
-  const failed = new Set(deliveries.filter(({ failure }) => failure).map(({ section }) => section.name));
-  keep(state.deliveries, (name) => failed.has(name));
-  const sections = new Map(config.sections.map((section) => [section.name, section]));
-  keep(state.alerts, (name) => (sections.get(name)?.alert.length ?? 0) > 0);
-  const places = new Set(endpoints.map(({ endpoint }) => endpoint.text));
-  for (const sent of Object.values(state.alerts)) {
-    keep(sent, (key) => !key.startsWith("endpoint ") || places.has(key.split(" ")[1]!));
-  }
-  const keys = new Set(endpoints.map(({ key }) => key));
-  keep(state.probes, (key) => keys.has(key));
 }
 
 // ---- warnings -------------------------------------------------------------------------------------------
@@ -572,35 +499,4 @@ function missedRuns({ config: { mode, sections }, now }: Basis, { lastRun, inter
   if (mode !== "prod" || lastRun === undefined) return [];
   const isMissed = now.getTime() - lastRun.getTime() > Math.max(MISSED_RUNS * intervalMs, 2 * DAY_MS);
   return isMissed ? [problemOf({ kind: "not run", since: lastRun }, "not run", true, [], sections)] : [];
-}
-
-// ---- alerts ---------------------------------------------------------------------------------------------
-
-/** One alert of one section. */
-export interface Alert {
-  readonly section: Section;
-  /** Those of which this section was not alerted in the last 20 hours. */
-  readonly problems: readonly Problem[];
-  /** What is well again. */
-  readonly resolved: readonly string[];
-}
-
-/** The alerts that are to be sent now: each problem once in 20 hours, and once when it is well again. */
-export function dueAlerts(
-  { sections }: Config,
-  problems: readonly Problem[],
-  state: State,
-  now: Date,
-): Alert[] {
-  const present = new Set(problems.map(({ key }) => key));
-  return sections.filter(({ alert }) => alert.some((command) => command.trim() !== "")).flatMap((section) => {
-    const sent = state.alerts[section.name] ?? {};
-    const due = problems.filter(({ key, alert, sections }) => {
-      const last = sent[key];
-      return alert && (section.name === "every" || sections.includes(section.name)) &&
-        (last === undefined || now.getTime() - Date.parse(last.at) >= LONGEST_PAUSE_MS);
-    });
-    const resolved = Object.entries(sent).filter(([key]) => !present.has(key)).map(([, { what }]) => what);
-    return due.length + resolved.length > 0 ? [{ section, problems: due, resolved }] : [];
-  });
 }

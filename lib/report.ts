@@ -4,22 +4,30 @@
  * Reads no files and no network. Texts from outside have been made safe to print where they came in.
  */
 
-import type { Config, Mode, Notice } from "./config.ts";
+import type { AlertEvent } from "./alert.ts";
+import type { Mode } from "./config.ts";
 import type { Delivered, DeliverEvent } from "./deliver.ts";
-import { type EndpointStatus, isGood, type JudgedSight, wrongSights } from "./endpoints.ts";
+import { type EndpointStatus, isGood, wrongSights } from "./endpoints.ts";
 import type { IssueEvent } from "./issue.ts";
-import type { Alert, Delivery, Plan, Problem, Warning } from "./plan.ts";
-import {
-  certificateOf,
-  DAY_MS,
-  type Due,
-  HOUR_MS,
-  type Kept,
-  type Reason,
-  type Rule,
-  type Task,
-} from "./renewal.ts";
+import type { Delivery, Plan, Problem } from "./plan.ts";
+import { certificateOf, type Due, type Kept, type Task } from "./renewal.ts";
 import type { Entry } from "./store.ts";
+import {
+  count,
+  endpointText,
+  entryText,
+  errorText,
+  outputOf,
+  problemLines,
+  problemText,
+  reasonText,
+  RULE_TEXT,
+  sightText,
+  subjectText,
+  timeText,
+  untilText,
+  warningText,
+} from "./text.ts";
 
 /** What happens in a run, as it happens. */
 export type Event =
@@ -30,13 +38,7 @@ export type Event =
   | { readonly kind: "begin"; readonly tasks: readonly Task[] }
   | { readonly kind: "issued"; readonly due: Due; readonly certificate: Entry; readonly seconds: number }
   | { readonly kind: "output"; readonly whose: string; readonly text: string }
-  | {
-    readonly kind: "alert";
-    readonly alert: Alert;
-    readonly subject: string;
-    readonly text: string;
-    readonly error?: Error;
-  };
+  | AlertEvent;
 
 /** How to print. */
 export interface OutputOptions {
@@ -60,314 +62,6 @@ export interface Ended {
   readonly delivered: number;
   /** Problems that `--cron` printed in the last 20 hours, and does not print again. */
   readonly known: ReadonlySet<string>;
-}
-
-// ---- words ------------------------------------------------------------------------------------------------
-
-/** `lematt.conf:12: …`, and the hint on a line of its own. */
-export function noticeText({ file, line, text, hint }: Notice): string {
-  const where = line === undefined ? file : `${file}:${line}`;
-  return `${where}: ${text}${hint === undefined ? "" : `\n  hint: ${hint}`}`;
-}
-
-/** A certificate's names, short: the primary and how many more there are. */
-export function nameText(names: readonly string[]): string {
-  if (names.length === 0) return "no name";
-  return names.length === 1 ? names[0]! : `${names[0]} +${names.length - 1}`;
-}
-
-/** `www.example.com +1 (rsa, ec)` */
-function subjectText(names: readonly string[], keyTypes: readonly string[]): string {
-  return `${nameText(names)} (${keyTypes.join(", ")})`;
-}
-
-function entryText({ line, keyType }: Entry): string {
-  return subjectText(line.names, [keyType]);
-}
-
-/** The day, in UTC. */
-export function dateText(date: Date): string {
-  return date.toISOString().slice(0, 10);
-}
-
-/** The minute, in UTC. */
-export function timeText(date: Date): string {
-  return `${date.toISOString().slice(0, 16).replace("T", " ")} UTC`;
-}
-
-/** `12 days`, `5 hours`, `20 minutes`, `under a minute` */
-export function durationText(ms: number): string {
-  if (ms >= 3 * DAY_MS) return count(Math.floor(ms / DAY_MS), "day");
-  if (ms >= 2 * HOUR_MS) return count(Math.floor(ms / HOUR_MS), "hour");
-  return ms < 60_000 ? "under a minute" : count(Math.floor(ms / 60_000), "minute");
-}
-
-/** The day, or the minute if it is less than ten days away. */
-function untilText(date: Date, now: Date): string {
-  return Math.abs(date.getTime() - now.getTime()) >= 10 * DAY_MS ? dateText(date) : timeText(date);
-}
-
-/** `1 line`, `2 lines` */
-export function count(number: number, thing: string): string {
-  return `${number} ${thing}${number === 1 ? "" : "s"}`;
-}
-
-/** Why a certificate is issued. */
-export function reasonText(reason: Reason): string {
-  switch (reason.kind) {
-    case "found": {
-      const { finding } = reason;
-      switch (finding.kind) {
-        case "missing":
-          return finding.what === "certificate" ? "no certificate yet" : "its key is missing";
-        case "unreadable":
-          return `its ${finding.what} cannot be read: ${finding.detail}`;
-        case "other names":
-          return `the names changed, it was for ${finding.certificate.names.join(" ")}`;
-        case "other key":
-          return "it does not match its key";
-        case "revoked":
-          return "its key was revoked";
-        default:
-          return finding satisfies never;
-      }
-    }
-    case "asked for":
-      return "--renew";
-    case "expired":
-      return `expired ${timeText(reason.at)}`;
-    case "renewal": {
-      const why = reason.explanationUrl === undefined ? "" : `, see ${reason.explanationUrl}`;
-      return `due since ${dateText(reason.at)}, ${RULE_TEXT[reason.rule]}${why}`;
-    }
-    default:
-      return reason satisfies never;
-  }
-}
-
-/** What set the date of a renewal, in the words of the configuration. */
-export const RULE_TEXT: Readonly<Record<Rule, string>> = {
-  "age": "by generateNewCertsAfterDays",
-  "expiry": "by reauthorizeDays",
-  "expiry, capped": "by reauthorizeDays, capped",
-  "life": "by its lifetime",
-  "runs": "early enough for two more runs",
-  "ari": "as the CA suggests",
-};
-
-/** What a person should know, in a sentence. */
-export function warningText(warning: Warning): string {
-  switch (warning.kind) {
-    case "short life": {
-      const { entry, lifeMs, intervalMs } = warning;
-      return `the lifetime of ${entryText(entry)} is ${durationText(lifeMs)}, but runs are ${
-        durationText(intervalMs)
-      } apart: run lematt more often`;
-    }
-    case "other key":
-      return `the key of ${
-        entryText(warning.entry)
-      } is not as configured; the next renewal makes one that is`;
-    case "no key":
-      return `${warning.entry.files.key} is missing, so a new certificate is issued; ` +
-        "a command that moves keys away makes every run do so";
-    case "not renewed": {
-      const { section, file, notAfter } = warning;
-      return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +
-        "(--prune forgets it)";
-    }
-    case "nothing to deliver": {
-      const { what } = warning;
-      const name = typeof what === "string" ? `[${what}]` : what.names[0];
-      return `nothing to deliver for ${name}: it has no command, or no certificate`;
-    }
-    default:
-      return warning satisfies never;
-  }
-}
-
-/** `www.example.com:443 (rsa, ec)` */
-function endpointText(endpoints: readonly EndpointStatus[]): string {
-  const keyTypes = [...new Set(endpoints.map(({ keyType }) => keyType))];
-  return `${endpoints[0]!.endpoint.text} (${keyTypes.join(", ")})`;
-}
-
-/** What an address serves. */
-export function sightText(sight: JudgedSight): string {
-  const { verdict, certificate, detail, address } = sight;
-  const at = address === "" ? "" : ` at ${address}`;
-  const until = certificate === undefined ? "" : `, valid until ${timeText(new Date(certificate.notAfter))}`;
-  switch (verdict) {
-    case "current":
-      return `serves the newest certificate${at}${until}`;
-    case "answers":
-      return `finishes the handshake${at}${until}`;
-    case "older":
-      return `serves an older certificate${at}${until}`;
-    case "invalid":
-      return `serves ${certificate?.selfSigned ? "a self-signed" : "an expired"} certificate${at}${until}`;
-    case "staging":
-      return `serves the certificate of --test${at}${until}`;
-    case "foreign":
-      return `serves a certificate that lematt did not deliver${at}, issued by ${
-        certificate?.issuer || "an unnamed CA"
-      }${until}`;
-    case "mismatched":
-      return `serves a certificate for ${nameText(certificate?.names ?? [])}${at}${until}`;
-    case "refused":
-      return `has no certificate of this key type${at}${detail === undefined ? "" : `: ${detail}`}`;
-    case "unfinished":
-      return `does not finish the handshake${at}${detail === undefined ? "" : `: ${detail}`}`;
-    case "unreachable":
-      return `unreachable${at}: ${detail ?? "no answer"}`;
-    case "passed over":
-      return `not probed${at}: this host has no route to that address family`;
-    default:
-      return verdict satisfies never;
-  }
-}
-
-function expiryText(what: string, notAfter: Date | undefined): string {
-  return notAfter === undefined ? "" : `; ${what} expires ${timeText(notAfter)}`;
-}
-
-/** What a problem is about, without its cause. */
-export function problemName(problem: Problem): string {
-  switch (problem.kind) {
-    case "CA":
-      return `issuance of ${count(problem.lines.length, "line")}`;
-    case "disk":
-      return "writing files";
-    case "clock":
-      return "this host's clock";
-    case "failing":
-      return `issuance of ${nameText(problem.lines[0]!.names)}`;
-    case "rate-limited":
-      return `${count(problem.lines.length, "line")} rate-limited by the CA`;
-    case "overdue":
-      return `renewal of ${entryText(problem.entry)}`;
-    case "delivery": {
-      const { section, pending } = problem.delivery;
-      return `[${section.name}] delivery of ${count(pending.length, "certificate")}`;
-    }
-    case "endpoint":
-      return endpointText(problem.endpoints);
-    case "not run":
-      return "runs of lematt";
-    default:
-      return problem satisfies never;
-  }
-}
-
-/** A problem in a sentence. */
-export function problemText(problem: Problem): string {
-  const name = problemName(problem);
-  switch (problem.kind) {
-    case "CA": {
-      const { failure, lines, notAfter } = problem;
-      const times = failure.count === 1
-        ? ""
-        : `, ${failure.count} times since ${timeText(new Date(failure.since))}`;
-      return `${count(lines.length, "line")} not issued${times}: ${failure.error}` +
-        expiryText("the first certificate", notAfter);
-    }
-    case "disk": {
-      const { error, notAfter } = problem;
-      if (!isSystemError(error)) return `cannot run: ${errorText(error)}`;
-      return `cannot write files: ${errorText(error)}; nothing is issued until that is repaired` +
-        expiryText("the first certificate", notAfter);
-    }
-    case "clock": {
-      const { now, evidence: { of, at }, notAfter } = problem;
-      const other = {
-        CA: "the CA's",
-        certificate: "but a certificate is valid from",
-        run: "but lematt has run at",
-      }[of];
-      return `this host's clock says ${timeText(now)}, ${other} ${timeText(at)}` +
-        expiryText("the first certificate", notAfter);
-    }
-    case "failing": {
-      const { failure, lines, notAfter } = problem;
-      const times = failure.count === 1 ? "failed" : `failed ${failure.count} times in a row`;
-      return `${nameText(lines[0]!.names)} ${times}: ${failure.error}${retryText(failure)}` +
-        expiryText("its certificate", notAfter);
-    }
-    case "rate-limited":
-      return `${name} until ${timeText(problem.until)} (--retry: now)`;
-    case "overdue":
-      return problem.entry.finding.kind === "revoked"
-        ? `${entryText(problem.entry)} was revoked and is not replaced yet`
-        : `${entryText(problem.entry)} is overdue for renewal and expires ${timeText(problem.notAfter)}`;
-    case "delivery": {
-      const { failure, servedUntil } = problem;
-      return `${name} pending since ${timeText(new Date(failure.since))}: ${failure.error}` +
-        retryText(failure) + expiryText("the certificate that is served", servedUntil);
-    }
-    case "endpoint":
-      return `${name} ${sightText(problem.sight)}, wrong since ${timeText(problem.since)}`;
-    case "not run":
-      return `lematt --prod has not run since ${timeText(problem.since)}`;
-    default:
-      return problem satisfies never;
-  }
-}
-
-function retryText({ retryAt }: { readonly retryAt?: string }): string {
-  return retryAt === undefined ? "" : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
-}
-
-/** A problem, and the end of what a command printed that is its cause. */
-export function problemLines(problem: Problem): string[] {
-  return [problemText(problem), ...problem.kind === "delivery" ? outputOf(problem.failure.output ?? "") : []];
-}
-
-/** Errors whose message is enough; of any other, a bug, the stack is shown. */
-const EXPECTED_ERRORS = [
-  "AbortError",
-  "AcmeError",
-  "ChallengeError",
-  "CommandError",
-  "LockedError",
-  "SelectionError",
-  "StateError",
-];
-
-export function isExpected(error: Error): boolean {
-  return EXPECTED_ERRORS.includes(error.name) || isSystemError(error);
-}
-
-/** An error as a person should see it: the CA's words with their step; a bug with its stack. */
-export function errorText(error: Error): string {
-  const { name, message, stack } = error;
-  if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${message}`;
-  return isExpected(error) ? message : stack ?? String(error);
-}
-
-/** Whether the system refused something. Deno gives most of these errors a code, but not all: ENOLCK has none. */
-export function isSystemError(error: Error): boolean {
-  const { code } = error as { code?: string };
-  return code !== undefined || error instanceof Deno.errors.NotFound ||
-    /\(os error \d+\)/.test(error.message);
-}
-
-/** Subject (as words) and text of an alert. */
-export function alertOf(
-  { mode }: Config,
-  { problems, resolved }: Alert,
-): { subject: string[]; text: string } {
-  const first = problems[0];
-  const subject = first === undefined
-    ? ["well", "again"]
-    : [...`${count(problems.length, "problem")}:`.split(" "), first.lines[0]?.names[0] ?? "lematt"];
-  const texts = problems.map((problem) => problemLines(problem).join("\n  "));
-  const lines = [...texts, ...resolved.map((what) => `well again: ${what}`)];
-  return { subject, text: `${lines.join("\n")}\n\nlematt --${mode} --status shows all of it.\n` };
-}
-
-/** The end of what a failed command printed, marked as such. */
-function outputOf(output: string): string[] {
-  return output.trimEnd().split("\n").filter((line) => line !== "").slice(-20).map((line) => `| ${line}`);
 }
 
 // ---- lines ------------------------------------------------------------------------------------------------
@@ -494,7 +188,7 @@ export class Report {
   }
 
   /** The section that an alert was sent to, and its subject; the problems are printed anyway. */
-  #printAlert({ alert: { section, problems, resolved }, subject, error }: Extract<Event, { kind: "alert" }>) {
+  #printAlert({ alert: { section, problems, resolved }, subject, error }: AlertEvent) {
     if (error !== undefined) {
       this.#hasAlertFailed = true;
       return this.#printErrors("", `[${section.name}] alert`, [error]);

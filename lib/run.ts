@@ -6,20 +6,23 @@
  */
 
 import { basename } from "node:path";
+import { sendAlerts } from "./alert.ts";
 import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftovers } from "./challenge.ts";
-import { challengeOf, type Config, type Line, loadConfig } from "./config.ts";
+import { challengeOf, type Config, loadConfig } from "./config.ts";
 import type { Context } from "./context.ts";
-import { probeAll, Sections, sendAlert, writeReceipts } from "./deliver.ts";
+import { probeAll, Sections } from "./deliver.ts";
 import { checkPackages } from "./http.ts";
 import { Issuer, rememberedAccount } from "./issue.ts";
-import { adoptReceipts, delivers, dueAlerts, forgetUnknown, type Plan, plan, takeOver } from "./plan.ts";
+import { delivers, type Plan, plan } from "./plan.ts";
+import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
 import { type PlanOptions, RUNS, type Selection } from "./renewal.ts";
-import { alertOf, type Ended, type Event, problemName, problemText, warningText } from "./report.ts";
-import type { Status } from "./status.ts";
+import type { Ended, Event } from "./report.ts";
+import type { Revocable } from "./select.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
-import { quote, toIdentifier } from "./names.ts";
-import { type Certificate, isKeyOf, publicKeyHash, readCertificate } from "./x509.ts";
+import type { Status } from "./status.ts";
 import { changingLinks, type Entry, LockedError, orphans, readInventory, readState, Store } from "./store.ts";
+import { problemText, warningText } from "./text.ts";
+import { publicKeyHash } from "./x509.ts";
 
 export type Emit = (event: Event) => void;
 
@@ -90,7 +93,7 @@ async function runWith(
 
   const certificates = Map.groupBy(readInventory(config), ({ line }) => line);
   const inventory = () => [...certificates.values()].flat();
-  takeOver(config, inventory(), state, begun);
+  receiptsFromVersion1(config, inventory(), state, begun);
   adoptReceipts(config, state);
   if (options.selection === undefined) {
     let names: ReadonlySet<string> | undefined;
@@ -148,7 +151,7 @@ async function runWith(
     : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
   const pending = new Set(whole.deliveries.map(({ section }) => section.name));
   for (const name of Object.keys(state.deliveries)) if (!pending.has(name)) delete state.deliveries[name];
-  await sendAlerts(whole, config, store, context, emit);
+  await sendAlerts(whole, config, state, context, emit);
   const known = printedBefore(whole, state, context.now());
   await store.saveState();
   return { plan: final, issued: issued.size, delivered: sections.delivered, known };
@@ -171,7 +174,7 @@ async function alertEnd(
   }
   const options = { counterpart: counterpartOf(config), writeError: () => error };
   const decided = plan(config, found.inventory, found.state, context.now(), options);
-  await sendAlerts(decided, config, found, context, emit);
+  await sendAlerts(decided, config, found.state, context, emit);
 }
 
 async function openStore(config: Config, context: Context, emit: Emit): Promise<Store> {
@@ -223,21 +226,6 @@ function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
     } catch {
       return undefined;
     }
-  }
-}
-
-async function sendAlerts(
-  decided: Plan,
-  config: Config,
-  store: Pick<Store, "state">,
-  context: Context,
-  emit: Emit,
-): Promise<void> {
-  const whats = new Map(decided.problems.map((problem) => [problem.key, problemName(problem)]));
-  for (const alert of dueAlerts(config, decided.problems, store.state, context.now())) {
-    const { subject, text } = alertOf(config, alert);
-    const error = await sendAlert(alert, { subject, text, whats }, { config, store, context });
-    emit({ kind: "alert", alert, subject: subject.join(" "), text, error });
   }
 }
 
@@ -347,7 +335,7 @@ function observe(
     emit({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${unusable}` });
   }
   const inventory = readInventory(config);
-  takeOver(config, inventory, state, context.now());
+  receiptsFromVersion1(config, inventory, state, context.now());
   return { state, inventory };
 }
 
@@ -362,7 +350,7 @@ export async function accept(
 ): Promise<number> {
   using store = await openStore(config, context, emit);
   const inventory = readInventory(config);
-  takeOver(config, inventory, store.state, context.now());
+  receiptsFromVersion1(config, inventory, store.state, context.now());
   adoptReceipts(config, store.state);
   let count = 0;
   for (const section of config.sections.filter((section) => delivers(section, config.mode))) {
@@ -397,59 +385,6 @@ export async function prune(
 
 // ---- revoke ---------------------------------------------------------------------------------------------
 
-/** A certificate that can be revoked, as it was when it was shown. */
-export interface Revocable {
-  readonly path: string;
-  readonly pem: string;
-  readonly certificate: Certificate;
-  /** Its private key if it is beside it, which may revoke what another account ordered (RFC 8555 §7.6). */
-  readonly keyPem?: string;
-}
-
-/** The certificates of a line, or the one in a file. Throws SelectionError if `what` is neither. */
-export function revocable(config: Config, what: string): Revocable[] {
-  const named = linesNamed(config, what);
-  const first = named.filter(({ names }) => names[0] === toIdentifier(what));
-  const lines = first.length > 0 ? first : named;
-  if (lines.length > 1) {
-    const texts = lines.map(({ line, names }) => `line ${line} (${names.join(" ")})`);
-    throw new SelectionError(`${quote(what)} is in ${texts.join(" and ")}; give the path of the certificate`);
-  }
-  const found = lines.length === 1
-    ? readInventory(config).filter(({ line, finding }) => line === lines[0] && "certificate" in finding)
-      .map(({ files }) => readRevocable(files.cert, files.key))
-    : exists(what)
-    ? [
-      readRevocable(
-        what,
-        what.replace(/(^|\/)cert\/(?=[^/]*$)/, "$1key/").replace("-cert-combined.", "-key."),
-      ),
-    ]
-    : [];
-  if (found.length > 0) return found;
-  throw new SelectionError(
-    lines.length === 1
-      ? `no certificate of ${what} to revoke`
-      : `nothing to revoke: ${quote(what)} is neither a name in "domains" nor the path of a certificate`,
-  );
-}
-
-function readRevocable(path: string, key: string): Revocable {
-  const pem = Deno.readTextFileSync(path);
-  let certificate: Certificate;
-  try {
-    certificate = readCertificate(pem);
-  } catch {
-    throw new SelectionError(`no certificate in ${path}`);
-  }
-  try {
-    const keyPem = Deno.readTextFileSync(key);
-    return { path, pem, certificate, keyPem: isKeyOf(keyPem, pem) ? keyPem : undefined };
-  } catch {
-    return { path, pem, certificate };
-  }
-}
-
 /** Revokes these certificates (`reason` is a CRLReason); their keys are never used again, so the next run replaces them. */
 export async function revoke(
   config: Config,
@@ -463,61 +398,6 @@ export async function revoke(
   for (const { pem, keyPem } of certificates) {
     await issuer.revoke(pem, reason, keyPem);
     await store.revoke(publicKeyHash(pem));
-  }
-}
-
-// ---- selection ------------------------------------------------------------------------------------------
-
-/** What the command line names does not exist, or is ambiguous. */
-export class SelectionError extends Error {
-  override readonly name = "SelectionError";
-}
-
-/** What `--renew`, `--only`, `--deliver` and `--accept` name; undefined if none of them is given. */
-export function select(
-  config: Config,
-  { renew = [], only = [], deliver = [], accept = [], newKey = false }: {
-    renew?: readonly string[];
-    only?: readonly string[];
-    deliver?: readonly string[];
-    accept?: readonly string[];
-    newKey?: boolean;
-  },
-): Selection | undefined {
-  if (renew.length + only.length + deliver.length + accept.length === 0) return undefined;
-  const linesOf = (written: string): Line[] => {
-    const lines = linesNamed(config, written);
-    if (lines.length === 0) throw new SelectionError(`no line of "domains" has the name ${quote(written)}`);
-    return lines;
-  };
-  const whats = [...deliver, ...accept].map((what): readonly (Line | string)[] => {
-    const section = /^\[(.*)\]$/s.exec(what)?.[1];
-    if (section === undefined) return linesOf(what);
-    if (config.sections.some(({ name }) => name === section)) return [section];
-    throw new SelectionError(`no section ${quote(what)} in actions.conf`);
-  });
-  const isLine = (one: Line | string) => typeof one !== "string";
-  const renewed = new Set(renew.flatMap(linesOf));
-  return {
-    renew: renewed,
-    newKey,
-    lines: new Set([...renewed, ...only.flatMap(linesOf), ...whats.flat().filter(isLine)]),
-    sections: new Set(whats.flat().filter((one) => typeof one === "string")),
-    deliver: new Set(whats.slice(0, deliver.length).flat()),
-  };
-}
-
-/** The lines that have a name, however it is written. */
-function linesNamed({ lines }: Config, written: string): Line[] {
-  const name = toIdentifier(written);
-  return typeof name === "string" ? lines.filter(({ names }) => names.includes(name)) : [];
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch {
-    return false;
   }
 }
 

@@ -4,25 +4,21 @@ import type { Config } from "./config.ts";
 import { isGood, isRight } from "./endpoints.ts";
 import type { Plan } from "./plan.ts";
 import { certificateOf } from "./renewal.ts";
+import { certificateJson, deliveryJson, endpointJson, jsonText, problemJson } from "./report.ts";
+import type { Entry } from "./store.ts";
+import { printable } from "./names.ts";
 import {
-  certificateJson,
   count,
   dateText,
-  deliveryJson,
   durationText,
-  endpointJson,
-  jsonText,
   nameText,
-  problemJson,
   problemLines,
   reasonText,
   RULE_TEXT,
   sightText,
   timeText,
   warningText,
-} from "./report.ts";
-import type { Entry } from "./store.ts";
-import { printable } from "./names.ts";
+} from "./text.ts";
 
 /** All that a status shows. */
 export interface Status {

@@ -3,7 +3,8 @@
 import assert from "node:assert/strict";
 import { createPrivateKey, createPublicKey, generateKeyPairSync } from "node:crypto";
 import type { Mode } from "../lib/config.ts";
-import { revocable, revoke, rollover } from "../lib/run.ts";
+import { revoke, rollover } from "../lib/run.ts";
+import { revocable } from "../lib/select.ts";
 import { type Bed, befalling, refusing, testBed, type TestWorld, until } from "./bed.ts";
 import { type Ca, type Fault, startCa, type Switches } from "./ca.ts";
 

@@ -18,8 +18,10 @@ const FLOORS = [
   "renewal",
   "issue endpoints",
   "plan",
+  "receipts text",
   "deliver",
-  "report",
+  "alert",
+  "report select",
   "status",
   "run",
   "lematt",
@@ -84,6 +86,7 @@ Deno.test("decisions are pure: they read nothing, ask nobody for the time, and i
     const values = importsOf(source).filter(({ typesOnly }) => !typesOnly).map(({ from }) => from);
     assert.deepEqual(values.sort(), expected);
     assert.doesNotMatch(source, /\bDeno\.|new Date\(\)|Date\.now|Math\.random/);
+    assert.doesNotMatch(source, /\bdelete |\?\?= |\bstate\.[\w.[\]]+ = /, "they change no state");
   }
 });
 

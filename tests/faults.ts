@@ -11,7 +11,7 @@ import { basename, join } from "node:path";
 import process from "node:process";
 import { ConfigError } from "../lib/config.ts";
 import { type Context, limit, within } from "../lib/context.ts";
-import { errorText, isSystemError } from "../lib/report.ts";
+import { errorText, isSystemError } from "../lib/text.ts";
 import { preview } from "../lib/run.ts";
 import { type Entry, LockedError, orphans, readInventory, readState, Store } from "../lib/store.ts";
 import { isPrivateKey } from "../lib/x509.ts";

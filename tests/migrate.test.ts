@@ -275,7 +275,7 @@ Deno.test("nothing is issued anew, and nothing delivered, for who moves in from 
   const { home } = bed;
   await shell("mkdir python && mv conf python && mkdir conf && rm python/conf/prod/.lock", home);
   const said = await shell(commands("Python", home, { "/opt/lematt-python": "python" }), home);
-  assert.match(said, /^1 delivery noted as done/m);
+  assert.match(said, /^1 certificate noted as delivered/m);
   assert.equal((await bed.lematt("--prod")).stdout.match(/^nothing due, 1 kept/m)?.length, 1);
   assert.equal(await shell("ls", home), "conf\ndrop\npython\n");
 });

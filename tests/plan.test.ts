@@ -5,9 +5,10 @@
 
 import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
+import { dueAlerts } from "../lib/alert.ts";
 import { recordOf } from "../lib/endpoints.ts";
-import * as planning from "../lib/plan.ts";
-import { listsDigest, plan } from "../lib/plan.ts";
+import { listsDigest, plan, planSection } from "../lib/plan.ts";
+import { adoptReceipts, forgetUnknown, receiptsFromVersion1 } from "../lib/receipts.ts";
 import { type PlanOptions, renewal, retryDeliveryAt, retryLineAt, usualInterval } from "../lib/renewal.ts";
 import {
   type DeliveryFailure,
@@ -427,7 +428,7 @@ Deno.test("a line that moves is delivered to its new section; one that is away f
 
   const state = stateOf(receipts([WEB]));
   const away = (onDisk: string[]) =>
-    planning.forgetUnknown(configure([moved]), [], state, day(2), () => new Set(onDisk));
+    forgetUnknown(configure([moved]), [], state, day(2), () => new Set(onDisk));
   away(["www.example.com-cert.rsa.pem"]);
   assert.equal(pending(SITE, state), "");
   away([]);
@@ -437,7 +438,7 @@ Deno.test("a line that moves is delivered to its new section; one that is away f
 Deno.test("a line whose names change and change back is not delivered again", () => {
   const wider = line("www.example.com more.example.com", [WEB]);
   const state = stateOf(receipts([WEB]));
-  planning.forgetUnknown(configure([wider]), [entry(wider, MISSING, FORMER)], state, day(2), () => new Set());
+  forgetUnknown(configure([wider]), [entry(wider, MISSING, FORMER)], state, day(2), () => new Set());
   assert.equal(pending(SITE, state), "");
 });
 
@@ -600,7 +601,7 @@ Deno.test("an endpoint is right with any certificate that has its name, whicheve
   assert.deepEqual(places(wild, own), expected);
   const certificates = new Map([wild, own].map((on) => [on, [present(on)]] as const));
   const basis = { config: configure([wild, own]), certificates, state: stateOf(), now: day(1), options: {} };
-  const alone = planning.planSection(basis, host);
+  const alone = planSection(basis, host);
   assert.deepEqual(alone.endpoints.map(({ key }) => key.replace(" rsa", "")), Object.keys(expected));
   assert.deepEqual(alone.endpoints[0]!.wanted.map(({ line }) => line), [own, wild]);
 });
@@ -835,7 +836,7 @@ Deno.test("an alert goes to a problem's sections and to [every], once in 20 hour
     const names = failing.split(" ").map((letter) => [`${letter}.example`, failure({ count: 3 })]);
     const state = stateOf({ failures: record(Object.fromEntries(names)), alerts: sent });
     const { problems } = plan(config, lines.map((on) => entry(on, MISSING)), state, day(now));
-    return planning.dueAlerts(config, problems, state, day(now)).map(({ section, problems, resolved }) =>
+    return dueAlerts(config, problems, state, day(now)).map(({ section, problems, resolved }) =>
       `${section.name}: ${[...problems.map(({ lines }) => lines[0]!.names[0]![0]), ...resolved].join(" ")}`
     ).join(", ");
   };
@@ -862,7 +863,7 @@ Deno.test("adoptReceipts() gives a new section what a vanished one with the same
   const [site, twin] = [section("site", { update: ["reload"] }), section("twin", { update: ["reload"] })];
   const adopted = (...sections: Section[]) => {
     const state = stateOf(receipts([WEB]));
-    planning.adoptReceipts(configure([line("www.example.com", sections)]), state);
+    adoptReceipts(configure([line("www.example.com", sections)]), state);
     return Object.keys(state.receipts).join();
   };
   assert.equal(adopted(site), "web,site");
@@ -921,7 +922,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   const config = configure([on]);
   // it is due, and its delivery is pending
   state.deliveries.web!.key = plan(config, [present(on)], state, day(61)).deliveries[0]!.key;
-  planning.forgetUnknown(config, [present(on)], state, day(61), () => new Set());
+  forgetUnknown(config, [present(on)], state, day(61), () => new Set());
   for (const [what, kept] of Object.entries(state)) {
     if (typeof kept === "object") assert(!Object.hasOwn(kept, "unknown"), what);
   }
@@ -929,7 +930,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   for (const kind of kinds) assert.equal(Object.keys(state[kind]).length, 1, kind);
   assert.deepEqual(Object.keys(state.alerts.web!), ["endpoint www.example.com:443 rsa 192.0.2.1"]);
   Object.assign(state, receipts([WATCHED]));
-  planning.forgetUnknown(config, [present(on)], state, day(2), () => new Set());
+  forgetUnknown(config, [present(on)], state, day(2), () => new Set());
   assert.deepEqual(
     [Object.keys(state.failures), Object.keys(state.deliveries)],
     [[], []],
@@ -944,7 +945,7 @@ Deno.test("a directory of version 1 is taken over with what was not delivered ye
   };
   const taken = (text: string) => {
     const state = parseState(text, day(2)) as State;
-    planning.takeOver(configure([on]), [present(on)], state, day(2));
+    receiptsFromVersion1(configure([on]), [present(on)], state, day(2));
     assert.equal(state.undelivered, undefined);
     return pending(on, state);
   };
@@ -970,13 +971,13 @@ Deno.test("names from outside may be anything, such as what every object has", (
     const state = parseState(text.replaceAll('"X"', `"${name}"`), day(2)) as State;
     assert.equal(pending(on, state), "");
     const { problems } = plan(config, [entry(on, MISSING)], state, day(2));
-    const [alert] = planning.dueAlerts(config, problems, state, day(2));
+    const [alert] = dueAlerts(config, problems, state, day(2));
     assert.equal(alert?.section, own);
-    planning.forgetUnknown(config, [entry(on, MISSING)], state, day(2), () => new Set());
+    forgetUnknown(config, [entry(on, MISSING)], state, day(2), () => new Set());
     assert.deepEqual([Object.keys(state.receipts), Object.keys(state.failures)], [[name], [name]]);
     const version1 = `{"version": 1, "owed": {"${name}": {"certificates": {"${one.file}": "new"}}}}`;
     const old = parseState(version1, day(2)) as State;
-    planning.takeOver(config, [one], old, day(2));
+    receiptsFromVersion1(config, [one], old, day(2));
     assert.equal(pending(on, old), never);
   }
 });

@@ -109,7 +109,7 @@ for (const [user, uid] of Object.entries(USERS)) {
         ["--prod", 0, /^issued .*a\.example\.com/m],
         ["--prod", 0, /nothing due/],
         ["--prod --plan --renew a.example.com --deliver a.example.com", 0, /a\.example\.com/],
-        ["--prod --accept a.example.com", 0, /noted as done/],
+        ["--prod --accept a.example.com", 0, /noted as delivered/],
         ["--prod --prune", 0, /no file/],
         ["--prod --status", 0, /a\.example\.com/],
         ["--prod --status --offline --json", 0, /^\{/m],

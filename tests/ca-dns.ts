@@ -5,7 +5,7 @@
 import { Buffer } from "node:buffer";
 import { createSocket } from "node:dgram";
 import { once } from "node:events";
-import { canonicalIp, ipOctets } from "./ca-x509.ts";
+import { ipOctets } from "./ca-x509.ts";
 
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16, AAAA: 28 } as const;
 const IN = 1, NXDOMAIN = 3, RESPONSE = 0x8000, AUTHORITATIVE = 0x0400, TRUNCATED = 0x0200;
@@ -171,7 +171,7 @@ function writeData(type: RecordType, value: string): Buffer {
   switch (type) {
     case "A":
     case "AAAA":
-      return Buffer.from(ipOctets(canonicalIp(value) ?? value));
+      return Buffer.from(ipOctets(value));
     case "TXT": {
       const parts = value.match(/[^]{1,255}/g) ?? [""];
       return Buffer.concat(parts.flatMap((part) => [Buffer.of(part.length), Buffer.from(part, "latin1")]));

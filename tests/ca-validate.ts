@@ -1,12 +1,9 @@
-/**
- * How the test CA validates: it looks for the proof where a CA would (RFC 8555 §8), and never leaves loopback.
- */
-import { Buffer } from "node:buffer";
+/** How the test CA validates: it looks for the proof where a CA would (RFC 8555 §8), and never leaves loopback. */
 import { createHash } from "node:crypto";
-import { type IncomingMessage, request as startRequest } from "node:http";
 import { isIP } from "node:net";
-import { type Identifier, refusal } from "./ca-jws.ts";
-import type { Switches } from "./ca-switches.ts";
+import type { Switches } from "./ca.ts";
+import { refusal } from "./ca-wire.ts";
+import type { Identifier } from "./ca-x509.ts";
 
 /** What has to be proven. */
 export interface Proof {
@@ -17,13 +14,12 @@ export interface Proof {
   /** `<token>.<thumbprint>` (RFC 8555 §8.1). */
   readonly keyAuthorization: string;
   readonly accountUrl: string;
-  /** The issuer domain names that a dns-persist-01 record may name. */
-  readonly issuers: readonly string[];
+  /** The issuer domain name that a dns-persist-01 record has to name. */
+  readonly issuer: string;
 }
 
 const TIMEOUT_MS = 10_000;
 const MAX_REDIRECTS = 10; // as Boulder has it
-const MAX_BODY_BYTES = 4096;
 const MAX_CNAMES = 10;
 
 const unauthorized = (detail: string) => refusal(403, "unauthorized", detail);
@@ -35,106 +31,69 @@ export async function validate(proof: Proof, switches: Switches, closing: AbortS
   const persistent = proof.type === "dns-persist-01";
   const name = `${persistent ? "_validation-persist" : "_acme-challenge"}.${proof.identifier.value}`;
   const records = await lookUp(name, switches);
-  if (persistent) return checkPersistent(records, name, proof);
   const expected = createHash("sha256").update(proof.keyAuthorization).digest("base64url");
-  if (records.length === 0) throw unauthorized(`no TXT record at ${name}`);
-  if (!records.includes(expected)) {
-    throw unauthorized(`none of the ${records.length} TXT records at ${name} is ${expected}`);
-  }
+  if (persistent ? records.some((record) => isPersistent(record, proof)) : records.includes(expected)) return;
+  throw unauthorized(`none of the ${records.length} TXT records at ${name} proves it`);
 }
 
 /** RFC 8555 §8.3: redirects are followed, and trailing whitespace is forgiven. */
 async function validateHttp(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
   const { value } = proof.identifier;
-  const host = isIP(value) === 6 ? `[${value}]` : value;
-  let url = new URL(`http://${host}/.well-known/acme-challenge/${proof.token}`);
+  let url = new URL(
+    `http://${isIP(value) === 6 ? `[${value}]` : value}/.well-known/acme-challenge/${proof.token}`,
+  );
+  using client = Deno.createHttpClient({ allowHost: true, poolMaxIdlePerHost: 0 });
+  const signal = AbortSignal.any([closing, AbortSignal.timeout(TIMEOUT_MS)]);
   for (let redirects = 0; redirects <= MAX_REDIRECTS; redirects++) {
-    const { status, location, body, from } = await get(url, switches, closing);
-    if (location !== undefined) {
+    const { hostname, port } = whereIs(url, switches);
+    const init = { client, headers: { host: url.host }, redirect: "manual", signal } as const;
+    const [{ status, headers }, body] = await fetch(`http://${hostname}:${port}${url.pathname}`, init)
+      .then(async (response) => [response, await response.text()] as const)
+      .catch((error) => {
+        throw noConnection(`${hostname}: cannot fetch ${url}: ${error.message}`);
+      });
+    const location = headers.get("location");
+    if (status >= 300 && status < 400 && location !== null) {
       const target = URL.parse(location, url);
       if (target?.protocol !== "http:") throw noConnection(`${url} redirects to ${JSON.stringify(location)}`);
       url = target;
       continue;
     }
-    if (status !== 200) throw unauthorized(`${from}: ${url} answered ${status}`);
+    if (status !== 200) throw unauthorized(`${hostname}: ${url} answered ${status}`);
     if (body.trimEnd() === proof.keyAuthorization) return;
-    const found = JSON.stringify(body.slice(0, 100));
-    throw unauthorized(`${from}: ${url} holds ${found} instead of ${proof.keyAuthorization}`);
+    throw unauthorized(`${hostname}: ${url} holds ${JSON.stringify(body.slice(0, 100))}`);
   }
   throw noConnection(`more than ${MAX_REDIRECTS} redirects, the last to ${url}`);
 }
 
-/** By node:http, as it connects where it is told and still sends the Host that the URL names; fetch() does not. */
-async function get(url: URL, switches: Switches, closing: AbortSignal) {
-  const name = url.hostname.replace(/^\[|\]$/g, "");
-  const at = isLoopback(name) ? { hostname: name, port: 80 } : whereIs(name, switches);
-  if (!isLoopback(at.hostname)) throw refusal(400, "dns", `${name} is not on loopback`);
-  const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>();
-  const request = startRequest({
-    host: at.hostname,
-    port: url.port === "" ? at.port : Number(url.port),
-    path: url.pathname + url.search,
-    headers: { host: url.host, "user-agent": "lematt-test-ca", connection: "close" },
-    signal: closing,
-  });
-  const timer = setTimeout(() => request.destroy(new Error("no answer in time")), TIMEOUT_MS);
-  request.once("response", resolve).once("error", reject).end();
+function whereIs(url: URL, { resolve, httpPort = 80 }: Switches): { hostname: string; port: number } {
+  const port = Number(url.port || 80);
+  if (/^127\.\d+\.\d+\.\d+$|^\[::1\]$/.test(url.hostname)) return { hostname: url.hostname, port };
   try {
-    const response = await promise;
-    const status = response.statusCode ?? 0;
-    const location = status >= 300 && status < 400 ? response.headers.location : undefined;
-    const chunks: Buffer[] = [];
-    let size = 0;
-    for await (const chunk of response) {
-      chunks.push(chunk);
-      if ((size += chunk.length) > MAX_BODY_BYTES) throw new Error(`more than ${MAX_BODY_BYTES} bytes`);
-    }
-    return { status, location, body: Buffer.concat(chunks).toString(), from: at.hostname };
+    const at = resolve?.(url.hostname) ?? { hostname: "127.0.0.1", port: httpPort };
+    return url.port === "" ? at : { ...at, port };
   } catch (error) {
-    throw noConnection(`${at.hostname}: cannot fetch ${url}: ${(error as Error).message}`);
-  } finally {
-    clearTimeout(timer);
-    request.destroy();
-  }
-}
-
-const isLoopback = (address: string) => address === "::1" || /^127\.\d+\.\d+\.\d+$/.test(address);
-
-function whereIs(name: string, { resolve, httpPort = 80 }: Switches): { hostname: string; port: number } {
-  try {
-    return resolve?.(name) ?? { hostname: "127.0.0.1", port: httpPort };
-  } catch (error) {
-    throw refusal(400, "dns", `cannot look up ${name}: ${(error as Error).message}`);
+    throw refusal(400, "dns", `cannot look up ${url.hostname}: ${(error as Error).message}`);
   }
 }
 
 /** The TXT values at `name`, at the end of its CNAMEs. */
 async function lookUp(name: string, { txt, cname }: Switches): Promise<readonly string[]> {
-  try {
-    for (let links = 0; links < MAX_CNAMES; links++) {
-      const target = await cname?.(name);
-      if (target === undefined) return await txt?.(name) ?? [];
-      name = target.replace(/\.$/, "");
-    }
-  } catch (error) {
-    throw refusal(400, "dns", `cannot look up the TXT records of ${name}: ${(error as Error).message}`);
+  for (let links = 0; links < MAX_CNAMES; links++) {
+    const target = await cname?.(name);
+    if (target === undefined) return await txt?.(name) ?? [];
+    name = target.replace(/\.$/, "");
   }
   throw refusal(400, "dns", `too many CNAMEs, the last at ${name}`);
 }
 
-/**
- * draft-ietf-acme-dns-persist: a TXT record of the form of a CAA issue value (RFC 8659 §4.2), `ca.example;
- * accounturi=https://…; policy=wildcard`. Pebble judges the form more strictly.
- */
-function checkPersistent(records: readonly string[], name: string, proof: Proof): void {
-  const isProof = records.some((record) => {
-    const [issuer = "", ...parameters] = record.split(";").map((part) => part.trim());
-    const values = new Map(parameters.map((parameter) => {
-      const [tag = "", value] = parameter.split("=").map((part) => part.trim());
-      return [tag.toLowerCase(), value];
-    }));
-    return proof.issuers.includes(issuer) && values.get("accounturi") === proof.accountUrl &&
-      (!proof.wildcard || values.get("policy")?.toLowerCase() === "wildcard");
-  });
-  if (!isProof) throw unauthorized(`no TXT record at ${name} names this CA, the account and what it may`);
+/** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble judges the form more strictly. */
+function isPersistent(record: string, { issuer, accountUrl, wildcard }: Proof): boolean {
+  const [named, ...parameters] = record.split(";").map((part) => part.trim());
+  const values = new Map(parameters.map((parameter) => {
+    const [tag = "", value] = parameter.split("=").map((part) => part.trim());
+    return [tag.toLowerCase(), value];
+  }));
+  return named === issuer && values.get("accounturi") === accountUrl &&
+    (!wildcard || values.get("policy")?.toLowerCase() === "wildcard");
 }

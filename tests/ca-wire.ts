@@ -1,8 +1,48 @@
 /**
- * The servers of the test CA, which know nothing of ACME: its HTTPS listener with the faults of an exchange, and the
+ * What goes over the wire to and from the test CA: problems, answers, the faults that befall them, its HTTPS listener, and the
  * web server over a drop directory. Deno.serve cannot drop a connection, so where faults are wanted a relay that copies
  * bytes stands before it, and connections are torn there.
  */
+import type { Identifier } from "./ca-x509.ts";
+
+/** The JSON form of a problem (RFC 7807), as in answers, orders and challenges. */
+export interface ProblemDocument {
+  type: string;
+  detail: string;
+  status?: number;
+  identifier?: Identifier;
+  subproblems?: ProblemDocument[];
+}
+
+/** A refusal on its way to the client; `type` without the URN prefix. */
+export class Problem extends Error {
+  readonly document: ProblemDocument;
+  constructor(
+    readonly status: number,
+    readonly type: string,
+    detail: string,
+    /** Whether a correct client never provokes it: it is noted in `ca.violations` then. */
+    readonly isViolation: boolean,
+    readonly headers: Readonly<Record<string, string>> = {},
+    extra: Partial<ProblemDocument> = {},
+  ) {
+    super(detail);
+    this.document = { type: `urn:ietf:params:acme:error:${type}`, detail, status, ...extra };
+  }
+}
+
+/** What a correct client never provokes. */
+export const violation = (status: number, type: string, detail: string) =>
+  new Problem(status, type, detail, true);
+export const malformed = (detail: string) => violation(400, "malformed", detail);
+/** The CA's own decision (limits, a name that does not validate), which correct clients meet as well. */
+export const refusal = (
+  status: number,
+  type: string,
+  detail: string,
+  extra?: Partial<ProblemDocument>,
+  headers?: Record<string, string>,
+) => new Problem(status, type, detail, false, headers, extra);
 
 /** An answer before it is sent. `body` is JSON text, PEM, or absent. */
 export interface Answer {

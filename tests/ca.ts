@@ -1,34 +1,207 @@
 /**
- * An ACME CA in this process, for the tests, `deno task demo` and the benchmarks. It is the independent judge: strict
- * to RFC 8555 (and 8738, 9773, profiles, dns-persist-01), and it imports nothing of lib/.
+ * An ACME CA in this process, for the tests, `deno task demo` and the benchmarks: RFC 8555 (and 8738, 9773, profiles,
+ * dns-persist-01) as far as lematt speaks it, with a clock and with any fault that a test wants. It imports nothing of lib/.
  *
- * This file authenticates each request, leads it to its resource (RFC 8555 §7.1) and renders the answer. Every exchange
- * is in `ca.log`; what a correct client never does is in `ca.violations`, which tests expect to be empty. State lives
- * in memory. ca-switches.ts lists what can be set, ca-wire.ts the faults.
+ * Every exchange is in `ca.log`; what a correct client never does is in `ca.violations`, which tests expect to be empty. Pebble
+ * (pebble.ts) is the stricter judge, but has neither this clock nor these faults. State lives in memory.
  */
-import { generateKeyPairSync, randomBytes, X509Certificate } from "node:crypto";
+import { Buffer } from "node:buffer";
+import { randomBytes, X509Certificate } from "node:crypto";
+import { setTimeout as delay } from "node:timers/promises";
 import {
-  type Account,
-  type Authorization,
-  Book,
-  type Challenge,
-  type Issued,
-  isUnderWay,
-  type Order,
-  type Validation,
-} from "./ca-book.ts";
-import * as jws from "./ca-jws.ts";
-import { type Identifier, malformed, Problem, refusal, violation } from "./ca-jws.ts";
-import { type Exchange, issuersOf, profilesOf, type Resource, type Switches } from "./ca-switches.ts";
-import { type Answer, answerUnder, listen, type Listener } from "./ca-wire.ts";
-import { type Authority, certify, type Contents, createAuthority, pem } from "./ca-x509.ts";
+  calculateJwkThumbprint,
+  decodeProtectedHeader,
+  EmbeddedJWK,
+  type FlattenedJWSInput,
+  flattenedVerify,
+  importJWK,
+  type JWK,
+} from "jose";
+import { validate } from "./ca-validate.ts";
+import {
+  type Answer,
+  answerUnder,
+  type Fault,
+  listen,
+  type Listener,
+  malformed,
+  Problem,
+  type ProblemDocument,
+  refusal,
+  violation,
+} from "./ca-wire.ts";
+import {
+  certify,
+  type Contents,
+  createAuthority,
+  derSerial,
+  type Identifier,
+  listenerCertificate,
+  newSerial,
+  pem,
+  readRequest,
+  type Request as CertificateRequest,
+} from "./ca-x509.ts";
 
-export type { Order } from "./ca-book.ts";
 export { type Dns, startDns } from "./ca-dns.ts";
-export type { Exchange, Switches } from "./ca-switches.ts";
 export { type Fault, startWebroot, type Webroot } from "./ca-wire.ts";
 
-const DAY = 24 * 3600_000;
+const HOUR = 3600_000, DAY = 24 * HOUR;
+/** The issuer domain name, for dns-persist-01. */
+const ISSUER = "ca.example";
+/** The profiles on offer and their lifetimes, the first being the default, as at Let's Encrypt in 2026. */
+const LETS_ENCRYPT = { classic: 90 * DAY, tlsserver: 45 * DAY, shortlived: 160 * HOUR };
+
+// ---- what a test can set -----------------------------------------------------------------------------------------
+
+/** The resource of a path, and the part of the URL that names the thing. */
+const ROUTES = {
+  directory: /^\/dir$/,
+  newNonce: /^\/new-nonce$/,
+  newAccount: /^\/new-account$/,
+  newOrder: /^\/new-order$/,
+  revokeCert: /^\/revoke-cert$/,
+  keyChange: /^\/key-change$/,
+  renewalInfo: /^\/renewal-info\/([^/]*)$/,
+  account: /^(\/account\/\d+)$/,
+  authz: /^(\/authz\/\d+)$/,
+  challenge: /^(\/authz\/\d+)\/[a-z0-9-]+$/,
+  order: /^(\/order\/\d+)$/,
+  finalize: /^(\/order\/\d+)\/finalize$/,
+  certificate: /^(\/certificate\/[0-9A-F]+)$/,
+  unknown: /^/,
+};
+export type Resource = keyof typeof ROUTES;
+
+/** A request: the n-th of the CA's life, n = 1, 2, … */
+export interface Exchange {
+  readonly n: number;
+  readonly method: string;
+  readonly url: string;
+  readonly resource: Resource;
+}
+
+/** At most `count` in any `windowMs` of the CA's clock. */
+interface Limit {
+  readonly count: number;
+  readonly windowMs: number;
+}
+
+/** How the CA behaves; a test may change it while it runs. */
+export interface Switches {
+  /** Port on which http-01 is fetched instead of 80. */
+  httpPort?: number;
+  /** Where a name is found on loopback; throws if it does not resolve. Default: 127.0.0.1 and `httpPort`. */
+  resolve?: (hostname: string) => { hostname: string; port: number };
+  /** The TXT records at a name, for dns-01 and dns-persist-01, and the target of its CNAME. */
+  txt?: (name: string) => Promise<readonly string[]>;
+  cname?: (name: string) => Promise<string | undefined>;
+  /** Wait before each validation. */
+  validationDelayMs?: number;
+  /**
+   * How far a failed validation goes: to the order (default), to the authorization and no further (acme2certifier), or
+   * to the challenge, which stays pending with its error and may be responded to again (step-ca, Caddy).
+   */
+  failure?: "order" | "authorization" | "challenge";
+  /** Which authorizations of the account a new order takes over: none, valid ones (default), or pending ones too. */
+  reuse?: "none" | "valid" | "pending";
+  /** How long a valid authorization can be taken over. Default 30 days. */
+  authorizationLifetimeMs?: number;
+  /** How long an order is `processing` after finalize. Default 0: finalize answers `valid`. */
+  processingMs?: number;
+  /** Retry-After of what is being worked on; polling sooner is a violation. Default: not sent. */
+  retryAfterSeconds?: number;
+  /** The profiles on offer, with the lifetime of each in milliseconds; {} for none. */
+  profiles?: Readonly<Record<string, number>>;
+  /** Whether the directory offers renewalInfo. Default true. */
+  renewalInfo?: boolean;
+  /** The CA's policy about a name: the reason why it is rejected, or undefined. */
+  reject?: (name: string) => string | undefined;
+  limits?: {
+    /** Orders of an account. */
+    newOrder?: Limit;
+    /** Requests to a resource within a second, from everybody together. */
+    requestsPerSecond?: Partial<Record<Resource, number>>;
+  };
+  /** Asked about every exchange before it is handled. Whether there is one is fixed at start. */
+  fault?: (exchange: Exchange) => Fault | undefined;
+}
+
+// ---- what it has written down ------------------------------------------------------------------------------------
+
+/** RFC 8555 §7.1.2. */
+interface Account {
+  readonly url: string;
+  contact: readonly string[];
+  key: SigningKey;
+  /** The newest authorization of each name. */
+  readonly authorizations: Map<string, Authorization>;
+}
+
+interface SigningKey {
+  readonly jwk: JWK;
+  /** RFC 7638, base64url. */
+  readonly thumbprint: string;
+}
+
+/** RFC 8555 §7.1.3. */
+export interface Order {
+  readonly url: string;
+  readonly account: Account;
+  readonly identifiers: readonly Identifier[];
+  readonly authorizations: readonly Authorization[];
+  readonly profile?: string;
+  readonly replaces?: string;
+  status: "pending" | "ready" | "processing" | "valid" | "invalid";
+  error?: ProblemDocument;
+  /** The CSR that finalize accepted: as it came, and read. */
+  csr?: string;
+  request?: CertificateRequest;
+  /** When `processing` ends, by performance.now(). */
+  doneAt?: number;
+  certificate?: Issued;
+}
+
+/** RFC 8555 §7.1.4. */
+interface Authorization {
+  readonly url: string;
+  readonly account: Account;
+  readonly identifier: Identifier;
+  readonly wildcard: boolean;
+  readonly challenges: readonly Challenge[];
+  status: "pending" | "valid" | "invalid";
+  expires: Date;
+}
+
+/** RFC 8555 §8. */
+interface Challenge {
+  readonly url: string;
+  readonly type: string;
+  readonly token: string;
+  status: "pending" | "processing" | "valid" | "invalid";
+  error?: ProblemDocument;
+}
+
+/** A certificate that was issued. */
+interface Issued {
+  readonly url: string;
+  readonly account: Account;
+  /** Upper-case hexadecimal, as node:crypto and openssl show it. */
+  readonly serial: string;
+  /** RFC 9773 §4.1. */
+  readonly certId: string;
+  readonly names: readonly string[];
+  readonly keyType: "rsa" | "ec";
+  readonly profile?: string;
+  readonly replaces?: string;
+  readonly notBefore: Date;
+  readonly notAfter: Date;
+  /** The leaf alone. */
+  readonly pem: string;
+  revoked?: { readonly at: Date; readonly reason: number };
+  /** What renewalInfo suggests (RFC 9773 §4.2) where a test has set it. */
+  renewalWindow?: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
+}
 
 /** A line of the log. */
 export interface LogEntry extends Exchange {
@@ -41,39 +214,15 @@ export interface LogEntry extends Exchange {
   status: number;
 }
 
-/** Something that a correct client does not do. */
-export interface Violation extends Exchange {
-  /** The problem type without its URN prefix; `tooSoon` for polling before Retry-After. */
-  readonly type: string;
-  readonly detail: string;
-}
-
 /** A request whose signature holds. */
 interface Signed {
   readonly payload: string;
-  readonly header: jws.Jws["header"];
-  readonly key: jws.SigningKey;
+  readonly key: SigningKey;
   /** Where it was signed by `kid`. */
   readonly account?: Account;
 }
 
-/** The resource of a path, and the part of the URL that names the thing. */
-const ROUTES: readonly (readonly [Resource, RegExp])[] = [
-  ["directory", /^\/dir$/],
-  ["newNonce", /^\/new-nonce$/],
-  ["newAccount", /^\/new-account$/],
-  ["newOrder", /^\/new-order$/],
-  ["revokeCert", /^\/revoke-cert$/],
-  ["keyChange", /^\/key-change$/],
-  ["renewalInfo", /^\/renewal-info\/([^/]*)$/],
-  ["account", /^(\/account\/\d+)$/],
-  ["authz", /^(\/authz\/\d+)$/],
-  ["challenge", /^(\/authz\/\d+)\/[a-z0-9-]+$/],
-  ["order", /^(\/order\/\d+)$/],
-  ["finalize", /^(\/order\/\d+)\/finalize$/],
-  ["certificate", /^(\/certificate\/[0-9A-F]+)(?:\/\d+)?$/],
-  ["unknown", /^/],
-];
+// ---- the CA ------------------------------------------------------------------------------------------------------
 
 /** Starts a CA on a free port of loopback. */
 export async function startCa(switches: Switches = {}): Promise<Ca> {
@@ -86,7 +235,7 @@ export class Ca implements AsyncDisposable {
   readonly caBundle: string;
   /** A file that holds `caBundle` as long as the CA runs. */
   readonly caBundleFile: string;
-  /** PEM of the root of the default chain of issued certificates, and of the intermediate below it. */
+  /** PEM of the root of issued certificates, and of the intermediate below it. */
   readonly rootPem: string;
   readonly intermediatePem: string;
   /** `https://localhost:PORT` */
@@ -94,13 +243,15 @@ export class Ca implements AsyncDisposable {
   readonly directoryUrl: string;
 
   readonly log: LogEntry[] = [];
-  readonly violations: Violation[] = [];
-  readonly accounts: readonly Account[];
-  readonly orders: readonly Order[];
-  readonly issued: readonly Issued[];
-  readonly validations: readonly Validation[];
+  /** What a correct client does not do; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
+  readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
+  readonly accounts: Account[] = [];
+  readonly orders: Order[] = [];
+  readonly issued: Issued[] = [];
+  /** The validations that were made; `name` with `*.` for a wildcard, `error` if it failed. */
+  readonly validations: { readonly type: string; readonly name: string; readonly error?: ProblemDocument }[] =
+    [];
 
-  readonly #book: Book;
   readonly #issuer = createAuthority("lematt test intermediate");
   readonly #listener: Listener;
   readonly #nonces = new Set<string>();
@@ -110,46 +261,32 @@ export class Ca implements AsyncDisposable {
   readonly #previous = new Map<string, Answer>();
   /** Until when a URL must not be polled again, by the CA's clock. */
   readonly #retryAfter = new Map<string, number>();
+  readonly #byUrl = new Map<string, Order | Authorization | Issued>();
+  /** When a limited thing happened, by the CA's clock. */
+  readonly #uses = new Map<string, number[]>();
+  readonly #validating = new Set<Promise<void>>();
   readonly #closing = new AbortController();
   #offsetMs = 0;
 
   constructor(readonly switches: Switches, readonly directory: string) {
     const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 20 * 365 * DAY) };
-    const admit = ({ commonName, publicKey }: Authority, issuer: Authority) =>
-      certify({ commonName, publicKey, ...life, authority: true }, issuer);
-    const roots = Array.from(
-      { length: 1 + (switches.alternateRoots ?? 0) },
-      (_, i) => createAuthority(`lematt test root ${i + 1}`),
+    const root = createAuthority("lematt test root 1");
+    const [rootPem, intermediatePem] = [root, this.#issuer].map(({ commonName, publicKey }) =>
+      certify({ commonName, publicKey, ...life, authority: true }, root)
     );
-    const chains = roots.map((root) => admit(this.#issuer, root));
-    this.rootPem = admit(roots[0]!, roots[0]!);
-    this.intermediatePem = chains[0]!;
-
-    const listenerRoot = createAuthority("lematt test listener root");
-    this.caBundle = admit(listenerRoot, listenerRoot);
+    this.rootPem = rootPem!;
+    this.intermediatePem = intermediatePem!;
+    const { certificate, key, root: caBundle } = listenerCertificate();
+    this.caBundle = caBundle;
     this.caBundleFile = `${directory}/ca-bundle.pem`;
-    Deno.writeTextFileSync(this.caBundleFile, this.caBundle);
-    const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
-    const identifiers: Identifier[] = [{ type: "dns", value: "localhost" }, {
-      type: "ip",
-      value: "127.0.0.1",
-    }];
-    this.#listener = listen({
-      cert: certify({ publicKey, identifiers, ...life }, listenerRoot),
-      key: privateKey.export({ format: "pem", type: "pkcs8" }).toString(),
-      tearable: switches.fault !== undefined,
-    }, (request, connection) => this.#serve(request, connection));
+    Deno.writeTextFileSync(this.caBundleFile, caBundle);
+    const tearable = switches.fault !== undefined;
+    this.#listener = listen(
+      { cert: certificate, key, tearable },
+      (request, connection) => this.#serve(request, connection),
+    );
     this.origin = `https://localhost:${this.#listener.port}`;
     this.directoryUrl = `${this.origin}/dir`;
-
-    const closing = this.#closing.signal;
-    this.#book = new Book(switches, this.#issuer, chains, () => this.now, this.origin, closing);
-    ({
-      accounts: this.accounts,
-      orders: this.orders,
-      issued: this.issued,
-      validations: this.validations,
-    } = this.#book);
   }
 
   /** The CA's clock, which certificates, expiries and limits follow. */
@@ -162,7 +299,7 @@ export class Ca implements AsyncDisposable {
     this.#offsetMs += ms;
   }
 
-  /** A certificate that nobody ordered, signed by this CA, and the default chain (PEM). */
+  /** A certificate that nobody ordered, signed by this CA, and the chain (PEM). */
   forge(contents: Contents): string {
     return certify(contents, this.#issuer) + this.intermediatePem;
   }
@@ -170,7 +307,7 @@ export class Ca implements AsyncDisposable {
   async close(): Promise<void> {
     this.#closing.abort();
     await this.#listener.close();
-    await this.#book.idle();
+    await Promise.all(this.#validating);
     await Deno.remove(this.directory, { recursive: true });
   }
 
@@ -181,17 +318,11 @@ export class Ca implements AsyncDisposable {
   // ---- an exchange -------------------------------------------------------------------------------------------------
 
   async #serve(request: Request, connection: number): Promise<Response> {
-    const { pathname: path, search } = new URL(request.url);
-    const [resource, pattern] = ROUTES.find(([, pattern]) => pattern.test(path))!;
-    const entry: LogEntry = {
-      n: this.log.length + 1,
-      method: request.method,
-      url: this.origin + path + search,
-      resource,
-      path,
-      connection,
-      status: 0,
-    };
+    const { pathname: path } = new URL(request.url);
+    const resource = (Object.keys(ROUTES) as Resource[]).find((name) => ROUTES[name].test(path))!;
+    const { method } = request;
+    const n = this.log.length + 1;
+    const entry: LogEntry = { n, method, url: this.origin + path, resource, path, connection, status: 0 };
     this.log.push(entry);
 
     const fault = this.switches.fault?.(entry);
@@ -200,10 +331,10 @@ export class Ca implements AsyncDisposable {
       this.#repeatedNonces.add(previous.headers.get("replay-nonce") ?? "");
     }
     const { answer, response } = await answerUnder(fault, {
-      handle: () => this.#handle(request, entry, pattern.exec(path)![1] ?? ""),
+      handle: () => this.#handle(request, entry, ROUTES[resource].exec(path)![1] ?? ""),
       tear: (andNext) => this.#listener.tear(connection, andNext),
       closing: this.#closing.signal,
-      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "refused on purpose")), request),
+      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "refused on purpose")), method),
       previous,
     });
     entry.status = answer?.status ?? 0;
@@ -216,10 +347,10 @@ export class Ca implements AsyncDisposable {
       answer = await this.#answer(request, entry, part);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      if (error.isViolation) this.#blame(entry, error.type, error.document.detail);
+      if (error.isViolation) this.#blame(entry, error.type, error.message);
       answer = problem(error);
     }
-    this.#finish(answer, request);
+    this.#finish(answer, entry.method);
     if (this.switches.fault !== undefined) {
       this.#previous.set(entry.url, { ...answer, headers: new Headers(answer.headers) });
     }
@@ -231,10 +362,10 @@ export class Ca implements AsyncDisposable {
   }
 
   /** Adds what every answer has (RFC 8555 §6.5, §7.1). */
-  #finish(answer: Answer, { method }: Request): Answer {
+  #finish(answer: Answer, method: string): Answer {
     answer.headers.append("link", `<${this.directoryUrl}>;rel="index"`);
     answer.headers.set("date", this.now.toUTCString());
-    if (method === "POST") answer.headers.set("replay-nonce", this.#newNonce());
+    if (method !== "GET") answer.headers.set("replay-nonce", this.#newNonce());
     return answer;
   }
 
@@ -245,63 +376,63 @@ export class Ca implements AsyncDisposable {
   }
 
   async #answer(request: Request, entry: LogEntry, part: string): Promise<Answer> {
-    const { method } = request;
-    const { resource } = entry;
-    if (!request.headers.get("user-agent")) throw malformed("the request has no User-Agent");
+    const { resource, method, path } = entry;
     const count = this.switches.limits?.requestsPerSecond?.[resource];
-    if (count !== undefined) {
-      this.#book.use(`requests to ${resource} within a second`, { count, windowMs: 1000 });
-    }
-    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${entry.path}`);
-    const methods = { directory: ["GET"], newNonce: ["GET", "HEAD"], renewalInfo: ["GET"] } as const;
-    const allowed: readonly string[] = methods[resource as keyof typeof methods] ?? ["POST"];
-    if (!allowed.includes(method)) throw violation(405, "malformed", `${method} is not for ${resource}`);
+    if (count !== undefined) this.#use(`requests to ${resource} within a second`, { count, windowMs: 1000 });
+    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${path}`);
+    const allowed = { directory: "GET", newNonce: "HEAD", renewalInfo: "GET" }[resource as string] ?? "POST";
+    if (method !== allowed) throw violation(405, "malformed", `${method} is not for ${resource}`);
     switch (resource) {
       case "directory":
         return this.#describe();
-      case "newNonce": {
-        const headers = new Headers({ "replay-nonce": this.#newNonce(), "cache-control": "no-store" });
-        return { status: method === "HEAD" ? 200 : 204, headers }; // RFC 8555 §7.2
-      }
+      case "newNonce":
+        return { status: 200, headers: new Headers({ "cache-control": "no-store" }) };
       case "renewalInfo":
         return this.#renewalInfo(entry, part);
     }
     const signed = await this.#authenticate(request, entry);
     if (resource === "newAccount") return this.#newAccount(signed);
-    if (resource === "revokeCert") return this.#revoke(signed);
+    if (resource === "revokeCert") return await this.#revoke(signed);
     const { account, payload } = signed;
     if (account === undefined) throw malformed(`${resource} is signed by kid`);
     const url = this.origin + part;
     switch (resource) {
       case "newOrder": {
-        const order = this.#book.createOrder(account, jws.parseObject(payload));
+        const order = this.#createOrder(account, parseObject(payload));
         return json(201, showOrder(order), { location: order.url });
       }
       case "keyChange":
-        return this.#changeKey(account, signed);
+        return await this.#changeKey(account, payload);
       case "account":
         if (url !== account.url) throw violation(403, "unauthorized", `${url} is another account`);
-        if (payload !== "") account.contact = readContact(jws.parseObject(payload).contact);
+        if (payload !== "") account.contact = parseObject(payload).contact as string[];
         return showAccount(account, 200);
       case "challenge":
-        return this.#challenge(this.#book.find<Authorization>(url, account), entry, payload);
+        return this.#challenge(this.#find<Authorization>(url, account), entry, payload);
       case "finalize": {
-        const order = this.#book.find<Order>(url, account);
-        this.#book.finalize(order, jws.parseObject(payload).csr);
+        const order = this.#find<Order>(url, account);
+        await this.#finalize(order, parseObject(payload).csr as string);
         return this.#order(order, entry);
       }
     }
     if (payload !== "") throw malformed("POST-as-GET has an empty payload"); // RFC 8555 §6.3
     switch (resource) {
       case "authz": {
-        const authorization = this.#book.find<Authorization>(url, account);
-        const answer = json(200, showAuthorization(authorization, issuersOf(this.switches)));
-        return this.#askLater(answer, entry, url, isUnderWay(authorization));
+        const authorization = this.#find<Authorization>(url, account);
+        return this.#askLater(
+          json(200, showAuthorization(authorization)),
+          entry,
+          url,
+          isUnderWay(authorization),
+        );
       }
       case "order":
-        return this.#order(this.#book.find<Order>(url, account), entry);
-      case "certificate":
-        return this.#certificate(this.#book.find<Issued>(url, account), entry);
+        return this.#order(this.#find<Order>(url, account), entry);
+      case "certificate": {
+        const headers = new Headers({ "content-type": "application/pem-certificate-chain" });
+        const { pem } = this.#find<Issued>(url, account);
+        return { status: 200, headers, body: pem + this.intermediatePem };
+      }
     }
   }
 
@@ -313,116 +444,41 @@ export class Ca implements AsyncDisposable {
     const text = await request.text().catch(() => {
       throw refusal(400, "malformed", "the client went away in the middle of its request");
     });
-    const message = jws.parseJws(text);
-    const { header, payload } = message;
-    const { nonce, kid } = header;
-    jws.fromBase64url(nonce, "the nonce");
+    const jws = parseObject(text) as unknown as FlattenedJWSInput;
+    const { nonce, url, kid, jwk } = headerOf(jws);
     if (!this.#nonces.delete(nonce!)) {
       const refuse = this.#repeatedNonces.has(nonce!) ? refusal : violation;
       throw refuse(400, "badNonce", "the nonce was used before, or is not from here");
     }
-    if (header.url !== entry.url) {
-      throw violation(
-        403,
-        "unauthorized",
-        `the signed URL is ${JSON.stringify(header.url)}, not ${entry.url}`,
-      );
-    }
-    if ("jwk" in header === "kid" in header) throw malformed("the header needs either jwk or kid");
-    if ("jwk" in header) {
-      const key = jws.importKey(header.jwk);
-      jws.verifyJws(message, key);
-      return { payload, header, key };
-    }
+    if (url !== entry.url) throw violation(403, "unauthorized", `the signed URL is ${url}, not ${entry.url}`);
+    if ((jwk === undefined) === (kid === undefined)) throw malformed("the header needs either jwk or kid");
+    if (jwk !== undefined) return await verified(jws);
     const account = this.accounts.find(({ url }) => url === kid);
     if (account === undefined) {
       throw violation(400, "accountDoesNotExist", `there is no account ${JSON.stringify(kid)}`);
     }
-    jws.verifyJws(message, account.key);
+    const { payload, key } = await verified(jws, account.key);
     entry.kid = kid;
-    return { payload, header, key: account.key, account };
+    return { payload, key, account };
   }
 
-  /** RFC 8555 §7.1.1. */
-  #describe(): Answer {
-    const at = (path: string) => this.origin + path;
-    const offered = Object.keys(profilesOf(this.switches));
-    const profiles = Object.fromEntries(offered.map((name) => [name, `https://localhost/profiles#${name}`]));
-    return json(200, {
-      newNonce: at("/new-nonce"),
-      newAccount: at("/new-account"),
-      newOrder: at("/new-order"),
-      revokeCert: at("/revoke-cert"),
-      keyChange: at("/key-change"),
-      renewalInfo: this.switches.renewalInfo === false ? undefined : at("/renewal-info"),
-      "x-unknown": "https://localhost/clients-ignore-unknown-entries",
-      meta: {
-        termsOfService: at("/terms"),
-        caaIdentities: issuersOf(this.switches),
-        profiles: offered.length > 0 ? profiles : undefined,
-      },
-    });
+  /** Notes that a limited thing happens; throws `rateLimited` if it has happened too often. */
+  #use(subject: string, { count, windowMs }: Limit): void {
+    const now = this.now.getTime();
+    const uses = (this.#uses.get(subject) ?? []).filter((at) => at > now - windowMs);
+    this.#uses.set(subject, uses);
+    if (uses.length < count) return void uses.push(now);
+    const seconds = Math.ceil((uses[uses.length - count]! + windowMs - now) / 1000);
+    const headers = { "retry-after": `${seconds}` };
+    throw refusal(429, "rateLimited", `too many ${subject} (${count})`, {}, headers);
   }
 
-  // ---- accounts (RFC 8555 §7.3) ------------------------------------------------------------------------------------
-
-  #newAccount({ account, payload, key }: Signed): Answer {
-    if (account !== undefined) throw malformed("newAccount is signed by jwk");
-    const wish = jws.parseObject(payload);
-    const existing = this.#book.accountOf(key);
-    if (existing !== undefined) return showAccount(existing, 200);
-    if (wish.onlyReturnExisting === true) {
-      throw refusal(400, "accountDoesNotExist", "there is no account with this key");
-    }
-    if (wish.termsOfServiceAgreed !== true) {
-      throw violation(403, "userActionRequired", "the terms of service must be agreed to");
-    }
-    return showAccount(this.#book.createAccount(key, readContact(wish.contact)), 201);
-  }
-
-  /** §7.3.5: the outer message is signed with the old key, the inner one with the new. */
-  #changeKey(account: Account, { payload, header }: Signed): Answer {
-    const inner = jws.parseJws(payload, "the inner JWS");
-    if ("nonce" in inner.header || "kid" in inner.header || inner.header.url !== header.url) {
-      throw malformed("the inner JWS must repeat the URL and have neither nonce nor kid");
-    }
-    const key = jws.importKey(inner.header.jwk);
-    jws.verifyJws(inner, key);
-    const change = jws.parseObject(inner.payload, "the inner payload");
-    if (change.account !== account.url) throw malformed("the inner payload names another account");
-    if (jws.importKey(change.oldKey).thumbprint !== account.key.thumbprint) {
-      throw malformed("the inner payload names another old key");
-    }
-    const holder = this.#book.accountOf(key);
-    if (holder) throw refusal(409, "malformed", "the new key is in use", {}, { location: holder.url });
-    account.key = key;
-    return showAccount(account, 200);
-  }
-
-  // ---- orders (§7.4, §7.5) -----------------------------------------------------------------------------------------
-
-  #order(order: Order, entry: LogEntry): Answer {
-    this.#book.settle(order);
-    // where the order is, after finalize as well (Boulder says so, and clients may rely on it)
-    const answer = json(200, showOrder(order), entry.resource === "finalize" ? { location: order.url } : {});
-    const isBusy = order.status === "processing" ||
-      order.status === "pending" && order.authorizations.some(isUnderWay);
-    return this.#askLater(answer, entry, order.url, isBusy);
-  }
-
-  /** §7.5.1: `{}` asks for the validation, an empty payload for the challenge as it is. */
-  #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
-    const challenge = authorization.challenges.find(({ url }) => url === entry.url);
-    if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.path}`);
-    if (payload !== "") {
-      if (Object.keys(jws.parseObject(payload)).length > 0) {
-        throw malformed("the answer to a challenge is {}");
-      }
-      this.#book.respond(authorization, challenge);
-    }
-    const shown = showChallenge(challenge, authorization, issuersOf(this.switches));
-    const answer = json(200, shown, { link: `<${authorization.url}>;rel="up"` });
-    return this.#askLater(answer, entry, challenge.url, challenge.status === "processing");
+  /** What is at a URL, which must be the account's; the route says of what kind it is. */
+  #find<Kind extends Order | Authorization | Issued>(url: string, account: Account): Kind {
+    const found = this.#byUrl.get(url);
+    if (found === undefined) throw violation(404, "malformed", `there is nothing at ${url}`);
+    if (found.account !== account) throw violation(403, "unauthorized", `${url} belongs to another account`);
+    return found as Kind;
   }
 
   /** Adds a Retry-After where something is being worked on, and notes who comes back too soon. */
@@ -440,34 +496,310 @@ export class Ca implements AsyncDisposable {
       this.#blame(entry, "tooSoon", `${until - now} ms before Retry-After`);
     }
     if (!isBusy || seconds === undefined) return answer;
-    const asDate = this.switches.retryAfterAsDate && entry.resource !== "renewalInfo";
-    // a date has whole seconds only: round up, so that it does not allow less than the seconds meant
-    const date = new Date(Math.ceil((now + seconds * 1000) / 1000) * 1000);
-    answer.headers.set("retry-after", asDate ? date.toUTCString() : `${seconds}`);
+    answer.headers.set("retry-after", `${seconds}`);
     this.#retryAfter.set(url, now + seconds * 1000);
     return answer;
   }
 
-  // ---- certificates (§7.4.2, §7.6, RFC 9773) -----------------------------------------------------------------------
-
-  #certificate({ url, chains }: Issued, entry: LogEntry): Answer {
-    const urls = chains.map((_, i) => i === 0 ? url : `${url}/${i}`);
-    const chain = chains[urls.indexOf(entry.url)];
-    if (chain === undefined) throw violation(404, "malformed", `there is no chain at ${entry.url}`);
-    const headers = new Headers({ "content-type": "application/pem-certificate-chain" });
-    for (const other of urls) if (other !== entry.url) headers.append("link", `<${other}>;rel="alternate"`);
-    return { status: 200, headers, body: chain };
+  /** RFC 8555 §7.1.1. */
+  #describe(): Answer {
+    const { renewalInfo, profiles = LETS_ENCRYPT } = this.switches;
+    const at = (path: string) => this.origin + path;
+    const offered = Object.keys(profiles).map((name) => [name, `https://localhost/profiles#${name}`]);
+    return json(200, {
+      newNonce: at("/new-nonce"),
+      newAccount: at("/new-account"),
+      newOrder: at("/new-order"),
+      revokeCert: at("/revoke-cert"),
+      keyChange: at("/key-change"),
+      renewalInfo: renewalInfo === false ? undefined : at("/renewal-info"),
+      "x-unknown": "https://localhost/clients-ignore-unknown-entries",
+      meta: {
+        termsOfService: at("/terms"),
+        caaIdentities: [ISSUER],
+        profiles: offered.length > 0 ? Object.fromEntries(offered) : undefined,
+      },
+    });
   }
 
-  #revoke({ account, payload, key }: Signed): Answer {
-    const { certificate, reason } = jws.parseObject(payload);
-    const text = pem("CERTIFICATE", jws.fromBase64url(certificate, "certificate"));
+  // ---- accounts (RFC 8555 §7.3) ------------------------------------------------------------------------------------
+
+  #accountOf({ thumbprint }: SigningKey): Account | undefined {
+    return this.accounts.find(({ key }) => key.thumbprint === thumbprint);
+  }
+
+  #newAccount({ account, payload, key }: Signed): Answer {
+    if (account !== undefined) throw malformed("newAccount is signed by jwk");
+    const { onlyReturnExisting, contact = [] } = parseObject(payload);
+    const existing = this.#accountOf(key);
+    if (existing !== undefined) return showAccount(existing, 200);
+    if (onlyReturnExisting) throw refusal(400, "accountDoesNotExist", "there is no account with this key");
+    const url = `${this.origin}/account/${this.accounts.length + 1}`;
+    const created: Account = { url, contact: contact as string[], key, authorizations: new Map() };
+    this.accounts.push(created);
+    return showAccount(created, 201);
+  }
+
+  /** §7.3.5: the outer message is signed with the old key, the inner one with the new. */
+  async #changeKey(account: Account, payload: string): Promise<Answer> {
+    const inner = await verified(parseObject(payload) as unknown as FlattenedJWSInput);
+    const change = parseObject(inner.payload);
+    const old = await calculateJwkThumbprint(change.oldKey as JWK);
+    if (change.account !== account.url || old !== account.key.thumbprint) {
+      throw malformed("the inner payload names another account or another old key");
+    }
+    account.key = inner.key;
+    return showAccount(account, 200);
+  }
+
+  // ---- orders (§7.4) -----------------------------------------------------------------------------------------------
+
+  #createOrder(account: Account, wish: Record<string, unknown>): Order {
+    const identifiers = wish.identifiers as Identifier[];
+    const { limits, profiles = LETS_ENCRYPT, reject } = this.switches;
+    const profile = (wish.profile ?? Object.keys(profiles)[0]) as string | undefined;
+    if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
+      throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
+    }
+    const rejected = identifiers.filter(({ value }) => reject?.(value) !== undefined)
+      .map((identifier) => refusal(400, "rejectedIdentifier", reject!(identifier.value)!, { identifier }));
+    if (rejected.length > 0) {
+      const subproblems = rejected.map(({ document }) => document);
+      throw refusal(400, "rejectedIdentifier", "the policy forbids it", { subproblems });
+    }
+    const replaces = wish.replaces as string | undefined;
+    if (replaces !== undefined) this.#checkReplaces(account, identifiers, replaces);
+    // renewals that keep to renewalInfo are exempt, as at Let's Encrypt
+    else if (limits?.newOrder) this.#use(`new orders of ${account.url}`, limits.newOrder);
+
+    const order: Order = {
+      url: `${this.origin}/order/${this.orders.length + 1}`,
+      account,
+      identifiers,
+      authorizations: identifiers.map((identifier) => this.#authorize(account, identifier)),
+      profile,
+      replaces,
+      status: "pending",
+    };
+    this.orders.push(order);
+    this.#byUrl.set(order.url, order);
+    this.#settle(order);
+    return order;
+  }
+
+  /** RFC 9773 §5: the predecessor is this account's, shares a name, and has no other successor. */
+  #checkReplaces(account: Account, identifiers: readonly Identifier[], replaces: string): void {
+    const predecessor = this.#findByCertId(replaces);
+    if (predecessor.account !== account) {
+      throw violation(403, "unauthorized", "the certificate to be replaced belongs to another account");
+    }
+    if (!identifiers.some(({ value }) => predecessor.names.includes(value))) {
+      throw malformed("the certificate to be replaced shares no identifier with the order");
+    }
+    if (this.orders.some((order) => order.replaces === replaces && order.status !== "invalid")) {
+      throw refusal(409, "alreadyReplaced", "the certificate is already replaced");
+    }
+  }
+
+  /** The authorization that a new order gets for a name: an old one, if `reuse` allows, or a new one. */
+  #authorize(account: Account, { type, value }: Identifier): Authorization {
+    const last = account.authorizations.get(value);
+    const { reuse = "valid" } = this.switches;
+    if (last !== undefined && reuse !== "none" && last.expires > this.now) {
+      if (last.status === "valid" || last.status === "pending" && reuse === "pending") return last;
+    }
+    const wildcard = value.startsWith("*.");
+    const url = `${this.origin}/authz/${this.#byUrl.size + 1}`;
+    const types = ["tls-alpn-01", "dns-persist-01", "dns-01", "http-01"].filter((challenge) =>
+      type === "ip" ? !challenge.startsWith("dns") : !wildcard || challenge.startsWith("dns")
+    );
+    const authorization: Authorization = {
+      url,
+      account,
+      identifier: { type, value: wildcard ? value.slice(2) : value },
+      wildcard,
+      challenges: types.map((type) => ({
+        url: `${url}/${type}`,
+        type,
+        token: randomBytes(32).toString("base64url"),
+        status: "pending",
+      })),
+      status: "pending",
+      expires: new Date(this.now.getTime() + 7 * DAY),
+    };
+    account.authorizations.set(value, authorization);
+    this.#byUrl.set(url, authorization);
+    return authorization;
+  }
+
+  /**
+   * Brings an order's status up to date with its authorizations and the clock (RFC 8555 §7.1.6). It turns invalid only
+   * when no validation is under way any more, so that its error names every failure.
+   */
+  #settle(order: Order): void {
+    const { status, authorizations } = order;
+    if (status === "processing" && performance.now() >= order.doneAt!) this.#issue(order);
+    if (status !== "pending" || authorizations.some(isUnderWay)) return;
+    const failed = authorizations.filter(({ status }) => status === "invalid");
+    if (failed.length > 0 && this.switches.failure !== "authorization") {
+      order.status = "invalid";
+      order.error = summary(failed);
+    } else if (authorizations.every(({ status }) => status === "valid")) {
+      order.status = "ready";
+    }
+  }
+
+  #order(order: Order, entry: LogEntry): Answer {
+    this.#settle(order);
+    // where the order is, after finalize as well (Boulder says so, and clients may rely on it)
+    const answer = json(200, showOrder(order), entry.resource === "finalize" ? { location: order.url } : {});
+    const isBusy = order.status === "processing" ||
+      order.status === "pending" && order.authorizations.some(isUnderWay);
+    return this.#askLater(answer, entry, order.url, isBusy);
+  }
+
+  // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
+
+  #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
+    const challenge = authorization.challenges.find(({ url }) => url === entry.url);
+    if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.path}`);
+    if (payload !== "{}") throw malformed("the answer to a challenge is {}");
+    if (challenge.status === "pending") {
+      if (authorization.status !== "pending" || isUnderWay(authorization)) {
+        throw malformed(`the authorization is ${authorization.status} and waits for no challenge`);
+      }
+      if (challenge.type === "tls-alpn-01") throw malformed("tls-alpn-01 is not implemented by the client");
+      challenge.status = "processing";
+      const done = this.#validate(authorization, challenge).finally(() => this.#validating.delete(done));
+      this.#validating.add(done);
+    }
+    const shown = showChallenge(challenge, authorization);
+    const answer = json(200, shown, { link: `<${authorization.url}>;rel="up"` });
+    return this.#askLater(answer, entry, challenge.url, challenge.status === "processing");
+  }
+
+  async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
+    const { account, identifier, wildcard } = authorization;
+    const { type, token } = challenge;
+    const name = wildcard ? `*.${identifier.value}` : identifier.value;
+    const { switches, now } = this;
+    const closing = this.#closing.signal;
+    const { validationDelayMs, authorizationLifetimeMs = 30 * DAY } = switches;
+    try {
+      if (validationDelayMs) await delay(validationDelayMs, undefined, { signal: closing });
+      const keyAuthorization = `${token}.${account.key.thumbprint}`;
+      const of = { type, identifier, wildcard, token, keyAuthorization, accountUrl: account.url };
+      await validate({ ...of, issuer: ISSUER }, switches, closing);
+      challenge.status = authorization.status = "valid";
+      challenge.error = undefined;
+      authorization.expires = new Date(now.getTime() + authorizationLifetimeMs);
+      this.validations.push({ type, name });
+    } catch (error) {
+      if (closing.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      if (switches.failure === "challenge") challenge.status = "pending";
+      else challenge.status = authorization.status = "invalid";
+      challenge.error = error.document;
+      this.validations.push({ type, name, error: error.document });
+    }
+  }
+
+  // ---- certificates (§7.4, §7.6, RFC 9773) -------------------------------------------------------------------------
+
+  /** Takes the CSR (base64url) of an order that is ready: for exactly the order's names, and not under an account's key. */
+  async #finalize(order: Order, csr: string): Promise<void> {
+    this.#settle(order);
+    if (order.status !== "ready") {
+      // repeating a finalize whose answer was lost is no violation
+      const refuse = order.csr === csr ? refusal : violation;
+      throw refuse(403, "orderNotReady", `the order is ${order.status}`);
+    }
+    const request = await readRequest(new Uint8Array(Buffer.from(csr, "base64url"))).catch((error) => {
+      throw violation(400, "badCSR", `the CSR cannot be read: ${error.message}`);
+    });
+    const { identifiers, commonNames, publicKey } = request;
+    const [asked, ordered] = [identifiers, order.identifiers].map(byValue);
+    if (asked !== ordered) {
+      throw violation(400, "badCSR", `the CSR is for ${asked}, the order for ${ordered}`);
+    }
+    if (!commonNames.every((name) => identifiers.some(({ value }) => value === name))) {
+      throw violation(400, "badCSR", `the CSR has a common name that is none of its names: ${commonNames}`);
+    }
+    if (this.#accountOf(await keyOf(publicKey.export({ format: "jwk" }) as JWK)) !== undefined) {
+      throw violation(400, "badCSR", "the CSR has the key of an account"); // RFC 8555 §11.1
+    }
+    order.request = request;
+    order.csr = csr;
+    order.status = "processing";
+    order.doneAt = performance.now() + (this.switches.processingMs ?? 0);
+  }
+
+  #issue(order: Order): void {
+    const { account, identifiers, profile, replaces, request } = order;
+    const { commonNames, publicKey } = request!;
+    const profiles: Readonly<Record<string, number>> = this.switches.profiles ?? LETS_ENCRYPT;
+    // backdated by an hour, as everywhere; both ends belong to the lifetime
+    const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
+    const notAfter = new Date(notBefore.getTime() + (profiles[profile ?? ""] ?? 90 * DAY) - 1000);
+    // every other serial begins with a set bit: its DER form needs the zero octet that a certID must keep
+    const serial = newSerial();
+    if (this.issued.length % 2 === 0) serial[0]! |= 0x80;
+    const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
+    const hex = serial.toString("hex").toUpperCase();
+    const issued: Issued = {
+      url: `${this.origin}/certificate/${hex}`,
+      account,
+      serial: hex,
+      certId: `${this.#issuer.keyId.toString("base64url")}.${derSerial(serial).toString("base64url")}`,
+      names: identifiers.map(({ value }) => value),
+      keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
+      profile,
+      replaces,
+      notBefore,
+      notAfter,
+      pem: certify({ publicKey, commonName, identifiers, notBefore, notAfter, serial }, this.#issuer),
+    };
+    this.issued.push(issued);
+    this.#byUrl.set(issued.url, issued);
+    order.certificate = issued;
+    order.status = "valid";
+  }
+
+  /** The certificate that a certID names (RFC 9773 §4.1). */
+  #findByCertId(certId: string): Issued {
+    const issued = this.issued.find((one) => one.certId === certId);
+    if (issued !== undefined) return issued;
+    // under this CA's key the client wrote the serial wrongly; under another it comes from another CA
+    const isOwn = certId.startsWith(this.#issuer.keyId.toString("base64url"));
+    throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
+  }
+
+  /** The window in which to renew: what was set, the past for a revoked certificate, else by its lifetime. */
+  #renewalInfo(entry: LogEntry, certId: string): Answer {
+    const { renewalWindow, revoked, notBefore, notAfter } = this.#findByCertId(certId);
+    // in its middle a third of the lifetime is left, or a half of a short one (Let's Encrypt's advice)
+    const lifetime = notAfter.getTime() - notBefore.getTime();
+    const middle = notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
+    const { explanationURL, ...suggestedWindow } = renewalWindow ??
+      (revoked
+        ? { start: new Date(revoked.at.getTime() - HOUR), end: revoked.at, explanationURL: undefined }
+        : {
+          start: new Date(middle - lifetime / 50),
+          end: new Date(middle + lifetime / 50),
+          explanationURL: undefined,
+        });
+    const answer = json(200, { suggestedWindow, explanationURL });
+    return this.#askLater(answer, entry, entry.url, true, 6 * 3600); // as Let's Encrypt
+  }
+
+  /** RFC 8555 §7.6: the account that ordered the certificate may, and the certificate's own key. */
+  async #revoke({ account, payload, key }: Signed): Promise<Answer> {
+    const { certificate, reason = 0 } = parseObject(payload) as { certificate: string; reason?: number };
+    const text = pem("CERTIFICATE", Buffer.from(certificate, "base64url"));
     const issued = this.issued.find(({ pem }) => pem === text);
     if (issued === undefined) throw violation(404, "malformed", "the certificate is not from here");
-    const isAllowed = account !== undefined
-      ? issued.account === account
-      : jws.importKey(new X509Certificate(text).publicKey.export({ format: "jwk" })).thumbprint ===
-        key.thumbprint;
+    const own = await keyOf(new X509Certificate(text).publicKey.export({ format: "jwk" }) as JWK);
+    const isAllowed = account ? issued.account === account : own.thumbprint === key.thumbprint;
     if (!isAllowed) {
       throw violation(
         403,
@@ -475,19 +807,53 @@ export class Ca implements AsyncDisposable {
         "neither the account that ordered the certificate nor its own key",
       );
     }
-    this.#book.revoke(issued, reason);
+    if (issued.revoked !== undefined) {
+      throw refusal(400, "alreadyRevoked", "the certificate is revoked already");
+    }
+    issued.revoked = { at: this.now, reason };
     return { status: 200, headers: new Headers() };
-  }
-
-  #renewalInfo(entry: LogEntry, certId: string): Answer {
-    if (this.switches.renewalInfo === false) throw violation(404, "malformed", "renewalInfo is not offered");
-    const { explanationURL, ...suggestedWindow } = this.#book.renewalWindow(this.#book.findByCertId(certId));
-    const answer = json(200, { suggestedWindow, explanationURL });
-    return this.#askLater(answer, entry, entry.url, true, 6 * 3600); // as Let's Encrypt
   }
 }
 
-// ---- rendering and reading -----------------------------------------------------------------------------------------
+// ---- signatures ----------------------------------------------------------------------------------------------------
+
+function parseObject(json: string): Record<string, unknown> {
+  try {
+    return { ...JSON.parse(json) };
+  } catch {
+    throw malformed("no JSON");
+  }
+}
+
+function headerOf(jws: FlattenedJWSInput): { nonce?: string; url?: string; kid?: string; jwk?: JWK } {
+  try {
+    return decodeProtectedHeader(jws);
+  } catch {
+    throw malformed("no protected header");
+  }
+}
+
+const keyOf = async (jwk: JWK): Promise<SigningKey> => ({
+  jwk,
+  thumbprint: await calculateJwkThumbprint(jwk),
+});
+
+/** Verifies a signature by the account's key, else by that in its header. */
+async function verified(jws: FlattenedJWSInput, key?: SigningKey): Promise<Omit<Signed, "account">> {
+  try {
+    const { payload, protectedHeader } = key === undefined
+      ? await flattenedVerify(jws, EmbeddedJWK)
+      : await flattenedVerify(jws, ({ alg } = {}) => importJWK(key.jwk, alg));
+    return {
+      payload: new TextDecoder().decode(payload),
+      key: key ?? await keyOf(protectedHeader!.jwk as JWK),
+    };
+  } catch (error) {
+    throw malformed(`the signature does not verify: ${(error as Error).message}`);
+  }
+}
+
+// ---- rendering -----------------------------------------------------------------------------------------------------
 
 function json(status: number, body: unknown, headers: Record<string, string> = {}): Answer {
   const type = { "content-type": "application/json" };
@@ -497,61 +863,52 @@ function json(status: number, body: unknown, headers: Record<string, string> = {
 const problem = ({ status, document, headers }: Problem): Answer =>
   json(status, document, { "content-type": "application/problem+json", ...headers });
 
-/** RFC 3339, in whole seconds as most CAs write it. */
-const instant = (date: Date | undefined) => date && `${date.toISOString().slice(0, 19)}Z`;
-
 const showAccount = ({ url, contact }: Account, status: 200 | 201): Answer =>
   json(status, { status: "valid", contact, termsOfServiceAgreed: true }, { location: url });
 
-function showOrder(order: Order): Record<string, unknown> {
-  const { status, expires, identifiers, authorizations, profile, replaces, error, url, certificate } = order;
-  return {
-    status,
-    expires: instant(expires),
-    identifiers,
-    profile,
-    replaces,
-    authorizations: authorizations.map(({ url }) => url),
-    finalize: `${url}/finalize`,
-    certificate: certificate?.url,
-    error,
-  };
-}
+const showOrder = ({ url, authorizations, certificate, status, identifiers, profile, error }: Order) => ({
+  status,
+  identifiers,
+  profile,
+  authorizations: authorizations.map(({ url }) => url),
+  finalize: `${url}/finalize`,
+  certificate: certificate?.url,
+  error,
+});
 
-function showAuthorization(
-  authorization: Authorization,
-  issuers: readonly string[],
-): Record<string, unknown> {
+function showAuthorization(authorization: Authorization) {
   const { status, expires, identifier, wildcard, challenges } = authorization;
   // what was not used to prove a valid authorization is not shown (§7.1.4)
   const shown = challenges.filter((challenge) => status === "pending" || challenge.status !== "pending");
   return {
     status,
-    expires: instant(expires),
+    expires,
     identifier,
     wildcard: wildcard || undefined,
-    challenges: shown.map((challenge) => showChallenge(challenge, authorization, issuers)),
+    challenges: shown.map((challenge) => showChallenge(challenge, authorization)),
   };
 }
 
-function showChallenge(
-  { type, url, status, token, validated, error }: Challenge,
-  { account }: Authorization,
-  issuers: readonly string[],
-): Record<string, unknown> {
+function showChallenge({ type, url, status, token, error }: Challenge, { account }: Authorization) {
   const proof = type === "dns-persist-01"
-    ? { accounturi: account.url, "issuer-domain-names": issuers }
+    ? { accounturi: account.url, "issuer-domain-names": [ISSUER] }
     : { token };
-  return { type, url, status, ...proof, validated: instant(validated), error };
+  return { type, url, status, ...proof, error };
 }
 
-/** RFC 8555 §7.3: mailto URLs with one address and no header fields. */
-function readContact(contact: unknown = []): readonly string[] {
-  if (!Array.isArray(contact)) throw malformed("contact is not an array of URLs");
-  for (const url of contact) {
-    if (!/^mailto:[^\s@,?]+@[^\s@,?]+\.[^\s@,?]+$/.test(url)) {
-      throw violation(400, "invalidContact", `${JSON.stringify(url)} is not one mail address`);
-    }
-  }
-  return contact;
+const byValue = (identifiers: readonly Identifier[]) =>
+  identifiers.map(({ type, value }) => `${type}:${value}`).sort().join();
+
+/** Whether it is being validated. */
+const isUnderWay = ({ challenges }: Authorization): boolean =>
+  challenges.some(({ status }) => status === "processing");
+
+/** The error of an order: the one failure's, or a compound of several (RFC 8555 §6.7.1). */
+function summary(failed: readonly Authorization[]): ProblemDocument {
+  const subproblems = failed.map(({ challenges, identifier }): ProblemDocument => ({
+    ...challenges.find(({ error }) => error !== undefined)!.error!,
+    identifier,
+  }));
+  if (subproblems.length === 1) return { ...subproblems[0]!, identifier: undefined };
+  return refusal(403, "compound", "several names cannot be validated", { subproblems }).document;
 }

@@ -6,7 +6,8 @@
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { freeAddress, listenerCertificate } from "./pebble.ts";
+import { listenerCertificate } from "./ca-x509.ts";
+import { freeAddress } from "./pebble.ts";
 
 /** A CA that runs. */
 export interface Running {

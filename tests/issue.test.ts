@@ -10,6 +10,9 @@ import type { Exchange, Fault, LogEntry, Order, Switches } from "./ca.ts";
 
 const DAY = 86_400_000;
 const NAME = "example.com";
+const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
+const KEY = `test/key/${NAME}-key.prime256v1.test.pem`;
+const PENDING_KEY = `test/key/.${NAME}-key.prime256v1.test.pem.pending`;
 
 type Resource = Exchange["resource"];
 
@@ -20,13 +23,24 @@ function counts(requests: readonly LogEntry[]): Partial<Record<Resource, number>
   return counted;
 }
 
+const isValidating = ({ authorizations }: Order) =>
+  authorizations.some(({ challenges }) => challenges.some(({ status }) => status === "processing"));
+
 /** Waits that end when the CA has done what it is at, so that everything takes exactly one poll. */
 function punctual({ ca }: Bed) {
-  const isBusy = ({ status, doneAt, authorizations }: Order) =>
-    status === "processing"
-      ? performance.now() < doneAt!
-      : authorizations.some(({ challenges }) => challenges.some(({ status }) => status === "processing"));
+  const isBusy = (order: Order) =>
+    order.status === "processing" ? performance.now() < order.doneAt! : isValidating(order);
   return { sleep: () => until("the CA is done", () => !ca.orders.some(isBusy)) };
+}
+
+/** Waits that cost no time, unless a validation needs some; for a CA that comes to no end. */
+function leaping({ ca }: Bed) {
+  return {
+    async sleep(ms: number) {
+      await delay(ca.orders.some(isValidating) ? 10 : 0);
+      ca.advance(ms);
+    },
+  };
 }
 
 /** What a run said of failures: the messages of its events. */
@@ -39,10 +53,6 @@ function oneCertificate(ca: Switches = {}, domains = NAME): Promise<Bed> {
   return testBed({ domains, settings: "keyTypes: ec", ca: { fault: () => undefined, ...ca } });
 }
 
-const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
-const KEY = `test/key/${NAME}-key.prime256v1.test.pem`;
-const PENDING_KEY = `test/key/.${NAME}-key.prime256v1.test.pem.pending`;
-
 const names = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.example.com`);
 
 // ---- requests ----------------------------------------------------------------------------------------------------
@@ -51,65 +61,47 @@ Deno.test("a new certificate takes the requests that RFC 8555 demands, in its or
   await using bed = await oneCertificate({ processingMs: 5 });
   const { requests, code } = await bed.run(punctual(bed));
   assert.equal(code, 0);
-  assert.deepEqual(requests.map(({ resource }) => resource), [
-    "directory",
-    "newNonce",
-    "newAccount",
-    "newOrder",
-    "authz",
-    "challenge",
-    "order",
-    "finalize",
-    "order",
-    "certificate",
-  ]);
+  assert.equal(
+    requests.map(({ resource }) => resource).join(" "),
+    "directory newNonce newAccount newOrder authz challenge order finalize order certificate",
+  );
   assert.equal(new Set(requests.map(({ connection }) => connection)).size, 1);
 });
 
-Deno.test("a pair of one name costs 11 requests and at most two nonces, each order asked for once at each step", async () => {
-  await using bed = await testBed({ domains: NAME, ca: { processingMs: 5 } });
-  const { directory, newNonce, newAccount, ...rest } = counts((await bed.run(punctual(bed))).requests);
-  assert.deepEqual([directory, newAccount, newNonce! <= 2], [1, 1, true]);
-  assert.deepEqual(rest, { newOrder: 2, authz: 1, challenge: 1, order: 1 + 2, finalize: 2, certificate: 2 });
-});
-
-Deno.test("a line of 100 names costs 2 requests a name beside those of one name, 20 of them at once", async () => {
-  await using bed = await testBed({ domains: names(100).join(" "), ca: { processingMs: 5 } });
-  const { requests, code, stderr } = await bed.run(punctual(bed));
-  assert.equal(code, 0, stderr);
-  const { directory, newNonce, newAccount, ...rest } = counts(requests);
-  assert.deepEqual([directory, newAccount, newNonce! <= 20], [1, 1, true]);
-  assert.deepEqual(rest, {
-    newOrder: 2,
-    authz: 100,
-    challenge: 100,
-    order: 1 + 2,
-    finalize: 2,
-    certificate: 2,
+for (const count of [1, 100]) {
+  Deno.test(`a line of ${count} names, RSA and EC, costs 2 requests a name beside 8, up to 20 of them at once`, async () => {
+    await using bed = await testBed({ domains: names(count).join(" "), ca: { processingMs: 5 } });
+    let [now, peak] = [0, 0];
+    const { fetch } = bed.world();
+    const { requests, code, stderr } = await bed.run({
+      ...punctual(bed),
+      fetch: (url, init) => {
+        peak = Math.max(peak, ++now);
+        return fetch(url, init).finally(() => now--);
+      },
+    });
+    assert.equal(code, 0, stderr);
+    const { directory, newNonce, newAccount, ...rest } = counts(requests);
+    assert.deepEqual([directory, newAccount, newNonce! <= Math.min(2 * count, 20)], [1, 1, true]);
+    const expected = {
+      newOrder: 2,
+      authz: count,
+      challenge: count,
+      order: 1 + 2,
+      finalize: 2,
+      certificate: 2,
+    };
+    assert.deepEqual(rest, expected);
+    assert(count === 1 || peak === 20, `${peak} at once`);
+    assert.deepEqual(bed.ca.issued.map(({ keyType }) => keyType).sort(), ["ec", "rsa"]);
   });
-});
-
-Deno.test("a line of 100 names, both key types, takes seconds though each answer takes 150 ms", async () => {
-  await using bed = await testBed({ domains: names(100).join(" "), settings: "keyTypes: rsa ec" });
-  const { fetch } = bed.world();
-  const begun = performance.now();
-  const ran = await bed.run({
-    fetch: async (url, init) => {
-      const response = await fetch(url, init);
-      await delay(150);
-      return response;
-    },
-  });
-  assert.equal(ran.code, 0, ran.stderr);
-  assert(performance.now() - begun < 8000, `${performance.now() - begun} ms`);
-});
+}
 
 Deno.test("many lines share directory, account and connection, and nonces", async () => {
   await using bed = await testBed({ domains: names(12).join("\n"), settings: "keyTypes: ec" });
   const { requests, code } = await bed.run({ parallel: 4 });
-  assert.equal(code, 0);
   const { directory, newNonce, newAccount } = counts(requests);
-  assert.deepEqual([directory, newAccount, newNonce! <= 4], [1, 1, true]);
+  assert.deepEqual([code, directory, newAccount, newNonce! <= 4], [0, 1, 1, true]);
   assert.equal(new Set(requests.map(({ connection }) => connection)).size, 1);
   assert.equal(bed.ca.issued.length, 12);
 });
@@ -134,96 +126,108 @@ Deno.test("a later run asks for no account, and for no validation of names that 
 
 // ---- key types ---------------------------------------------------------------------------------------------------
 
-Deno.test("RSA and EC of a line share one validation of each name", async () => {
-  await using bed = await testBed({ domains: `${NAME} www mail` });
-  await bed.run();
-  assert.deepEqual(bed.ca.issued.map(({ keyType }) => keyType).sort(), ["ec", "rsa"]);
-  assert.equal(bed.ca.validations.length, 3);
-  assert.equal(bed.web.log.length, 3);
-});
-
 Deno.test("RSA and EC are both issued by a CA that wants each order validated", async () => {
   await using bed = await testBed({ domains: NAME, ca: { reuse: "none" } });
   assert.equal((await bed.run()).code, 0);
-  assert.equal(bed.ca.validations.length, 2);
-  assert.deepEqual(bed.dropped(), []);
+  assert.deepEqual([bed.ca.validations.length, bed.dropped()], [2, []]);
 });
 
 Deno.test("the second key type is not asked for where the first could not be validated, and the error is reported once", async () => {
-  const resolve = () => {
-    throw new Error("NXDOMAIN");
-  };
-  await using bed = await testBed({ domains: NAME, ca: { resolve } });
+  await using bed = await testBed({ domains: NAME, ca: { resolve: lost } });
   const ran = await bed.run();
-  assert.equal(ran.code, 1);
-  assert.equal(counts(ran.requests).newOrder, 1);
+  assert.deepEqual([ran.code, counts(ran.requests).newOrder], [1, 1]);
   assert.deepEqual(failures(ran), [`${NAME}: cannot look up ${NAME}: NXDOMAIN (dns)`]);
   assert.match(ran.stderr, /^FAILED +example\.com \((rsa, ec|ec, rsa)\)\n/);
 });
 
 Deno.test("the second key type is issued though the first is refused after validation", async () => {
-  await using bed = await testBed({
-    domains: NAME,
-    ca: { fault: befalling("finalize", refusing(400, "badCSR", "no RSA today")) },
-  });
+  const fault = befalling("finalize", refusing(400, "badCSR", "no RSA today"));
+  await using bed = await testBed({ domains: NAME, ca: { fault } });
   const ran = await bed.run();
   assert.deepEqual([failures(ran), ran.code], [["no RSA today (badCSR)"], 1]);
   assert.equal(bed.ca.issued.length, 1);
 });
 
-Deno.test("a line that fails leaves the others alone", async () => {
-  const resolve = (hostname: string) => {
-    if (hostname === "bad.example.com") throw new Error("NXDOMAIN");
-    return { hostname: "127.0.0.1", port: bed.web.port };
-  };
-  await using bed = await testBed({
-    domains: "good.example.com\nbad.example.com\nbetter.example.com bad.example.com\nbest.example.com",
-    settings: "keyTypes: ec",
-    ca: { resolve },
+// ---- profiles and addresses --------------------------------------------------------------------------------------
+
+Deno.test("a line is ordered under the profile of its section, else of [config], else of the CA's choice", async () => {
+  const actions = "[a]\ndomains: a.example\nprofile: tlsserver\n";
+  await using bed = await testBed({ domains: "a.example\nb.example", actions });
+  for (const [settings, expected] of [["", "classic"], ["profile: shortlived", "shortlived"]] as const) {
+    bed.configure({ settings: `keyTypes: ec\n${settings}` });
+    assert.equal((await bed.run({ named: { renew: ["a.example", "b.example"] } })).code, 0);
+    const profiles = bed.ca.issued.slice(-2).map(({ names, profile }) => `${names} ${profile}`);
+    assert.deepEqual(profiles.sort(), ["a.example tlsserver", `b.example ${expected}`]);
+  }
+  for (const [profiles, offered] of [[undefined, "classic, tlsserver, shortlived"], [{}, "none"]] as const) {
+    await Deno.remove(bed.path("test"), { recursive: true });
+    bed.ca.switches.profiles = profiles;
+    bed.configure({ settings: "keyTypes: ec", actions: actions.replace("tlsserver", "tlsclient") });
+    const ran = await bed.run();
+    assert.deepEqual([ran.code, failures(ran)], [1, [
+      `the CA has no profile "tlsclient"; it offers: ${offered}`,
+    ]]);
+    assert.equal(bed.ca.orders.at(-1)!.identifiers[0]!.value, "b.example", "the other line goes on");
+    bed.configure({ actions: "" });
+    assert.equal((await bed.run()).code, 0, "it need not wait: the CA was not bothered");
+  }
+});
+
+Deno.test("addresses are self-checked and certified as addresses, without a common name, and found in place then", async () => {
+  const domains = "192.0.2.1 2001:DB8:0::7\nmail.example 192.0.2.2";
+  await using bed = await testBed({ domains, settings: "keyTypes: ec\nprofile: shortlived" });
+  bed.configure({ actions: `[default]\nprepare: ["echo DOMAIN >> ${bed.home}/log; cat"]` });
+  const checked = new Set<string>();
+  const { code, stderr } = await bed.run({
+    route(host) {
+      checked.add(host);
+      return Promise.resolve([{ address: "127.0.0.1", port: bed.web.port }]);
+    },
   });
-  const ran = await bed.run();
-  assert.equal(ran.code, 1);
-  assert.deepEqual(bed.ca.issued.map(({ names }) => names.join()).sort(), [
-    "best.example.com",
-    "good.example.com",
+  assert.deepEqual([code, stderr], [0, ""]);
+  const addresses = ["192.0.2.1", "2001:db8::7", "192.0.2.2"];
+  assert.deepEqual(checked, new Set([...addresses, "mail.example"]));
+  assert(bed.take().includes("2001:db8::7"));
+  const requested = bed.ca.orders.map(({ request }) => {
+    const { identifiers, commonNames } = request!;
+    return `${identifiers.map(({ type, value }) => `${type} ${value}`).join(", ")}; CN ${commonNames}`;
+  });
+  assert.deepEqual(requested.sort(), [
+    "dns mail.example, ip 192.0.2.2; CN mail.example",
+    "ip 192.0.2.1, ip 2001:db8::7; CN ",
   ]);
-  assert.equal(failures(ran).length, 2);
-  assert.deepEqual(bed.dropped(), []);
+  const files = [...Deno.readDirSync(bed.path("test/cert"))].filter(({ isFile }) => isFile);
+  assert.deepEqual(files.map(({ name }) => name).sort(), [
+    "192.0.2.1_2001-db8--7-cert-combined.prime256v1.test.pem",
+    "mail.example_192.0.2.2-cert-combined.prime256v1.test.pem",
+  ]);
+  assert.match((await bed.run()).stdout, /^nothing due, 2 kept/m);
 });
 
 // ---- keys --------------------------------------------------------------------------------------------------------
 
 /** Has every certificate of the bed issued anew. */
-async function reissue(bed: Bed): Promise<Ran> {
-  for (const { name } of Deno.readDirSync(bed.path("test/cert"))) {
-    Deno.removeSync(bed.path("test/cert", name));
-  }
-  return await bed.run({ retry: true });
-}
+const reissue = (bed: Bed) => bed.run({ named: { renew: [NAME] } });
 
 Deno.test("a key is used again where it is of the wanted kind, and alwaysGenerateNewKeys does not say otherwise", async () => {
   await using bed = await oneCertificate();
-  await bed.run();
-  const first = bed.text(KEY);
-  await reissue(bed);
-  assert.equal(bed.text(KEY), first);
-  bed.configure({ settings: "keyTypes: ec\nalwaysGenerateNewKeys: yes" });
-  await reissue(bed);
-  const second = bed.text(KEY);
+  const keyOf = async (settings: string) => {
+    bed.configure({ settings });
+    assert.equal((await reissue(bed)).code, 0);
+    return bed.text(KEY);
+  };
+  const first = await keyOf("keyTypes: ec");
+  assert.equal(await keyOf("keyTypes: ec"), first);
+  const second = await keyOf("keyTypes: ec\nalwaysGenerateNewKeys: yes");
   assert.notEqual(second, first);
-  bed.configure({ settings: "keyTypes: ec\ncurve: secp384r1\ncurveTag: prime256v1" });
-  await reissue(bed);
-  assert.equal(createPrivateKey(bed.text(KEY)).asymmetricKeyDetails?.namedCurve, "secp384r1");
-  const ec = createPrivateKey(bed.text(KEY)).export({ type: "pkcs8", format: "pem" });
-  bed.configure({ settings: "keyTypes: rsa" });
+  const third = await keyOf("keyTypes: ec\ncurve: secp384r1\ncurveTag: prime256v1");
+  assert.equal(createPrivateKey(third).asymmetricKeyDetails?.namedCurve, "secp384r1");
   const rsa = bed.path(`test/key/${NAME}-key.rsa2048.test.pem`);
-  await Deno.writeTextFile(rsa, ec as string);
+  await Deno.writeTextFile(rsa, third);
+  bed.configure({ settings: "keyTypes: rsa" });
   await bed.run();
-  assert.equal(
-    createPrivateKey(Deno.readTextFileSync(rsa)).asymmetricKeyType,
-    "rsa",
-    "whatever stood in its place",
-  );
+  const { asymmetricKeyType } = createPrivateKey(Deno.readTextFileSync(rsa));
+  assert.equal(asymmetricKeyType, "rsa", "whatever stood in its place");
 });
 
 Deno.test("an RSA key that cannot be read stops no EC certificate", async () => {
@@ -264,10 +268,7 @@ Deno.test("a CSR that the CA refuses under any key costs the key nothing", async
 
 /** The orders that are remembered, and whether the key of one stands beside the live one. */
 function unfinished(bed: Bed): [orders: number, key: boolean] {
-  return [
-    Object.keys(JSON.parse(bed.text("test/state.json")).orders).length,
-    existsSync(bed.path(PENDING_KEY)),
-  ];
+  return [Object.keys(bed.state().orders).length, existsSync(bed.path(PENDING_KEY))];
 }
 
 for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["the live key", ""]] as const) {
@@ -276,13 +277,12 @@ for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["t
     await bed.run();
     const live = bed.text(KEY);
     bed.ca.switches.processingMs = Infinity;
-    const slow = await bed.run({ named: { renew: [NAME] } });
+    const slow = await bed.run({ named: { renew: [NAME] }, ...leaping(bed) });
     assert.deepEqual(failures(slow), ["order still processing after 180 s; the next run goes on with it"]);
     assert.deepEqual([unfinished(bed), bed.text(KEY)], [[1, settings !== ""], live]);
 
-    const order = bed.ca.orders.at(-1)!;
-    order.doneAt = 0;
-    const { code, requests, stderr } = await bed.run({ named: { renew: [NAME] } });
+    bed.ca.orders.at(-1)!.doneAt = 0;
+    const { code, requests, stderr } = await reissue(bed);
     assert.deepEqual([code, stderr], [0, ""]);
     assert.deepEqual(counts(requests), { directory: 1, newNonce: 1, order: 1, certificate: 1 });
     assert.deepEqual([unfinished(bed), bed.ca.orders.length], [[0, false], 2]);
@@ -292,13 +292,9 @@ for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["t
 }
 
 Deno.test("what was issued and could not be fetched is fetched by the next run", async () => {
-  for (
-    const fault of [refusing(404, "malformed", "gone"), refusing(500, "serverInternal", "oh"), {
-      kind: "reset",
-    }]
-  ) {
-    await using bed = await oneCertificate({ fault: befalling("certificate", fault as Fault, Infinity) });
-    assert.equal((await bed.run()).code, 1);
+  for (const fault of [refusing(404, "malformed", "gone"), { kind: "reset" } as const]) {
+    await using bed = await oneCertificate({ fault: befalling("certificate", fault, Infinity) });
+    assert.equal((await bed.run(leaping(bed))).code, 1);
     assert.deepEqual(unfinished(bed), [1, true]);
     bed.ca.switches.fault = undefined;
     assert.equal((await bed.run({ retry: true })).code, 0);
@@ -310,8 +306,9 @@ Deno.test("an order that was interrupted while the CA was at it is taken up by t
   const stop = new AbortController();
   await using bed = await oneCertificate({ processingMs: Infinity });
   bed.ca.switches.fault = ({ resource }) => {
-    if (resource === "finalize") {
-      setTimeout(() => stop.abort(new DOMException("interrupted", "AbortError")), 50);
+    // the answer comes first, and the interruption while it is waited for the order
+    if (resource === "order" && bed.ca.orders[0]!.status === "processing") {
+      stop.abort(new DOMException("interrupted", "AbortError"));
     }
     return undefined;
   };
@@ -323,10 +320,8 @@ Deno.test("an order that was interrupted while the CA was at it is taken up by t
 });
 
 Deno.test("an order is given up where the CA does, where it is a week old, or where its key or account is lost", async () => {
-  const table: [string, (bed: Bed) => void | Promise<void>][] = [
-    ["the CA calls it invalid", ({ ca }) => {
-      ca.orders[0]!.status = "invalid";
-    }],
+  const table: [string, (bed: Bed) => unknown][] = [
+    ["the CA calls it invalid", ({ ca }) => ca.orders[0]!.status = "invalid"],
     ["the CA knows nothing of it", ({ ca }) => {
       const gone = refusing(404, "malformed", "no such order");
       ca.switches.fault = ({ url }) => url === ca.orders[0]!.url ? gone : undefined;
@@ -337,7 +332,7 @@ Deno.test("an order is given up where the CA does, where it is a week old, or wh
   ];
   for (const [what, lose] of table) {
     await using bed = await oneCertificate({ processingMs: Infinity });
-    await bed.run();
+    await bed.run(leaping(bed));
     bed.ca.switches.processingMs = 0;
     bed.ca.orders[0]!.doneAt = 0;
     await lose(bed);
@@ -357,11 +352,29 @@ Deno.test("a certificate that cannot be put in its place is not ordered again, b
   assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, bed.ca.issued[0]!.serial);
 });
 
+Deno.test("an order that a replica took for finalized, and that is ready still, is finalized again", async () => {
+  const lies: [Resource, Fault][] = [
+    ["finalize", refusing(403, "orderNotReady", "a replica lags")],
+    ["order", put({ status: "processing" })],
+  ];
+  let ready = false;
+  await using bed = await oneCertificate({
+    fault: ({ resource }) => {
+      ready ||= resource === "finalize";
+      return ready && lies[0]?.[0] === resource ? lies.shift()![1] : undefined;
+    },
+  });
+  const { code, stderr, requests } = await bed.run();
+  assert.deepEqual([code, stderr, lies.length], [0, "", 0]);
+  assert.equal(counts(requests).finalize, 2);
+});
+
 // ---- validations that fail ---------------------------------------------------------------------------------------
 
-const lost = () => {
+function lost(): never {
   throw new Error("NXDOMAIN");
-};
+}
+
 for (const failure of ["order", "authorization", "challenge"] as const) {
   Deno.test(`a validation that fails is known soon, with its cause, where the CA shows it in the ${failure}`, async () => {
     await using bed = await oneCertificate({ resolve: lost, failure }, `${NAME} www`);
@@ -377,8 +390,7 @@ for (const failure of ["order", "authorization", "challenge"] as const) {
 
 Deno.test("a challenge that the CA has found wrong and left pending is responded to again, until it is right", async () => {
   let misses = 3;
-  const resolve = (name: string) =>
-    misses-- > 0 ? lost() : { hostname: "127.0.0.1", port: bed.web.port, name };
+  const resolve = () => misses-- > 0 ? lost() : { hostname: "127.0.0.1", port: bed.web.port };
   await using bed: Bed = await oneCertificate({ resolve, failure: "challenge" });
   const { code, requests } = await bed.run();
   assert.deepEqual([code, counts(requests).challenge], [0, 4]);
@@ -386,7 +398,7 @@ Deno.test("a challenge that the CA has found wrong and left pending is responded
 
 Deno.test("an order that stays pending is given up after three minutes, with what is known of its challenges", async () => {
   await using bed = await oneCertificate({ validationDelayMs: 600_000 });
-  assert.deepEqual(failures(await bed.run()), ["order still pending after 180 s"]);
+  assert.deepEqual(failures(await bed.run(leaping(bed))), ["order still pending after 180 s"]);
   assert.deepEqual([bed.dropped(), unfinished(bed)], [[], [0, false]]);
 });
 
@@ -397,324 +409,156 @@ const SUBPROBLEMS = ["a.example.com", "b.example.com"].map((value) => ({
   detail: `forbidden by the CAA of ${value}`,
   identifier: { type: "dns", value },
 }));
-const SAID = "a.example.com: forbidden by the CAA of a.example.com (caa); " +
+const SAID = "two names (compound); a.example.com: forbidden by the CAA of a.example.com (caa); " +
   "b.example.com: forbidden by the CAA of b.example.com (caa)";
-const invalid = (body: Record<string, unknown>) => ({
-  ...body,
-  status: "invalid",
-  error: { type: "urn:ietf:params:acme:error:compound", detail: "two names", subproblems: SUBPROBLEMS },
-});
+const COMPOUND = {
+  type: "urn:ietf:params:acme:error:compound",
+  detail: "two names",
+  subproblems: SUBPROBLEMS,
+};
 const refused = refusing(403, "compound", "two names", { subproblems: SUBPROBLEMS });
-const put = (more: Record<string, unknown>): Fault => ({
-  kind: "rewrite",
-  rewrite: (body) => ({ ...body, ...more }),
-});
 
-Deno.test("an order that a replica took for finalized, and that is ready still, is finalized again", async () => {
-  const lies: [Resource, Fault][] = [
-    ["finalize", refusing(403, "orderNotReady", "a replica lags")],
-    ["order", { kind: "rewrite", rewrite: (body) => ({ ...body, status: "processing" }) }],
-  ];
-  let ready = false;
-  await using bed = await oneCertificate({
-    fault: ({ resource }) => {
-      ready ||= resource === "finalize";
-      return ready && lies[0]?.[0] === resource ? lies.shift()![1] : undefined;
-    },
-  });
-  const { code, stderr, requests } = await bed.run();
-  assert.deepEqual([code, stderr, lies.length], [0, "", 0]);
-  assert.equal(counts(requests).finalize, 2);
-});
+/** Answers as the CA does, but with these members. */
+function put(more: Record<string, unknown>): Fault {
+  return { kind: "rewrite", rewrite: (body) => ({ ...body, ...more }) };
+}
+const invalid = put({ status: "invalid", error: COMPOUND });
 
-/** The fault, for polls of an order that has been finalized. */
-function onceFinalized(fault: Fault): Switches["fault"] {
+/** The fault, for finalize and for polls of an order that has been finalized. */
+function finalizedThen(fault: Fault): Switches["fault"] {
   let finalized = false;
   return ({ resource }) => {
     finalized ||= resource === "finalize";
-    return finalized && resource === "order" ? fault : undefined;
+    return finalized && (resource === "order" || resource === "finalize") ? fault : undefined;
   };
 }
 
-/** The fault, for finalize and what follows it. */
-function finalizedThen(fault: Fault): Switches["fault"] {
-  const polls = onceFinalized(fault)!;
-  return (exchange) => polls(exchange) ?? (exchange.resource === "finalize" ? fault : undefined);
-}
-
-for (
-  const [what, ca, step, message] of [
-    [
-      "created",
-      { fault: befalling("newOrder", refused) },
-      "create an order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "created, and born invalid",
-      { fault: befalling("newOrder", { kind: "rewrite", rewrite: invalid }) },
-      "issue the order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "validated",
-      {
-        resolve() {
-          throw new Error("SERVFAIL");
-        },
-      },
-      "validate the order",
-      "a.example.com: cannot look up a.example.com: SERVFAIL (dns); " +
-      "b.example.com: cannot look up b.example.com: SERVFAIL (dns)",
-    ],
-    [
-      "validated, for a reason that is not a challenge's",
-      { fault: befalling("order", { kind: "rewrite", rewrite: invalid }) },
-      "validate the order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "validated, for no reason",
-      { fault: befalling("order", put({ status: "invalid" })) },
-      "validate the order",
-      "the order became invalid, and the CA gives no reason",
-    ],
-    [
-      "finalized",
-      { fault: befalling("finalize", refused) },
-      "finalize the order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "finalized, and invalid then",
-      { fault: befalling("finalize", { kind: "rewrite", rewrite: invalid }) },
-      "issue the order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "finalized, and ready still",
-      { fault: finalizedThen(put({ status: "ready", certificate: undefined })) },
-      "issue the order",
-      "order still ready after 180 s; the next run goes on with it",
-    ],
-    [
-      "issued",
-      {
-        processingMs: 20,
-        fault: onceFinalized({ kind: "rewrite", rewrite: invalid }),
-      },
-      "issue the order",
-      `two names (compound); ${SAID}`,
-    ],
-    [
-      "downloaded",
-      { fault: befalling("certificate", refusing(404, "malformed", "gone"), Infinity) },
-      "download the certificate",
-      "gone (malformed)",
-    ],
-  ] as [string, Switches, string, string][]
-) {
+const REFUSALS: readonly [string, Switches["fault"], string, string][] = [
+  ["created", befalling("newOrder", refused), "create an order", SAID],
+  ["created, and born invalid", befalling("newOrder", invalid), "issue the order", SAID],
+  [
+    "validated, for a reason that is not a challenge's",
+    befalling("order", invalid),
+    "validate the order",
+    SAID,
+  ],
+  [
+    "validated, for no reason",
+    befalling("order", put({ status: "invalid" })),
+    "validate the order",
+    "the order became invalid, and the CA gives no reason",
+  ],
+  ["finalized", befalling("finalize", refused), "finalize the order", SAID],
+  ["finalized, and invalid then", finalizedThen(invalid), "issue the order", SAID],
+  [
+    "finalized, and ready still",
+    finalizedThen(put({ status: "ready", certificate: undefined })),
+    "issue the order",
+    "order still ready after 180 s; the next run goes on with it",
+  ],
+  [
+    "downloaded",
+    befalling("certificate", refusing(404, "malformed", "gone"), Infinity),
+    "download the certificate",
+    "gone (malformed)",
+  ],
+];
+for (const [what, fault, step, message] of REFUSALS) {
   Deno.test(`an order that cannot be ${what} fails with what the CA says of it, and leaves nothing behind`, async () => {
-    await using bed = await oneCertificate(ca, "a.example.com b.example.com");
-    const ran = await bed.run();
-    assert.equal(ran.code, 1);
-    const [event] = ran.events.filter((event) => event.kind === "failed");
-    assert.equal(event?.error.message, message);
-    assert.equal((event.error as Error & { step: string }).step, step);
+    await using bed = await oneCertificate({ fault }, "a.example.com b.example.com");
+    const ran = await bed.run(leaping(bed));
+    assert.deepEqual([ran.code, failures(ran)], [1, [message]]);
     assert(ran.stderr.includes(`cannot ${step}: ${message}`), ran.stderr);
     assert.deepEqual(bed.dropped(), []);
   });
 }
 
-Deno.test("names that the CA's policy rejects are reported, each with its reason", async () => {
-  const reject = (name: string) => name.startsWith("www.") ? "high-risk name" : undefined;
-  await using bed = await oneCertificate({ reject }, `${NAME} www www.test`);
-  const [message] = failures(await bed.run());
-  assert.match(message!, /www\.example\.com: high-risk name \(rejectedIdentifier\)/);
-  assert.match(message!, /www\.test: high-risk name \(rejectedIdentifier\)/);
-});
-
-for (const status of ["invalid", "deactivated", "expired", "revoked"]) {
-  Deno.test(`an authorization that comes ${status} is an error that names it`, async () => {
-    await using bed = await oneCertificate({ fault: befalling("authz", put({ status })) });
-    assert.deepEqual(failures(await bed.run()), [`the authorization of ${NAME} is ${status}`]);
-    assert.equal(counts(bed.ca.log).challenge, undefined);
-  });
-}
-
-for (
-  const [what, more, message] of [
-    [
-      "another name",
-      { identifier: { type: "dns", value: "bank.example" } },
-      "the CA asks for bank.example, which",
-    ],
-    ["the wildcard of the name", { wildcard: true }, `the CA asks for *.${NAME}, which was not ordered`],
-    [
-      "a name with escapes",
-      { identifier: { type: "dns", value: "\x1b[2Jx\n" } },
-      "the CA asks for [2jx, which",
-    ],
-    ["no name", { identifier: null }, "not an authorization"],
-    ["an unknown status", { status: "enlightened" }, "not an authorization"],
-  ] as const
-) {
-  Deno.test(`an authorization for ${what} is not answered`, async () => {
-    await using bed = await oneCertificate({ fault: befalling("authz", put(more)) });
-    const [said] = failures(await bed.run());
+Deno.test("an authorization that is not for the name, or not pending, is an error and not answered", async () => {
+  await using bed = await oneCertificate();
+  for (
+    const [more, message] of [
+      ...["invalid", "deactivated", "expired", "revoked"].map((status) =>
+        [{ status }, `the authorization of ${NAME} is ${status}`] as const
+      ),
+      [{ identifier: { type: "dns", value: "bank.example" } }, "the CA asks for bank.example, which"],
+      [{ wildcard: true }, `the CA asks for *.${NAME}, which was not ordered`],
+      [{ identifier: { type: "dns", value: "\x1b[2Jx\n" } }, "the CA asks for [2jx, which"],
+      [{ identifier: null }, "not an authorization"],
+      [{ status: "enlightened" }, "not an authorization"],
+    ] as const
+  ) {
+    bed.ca.switches.fault = befalling("authz", put(more));
+    const [said] = failures(await bed.run({ retry: true }));
     assert(said?.startsWith(message), said);
     assert.equal(counts(bed.ca.log).challenge, undefined);
     assert.deepEqual(bed.dropped(), []);
-  });
-}
-
-Deno.test("an authorization whose name is written in capitals is the ordered one", async () => {
-  await using bed = await oneCertificate({
-    fault: befalling("authz", put({ identifier: { type: "dns", value: "Example.COM" } })),
-  });
-  assert.equal((await bed.run()).code, 0);
+  }
+  bed.ca.switches.fault = befalling("authz", put({ identifier: { type: "dns", value: "Example.COM" } }));
+  assert.equal((await bed.run({ retry: true })).code, 0, "capitals are the ordered name");
 });
 
 // ---- certificates that are not what was asked for ----------------------------------------------------------------
 
 Deno.test("a certificate that is not what was asked for is not taken, and the old one and its key stay", async () => {
-  await using bed = await testBed({
-    domains: NAME,
-    settings: "keyTypes: ec",
-    ca: { fault: () => undefined },
-  });
+  await using bed = await oneCertificate();
   const { ca } = bed;
   await bed.run();
+  const before = [bed.text(CERT), bed.text(KEY)];
   const publicKey = createPublicKey(createPrivateKey(bed.text(KEY)));
-  const identifiers = [{ type: "dns", value: NAME } as const];
-  const valid = () => ({
-    notBefore: new Date(ca.now.getTime() - DAY),
-    notAfter: new Date(ca.now.getTime() + 90 * DAY),
-  });
-  const stranger = () => generateKeyPairSync("ec", { namedCurve: "P-256" }).publicKey;
-
+  const forge = (changes: Partial<Parameters<typeof ca.forge>[0]>, life = 90 * DAY) => () =>
+    ca.forge({
+      publicKey,
+      identifiers: [{ type: "dns", value: NAME }],
+      notBefore: new Date(ca.now.getTime() - DAY),
+      notAfter: new Date(ca.now.getTime() + life),
+      ...changes,
+    });
+  const stranger = generateKeyPairSync("ec", { namedCurve: "P-256" });
   const table: [string, (chain: string) => string, RegExp][] = [
-    [
-      "another key",
-      () => ca.forge({ publicKey: stranger(), identifiers, ...valid() }),
-      /^the certificate is for another key$/,
-    ],
-    [
-      "other names",
-      () => ca.forge({ publicKey, identifiers: [{ type: "dns", value: "bank.example" }], ...valid() }),
-      /^the certificate is for other names: bank\.example$/,
-    ],
-    [
-      "a name too many",
-      () =>
-        ca.forge({
-          publicKey,
-          identifiers: [...identifiers, { type: "dns", value: "bank.example" }],
-          ...valid(),
-        }),
-      /^the certificate is for other names: example\.com bank\.example$/,
-    ],
-    [
-      "one that is an authority",
-      () => ca.forge({ publicKey, identifiers, ...valid(), authority: true }),
-      /^the certificate is a CA certificate$/,
-    ],
-    [
-      "thirty seconds of life",
-      () => ca.forge({ publicKey, identifiers, ...valid(), notAfter: new Date(ca.now.getTime() + 30_000) }),
-      /in less than 5 minutes; this host's clock says \S+, the CA's \S+$/,
-    ],
-    [
-      "a chain without end",
-      (chain) => chain + chain.replace(/^[^]*?(?<=END CERTIFICATE-----\n)/, "").repeat(20),
-      /^a chain of 22 certificates$/,
-    ],
-    [
-      "an expired one",
-      () => ca.forge({ publicKey, identifiers, ...valid(), notAfter: new Date(ca.now.getTime() - 1000) }),
-      /^the certificate expired at /,
-    ],
-    [
-      "one of next week",
-      () => ca.forge({ publicKey, identifiers, ...valid(), notBefore: new Date(ca.now.getTime() + 7 * DAY) }),
-      /^the certificate is not valid before /,
-    ],
-    [
-      "a broken chain",
-      (chain) => chain.replace(/(?<=END CERTIFICATE-----\n)[^]*/, ca.caBundle),
-      /^broken chain: /,
-    ],
-    [
-      "a chain the wrong way round",
-      (chain) => chain.split(/(?<=END CERTIFICATE-----\n)/).reverse().join(""),
-      /another key/,
-    ],
-    [
-      "a private key before it",
-      (chain) =>
-        generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey
-          .export({ type: "pkcs8", format: "pem" }) + chain,
-      /^a PRIVATE KEY among the certificates$/,
-    ],
-    ["half a certificate", (chain) => chain.slice(0, chain.length / 4), /^no certificate in the answer$/],
-    [
-      "no certificate",
-      () => "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-      /^a certificate that cannot be parsed$/,
-    ],
-    ["an empty answer", () => "", /^no certificate in the answer$/],
-    ["shell text", () => "$(touch /tmp/owned); `id`\x1b[2J", /^no certificate in the answer$/],
-    ["megabytes", (chain) => chain.repeat(1000), /^an answer of more than 1048576 bytes$/],
+    ["another key", forge({ publicKey: stranger.publicKey }), /another key/],
+    ["other names", forge({ identifiers: [{ type: "dns", value: "bank.example" }] }), /: bank\.example$/],
+    ["thirty seconds of life", forge({}, 30_000), /this host's clock says \S+, the CA's \S+$/],
+    ["a broken chain", (chain) => chain.replace(/(?<=END CERTIFICATE-----\n)[^]*/, ca.caBundle), /broken/],
+    ["a private key before it", (chain) => {
+      return stranger.privateKey.export({ type: "pkcs8", format: "pem" }) + chain;
+    }, /a PRIVATE KEY among/],
+    ["half a certificate", (chain) => chain.slice(0, chain.length / 4), /no certificate in the answer/],
+    ["megabytes", (chain) => chain.repeat(1000), /more than 1048576 bytes/],
   ];
   for (const [what, rewrite, message] of table) {
-    const before = [bed.text(CERT), bed.text(KEY)];
     ca.advance(80 * DAY);
     ca.switches.fault = befalling("certificate", { kind: "rewrite text", rewrite });
     const ran = await bed.run({ retry: true });
     assert.equal(ran.code, 1, what);
     assert.match(failures(ran)[0]!, message, what);
     assert.deepEqual([bed.text(CERT), bed.text(KEY)], before, what);
-
-    ca.switches.fault = undefined;
-    assert.equal((await bed.run({ retry: true })).code, 0, what);
-    assert.notEqual(bed.text(CERT), before[0]);
-    assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, ca.issued.at(-1)!.serial);
   }
+  ca.switches.fault = undefined;
+  assert.equal((await bed.run({ retry: true })).code, 0);
+  assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, ca.issued.at(-1)!.serial);
 });
 
 Deno.test("a chain that holds no issuer is taken, since that may be a root, and is said", async () => {
+  const rewrite = (chain: string) => chain.slice(0, chain.indexOf("-----END") + 26);
   await using bed = await oneCertificate({
-    fault: befalling("certificate", {
-      kind: "rewrite text",
-      rewrite: (chain) => chain.slice(0, chain.indexOf("-----END") + 26),
-    }),
+    fault: befalling("certificate", { kind: "rewrite text", rewrite }),
   });
   const { code, stdout } = await bed.run();
   assert.equal(code, 0);
-  assert.match(stdout, /no certificate of an issuer for example\.com; clients may miss it/);
+  assert.match(stdout, /^note .*no certificate of an issuer for example\.com/m);
 });
 
 // ---- faults ------------------------------------------------------------------------------------------------------
 
-const STEPS: readonly Resource[] = [
-  "directory",
-  "newNonce",
-  "newAccount",
-  "newOrder",
-  "authz",
-  "challenge",
-  "order",
-  "finalize",
-  "certificate",
-];
-for (const kind of ["reset", "reset mid-body", "truncate", "html", "repeat"] as const) {
+const STEPS = "directory newNonce newAccount newOrder authz challenge order finalize certificate".split(" ");
+// connections that break are in acme.test.ts
+for (const kind of ["truncate", "html", "repeat"] as const) {
   Deno.test(`after one fault (${kind}) at any step, and one run without, the certificate is there`, async () => {
     await using bed = await oneCertificate();
     for (const [i, step] of STEPS.entries()) {
       bed.configure({ domains: `n${i}.example.com` });
-      bed.ca.switches.fault = befalling(step, { kind });
-      const first = await bed.run();
-      assert(first.code === 0 || !kind.startsWith("reset"), `${step}: ${first.stderr}`);
+      bed.ca.switches.fault = befalling(step as Resource, { kind });
+      await bed.run();
       assert.deepEqual(bed.dropped(), [], step);
       bed.ca.switches.fault = undefined;
       const second = await bed.run({ retry: true });

@@ -5,11 +5,10 @@
  * It runs the `pebble` on PATH, whichever that is: the newest (`go install`), or Debian's 2.4, which knows RFC 8555 and
  * nothing that came after it. Nothing here knows lematt.
  */
-import { generateKeyPairSync } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { type Dns, type Further, startDns } from "./ca-dns.ts";
-import { certify, createAuthority } from "./ca-x509.ts";
+import { listenerCertificate } from "./ca-x509.ts";
 
 /** How a Pebble is to behave. */
 export interface PebbleOptions {
@@ -144,21 +143,6 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
     rootPem,
     manage,
     [Symbol.asyncDispose]: () => running.disposeAsync(),
-  };
-}
-
-/** A certificate for 127.0.0.1 under a root of its own; all PEM. */
-export function listenerCertificate(): { root: string; certificate: string; key: string } {
-  const authority = createAuthority("lematt test Pebble root");
-  const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
-  const valid = { notBefore: new Date(Date.now() - 3600_000), notAfter: new Date(Date.now() + 86_400_000) };
-  const { commonName } = authority;
-  const root = certify({ commonName, publicKey: authority.publicKey, authority: true, ...valid }, authority);
-  const identifiers = [{ type: "ip", value: "127.0.0.1" }] as const;
-  return {
-    root,
-    certificate: certify({ publicKey, identifiers, ...valid }, authority),
-    key: privateKey.export({ format: "pem", type: "pkcs8" }) as string,
   };
 }
 

@@ -4,7 +4,7 @@
  */
 
 import { request } from "node:https";
-import { listenerCertificate } from "./pebble.ts";
+import { listenerCertificate } from "./ca-x509.ts";
 
 /** An answer on its way. */
 export interface Answer {

@@ -2,128 +2,133 @@
  * A site: a bed with an nginx that serves the certificates of www.example.com, by the files that lematt delivers.
  */
 
+import { connect } from "node:net";
 import { join } from "node:path";
 import type { KeyType, Mode } from "../lib/config.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
 import { type Bed, type Ran, testBed, until } from "./bed.ts";
-import { freePort, startNginx } from "./tls.ts";
+import { freePort, startNginx, tcpServer } from "./tls.ts";
 
-export const NEEDS_NGINX = { ignore: which("nginx") === undefined };
+/** Deno.test() where nginx is installed. */
+export function siteTest(name: string, fn: () => Promise<void>): void {
+  const ignore = which("nginx") === undefined;
+  if (ignore) console.log(`nginx is not installed, so this is not tested: ${name}`);
+  Deno.test({ name, ignore, fn });
+}
 
 /** Uploads that a service finds under names of its own, and nginx reading them anew. */
 export const UPLOAD = `rehearse: yes
 uploadEach: ["cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key"]`;
 export const RELOAD = `update: ["kill -HUP $(cat HERE/web/pid)"]`;
 
-export interface Site {
+export interface Site extends AsyncDisposable {
   readonly bed: Bed;
   readonly port: number;
-  /** `<home>/web` */
-  readonly web: string;
-  /** What is in `<home>/web`, by name. */
-  save(): Promise<Record<string, string>>;
-  restore(files: Record<string, string>): Promise<void>;
+  /** The files that nginx serves, by name. */
+  save(): Record<string, string>;
+  /** Writes such files, and has them served. */
+  restore(files: Readonly<Record<string, string>>): Promise<void>;
   reload(): Promise<void>;
-  restart(): Promise<void>;
+  /** Waits until the files that are there are served. */
+  settle(): Promise<void>;
+  /** Another nginx, which serves the present files whatever comes; its port. */
+  startStale(): Promise<number>;
   run(options?: Parameters<Bed["run"]>[0]): Promise<Ran>;
 }
 
-/**
- * nginx, which serves the certificates of www.example.com at a port of loopback; PORT in the actions is that port. Its first
- * certificates are of `age` days.
- */
-export async function withSite(
-  { actions = `[default]\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]`, ...options }: {
-    domains?: string;
-    actions?: string;
-    settings?: string;
-    keyTypes?: readonly KeyType[];
-    age?: number;
-    mode?: Mode;
-  },
-  test: (site: Site) => Promise<void>,
-): Promise<void> {
-  const {
-    domains = "www.example.com",
-    settings = "verifyWait: 30",
-    keyTypes = ["ec"],
-    age = 0,
-    mode = "prod",
-  } = options;
-  await using bed = await testBed({
-    domains,
-    settings: `keyTypes: ${keyTypes.join(" ")}\nari: no\ncommandTimeout: 10\n${settings}`,
-  });
-  const port = freePort();
+/** Starts one. PORT in the actions is the port of nginx on loopback; its first certificates are of `age` days. */
+export async function startSite({
+  actions = `[default]\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]`,
+  domains = "www.example.com",
+  settings = "verifyWait: 30",
+  keyTypes = ["ec"],
+  age = 0,
+}: {
+  actions?: string;
+  domains?: string;
+  settings?: string;
+  keyTypes?: readonly KeyType[];
+  age?: number;
+} = {}): Promise<Site> {
+  const mode: Mode = "prod";
+  await using stack = new AsyncDisposableStack();
+  const own = `keyTypes: ${keyTypes.join(" ")}\nari: no\ncommandTimeout: 10\n`;
+  const bed = stack.use(await testBed({ domains, settings: own + settings }));
   const web = join(bed.home, "web");
   await Deno.mkdir(web);
   await bed.plant({ mode, age });
+  const names = keyTypes.map((type) => `www.example.com.${type}`);
   const tag = { rsa: "rsa2048", ec: "prime256v1" };
-  const end = mode === "test" ? ".test.pem" : ".pem";
   for (const type of keyTypes) {
-    const from = (what: string) =>
-      bed.path(mode, what.slice(0, 4).replace("-", ""), `www.example.com-${what}.${tag[type]}${end}`);
-    await Deno.copyFile(from("cert-combined"), join(web, `www.example.com.${type}.pem`));
-    await Deno.copyFile(from("key"), join(web, `www.example.com.${type}.key`));
+    for (const [directory, what, end] of [["cert", "cert-combined", "pem"], ["key", "key", "key"]]) {
+      const from = bed.path(mode, directory!, `www.example.com-${what}.${tag[type]}.pem`);
+      await Deno.copyFile(from, join(web, `www.example.com.${type}.${end}`));
+    }
   }
-  const start = async () => {
-    const nginx = await startNginx(
-      web,
-      port,
-      (pair) =>
-        `server { listen 127.0.0.1:${port} ssl; listen 127.0.0.2:${port} ssl; ${
-          pair(...keyTypes.map((type) => `www.example.com.${type}`))
-        } }`,
-    );
-    await Deno.writeTextFile(join(web, "pid"), String(nginx.child.pid));
-    return nginx;
+  const start = async (directory: string, port: number) => {
+    const listen = `listen 127.0.0.1:${port} ssl; listen 127.0.0.2:${port} ssl;`;
+    return await startNginx(directory, port, (pair) => `server { ${listen} ${pair(...names)} }`);
   };
-  let nginx = await start();
-  await using ending = new AsyncDisposableStack();
-  ending.defer(() => nginx[Symbol.asyncDispose]());
+  const port = freePort();
+  const { child } = stack.use(await start(web, port));
+  await Deno.writeTextFile(join(web, "pid"), String(child.pid));
   bed.act(actions.replaceAll("PORT", String(port)));
-  const files = () => [...Deno.readDirSync(web)].filter(({ name }) => /\.(pem|key)$/.test(name));
+  const open = stack.move();
   const site: Site = {
     bed,
     port,
-    web,
-    async save() {
-      const texts = files().map(async ({ name }) =>
-        [name, await Deno.readTextFile(join(web, name))] as const
-      );
-      return Object.fromEntries(await Promise.all(texts));
+    save() {
+      const files = names.flatMap((name) => [`${name}.pem`, `${name}.key`]);
+      return Object.fromEntries(files.map((name) => [name, Deno.readTextFileSync(join(web, name))]));
     },
     async restore(texts) {
       for (const [name, text] of Object.entries(texts)) await Deno.writeTextFile(join(web, name), text);
       await site.reload();
     },
     async reload() {
-      nginx.child.kill("SIGHUP");
-      const type = keyTypes.at(-1)!;
-      const { fingerprint } = readCertificate(
-        await Deno.readTextFile(join(web, `www.example.com.${type}.pem`)),
-      );
+      child.kill("SIGHUP");
+      await site.settle();
+    },
+    async settle() {
+      const { fingerprint } = readCertificate(await Deno.readTextFile(join(web, `${names.at(-1)}.pem`)));
       await until("nginx has the new file", async () => await shown(port) === fingerprint);
       // a worker with the old file takes connections for 100 ms more
-      const children = `cat /proc/${nginx.child.pid}/task/*/children`;
-      const workers = async () => await new Deno.Command("/bin/sh", { args: ["-c", children] }).output();
-      await until(
-        "one worker",
-        async () => new TextDecoder().decode((await workers()).stdout).trim().split(" ").length === 1,
-      );
+      const children = `cat /proc/${child.pid}/task/*/children`;
+      await until("one worker", async () => {
+        const { stdout } = await new Deno.Command("/bin/sh", { args: ["-c", children] }).output();
+        return new TextDecoder().decode(stdout).trim().split(" ").length === 1;
+      });
     },
-    async restart() {
-      await nginx[Symbol.asyncDispose]();
-      nginx = await start();
+    async startStale() {
+      const [directory, stale] = [join(bed.home, "stale"), freePort()];
+      await Deno.mkdir(directory);
+      for (const [name, text] of Object.entries(site.save())) {
+        await Deno.writeTextFile(join(directory, name), text);
+      }
+      open.use(await start(directory, stale));
+      return stale;
     },
     run: (options) => bed.run({ mode, ...options }),
+    [Symbol.asyncDispose]: () => open.disposeAsync(),
   };
-  await test(site);
+  return site;
+}
+
+/** A server that leads each connection to the next of the ports in turn, and counts them. */
+export async function startBalancer(...ports: readonly number[]) {
+  const counts = { connections: 0 };
+  const server = await tcpServer((client) => {
+    const upstream = connect(ports[counts.connections++ % ports.length]!, "127.0.0.1");
+    upstream.on("error", () => client.destroy());
+    client.on("error", () => upstream.destroy());
+    client.pipe(upstream).pipe(client);
+  });
+  return Object.assign(server, { counts });
 }
 
 /** The fingerprint of the certificate that openssl is shown at a port of loopback; an EC one where there are two. */
-export async function shown(port: number): Promise<string> {
+async function shown(port: number): Promise<string> {
   const { stdout } = await new Deno.Command("openssl", {
     args: ["s_client", "-connect", `127.0.0.1:${port}`, "-servername", "www.example.com"],
     stdin: "null",

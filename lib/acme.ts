@@ -2,18 +2,19 @@
  * The resources of a CA: directory, account, order, authorization, challenge, certificate (RFC 8555 §7.1), renewal
  * information (RFC 9773), profiles (draft-ietf-acme-profiles).
  *
- * One method for each request, from typed values to typed values; the order of requests is issue.ts's. What comes back has
- * been checked as far as one answer allows: known states, tokens in base64url, URLs of the CA, lists within bounds.
+ * One method for each request, from typed values to typed values; issue.ts decides their order. Each answer is checked:
+ * known states, tokens in base64url, URLs of the CA, bounded lists.
  */
 
 import {
   type AccountKey,
   AcmeError,
   type Answer,
-  bindExternalAccount,
+  harmless,
   isHttps,
   isProblem,
   jsonObject,
+  LAG_ATTEMPTS,
   linksOf,
   mediaType,
   parseRetryAfter,
@@ -22,20 +23,11 @@ import {
   Session,
   sign,
   type Signer,
-  words,
 } from "./http.ts";
 import type { Context } from "./context.ts";
 import { isIP, oneLine } from "./names.ts";
 
-export type { AccountKey } from "./http.ts";
-
-/** RFC 8555 §9.7.7, RFC 8738. */
-export interface Identifier {
-  readonly type: "dns" | "ip";
-  readonly value: string;
-}
-
-/** An account with the key that signs for it. `isNew`: registered by this run, not remembered from an earlier one. */
+/** An account with its key. `isNew`: registered by this run. */
 export interface Account extends Signer {
   readonly url: string;
 }
@@ -60,13 +52,13 @@ export interface Authorization {
   readonly challenges: readonly Challenge[];
 }
 
-/** RFC 8555 §7.1.5, §8. Types without a token, or not known here, have the empty one. */
+/** RFC 8555 §7.1.5, §8. `token` is empty for types that have none, or are not known here. */
 export interface Challenge {
   readonly type: string;
   readonly url: string;
   readonly status: "pending" | "processing" | "valid" | "invalid";
   readonly token: string;
-  /** Of dns-persist-01 alone: by which names records refer to the CA, and the account that they have to name. */
+  /** Only of dns-persist-01: names of the CA in records, and the account that they must name. */
   readonly issuerDomainNames: readonly string[];
   readonly accountUri?: string;
   readonly error?: Problem;
@@ -80,10 +72,10 @@ export interface Directory {
   readonly revokeCert?: string;
   readonly keyChange?: string;
   readonly renewalInfo?: string;
-  /** Names of the profiles on offer. */
+  /** Names of the profiles. */
   readonly profiles: readonly string[];
   readonly externalAccountRequired: boolean;
-  /** Names by which CAA records and dns-persist-01 refer to the CA. */
+  /** Names of the CA in CAA records and dns-persist-01. */
   readonly caaIdentities: readonly string[];
 }
 
@@ -92,24 +84,21 @@ export interface RenewalInfo {
   readonly start: Date;
   readonly end: Date;
   readonly explanationUrl?: string;
-  /** When to ask again; undefined where the CA does not say. */
+  /** When to ask again, if the CA sends that. */
   readonly retryAfter?: Date;
 }
 
 /** What an account is registered with. */
-export interface Registration {
+interface Registration {
   /** mailto: URLs. */
   readonly contact: readonly string[];
   /** External account binding (RFC 8555 §7.3.4). */
   readonly eab?: { readonly keyId: string; readonly hmacKey: Uint8Array };
 }
 
-/** The pause before the first poll of an order; each next is three times as long, up to the longest. */
+/** The pause before the first poll of an order; each next one is three times as long, up to the longest. */
 const FIRST_POLL_MS = 20;
 const LONGEST_POLL_MS = 5_000;
-/** How often something is asked where a replica does not know yet what another has said; the pauses double: 8 s in all. */
-const LAG_ATTEMPTS = 6;
-const FIRST_LAG_PAUSE_MS = 250;
 /** Let's Encrypt has offered two alternate chains at the most, four profiles, four challenges, one CAA identity. */
 const MOST_ALTERNATES = 5;
 const MOST_LISTED = 20;
@@ -123,18 +112,18 @@ export function keyAuthorization(token: string, key: AccountKey): string {
   return `${token}.${key.thumbprint}`;
 }
 
-/** A name of the configuration as the CA is asked for it. */
-function identifierOf(name: string): Identifier {
+/** RFC 8555 §9.7.7, RFC 8738. */
+function identifierOf(name: string): { type: "dns" | "ip"; value: string } {
   return { type: isIP(name) ? "ip" : "dns", value: name };
 }
 
-/** A conversation with one CA. */
+/** The client of one CA, for one account. */
 export class AcmeClient {
   #account: Account | undefined;
 
   private constructor(private readonly session: Session, readonly directory: Directory) {}
 
-  /** RFC 8555 §7.1.1: one request. `hurry`: nothing depends on it, so that it is tried once. */
+  /** Reads the directory (RFC 8555 §7.1.1). `hurry`: nothing depends on it, so there is only one attempt. */
   static async connect(
     directoryUrl: string,
     context: Context,
@@ -162,7 +151,7 @@ export class AcmeClient {
     return new AcmeClient(session, { ...urls, ...metadata(body.meta) });
   }
 
-  /** Who signs what only an account may ask; set once it is known. */
+  /** The account that signs requests. */
   get account(): Account {
     if (this.#account === undefined) throw new Error("no account yet");
     return this.#account;
@@ -172,27 +161,36 @@ export class AcmeClient {
     this.#account = account;
   }
 
-  /** By how much this clock is ahead of the CA's, in milliseconds. */
+  /** See Session. */
   get aheadMs(): number {
     return this.session.aheadMs;
   }
 
-  /** RFC 8555 §7.3: registers the key; the account that it has already, where there is one. */
+  /** RFC 8555 §7.3: registers the key, or finds its account. */
   async newAccount(key: AccountKey, { contact, eab }: Registration): Promise<Account> {
     const step = "register the account";
     const { newAccount, externalAccountRequired } = this.directory;
     if (externalAccountRequired && eab === undefined) {
-      throw new AcmeError(step, "the CA wants an external account: set eabKeyId and eabHmacKey", newAccount);
+      throw new AcmeError(
+        step,
+        "the CA wants an external account: set eabKeyId and eabHmacKey",
+        newAccount,
+      );
     }
     const answer = await this.session.post(step, newAccount, {
       termsOfServiceAgreed: true,
       ...(contact.length > 0 && { contact }),
-      ...(eab !== undefined && { externalAccountBinding: await bindExternalAccount(eab, key, newAccount) }),
+      ...(eab !== undefined && { // RFC 8555 §7.3.4
+        externalAccountBinding: await sign({ alg: "HS256", privateKey: eab.hmacKey }, key.publicJwk, {
+          kid: eab.keyId,
+          url: newAccount,
+        }),
+      }),
     }, { key });
     return { key, url: this.#location(step, newAccount, answer), isNew: true };
   }
 
-  /** The account that a key has at the CA, without making one (RFC 8555 §7.3.1). */
+  /** The account of a key, if it has one (RFC 8555 §7.3.1). */
   async findAccount(key: AccountKey): Promise<Account | undefined> {
     const step = "find the account";
     const { newAccount } = this.directory;
@@ -210,26 +208,26 @@ export class AcmeClient {
     await this.session.post("update the account", this.account.url, { contact }, this.account);
   }
 
-  /** RFC 8555 §7.3.5: gives the account another key, and goes on under that. */
+  /** RFC 8555 §7.3.5: gives the account another key, which signs from then on. */
   async changeKey(key: AccountKey): Promise<void> {
     const step = "change the account key";
-    const { keyChange: url = "" } = this.directory;
-    const unable = new AcmeError(step, "the CA does not offer it", url);
-    if (url === "") throw unable;
+    const { keyChange: url } = this.directory;
+    const unsupported = "the CA does not offer it";
+    if (url === undefined) throw new AcmeError(step, unsupported, "");
     const { url: account, key: { publicJwk: oldKey } } = this.account;
     const inner = await sign(key, { account, oldKey }, { jwk: key.publicJwk, url });
     try {
       await this.session.post(step, url, inner, this.account);
     } catch (error) {
-      throw error instanceof AcmeError && error.status === 501 ? unable : error; // step-ca, Caddy
+      const isUnsupported = error instanceof AcmeError && error.status === 501; // step-ca, Caddy
+      throw isUnsupported ? new AcmeError(step, unsupported, url) : error;
     }
     this.account = { key, url: account, isNew: true };
   }
 
   /**
-   * RFC 8555 §7.4. The order comes back `pending`, or `ready` where every name is authorized already. `profile` must be
-   * one that the directory lists. `replaces` (RFC 9773 §5) is a hint: a CA that does not like it gets the same order
-   * without it.
+   * RFC 8555 §7.4. The new order is `pending`, or `ready` if all names are authorized already. `profile` must be in the
+   * directory. If the CA refuses an order with `replaces` (RFC 9773 §5), it gets the same order without it.
    */
   async newOrder(
     names: readonly string[],
@@ -253,7 +251,7 @@ export class AcmeClient {
         ...(replaces !== undefined && { replaces }),
       }, this.account);
     } catch (error) {
-      // which of the two it refused does not follow from the type; a limit is a limit with and without
+      // the type does not say whether `replaces` was the reason; for these two it was not
       const refused = error instanceof AcmeError && error.problem !== undefined &&
         !isProblem(error, "rateLimited", "accountDoesNotExist");
       if (replaces === undefined || !refused) throw error;
@@ -269,10 +267,7 @@ export class AcmeClient {
     return this.#order(step, url, await this.#postAsGet(step, url));
   }
 
-  /**
-   * An order as it is, then as the CA says time and again until the deadline, at which it is polled once more. A Retry-After
-   * within the deadline is respected.
-   */
+  /** Yields the order now, then after each poll until the deadline, and once more at the deadline. */
   async *watch(step: string, order: Order, deadline: Date): AsyncGenerator<Order> {
     const { context } = this.session;
     for (let current = order, next = FIRST_POLL_MS;; next = Math.min(next * 3, LONGEST_POLL_MS)) {
@@ -294,13 +289,13 @@ export class AcmeClient {
     for (let tries = 1;; tries++) {
       const authorization = this.#authorization(step, url, await this.#postAsGet(step, url));
       const { status, challenges } = authorization;
-      // acme2certifier makes challenges one after the other, and may be asked in between
+      // acme2certifier creates challenges after the authorization
       if (status !== "pending" || challenges.length > 0 || tries === LAG_ATTEMPTS) return authorization;
-      await this.#pause(tries);
+      await this.session.pauseForLag(tries);
     }
   }
 
-  /** RFC 8555 §7.5.1: has the CA check a challenge of this authorization now. Returns whether it has found it wrong already. */
+  /** RFC 8555 §7.5.1: asks the CA to validate a challenge. Returns whether the CA reports a failure already. */
   async respondToChallenge(authorization: Authorization, { url }: Challenge): Promise<boolean> {
     const step = "answer a challenge";
     try {
@@ -308,7 +303,7 @@ export class AcmeClient {
       const { status, error } = jsonObject(step, url, answer);
       return status === "invalid" || error !== undefined;
     } catch (error) {
-      // as in finalizeOrder: the second try of a request that had arrived meets a challenge under way
+      // if the first answer was lost, the second attempt meets a challenge that is being validated
       if (!isProblem(error, "malformed")) throw error;
       const { status, challenges } = await this.getAuthorization(authorization.url);
       const own = challenges.find((challenge) => challenge.url === url);
@@ -317,7 +312,7 @@ export class AcmeClient {
     }
   }
 
-  /** RFC 8555 §7.4, finalize: hands in the CSR of a `ready` order. */
+  /** RFC 8555 §7.4: sends the CSR of a `ready` order. */
   async finalizeOrder(order: Order, csr: Uint8Array): Promise<Order> {
     const step = "finalize the order";
     const payload = { csr: Buffer.from(csr).toString("base64url") };
@@ -327,8 +322,7 @@ export class AcmeClient {
         return this.#order(step, order.url, answer);
       } catch (error) {
         if (!isProblem(error, "orderNotReady")) throw error;
-        // either an answer was lost on its way, and the second try meets an order that is no longer ready, or a replica
-        // does not know yet that it is
+        // either the first answer was lost, and the order is no longer ready, or a replica does not know yet that it is
         const current = await this.getOrder(order.url, step);
         if (current.status !== "ready" && current.status !== "pending") {
           const { problem } = error.cause instanceof AcmeError ? error.cause : {};
@@ -336,14 +330,11 @@ export class AcmeClient {
         }
         if (tries === LAG_ATTEMPTS) throw error;
       }
-      await this.#pause(tries);
+      await this.session.pauseForLag(tries);
     }
   }
 
-  /**
-   * RFC 8555 §7.4.2: the chains of a `valid` order as the CA sends them: the default one, then the alternates, each fetched
-   * when it is asked for.
-   */
+  /** RFC 8555 §7.4.2: the chains of a `valid` order, the default one first. Each is fetched when it is needed. */
   async *downloadChains(order: Order): AsyncGenerator<string> {
     const step = "download the certificate";
     if (order.certificate === undefined) {
@@ -361,8 +352,8 @@ export class AcmeClient {
   }
 
   /**
-   * RFC 8555 §7.6, signed by the account or by the certificate's own key. `reason` is a CRLReason (RFC 5280 §5.3.1). Revoked
-   * before counts as done.
+   * RFC 8555 §7.6, signed by the account or by the certificate's own key; no error if it is revoked already. `reason` is a
+   * CRLReason (RFC 5280 §5.3.1).
    */
   async revokeCertificate(der: Uint8Array, reason: number, signer: Signer = this.account): Promise<void> {
     const step = "revoke the certificate";
@@ -376,11 +367,11 @@ export class AcmeClient {
     }
   }
 
-  /** RFC 9773 §4.1: what the CA says of the renewal of a certificate (by `Certificate.id` of x509.ts). Not signed. */
+  /** RFC 9773 §4.1; the identifier is `Certificate.id` of x509.ts. */
   async renewalInfo(certificateId: string): Promise<RenewalInfo> {
     const step = "ask when to renew";
     const url = `${this.directory.renewalInfo}/${certificateId}`;
-    const answer = await this.session.get(step, url, { mayBeNone: true });
+    const answer = await this.session.get(step, url, { mayBeMissing: true });
     const body = jsonObject(step, url, answer);
     const window = (body.suggestedWindow ?? {}) as Record<string, unknown>;
     const [start, end] = [instant(window.start), instant(window.end)];
@@ -392,17 +383,13 @@ export class AcmeClient {
     return { start, end, explanationUrl, retryAfter: this.#retryAfter(answer) };
   }
 
-  /** RFC 8555 §6.3, of what was made a moment ago. */
+  /** RFC 8555 §6.3. */
   #postAsGet(step: string, url: string, accept?: string): Promise<Answer> {
     return this.session.post(step, url, undefined, this.account, { accept, isNew: true });
   }
 
-  async #pause(tries: number): Promise<void> {
-    await this.session.context.sleep(this.session.jittered(FIRST_LAG_PAUSE_MS * 2 ** (tries - 1)));
-  }
-
   #location(step: string, url: string, answer: Answer): string {
-    jsonObject(step, url, answer); // or it is no answer of the CA at all
+    jsonObject(step, url, answer); // an answer of something else than the CA is an error
     const location = answer.headers.get("location");
     if (location === null) throw new AcmeError(step, "the answer has no Location", url);
     return this.session.checkUrl(step, location);
@@ -415,7 +402,7 @@ export class AcmeClient {
   #order(step: string, url: string, answer: Answer): Order {
     const body = jsonObject(step, url, answer);
     const { authorizations } = body;
-    const status = oneOf(["pending", "ready", "processing", "valid", "invalid"] as const, body.status);
+    const status = known(["pending", "ready", "processing", "valid", "invalid"] as const, body.status);
     if (status === undefined || !Array.isArray(authorizations)) {
       throw new AcmeError(step, "not an order", url);
     }
@@ -434,7 +421,7 @@ export class AcmeClient {
   #authorization(step: string, url: string, answer: Answer): Authorization {
     const body = jsonObject(step, url, answer);
     const identifier = body.identifier as { value?: unknown } | undefined;
-    const status = oneOf(
+    const status = known(
       ["pending", "valid", "invalid", "deactivated", "expired", "revoked"] as const,
       body.status,
     );
@@ -446,9 +433,9 @@ export class AcmeClient {
       status,
       name: (body.wildcard === true ? "*." : "") + oneLine(identifier.value).toLowerCase(),
       challenges: body.challenges.slice(0, MOST_LISTED).map((entry) => ({
-        type: words(entry?.type),
+        type: harmless(entry?.type),
         url: this.session.checkUrl(step, entry?.url),
-        status: oneOf(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
+        status: known(["pending", "processing", "valid", "invalid"] as const, entry?.status) ?? "invalid",
         token: TOKEN_TYPES.includes(entry?.type) ? checkToken(step, url, entry.token) : "",
         issuerDomainNames: texts(entry?.["issuer-domain-names"]),
         accountUri: isHttps(entry?.accounturi) ? entry.accounturi : undefined,
@@ -458,13 +445,13 @@ export class AcmeClient {
   }
 }
 
-/** A moment in JSON (RFC 3339); undefined where it is none, which Date.parse alone would accept. */
+/** A time in JSON (RFC 3339). Date.parse alone accepts other texts, too. */
 function instant(value: unknown): Date | undefined {
   const date = new Date(typeof value === "string" && /^\d{4}-\d\d-\d\d[Tt ]/.test(value) ? value : NaN);
   return Number.isNaN(date.getTime()) ? undefined : date;
 }
 
-/** The `meta` of a directory (RFC 8555 §7.1.1), as far as it is used here. */
+/** The `meta` of a directory (RFC 8555 §7.1.1). */
 function metadata(meta: unknown): Pick<Directory, "profiles" | "externalAccountRequired" | "caaIdentities"> {
   const { profiles, externalAccountRequired, caaIdentities } = (meta ?? {}) as Record<string, unknown>;
   return {
@@ -474,7 +461,7 @@ function metadata(meta: unknown): Pick<Directory, "profiles" | "externalAccountR
   };
 }
 
-/** The first texts of a list, made harmless. */
+/** The first texts of a list, safe to print. */
 function texts(value: unknown): string[] {
   if (!Array.isArray(value)) return [];
   return value.slice(0, MOST_LISTED).filter((entry) => typeof entry === "string").map(oneLine);
@@ -485,6 +472,6 @@ function checkToken(step: string, url: string, token: unknown): string {
   throw new AcmeError(step, "the CA sent a token that is not base64url", url);
 }
 
-function oneOf<const T>(allowed: readonly T[], value: unknown): T | undefined {
-  return allowed.find((entry) => entry === value);
+function known<const T>(values: readonly T[], value: unknown): T | undefined {
+  return values.find((each) => each === value);
 }

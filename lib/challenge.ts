@@ -8,10 +8,11 @@
 
 import defer * as nodeCrypto from "node:crypto";
 import { basename, join } from "node:path";
-import { type AccountKey, type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
+import { type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
 import { PrepareCommands, runCommand } from "./hooks.ts";
+import type { AccountKey } from "./http.ts";
 import { isIP } from "./names.ts";
 import type { Records, Verdict } from "./selfcheck.ts";
 

@@ -1,8 +1,9 @@
 /**
- * Requests to a CA, signed where it wants that (RFC 8555 §6): JWS, nonces, retries, problem documents.
+ * Requests to a CA, most of them signed (RFC 8555 §6): JWS, nonces, retries, problem documents. Only this file imports
+ * `jose`.
  *
- * Alone imports `jose`. Nothing that the CA sends is trusted: bodies and headers are bounded, URLs must be https at hosts
- * that its directory names, and every text loses its control characters before it goes any further.
+ * Nothing that the CA sends is trusted: bodies and headers are bounded, URLs must be https at hosts of its directory, and
+ * control characters are removed from all text.
  */
 
 import defer * as nodeCrypto from "node:crypto";
@@ -16,37 +17,31 @@ export interface Problem {
   readonly type: string;
   readonly detail: string;
   readonly identifier?: string;
-  /** Where a person can read on, or has to do something: `instance`, and the terms of service (RFC 8555 §7.3.3). */
+  /** Where a user can read on, or has to do something: `instance`, and the terms of service (RFC 8555 §7.3.3). */
   readonly links: readonly string[];
   readonly subproblems: readonly Problem[];
 }
 
-/** What is known of an error beside its message. */
-export interface Evidence {
-  /** HTTP status, where there was an answer. */
+/** A refusal by the CA, an unusable answer, or none at all, to the request for `step` at `url`. */
+export class AcmeError extends Error {
+  override readonly name = "AcmeError";
+  /** HTTP status of the answer. */
   readonly status?: number;
   readonly problem?: Problem;
   /** When the CA wants to be asked again. */
   readonly retryAfter?: Date;
   /** The same request may succeed in a moment. */
-  readonly passing?: boolean;
-  /** An order came to nothing. */
-  readonly spent?: boolean;
-}
-
-/** What the CA refused, an answer that cannot be used, or none at all, to the request for `step` at `url`. */
-export class AcmeError extends Error {
-  override readonly name = "AcmeError";
-  readonly status?: number;
-  readonly problem?: Problem;
-  readonly retryAfter?: Date;
-  readonly passing: boolean;
-  spent: boolean;
-  constructor(readonly step: string, message: string, readonly url: string, evidence: Evidence = {}) {
+  readonly isTransient?: boolean;
+  /** The order failed. */
+  readonly isOrderLost?: boolean;
+  constructor(
+    readonly step: string,
+    message: string,
+    readonly url: string,
+    more: Pick<AcmeError, "status" | "problem" | "retryAfter" | "isTransient" | "isOrderLost"> = {},
+  ) {
     super(message);
-    ({ status: this.status, problem: this.problem, retryAfter: this.retryAfter } = evidence);
-    this.passing = evidence.passing ?? false;
-    this.spent = evidence.spent ?? false;
+    Object.assign(this, more);
   }
 }
 
@@ -55,7 +50,7 @@ export function isProblem(error: unknown, ...types: string[]): error is AcmeErro
   return error instanceof AcmeError && types.includes(error.problem?.type ?? "");
 }
 
-/** A key (PEM in PKCS#8, PKCS#1 or SEC1; RSA or EC) made ready for signing. */
+/** An RSA or EC key for signing. */
 export interface AccountKey {
   readonly alg: "RS256" | "ES256" | "ES384" | "ES512";
   readonly privateKey: CryptoKey;
@@ -64,58 +59,57 @@ export interface AccountKey {
   readonly thumbprint: string;
 }
 
-/** Who signs: the bare key, or an account with it. */
+/** A key, alone or of an account. */
 export interface Signer {
   readonly key: AccountKey;
   /** The account's URL. */
   readonly url?: string;
-  /** Made a moment ago, so that not all of the CA may know it yet. */
+  /** Just registered, so that some replicas of the CA may not know it yet. */
   readonly isNew?: boolean;
 }
 
-/** An HTTP answer of 2xx whose body has been read whole. */
+/** A complete HTTP answer of status 2xx. */
 export interface Answer {
   readonly headers: Headers;
   readonly text: string;
 }
 
-/** One answer of the CA may take this long; Let's Encrypt's own gateway gives up after some 30 s. */
+/** Let's Encrypt's gateway gives up after some 30 s. */
 const REQUEST_TIMEOUT_MS = 30_000;
-/** The same for one on which nothing depends. */
+/** The same for requests on which nothing depends. */
 const HURRY_TIMEOUT_MS = 10_000;
-/** How often one request is tried where connection, time-out or server (5xx) failed; the pauses grow threefold. */
+/** Attempts after a broken connection, a time-out or a server error (5xx); each pause is three times the last. */
 const ATTEMPTS = 4;
 const FIRST_PAUSE_MS = 500;
-/**
- * How often what was made a moment ago is asked for where a replica does not know it yet (8 s in all, for the pauses
- * double), and anything else where it says 404 (0.75 s): Let's Encrypt reads from replicas that lag.
- */
-const LAG_ATTEMPTS = 6, NOT_FOUND_ATTEMPTS = 3;
+/** Attempts if a replica of the CA does not know yet what was just created (8 s in all, each pause is twice the last). */
+export const LAG_ATTEMPTS = 6;
+/** Attempts after 404 for anything else (0.75 s). */
+const NOT_FOUND_ATTEMPTS = 3;
 const FIRST_LAG_PAUSE_MS = 250;
-/** badNonce comes in bursts and costs nothing but a round trip; Pebble can be set to refuse every second nonce. */
+/** badNonce comes in bursts; Pebble can be set to refuse every second nonce. */
 const BAD_NONCE_ATTEMPTS = 30;
-/** How often in a row a CA may say that it limits requests, and when to come back. */
+/** How often in a row a CA may refuse a request as rate-limited with a Retry-After. */
 const MOST_REFUSALS = 8;
-/** A shorter Retry-After is waited for; with a longer one the error goes up, for a later run to heed. */
+/** A longer Retry-After ends the request; a later run respects it. */
 const LONGEST_WAIT_MS = 30_000;
 /** Requests at once, of all lines; HTTP/2 servers allow 100 (RFC 9113 §6.5.2), some gateways fewer. */
 const MOST_AT_ONCE = 20;
 
-/** A chain of ten RSA-4096 certificates with 100 names is well below; so is every other resource. */
+/** Ten RSA-4096 certificates with 100 names are well below. */
 const LARGEST_BODY = 1 << 20;
 const LONGEST_HEADER = 16 << 10;
 const LONGEST_URL = 2000;
-/** Of a problem with its subproblems: 100 names with a sentence each. */
+/** A problem with a sentence for each of 100 names. */
 const LONGEST_MESSAGE = 20_000;
 
 const ERROR_PREFIX = "urn:ietf:params:acme:error:";
 
-/** Throws where a package is missing: Deno needs all of them when it loads the first. */
+/** Throws if a package is missing: Deno needs all of them when it loads the first. */
 export async function checkPackages(): Promise<void> {
   await import("jose");
 }
 
-/** Reads an account key, or a certificate's; throws where `pem` is none. */
+/** Imports the key of an account or a certificate (PKCS#8, PKCS#1 or SEC1); throws if `pem` is not an RSA or EC key. */
 export async function importKey(pem: string): Promise<AccountKey> {
   const spec = keySpecOf(pem);
   if (typeof spec === "string") throw new Error("neither an RSA nor an EC key");
@@ -134,47 +128,46 @@ export async function importKey(pem: string): Promise<AccountKey> {
   };
 }
 
-/** A place at which the CA limits requests: from then on they go there one at a time, none before the CA's time. */
+/** A URL at which the CA limits requests: they go there one at a time, each after the Retry-After of the last refusal. */
 interface Limited {
   readonly turn: ReturnType<typeof limit>;
-  /** How often in a row it has refused one that came in its turn. */
+  /** Refusals in a row. */
   refusals: number;
-  /** The last refusal, which says until when. */
   last: AcmeError;
 }
 
 /** The requests to one CA. */
 export class Session {
-  /** Unused nonces (RFC 8555 §6.5), the newest on top; every answer brings one. */
+  /** Unused nonces (RFC 8555 §6.5), the newest on top; every answer has one. */
   readonly #nonces: string[] = [];
   readonly #hosts = new Set<string>();
   readonly #limited = new Map<string, Limited>();
   readonly #slot: ReturnType<typeof limit>;
   #newNonceUrl = "";
-  /** By how much this clock is ahead of the CA's, in milliseconds, as far as an answer showed. */
+  /** By how much this clock is ahead of the CA's, in milliseconds; 0 until the CA has answered. */
   aheadMs = 0;
 
-  /** `parallel` lines are worked on at a time. */
+  /** `parallel`: lines at a time. */
   constructor(readonly context: Context, parallel: number) {
     this.#slot = limit(Math.min(MOST_AT_ONCE, 2 * parallel));
   }
 
-  /** What the directory says: where nonces are had, and by its URLs at which hosts the CA is. */
+  /** Sets the URL for nonces, and the hosts of the CA: those of the URLs in its directory. */
   use(newNonceUrl: string, urls: readonly string[]): void {
     this.#newNonceUrl = newNonceUrl;
     for (const url of urls) this.#hosts.add(new URL(url).host);
   }
 
-  /** One request that is not signed. `hurry`: it is not worth a second try; `mayBeNone`: what is asked for need not exist. */
-  async get(step: string, url: string, { hurry = false, mayBeNone = false } = {}): Promise<Answer> {
+  /** An unsigned request. `hurry`: with one attempt and a short time-out; `mayBeMissing`: 404 is not tried again. */
+  async get(step: string, url: string, { hurry = false, mayBeMissing = false } = {}): Promise<Answer> {
     const timeoutMs = hurry ? HURRY_TIMEOUT_MS : REQUEST_TIMEOUT_MS;
     const attempt = () => this.#slot(() => this.#exchange(step, url, { method: "GET" }, timeoutMs));
-    return await (hurry ? attempt() : this.#tried(url, attempt, mayBeNone ? () => 1 : undefined));
+    return await (hurry ? attempt() : this.#retried(url, attempt, mayBeMissing ? () => 1 : undefined));
   }
 
   /**
-   * RFC 8555 §6.2: one signed request, with a fresh nonce for every try; `undefined` is the empty payload (§6.3), which is not
-   * the empty object. `isNew`: what it is about was made a moment ago. Throws AcmeError for whatever is not 2xx.
+   * A signed request (RFC 8555 §6.2), each attempt with a fresh nonce. `undefined` is the empty payload (§6.3), not the empty
+   * object. `isNew`: the resource was just created. Throws AcmeError unless the status is 2xx.
    */
   async post(
     step: string,
@@ -191,7 +184,7 @@ export class Session {
     };
     const attempt = async () => {
       for (let tries = 1;; tries++) {
-        // only when it is this request's turn, so that no more nonces are asked for than requests are made at once
+        // taken within the slot, so that no more nonces are requested than there are requests at once
         const nonce = this.#nonces.pop() ?? await this.#newNonce();
         const body = JSON.stringify(await sign(signer.key, payload, { nonce, url, ...by }));
         const headers = { "content-type": "application/jose+json", ...(accept && { accept }) };
@@ -202,26 +195,29 @@ export class Session {
         }
       }
     };
-    return await this.#tried(url, () => this.#slot(attempt), lagAttempts);
+    return await this.#retried(url, () => this.#slot(attempt), lagAttempts);
   }
 
-  /** An https URL at a host that the directory names; throws for any other. */
+  /** An https URL at a host of the directory; throws for any other. */
   checkUrl(step: string, url: unknown): string {
     if (isHttps(url) && this.#hosts.has(new URL(url).host)) return url;
-    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(words(url))}`, "");
+    throw new AcmeError(step, `the CA named an unusable URL ${JSON.stringify(harmless(url))}`, "");
   }
 
-  /** RFC 8555 §7.2, where no answer left a nonce. Takes no slot, since the request that needs it has one. */
+  /** RFC 8555 §7.2. Called by a request that holds a slot. */
   async #newNonce(): Promise<string> {
     const [step, url] = ["get a nonce", this.#newNonceUrl];
-    const answer = await this.#tried(url, () => this.#exchange(step, url, { method: "HEAD" }));
+    const answer = await this.#retried(url, () => this.#exchange(step, url, { method: "HEAD" }));
     const nonce = nonceOf(answer.headers);
     if (nonce === undefined) throw new AcmeError(step, "no nonce in the answer", url);
     return nonce;
   }
 
-  /** Tries again, with growing pauses or when the CA says, what may succeed in a moment. */
-  async #tried(
+  /**
+   * Makes a request again if that may help: when rate-limited, after a transient error, and if a replica may lag. Each has
+   * its own number of attempts.
+   */
+  async #retried(
     url: string,
     attempt: () => Promise<Answer>,
     lagAttempts: (error: AcmeError) => number = notFoundAttempts,
@@ -233,19 +229,19 @@ export class Session {
       try {
         return await (limited ? limited.turn(() => this.#inTurn(limited, url, attempt)) : attempt());
       } catch (error) {
-        // another URL is that of newNonce, which has been tried often enough
+        // an error of another URL is that of newNonce, which was retried already
         if (!(error instanceof AcmeError) || error.url !== url) throw error;
-        if (first !== undefined) error.cause ??= first; // what follows from it may say less
+        if (first !== undefined) error.cause ??= first; // the first error often says more than those that follow
         first ??= error;
         const wait = error.retryAfter && error.retryAfter.getTime() - context.now().getTime();
         if (wait !== undefined && wait > LONGEST_WAIT_MS) throw error;
         if (error.problem?.type === "rateLimited" && error.retryAfter !== undefined) {
           if (limited !== undefined && limited.refusals > MOST_REFUSALS) throw error;
           if (!this.#limited.has(url)) this.#limited.set(url, { turn: limit(1), refusals: 0, last: error });
-        } else if (error.passing && ++failures < ATTEMPTS) {
+        } else if (error.isTransient && ++failures < ATTEMPTS) {
           await context.sleep(wait ?? this.jittered(FIRST_PAUSE_MS * 3 ** (failures - 1)));
         } else if (++lagging < lagAttempts(error)) {
-          await context.sleep(this.jittered(FIRST_LAG_PAUSE_MS * 2 ** (lagging - 1)));
+          await this.pauseForLag(lagging);
         } else {
           throw error;
         }
@@ -253,7 +249,12 @@ export class Session {
     }
   }
 
-  /** One try where the CA limits requests. Those in the queue behind one that was refused too often are not made. */
+  /** The pause after so many attempts at what a replica does not know yet. */
+  async pauseForLag(attempts: number): Promise<void> {
+    await this.context.sleep(this.jittered(FIRST_LAG_PAUSE_MS * 2 ** (attempts - 1)));
+  }
+
+  /** One attempt at a limited URL. After too many refusals the requests that still wait fail without an attempt. */
   async #inTurn(limited: Limited, url: string, attempt: () => Promise<Answer>): Promise<Answer> {
     const { context } = this;
     const wait = limited.last.retryAfter!.getTime() - context.now().getTime();
@@ -272,7 +273,7 @@ export class Session {
     }
   }
 
-  /** Somewhat more or less than `ms`, so that not all ask again at the same moment. */
+  /** `ms`, up to a quarter more or less, so that requests do not return at the same moment. */
   jittered(ms: number): number {
     return ms * (0.75 + this.context.random() / 2);
   }
@@ -299,10 +300,10 @@ export class Session {
       const reason = cause instanceof DOMException && cause.name === "TimeoutError"
         ? `no answer within ${timeoutMs / 1000} s`
         : oneLine(innermost(cause).message);
-      throw new AcmeError(step, reason + this.#hint(reason), url, { passing: true });
+      throw new AcmeError(step, reason + this.#hint(reason), url, { isTransient: true });
     }
     const { headers } = response;
-    // RFC 9111 §4.2.3: what a cache has kept was dated so many seconds ago
+    // RFC 9111 §4.2.3: an answer from a cache is `age` seconds old
     const date = Date.parse(header(headers, "date")) + 1000 * (Number(header(headers, "age")) || 0);
     if (!Number.isNaN(date)) this.aheadMs = context.now().getTime() - date;
     const nonce = nonceOf(headers);
@@ -311,7 +312,7 @@ export class Session {
     throw refusal(step, url, response.status, { headers, text }, context.now());
   }
 
-  /** The setting, or the fact, that helps where TLS fails. */
+  /** The setting, or the clock, to check if TLS fails. */
   #hint(reason: string): string {
     if (reason.includes("UnknownIssuer")) return "; the root of the CA's own certificate belongs in caBundle";
     if (!/expired|not valid yet|NotValidYet/i.test(reason)) return "";
@@ -319,26 +320,15 @@ export class Session {
   }
 }
 
-/** RFC 8555 §6.2: flattened JSON serialization, as it is also within the payload of keyChange (§7.3.5). */
+/** RFC 8555 §6.2: flattened JSON serialization; also for the payloads of keyChange and external account binding. */
 export async function sign(
-  key: AccountKey,
+  { alg, privateKey }: { readonly alg: string; readonly privateKey: CryptoKey | Uint8Array },
   payload: object | undefined,
   header: Record<string, unknown>,
 ): Promise<object> {
   const { FlattenedSign } = await import("jose");
   const bytes = new TextEncoder().encode(payload === undefined ? "" : JSON.stringify(payload));
-  return await new FlattenedSign(bytes).setProtectedHeader({ alg: key.alg, ...header }).sign(key.privateKey);
-}
-
-/** RFC 8555 §7.3.4: the account's public key, signed with the key that the CA gave out. */
-export async function bindExternalAccount(
-  eab: { readonly keyId: string; readonly hmacKey: Uint8Array },
-  key: AccountKey,
-  url: string,
-): Promise<object> {
-  const { FlattenedSign } = await import("jose");
-  return await new FlattenedSign(new TextEncoder().encode(JSON.stringify(key.publicJwk)))
-    .setProtectedHeader({ alg: "HS256", kid: eab.keyId, url }).sign(eab.hmacKey);
+  return await new FlattenedSign(bytes).setProtectedHeader({ alg, ...header }).sign(privateKey);
 }
 
 function notFoundAttempts({ status }: AcmeError): number {
@@ -350,7 +340,7 @@ function nonceOf(headers: Headers): string | undefined {
   return /^[A-Za-z0-9_-]{1,1000}$/.test(nonce) ? nonce : undefined;
 }
 
-/** fetch() says "fetch failed", and why in the cause. */
+/** fetch() has the reason in the cause. */
 function innermost(error: unknown): Error {
   if (!(error instanceof Error)) return new Error(String(error));
   return error.cause === undefined ? error : innermost(error.cause);
@@ -374,7 +364,7 @@ function refusal(step: string, url: string, status: number, answer: Answer, now:
   let problem: Problem | undefined;
   if (type === "application/problem+json" || type === "application/json") {
     problem = problemOf(parseJson(answer.text));
-    // some CAs send problems under the wrong type; other JSON says nothing that could be shown
+    // some CAs send problems under the wrong type; other JSON has no message
     if (type === "application/json" && !problem?.detail && problem?.type === "about:blank") {
       problem = undefined;
     }
@@ -387,11 +377,11 @@ function refusal(step: string, url: string, status: number, answer: Answer, now:
   }
   const message = problem === undefined ? `HTTP status ${status} (${type})` : describe(problem);
   const retryAfter = parseRetryAfter(answer.headers, now);
-  const passing = status >= 500 && status !== 501; // what is not implemented will not be in a moment
-  return new AcmeError(step, message, url, { status, problem, retryAfter, passing });
+  const isTransient = status >= 500 && status !== 501; // "not implemented" is permanent
+  return new AcmeError(step, message, url, { status, problem, retryAfter, isTransient });
 }
 
-/** A problem in a sentence, its subproblems behind it. */
+/** A problem and its subproblems as text. */
 export function describe(problem: Problem): string {
   const text = sentences(problem).join("; ");
   return text.length > LONGEST_MESSAGE ? `${text.slice(0, LONGEST_MESSAGE)}…` : text;
@@ -403,7 +393,7 @@ function sentences({ identifier, detail, type, links, subproblems }: Problem): s
   return [`${about}${detail || "no detail"} (${type})${see}`, ...subproblems.flatMap(sentences)];
 }
 
-/** The problem in JSON, whatever stands there. */
+/** Parses a problem document; undefined unless it is an object. */
 export function problemOf(value: unknown, isSubproblem = false): Problem | undefined {
   if (typeof value !== "object" || value === null) return undefined;
   const { type, detail, identifier, instance, subproblems } = value as Record<string, unknown>;
@@ -411,18 +401,15 @@ export function problemOf(value: unknown, isSubproblem = false): Problem | undef
   // one level, and at most one for each name (RFC 8555 §6.7.1)
   const listed = isSubproblem || !Array.isArray(subproblems) ? [] : subproblems.slice(0, 100);
   return {
-    type: words(type ?? "about:blank").replace(ERROR_PREFIX, "").trim(),
-    detail: words(detail ?? ""),
-    identifier: named === undefined ? undefined : words(named),
+    type: harmless(type ?? "about:blank").replace(ERROR_PREFIX, "").trim(),
+    detail: harmless(detail ?? ""),
+    identifier: named === undefined ? undefined : harmless(named),
     links: isHttps(instance) ? [oneLine(instance)] : [],
     subproblems: listed.map((each) => problemOf(each, true)).filter((each) => each !== undefined),
   };
 }
 
-/**
- * The moment of a Retry-After header, in seconds or as an HTTP date (RFC 9110 §10.2.3): at least one second and at most
- * a day from `now`, since neither a date in the past nor a century is meant. Undefined without a usable header.
- */
+/** The time of a Retry-After header (RFC 9110 §10.2.3), at least a second and at most a day from `now`. */
 export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
   const value = headers.get("retry-after")?.trim();
   if (!value) return undefined;
@@ -433,12 +420,12 @@ export function parseRetryAfter(headers: Headers, now: Date): Date | undefined {
   return new Date(Math.min(Math.max(at, now.getTime() + 1000), now.getTime() + 86_400_000));
 }
 
-/** What stands where a text belongs, made harmless. String() would throw at `{"toString": 1}`. */
-export function words(value: unknown): string {
+/** Any JSON value as text that is safe to print. String() would throw at `{"toString": 1}`. */
+export function harmless(value: unknown): string {
   return oneLine(typeof value === "string" ? value : JSON.stringify(value) ?? "");
 }
 
-/** The URLs of Link headers with this relation (RFC 8288), absolute where they can be, in linear time. */
+/** The URLs of Link headers with this relation (RFC 8288), absolute if they can be resolved. */
 export function linksOf({ headers }: Answer, relation: string, base: string): string[] {
   return [...header(headers, "link").matchAll(/<([^<>]*)>([^<>,]*)/g)]
     .filter(([, , parameters]) =>
@@ -451,7 +438,7 @@ function header(headers: Headers, name: string): string {
   return (headers.get(name) ?? "").slice(0, LONGEST_HEADER);
 }
 
-/** The object that an answer holds; throws for whatever is none. */
+/** The JSON object of an answer; throws if it is anything else. */
 export function jsonObject(step: string, url: string, answer: Answer): Record<string, unknown> {
   const type = mediaType(answer);
   if (type !== "application/json") throw new AcmeError(step, `not JSON but ${type}`, url);
@@ -472,7 +459,7 @@ export function mediaType({ headers }: Answer): string {
   return oneLine(header(headers, "content-type").split(";")[0]!.trim().toLowerCase() || "no content type");
 }
 
-/** An https URL as it can stand in a request and in a message: printable ASCII, bounded, no credentials. */
+/** Whether a value is an https URL that is safe to request and to print: printable ASCII, bounded, no credentials. */
 export function isHttps(value: unknown): value is string {
   return typeof value === "string" && value.length < LONGEST_URL && URL.canParse(value) &&
     /^https:\/\/[\w.:[\]-]+(?:[/?#][\x21-\x7e]*)?$/.test(value);

@@ -309,7 +309,7 @@ export class Issuer {
           const decides = known === undefined ? "its dates decide" : "what the CA said before decides";
           warn(entry, `${messageOf(error)}; ${decides}`);
           // a service that is down is not waited for once for every certificate; the next run asks about the others
-          answers = !(error instanceof AcmeError && error.passing) && !isProblem(error, "rateLimited");
+          answers = !(error instanceof AcmeError && error.isTransient) && !isProblem(error, "rateLimited");
         }
       })
     ));
@@ -506,7 +506,7 @@ export class Issuer {
         const present = "certificate" in finding ? finding.certificate.fingerprint : undefined;
         if (issued !== undefined && issued.certificate.fingerprint !== present) return issued;
       } catch (error) {
-        if (!(error instanceof AcmeError) || !(error.spent || isRefusal(error))) throw error;
+        if (!(error instanceof AcmeError) || !(error.isOrderLost || isRefusal(error))) throw error;
       }
     }
     this.#forgetOrder(entry);
@@ -585,7 +585,7 @@ export class Issuer {
     }
     const errors = errorsOf(open.map(({ authorization }) => authorization)).map(({ text }) => text);
     const text = `order still pending after ${ORDER_DEADLINE_MS / 1000} s`;
-    throw new AcmeError(step, [text, ...errors].join("; "), order.url, { spent: true });
+    throw new AcmeError(step, [text, ...errors].join("; "), order.url, { isOrderLost: true });
   }
 
   /** Has an order issued that is ready, or that an earlier run has finalized, and fetches the certificate. */
@@ -622,14 +622,14 @@ export class Issuer {
         const message = order.error
           ? describe(order.error)
           : "the order became invalid, and the CA gives no reason";
-        throw new AcmeError(step, message, order.url, { problem: order.error, spent: true });
+        throw new AcmeError(step, message, order.url, { problem: order.error, isOrderLost: true });
       }
       const text = `order still ${order.status} after ${
         ORDER_DEADLINE_MS / 1000
       } s; the next run goes on with it`;
       throw new AcmeError(step, text, order.url);
     } catch (error) {
-      if (error instanceof AcmeError && error.spent) this.#forgetOrder(entry);
+      if (error instanceof AcmeError && error.isOrderLost) this.#forgetOrder(entry);
       else if (store.keyOf(entry) !== request.keyPem) await store.keepPendingKey(entry, request.keyPem);
       throw error;
     }
@@ -646,12 +646,12 @@ export class Issuer {
       return [await client.finalizeOrder(order, request.csr.der), request];
     } catch (error) {
       if (!(error instanceof AcmeError) || !isRefusal(error)) throw error;
-      error.spent = true;
+      const refusal = new AcmeError(error.step, error.message, error.url, { ...error, isOrderLost: true });
       // Let's Encrypt says badCSR of a key that it has blocked
-      if (request.isNew || !isProblem(error, "badPublicKey", "badCSR")) throw error;
+      if (request.isNew || !isProblem(error, "badPublicKey", "badCSR")) throw refusal;
       const other = await this.#requestFor(entry);
       const finalized = await client.finalizeOrder(order, other.csr.der).catch(() => {
-        throw error; // it was not the key
+        throw refusal; // it was not the key
       });
       await this.options.store.revoke(publicKeyHash(request.keyPem));
       return [finalized, other];
@@ -671,7 +671,7 @@ export class Issuer {
     } catch (error) {
       if (!(error instanceof ChainError)) throw error;
       const clock = error.isDated ? `, the CA's ${caTime(client, context.now())}` : "";
-      throw new AcmeError("check the certificate", error.message + clock, order.url, { spent: true });
+      throw new AcmeError("check the certificate", error.message + clock, order.url, { isOrderLost: true });
     }
   }
 
@@ -779,7 +779,7 @@ function isPending({ name, status, url, challenges }: Authorization, line: Line)
     case "revoked": {
       const errors = errorsOf([{ name, challenges }]).map(({ text }) => text);
       const text = [`the authorization of ${name} is ${status}`, ...errors].join("; ");
-      throw new AcmeError(step, text, url, { spent: true });
+      throw new AcmeError(step, text, url, { isOrderLost: true });
     }
     default:
       return status satisfies never;
@@ -813,12 +813,12 @@ function validationError({ url, error }: Order, authorizations: readonly Authori
     failed.map(({ name, status }) => `${name}: ${status}, and the CA gives no reason`).join("; ") ||
     "the order became invalid, and the CA gives no reason";
   const problem = errors[0]?.problem ?? error;
-  return new AcmeError("validate the order", message, url, { problem, spent: true });
+  return new AcmeError("validate the order", message, url, { problem, isOrderLost: true });
 }
 
 /** Whether the CA has refused something for good, as far as that can be known. */
-function isRefusal({ status = 0, passing }: AcmeError): boolean {
-  return status >= 400 && status !== 429 && !passing;
+function isRefusal({ status = 0, isTransient }: AcmeError): boolean {
+  return status >= 400 && status !== 429 && !isTransient;
 }
 
 /**
@@ -848,7 +848,7 @@ function failureAfter(
   { shared = false, unkept = false },
 ): Failure {
   const count = (before?.count ?? 0) + 1;
-  const refused = error instanceof AcmeError && (error.problem !== undefined || error.spent);
+  const refused = error instanceof AcmeError && (error.problem !== undefined || error.isOrderLost);
   const asked = error instanceof AcmeError ? error.retryAfter : undefined;
   const costly = unkept || refused || error instanceof ChallengeError || error instanceof CommandError;
   const retryAt = asked ?? (costly ? retryLineAt(count, now, expiryOf(due)) : undefined);

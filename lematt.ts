@@ -30,36 +30,41 @@ const { count, errorText, isExpected, noticeText } = await import("./lib/text.ts
 
 const VERSION = "0.2.0";
 
-const HELP = `lematt ${VERSION}: Let's Encrypt certificates from one place, for all hosts
+const HELP = `lematt ${VERSION}: Let's Encrypt certificates for all hosts from one of them
 
-  lematt.ts --test             rehearse everything with the CA's staging service
+  lematt.ts --test             rehearsal with the CA's staging service; runs the
+                               commands in actions.conf for real
   lematt.ts --prod             issue and renew what is due, deliver what is
                                pending, check what is served
   lematt.ts --check            validate the configuration; --challenges also
                                fetches a file through each name, as a CA would
 
 with --test or --prod, instead of a run:
-  --plan [--json]              what a run would do and why; touches nothing
-  --status [--offline]         certificates, endpoints, problems;
-                               --json or --metrics (Prometheus) for machines
-  --accept WHAT [--plan]       note as delivered what is already in place
+  --plan [--json]              what a run would do and why; changes nothing
+  --status [--offline]         certificates, endpoints, problems; --json, or
+                               --metrics for Prometheus (exit status always 0)
+  --accept WHAT [--plan]       note as delivered without running commands
   --prune [--yes]              move files that belong to no line to orphaned/
   --revoke WHAT [--yes]        revoke the certificates of a line, or the one in
-                               a file; --reason keyCompromise, superseded, …
+                               a file; --reason unspecified, keyCompromise,
+                               affiliationChanged, superseded or
+                               cessationOfOperation
   --rollover [--yes]           give the account a new key
 
-a run, or its --plan, restricted to what is named (may be repeated):
-  --renew NAME [--new-key]     issue this line now
+restrict a run, or its --plan (may be repeated):
+  --renew NAME [--new-key]     issue the certificates of this line now
   --deliver WHAT               deliver again now
-  --only NAME                  this line alone; forces nothing
+  --only NAME                  this line alone, if it is due or pending
 
   --retry                      ignore back-offs
   --cron                       print nothing unless something changed or failed
-  --verbose                    show what commands print
+  --verbose                    in a run: print the output of all commands
   --json                       one JSON document instead of lines
-  --parallel N                 lines of domains at once (default 10)
+  --parallel N                 lines of domains at once (default: "parallel" in
+                               lematt.conf, or 10)
   --config PATH                lematt.conf or its directory; default: ./conf,
                                then the conf beside the program
+  --help, --version
 
 NAME is a name in "domains", WHAT a name or a section: --deliver '[mail]'
 
@@ -71,7 +76,8 @@ the same with prime256v1 (EC) for rsa2048, and links to them by single names
 (prod/key/www.example.com-key.rsa2048.pem); --test: test/…-key.rsa2048.test.pem
 
 Exit status: 0 no problem; 1 something failed, is still pending after a failure,
-or was interrupted; 2 usage or configuration; 3 another run holds the lock
+or was interrupted; 2 usage or configuration, or "no" to a question; 3 another
+run holds the lock
 `;
 
 /** Usage errors, in one line. */
@@ -188,7 +194,9 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
   try {
     options = parse(args);
   } catch (error) {
-    err(`lematt: ${(error as Error).message.split(/[\n.]/)[0]}\ntry --help\n`);
+    const { message } = error as Error;
+    // parseArgs() adds advice behind a full stop
+    err(`lematt: ${error instanceof UsageError ? message : message.split(/\. |\n/)[0]}\ntry --help\n`);
     return 2;
   }
   if (options.help || options.version) {

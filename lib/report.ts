@@ -334,7 +334,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
       record === undefined
         ? "not probed yet"
         : record.badSince === undefined
-        ? "probed more than six hours ago"
+        ? "probed more than five hours ago"
         : "not right when last probed",
       `${endpoint.text} (${keyType})`,
     ]),

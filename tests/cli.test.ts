@@ -54,6 +54,8 @@ Deno.test("what cannot be asked for is refused in one line that names it, with e
     ["--test a b", "a and b"],
     ["--test --parallel 0", '"0"'],
     ["--test --parallel 1e2", '"1e2"'],
+    ["--test --parallel 1.5", '"1.5"'],
+    ["--test a.conf b.conf", "a.conf and b.conf"],
     ["--test --offline", "--status"],
     ["--test --yes", "--revoke"],
     ["--test --new-key", "--renew"],

@@ -71,7 +71,7 @@ siteTest(
     bed.ca.advance(DAY);
     assert.deepEqual([(await run({ cron: true })).stdout], [""]);
     await site.restore(old);
-    const soon = await run({ cron: true }); // the last good probe is younger than six hours
+    const soon = await run({ cron: true }); // the last good probe is younger than five hours
     assert.deepEqual([soon.code, soon.stdout, soon.stderr], [0, "", ""]);
     bed.ca.advance(7 * HOUR);
     const { code, stdout, requests } = await run({ cron: true });

@@ -620,12 +620,12 @@ Deno.test("each place is probed once for each key type, whichever sections name 
   for (const { keyType, wanted } of found) assert.deepEqual(wanted.map(({ keyType }) => keyType), [keyType]);
 });
 
-Deno.test("an endpoint is probed until it is right, and again when that is more than six hours ago", () => {
+Deno.test("an endpoint is probed until it is right, and again when that is more than five hours ago", () => {
   const table: [string, Partial<State>, now: number, due: boolean][] = [
     ["never probed", {}, 2, true],
     ["right a moment ago", seen([RIGHT]), 2, false],
-    ["right six hours ago", seen([RIGHT]), 2.25, false],
-    ["right more than six hours ago", seen([RIGHT]), 2.26, true],
+    ["right five hours ago", seen([RIGHT]), 2.2, false],
+    ["right in the run before, six hours ago", seen([RIGHT]), 2.249, true],
     ["wrong a moment ago", seen([OLD]), 2, true],
     ["one of two addresses is wrong", seen([RIGHT, SILENT]), 2, true],
     ["an address family that this host lacks", seen([RIGHT, sight("passed over")]), 2, false],

@@ -1,9 +1,8 @@
 /**
- * Makes challenges answerable and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01
- * (§8.4) by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a record that stays.
+ * Presents challenges and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01 (§8.4) by
+ * the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a permanent record.
  *
- * Tokens reach this file checked for base64url (acme.ts), so they can be file names. What is published is noted first;
- * the next run removes what a run that was cut off could not.
+ * Whatever is published is noted in the state first, so that the next run can remove what a killed run left behind.
  */
 
 import defer * as nodeCrypto from "node:crypto";
@@ -14,62 +13,61 @@ import { type Context, limit, settled, within } from "./context.ts";
 import { PrepareCommands, runCommand } from "./hooks.ts";
 import type { AccountKey } from "./http.ts";
 import { isIP } from "./names.ts";
-import type { Records, Verdict } from "./selfcheck.ts";
+import type { CheckResult, Records } from "./selfcheck.ts";
+import type { State } from "./state.ts";
 
-/** A challenge that could not be made answerable; nothing was asked of the CA. */
+/** A challenge that could not be presented; the CA was not asked to validate anything. */
 export class ChallengeError extends Error {
   override readonly name = "ChallengeError";
 }
 
-/** Challenges that the CA can check until this is disposed of. */
+/** Challenges that the CA can validate until this is disposed of. */
 export interface Presented extends AsyncDisposable {
   readonly answers: readonly { readonly authorization: Authorization; readonly challenge: Challenge }[];
-  /**
-   * To be presented when those have been validated and disposed of: their TXT record is in use, and its provider may keep
-   * one value a name. Never all of them.
-   */
+  /** Authorizations to present afterwards, since their TXT record is in use now. Never all of them. */
   readonly later: readonly Authorization[];
 }
 
-/** What is published and has to be removed: a file in the drop directory, or the value that proves a name by dns-01. */
-export type Published = { readonly token: string } | { readonly name: string; readonly value: string };
+type Published = State["published"][number];
 
-/** The store: what is published is in its state before it is, in case that the run is killed. */
+/** The store, as far as it is needed here. */
 interface Journal {
-  readonly state: { published: Published[] };
+  readonly state: Pick<State, "published">;
   saveState(): Promise<void>;
 }
 
-/** An authorization with the one of its challenges that the configuration wants. */
+/** An authorization and its challenge of the configured type. */
 interface Wanted {
+  readonly type: ChallengeType;
   readonly authorization: Authorization;
   readonly challenge: Challenge;
   readonly name: string;
   /** The key authorization of http-01, the TXT value of dns-01. */
   readonly content: string;
-  /** Of dns-01. */
+  /** The TXT record of dns-01. */
   readonly record?: string;
+  /** The file or TXT value to remove afterwards. */
   readonly published?: Published;
 }
 
-/** How long a file of http-01 is waited for; `prepare` commands make it visible by ssh, in a second or two. */
+/** `prepare` commands make a file visible by ssh, in a second or two. */
 const HTTP_WAIT_SECONDS = 30;
-/** One self-check: two tries of a resolver take 10 s (resolv.conf(5)). */
+/** One self-check: two attempts of a resolver take 10 s (resolv.conf(5)). */
 const CHECK_SECONDS = 15;
-/** Pauses between self-checks: of a web server, and of name servers, which answer from caches for a while. */
+/** Pauses between self-checks; name servers answer from caches for a while. */
 const HTTP_PAUSE_MS = 250;
 const DNS_PAUSE_MS = 2_000;
 /** Names that `--check --challenges` checks at once. */
 const MOST_CHECKS = 20;
-/** A file name in the drop directory, RFC 8555 §8.3. */
+/** RFC 8555 §8.3; acme.ts checks those of the CA, this is for those of the state. */
 const TOKEN = /^[A-Za-z0-9_-]+$/;
 
-/** Answers challenges as the configuration says. */
+/** Presents challenges as the configuration says. */
 export class Challenges {
-  /** TXT record -> settles when the line that has values there has removed them. */
+  /** TXT record -> resolves when the line that uses it has removed its values. */
   readonly #inUse = new Map<string, Promise<void>>();
-  readonly #oneHook = limit(1);
-  /** What could not be removed, and stays for the next run. */
+  readonly #placer: Placer;
+  /** What could not be removed; the next run tries again. */
   readonly #left = new Set<Published>();
 
   constructor(
@@ -77,11 +75,13 @@ export class Challenges {
     private readonly context: Context,
     private readonly prepare: PrepareCommands,
     private readonly journal: Journal,
-  ) {}
+  ) {
+    this.#placer = new Placer(config, context);
+  }
 
   /**
-   * Makes the configured challenges answerable, and makes sure of it: of all authorizations but those that are `later`.
-   * Throws ChallengeError or CommandError where one cannot be; then none is.
+   * Presents the challenges of all authorizations except those that are `later`, and checks that the CA will find them.
+   * Throws ChallengeError or CommandError if one fails; then none is presented.
    */
   async present(
     authorizations: readonly Authorization[],
@@ -99,12 +99,16 @@ export class Challenges {
     await this.journal.saveState();
 
     const groups = Map.groupBy(now, ({ record, authorization }) => record ?? authorization.url);
-    const displaced = await settled([...groups.values()].map(async (group) => {
+    const displaced = await settled([...groups.values()].map((group) => {
       const [wanted] = group as [Wanted];
-      if (wanted.record !== undefined) return await this.#presentRecords(wanted.record, group, stack);
-      if (wanted.published !== undefined) await this.#presentFile(wanted, stack);
-      else await this.#checkPersistentRecord(wanted, account.url);
-      return [];
+      switch (wanted.type) {
+        case "http-01":
+          return this.#presentFile(wanted, stack);
+        case "dns-01":
+          return this.#presentRecords(wanted.record!, group, stack);
+        case "dns-persist-01":
+          return this.#checkPersistentRecord(wanted, account.url);
+      }
     }));
     const answers = now.filter((wanted) => !displaced.flat().includes(wanted));
     const later = all.filter((wanted) => !answers.includes(wanted)).map(({ authorization }) => authorization);
@@ -114,30 +118,30 @@ export class Challenges {
 
   #wanted(authorization: Authorization, key: AccountKey): Wanted {
     const { name, challenges } = authorization;
-    const wanted = challengeOf(this.config, name);
-    const challenge = challenges.find(({ type }) => type === wanted);
-    if (challenge === undefined || (challenge.token === "" && wanted !== "dns-persist-01")) {
+    const type = challengeOf(this.config, name);
+    const challenge = challenges.find((challenge) => challenge.type === type);
+    if (challenge === undefined || (challenge.token === "" && type !== "dns-persist-01")) {
       const offered = challenges.map(({ type }) => type).join(", ");
-      throw new ChallengeError(`the CA does not offer ${wanted} for ${name}, only ${offered || "nothing"}`);
+      throw new ChallengeError(`the CA does not offer ${type} for ${name}, only ${offered || "nothing"}`);
     }
     const { token } = challenge;
     const content = keyAuthorization(token, key);
-    switch (wanted) {
+    const wanted = { type, authorization, challenge, name, content };
+    switch (type) {
       case "http-01":
-        return { authorization, challenge, name, content, published: { token } };
+        return { ...wanted, published: { token } };
       case "dns-01": {
         const value = nodeCrypto.createHash("sha256").update(content).digest("base64url");
-        const published = { name, value };
-        return { authorization, challenge, name, content: value, record: recordOf(name), published };
+        return { ...wanted, content: value, record: txtNameOf(name), published: { name, value } };
       }
       case "dns-persist-01":
-        return { authorization, challenge, name, content };
+        return wanted;
     }
   }
 
   /**
-   * Those whose record is free, which it is not then until the stack is disposed of; waits until there is one. No line has
-   * a record while it waits for another, so that lines never wait for each other.
+   * Claims the records that are free, until the stack is disposed of; waits if none is. A line has no record while it waits,
+   * so there is no deadlock.
    */
   async #claim(all: readonly Wanted[], stack: AsyncDisposableStack): Promise<readonly Wanted[]> {
     const shared = (name: string) => dnsSections(this.config, name).every(({ dnsParallel }) => dnsParallel);
@@ -145,7 +149,7 @@ export class Challenges {
       const claimed = new Set<string>();
       const free = all.filter(({ record, name }) => {
         if (record === undefined || shared(name)) return true;
-        // without a self-check nobody sees whether the second value displaces the first
+        // without self-checks it would not be seen whether a second value displaces the first
         if (this.#inUse.has(record) || (this.config.preflight === "no" && claimed.has(record))) return false;
         claimed.add(record);
         return true;
@@ -166,17 +170,18 @@ export class Challenges {
   async #presentFile(
     { name, challenge: { token }, content, published }: Wanted,
     stack: AsyncDisposableStack,
-  ): Promise<void> {
+  ): Promise<[]> {
     const { config, context } = this;
     const failed = await startPrepare(name, config, this.prepare, stack);
     stack.defer(() => this.#remove(published!));
     dropFile(join(config.challengeDropDir!, token), content);
-    if (failed === undefined) return;
+    if (failed === undefined) return [];
     const check = fileCheck(name, token, content, context, config.preflight === "warn" ? undefined : failed);
     await this.#selfCheck(name, HTTP_WAIT_SECONDS, HTTP_PAUSE_MS, check);
+    return [];
   }
 
-  /** Returns those whose value the last one has displaced, for the provider keeps one a name. */
+  /** Returns the challenges whose value was displaced by the last one, since the provider keeps one value for a name. */
   async #presentRecords(
     record: string,
     group: readonly Wanted[],
@@ -189,15 +194,7 @@ export class Challenges {
     });
     for (const wanted of group) {
       placed.add(wanted);
-      await runHooks(
-        "dnsPresent",
-        wanted.name,
-        wanted.content,
-        config,
-        context,
-        this.#oneHook,
-        context.signal,
-      );
+      await this.#placer.runHooks("dnsPresent", wanted.name, wanted.content, context.signal);
     }
     const last = group.at(-1)!;
     let displaced: readonly Wanted[] = [];
@@ -212,17 +209,18 @@ export class Challenges {
       return `${fault}; if the CA sees another DNS than this host, set preflight: warn`;
     });
     await this.#selfCheck(last.name, config.dnsWaitSeconds, DNS_PAUSE_MS, check);
-    for (const wanted of displaced) placed.delete(wanted); // many a hook would remove what has taken its place
+    for (const wanted of displaced) placed.delete(wanted); // many dnsCleanup commands would remove the new value
     return displaced;
   }
 
-  async #checkPersistentRecord({ name, challenge }: Wanted, accountUrl: string): Promise<void> {
+  async #checkPersistentRecord({ name, challenge }: Wanted, accountUrl: string): Promise<[]> {
     const uri = challenge.accountUri ?? accountUrl;
     const check = persistentCheck(name, challenge.issuerDomainNames, uri, this.context);
     await this.#selfCheck(name, 0, DNS_PAUSE_MS, check);
+    return [];
   }
 
-  /** Checks until nothing is wrong or time is up; then `preflight` says whether that stops the line. */
+  /** Repeats a check until it succeeds or time is up; then `preflight` decides whether that is an error. */
   async #selfCheck(name: string, seconds: number, pauseMs: number, check: Check): Promise<void> {
     const { config: { preflight }, context } = this;
     if (preflight === "no") return;
@@ -234,39 +232,83 @@ export class Challenges {
   }
 
   async #remove(entry: Published): Promise<void> {
-    if (!await unpublish(entry, this.config, this.context, this.#oneHook)) this.#left.add(entry);
+    if (!await this.#placer.remove(entry)) this.#left.add(entry);
   }
 }
 
-/** Removes what runs before this one were killed over. */
+/** Removes what earlier, killed runs left behind. */
 export async function removeLeftovers(config: Config, context: Context, store: Journal): Promise<void> {
   const { published } = store.state;
   if (published.length === 0) return;
+  const placer = new Placer(config, context);
   store.state.published = [];
   for (const entry of published) {
-    const isRemoved = await unpublish(entry, config, context, limit(1));
-    // a file can be tried again, a record may never have been placed
+    const isRemoved = await placer.remove(entry);
+    // a file is tried again; a record may never have been placed
     if (!isRemoved && "token" in entry) store.state.published.push(entry);
   }
   await store.saveState();
 }
 
+/** Runs DNS hooks, and removes what was published. */
+class Placer {
+  readonly #oneHook = limit(1);
+
+  constructor(private readonly config: Config, private readonly context: Context) {}
+
+  /** Runs the hooks of all sections of a name, one at a time unless a section allows more. */
+  async runHooks(
+    key: "dnsPresent" | "dnsCleanup",
+    name: string,
+    value: string,
+    signal?: AbortSignal,
+  ): Promise<void> {
+    const { config: { mode, commandTimeoutSeconds: timeoutSeconds }, context } = this;
+    const values = { DOMAIN: name, RECORD: txtNameOf(name), VALUE: value };
+    for (const section of dnsSections(this.config, name)) {
+      const onOutput = (text: string) => context.onOutput?.(text, `[${section.name}]`);
+      const run = async () => {
+        for (const command of section[key]) {
+          await runCommand(command, values, { mode, timeoutSeconds, signal, onOutput });
+        }
+      };
+      await (section.dnsParallel ? run() : this.#oneHook(run));
+    }
+  }
+
+  /** Returns false, after a warning, if it could not be removed. */
+  async remove(entry: Published): Promise<boolean> {
+    const { config: { challengeDropDir }, context } = this;
+    try {
+      if ("value" in entry) await this.runHooks("dnsCleanup", entry.name, entry.value);
+      else if (challengeDropDir && TOKEN.test(entry.token)) {
+        removeIfPresent(join(challengeDropDir, entry.token));
+      }
+      return true;
+    } catch (error) {
+      const what = "value" in entry ? txtNameOf(entry.name) : entry.token;
+      context.warn(`cannot clean up ${what}: ${(error as Error).message}`);
+      return false;
+    }
+  }
+}
+
 // ---- checking without a CA ---------------------------------------------------------------------------------------
 
-/** One name as `--check --challenges` sees it. */
+/** The result of `--check --challenges` for one name. */
 export interface ChallengeFinding {
   readonly name: string;
   readonly challenge: ChallengeType;
-  /** Why the CA would not find a challenge of it. */
+  /** Why the CA would not find a challenge. */
   readonly problem?: string;
-  /** What could not be seen fully. */
+  /** What could not be checked completely. */
   readonly note?: string;
 }
 
 /**
- * Whether the CA would find the challenges of all names: fetches a file in the drop directory through each name of http-01,
- * with its `prepare` commands running; looks up the records of dns-persist-01, and the name servers of dns-01, whose hooks
- * are not run. Asks no CA. `account`: as far as it is known.
+ * Checks whether the CA would find the challenges of all names, without asking it. http-01: fetches a file in the drop
+ * directory through the name, with its `prepare` commands running. dns-01: asks the name servers; runs no hooks.
+ * dns-persist-01: looks up the record for `account`, if that is known.
  */
 export async function checkChallenges(
   config: Config,
@@ -293,7 +335,7 @@ async function checkName(
   context: Context,
   prepare: PrepareCommands,
   account?: { readonly url: string; readonly issuers: readonly string[] },
-): Promise<Verdict> {
+): Promise<CheckResult> {
   switch (challenge) {
     case "http-01": {
       const { challengeDropDir } = config;
@@ -305,7 +347,7 @@ async function checkName(
       await using stack = new AsyncDisposableStack();
       try {
         const failed = await startPrepare(name, config, prepare, stack);
-        stack.defer(() => removeIfThere(path));
+        stack.defer(() => removeIfPresent(path));
         dropFile(path, content);
         const seconds = failed === undefined ? 0 : HTTP_WAIT_SECONDS;
         const check = fileCheck(name, basename(path), content, context, failed);
@@ -313,11 +355,11 @@ async function checkName(
         return { fault: fault && `not served from ${challengeDropDir}: ${fault}`, note };
       } catch (error) {
         context.signal.throwIfAborted();
-        return { fault: (error as Error).message }; // of a prepare command, or of the drop directory
+        return { fault: (error as Error).message }; // of a prepare command or the drop directory
       }
     }
     case "dns-01":
-      return await untilRight(0, 0, recordsCheck(recordOf(name), context, () => undefined), context);
+      return await untilRight(0, 0, recordsCheck(txtNameOf(name), context, () => undefined), context);
     case "dns-persist-01": {
       if (account === undefined) return { fault: "its record names the account, which the first run makes" };
       const check = persistentCheck(name, account.issuers, account.url, context);
@@ -328,33 +370,33 @@ async function checkName(
 
 // ---- parts -------------------------------------------------------------------------------------------------------
 
-/** One self-check, which ends with the signal. */
-type Check = (signal: AbortSignal) => Promise<Verdict>;
+/** One self-check; it ends when the signal aborts. */
+type Check = (signal: AbortSignal) => Promise<CheckResult>;
 
-/** Checks again and again until nothing is wrong or `seconds` are over; with 0 once. */
+/** Repeats a check until there is no fault or `seconds` are over; with 0 it is made once. */
 async function untilRight(
   seconds: number,
   pauseMs: number,
   check: Check,
   context: Context,
-): Promise<Verdict> {
+): Promise<CheckResult> {
   const deadline = context.now().getTime() + seconds * 1000;
   const left = () => deadline - context.now().getTime();
-  let seen: Verdict | undefined;
+  let seen: CheckResult | undefined;
   for (;;) {
     const most = CHECK_SECONDS * 1000;
     const cut = AbortSignal.timeout(seconds === 0 ? most : Math.max(0, Math.min(left(), most)));
     const verdict = await check(AbortSignal.any([context.signal, cut]));
     context.signal.throwIfAborted();
     if (verdict.fault === undefined) return verdict;
-    // a check that was cut short says less than one that was not
+    // the result of a complete check says more than that of an interrupted one
     if (!cut.aborted) seen = verdict;
     if (left() <= pauseMs) return seen ?? verdict;
     await context.sleep(pauseMs);
   }
 }
 
-/** Fetches the file of a token through a name. Where `failed` aborts, for a prepare command has, a fault is that. */
+/** Fetches the file of a token through a name. If a prepare command has failed, throws its error instead of a fault. */
 function fileCheck(
   name: string,
   token: string,
@@ -364,7 +406,7 @@ function fileCheck(
 ): Check {
   const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
   return async (signal) => {
-    const { checkFile } = await import("./selfcheck.ts"); // with http and TLS, which most runs do without
+    const { checkFile } = await import("./selfcheck.ts"); // with http and TLS, which most runs do not need
     const verdict = await checkFile(url, content, context, signal);
     if (verdict.fault !== undefined) failed?.throwIfAborted();
     return verdict;
@@ -382,7 +424,7 @@ function recordsCheck(
   };
 }
 
-/** Starts the `prepare` commands of a name; the signal aborts when one has failed. Undefined where there are none. */
+/** Starts the `prepare` commands of a name, if there are any; the signal aborts when one fails. */
 async function startPrepare(
   name: string,
   config: Config,
@@ -396,42 +438,19 @@ async function startPrepare(
   return failed.length > 0 ? AbortSignal.any(failed) : undefined;
 }
 
-/** Where dns-01 looks for the value of a name. */
-function recordOf(name: string): string {
+/** The TXT record of dns-01. */
+function txtNameOf(name: string): string {
   return `_acme-challenge.${name.replace(/^\*\./, "")}`;
 }
 
-/** The sections whose commands prove a name by dns-01. */
+/** The sections of a name with dns-01. */
 function dnsSections(config: Config, name: string): readonly Section[] {
   return sectionsOf(config, name).filter(({ challenge }) => challenge === "dns-01");
 }
 
-/** Runs the hooks of all sections of a name, within `oneHook` where they may not run side by side. */
-async function runHooks(
-  key: "dnsPresent" | "dnsCleanup",
-  name: string,
-  value: string,
-  config: Config,
-  { onOutput }: Context,
-  oneHook: ReturnType<typeof limit>,
-  signal?: AbortSignal,
-): Promise<void> {
-  const values = { DOMAIN: name, RECORD: recordOf(name), VALUE: value };
-  for (const section of dnsSections(config, name)) {
-    const options = {
-      ...{ mode: config.mode, timeoutSeconds: config.commandTimeoutSeconds, signal },
-      onOutput: (text: string) => onOutput?.(text, `[${section.name}]`),
-    };
-    const run = async () => {
-      for (const command of section[key]) await runCommand(command, values, options);
-    };
-    await (section.dnsParallel ? run() : oneHook(run));
-  }
-}
-
 /**
- * The record by which dns-persist-01 proves a name for as long as it stands: an issue-value of RFC 8659 that names CA and
- * account (draft-ietf-acme-dns-persist-01 §3). `accountUri` is the challenge's, or the account's URL.
+ * The permanent record of dns-persist-01: an issue-value of RFC 8659 that names CA and account
+ * (draft-ietf-acme-dns-persist-01 §3). `accountUri` is that of the challenge, or the account's URL.
  */
 export function persistentRecord(
   name: string,
@@ -458,7 +477,7 @@ function persistentCheck(
   });
 }
 
-/** Whether a record that was found is such a one, which may also say until when it holds. */
+/** Whether a record is one of dns-persist-01 for this account that has not expired. */
 function isPersistent(
   text: string,
   name: string,
@@ -479,32 +498,14 @@ function isPersistent(
     (values.get("policy")?.toLowerCase() === "wildcard" || !name.startsWith("*."));
 }
 
-/** Whether that could be done; what could not stays in the journal, for the next run. */
-async function unpublish(
-  entry: Published,
-  config: Config,
-  context: Context,
-  oneHook: ReturnType<typeof limit>,
-): Promise<boolean> {
-  try {
-    if ("value" in entry) await runHooks("dnsCleanup", entry.name, entry.value, config, context, oneHook);
-    else if (TOKEN.test(entry.token)) removeIfThere(join(config.challengeDropDir!, entry.token));
-    return true;
-  } catch (error) {
-    const what = "value" in entry ? recordOf(entry.name) : entry.token;
-    context.warn(`cannot clean up ${what}: ${(error as Error).message}`);
-    return false;
-  }
-}
-
-/** The file by which http-01 is answered: new, and readable for the web server whatever the umask. */
+/** Makes the file of http-01, readable for the web server whatever the umask. */
 function dropFile(path: string, content: string): void {
-  removeIfThere(path); // left by a run that was cut off: a CA offers a pending authorization's token again
-  // sets the mode of what it has opened; by name it might be another's file by then, where others may write, too
+  removeIfPresent(path); // of a killed run: a CA sends the token of a pending authorization again
+  // sets the mode of the open file; chmod by name could change a file that somebody else has put there
   Deno.writeTextFileSync(path, content, { createNew: true, mode: 0o644 });
 }
 
-function removeIfThere(path: string): void {
+function removeIfPresent(path: string): void {
   try {
     Deno.removeSync(path);
   } catch (error) {

@@ -1,8 +1,6 @@
 /**
- * The self-check of a challenge: what the CA will find, seen from here before the CA is asked. A file of http-01 is
- * fetched as Let's Encrypt fetches it; TXT records are looked up at the name servers of their zone. RFC 8555 §8.3, §8.4.
- *
- * One check ends with its signal, whatever hangs in it. What comes back is compared and quoted, never obeyed.
+ * Self-checks of challenges, before the CA is asked (RFC 8555 §8.3, §8.4): a file of http-01 is fetched as Let's Encrypt
+ * fetches it, TXT records are looked up at the name servers of their zone. Each check ends when its signal aborts.
  */
 
 import http from "node:http";
@@ -11,15 +9,15 @@ import { connect as connectTls } from "node:tls";
 import { type Context, type Destination, isUnrouted, within } from "./context.ts";
 import { isIP, oneLine } from "./names.ts";
 
-/** What one check came to: `fault` where the CA would not find the challenge; `note` where it could not be seen fully. */
-export interface Verdict {
+/** `fault`: why the CA would not find the challenge; `note`: what could not be checked completely. */
+export interface CheckResult {
   readonly fault?: string;
   readonly note?: string;
 }
 
-/** Of one family, for one host; and for one zone. More are not needed by anybody, and each costs a connection. */
+/** For each host and address family. */
 const MOST_ADDRESSES = 4;
-/** The root has 13. */
+/** For each zone; the root has 13. */
 const MOST_NAME_SERVERS = 13;
 
 // ---- files -------------------------------------------------------------------------------------------------------
@@ -27,13 +25,16 @@ const MOST_NAME_SERVERS = 13;
 /** https://letsencrypt.org/docs/challenge-types/#http-01-challenge */
 const MOST_REDIRECTS = 10;
 const PORTS: Readonly<Record<string, number>> = { "http:": 80, "https:": 443 };
-/** In one check; 8 addresses that all redirect to https and from there to 8 others are 24. */
+/** In one check; 8 addresses that redirect to https and then to 8 others need 24. */
 const MOST_REQUESTS = 50;
 const LONGEST_BODY = 4096;
-/** The same router that lets the CA in may not let us out and in again. */
+/** A router may not let this host connect to its own public address. */
 const NAT_HINT = "if only this host cannot connect there (NAT without hairpin), set preflight: warn";
 
-/** Networks on the way from the Internet to this host, the nearest last (RFC 6890). */
+/**
+ * Private networks, link-local networks, and this host (RFC 6890). A name in the Internet must not redirect the check to a
+ * nearer network, where a request could do harm.
+ */
 const NEARNESS = [
   ["10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"],
   ["169.254.0.0/16", "fe80::/10", "224.0.0.0/4", "ff00::/8"],
@@ -47,12 +48,11 @@ const NEARNESS = [
   return list;
 });
 
-/** 0 for an address of the Internet, more the nearer it is. */
+/** 0 for an address in the Internet, 1 to 3 for those of NEARNESS. */
 function nearness(address: string): number {
   return 1 + NEARNESS.findLastIndex((list) => list.check(address, isIP(address) === 6 ? "ipv6" : "ipv4"));
 }
 
-/** What one request was answered. */
 interface Answer {
   readonly status: number;
   readonly location?: string;
@@ -60,22 +60,22 @@ interface Answer {
 }
 
 /**
- * Whether `url` shows `expected` at every address of its host, and of the hosts to which it redirects: the CA chooses one
- * of them. Addresses to which this host has no route are passed over.
+ * Checks that `url` serves `expected` at every address of its host, and of the hosts to which it redirects, since the CA
+ * uses any of them. Addresses without a route from this host are skipped.
  */
 export async function checkFile(
   url: string,
   expected: string,
   context: Context,
   signal: AbortSignal,
-): Promise<Verdict> {
+): Promise<CheckResult> {
   const { fault, seen } = await new FileCheck(url, expected, context, signal).check();
   if (fault !== undefined) return { fault };
   if (!seen) return { note: `not checked: this host has no route to ${new URL(url).hostname}` };
   return {};
 }
 
-/** `seen`: at one address at least. */
+/** `seen`: at least one address answered. */
 interface Page {
   readonly fault?: string;
   readonly seen: boolean;
@@ -83,10 +83,10 @@ interface Page {
 
 class FileCheck {
   readonly #start: URL;
-  /** "<number of redirects> <URL>" -> what is there */
+  /** By "<number of redirects> <URL>". */
   readonly #pages = new Map<string, Promise<Page>>();
   #requests = 0;
-  /** Of the name that is to be validated: of its farthest address, since its owner may add near ones. */
+  /** The least nearness of all addresses of the name that is validated. */
   #nearness = 0;
 
   constructor(
@@ -102,15 +102,15 @@ class FileCheck {
     return this.#page(this.#start, 0);
   }
 
-  /** A page to which several addresses redirect is fetched once. `from` says who redirects. */
+  /** Fetches a page once, even if several addresses redirect to it. `from`: which page redirects. */
   #page(url: URL, redirects: number, from = ""): Promise<Page> {
     const key = `${redirects} ${url.href}`;
-    const page = this.#pages.get(key) ?? this.#pageAtAll(url, redirects, from);
+    const page = this.#pages.get(key) ?? this.#atAllAddresses(url, redirects, from);
     this.#pages.set(key, page);
     return page;
   }
 
-  async #pageAtAll(url: URL, redirects: number, from: string): Promise<Page> {
+  async #atAllAddresses(url: URL, redirects: number, from: string): Promise<Page> {
     const { hostname, protocol, port } = url;
     let found: readonly Destination[];
     try {
@@ -132,21 +132,22 @@ class FileCheck {
     const chosen = [4, 6].flatMap((family) =>
       found.filter(({ address }) => isIP(address) === family).slice(0, MOST_ADDRESSES)
     );
-    const pages = await Promise.all(chosen.map((destination) => this.#pageAt(url, destination, redirects)));
+    const pages = await Promise.all(
+      chosen.map((destination) => this.#atAddress(url, destination, redirects)),
+    );
     return pages.find(({ fault }) => fault !== undefined) ?? { seen: pages.some(({ seen }) => seen) };
   }
 
   /**
-   * Whether a redirect may lead from the Internet to a private network or to this host. A name may do so (/etc/hosts may
-   * have this host's own under 127.0.1.1), but only to the challenge: nobody else chooses what is requested there. What
-   * says so openly, no CA would follow.
+   * Whether a redirect to a nearer network is followed: to a name (/etc/hosts may have this host's own at 127.0.1.1), for
+   * the challenge itself, so that nobody chooses what is requested there. CAs do not follow redirects to addresses.
    */
   #isHarmless({ hostname, pathname, search }: URL): boolean {
     return isIP(bare(hostname)) === 0 && hostname.includes(".") &&
       pathname === this.#start.pathname && search === "";
   }
 
-  async #pageAt(url: URL, { address, port }: Destination, redirects: number): Promise<Page> {
+  async #atAddress(url: URL, { address, port }: Destination, redirects: number): Promise<Page> {
     const at = `${url.href} at ${address}`;
     if (++this.#requests > MOST_REQUESTS) {
       return bad(`${at}: more than ${MOST_REQUESTS} requests in one check`);
@@ -188,8 +189,8 @@ function get(url: URL, address: string, port: number, signal: AbortSignal): Prom
       port,
       servername: isIP(name) ? "" : name,
       ALPNProtocols: ["http/1.1"],
-      rejectUnauthorized: false, // the content proves; there cannot be a good certificate before
-      ca: [], // the system's would be read, for which there is neither need nor permission
+      rejectUnauthorized: false, // only the content matters, and the first certificate is still missing
+      ca: [], // or the system's would be read, without need and permission
     });
   const options = {
     createConnection: dial,
@@ -204,7 +205,7 @@ function get(url: URL, address: string, port: number, signal: AbortSignal): Prom
       let body = "";
       response.on("error", reject);
       response.on("close", () => resolve({ status, location, body }));
-      if (location !== undefined) return void response.destroy(); // whatever page comes with it
+      if (location !== undefined) return void response.destroy(); // the body of a redirect is not needed
       response.setEncoding("utf8");
       response.on("data", (chunk: string) => {
         body += chunk;
@@ -215,29 +216,29 @@ function get(url: URL, address: string, port: number, signal: AbortSignal): Prom
   });
 }
 
-/** An IPv6 host without the brackets that it has in a URL. */
+/** The host of a URL without the brackets of an IPv6 address. */
 function bare(hostname: string): string {
   return hostname.startsWith("[") ? hostname.slice(1, -1) : hostname;
 }
 
 // ---- TXT records -------------------------------------------------------------------------------------------------
 
-/** A delegation by CNAME has one step, two at the most; what is longer is a loop. */
+/** A delegation by CNAME has one or two steps; more are a loop. */
 const MOST_ALIASES = 8;
-/** As resolvers have it: resolv.conf(5). */
+/** The default of resolvers: resolv.conf(5). */
 const SERVER_TIMEOUT_MS = 5_000;
 
-/** The TXT records at a name, as each of those has them who answered. */
+/** The TXT records of a name at each server that answered. */
 export class Records {
   constructor(
-    /** At the end of any CNAMEs. */
+    /** After CNAMEs. */
     readonly name: string,
     readonly answers: readonly { readonly server: string; readonly texts: readonly string[] }[],
-    /** Why it was not the name servers of the zone that answered. */
+    /** Why the name servers of the zone did not answer. */
     readonly note?: string,
   ) {}
 
-  /** What is wrong where each server must have a record that is `wanted`. */
+  /** A server without a `wanted` record, as a message. */
   fault(wanted: (text: string) => boolean): string | undefined {
     const without = this.answers.find(({ texts }) => !texts.some(wanted));
     if (without === undefined) return undefined;
@@ -247,13 +248,13 @@ export class Records {
   }
 }
 
-/** Looks up the TXT records at a name; `judge` says what is wrong with them. */
+/** Looks up the TXT records at a name; `judge` returns their fault. */
 export async function checkRecords(
   name: string,
   judge: (records: Records) => string | undefined,
   context: Context,
   signal: AbortSignal,
-): Promise<Verdict> {
+): Promise<CheckResult> {
   let records: Records;
   try {
     records = await findRecords(name, context, signal);
@@ -265,8 +266,8 @@ export async function checkRecords(
 }
 
 /**
- * Asks every name server of the zone. One that is lame or does not answer is passed over, as a resolver would; where all
- * are, the system's resolver is asked. Throws where that does not answer either.
+ * Asks every name server of the zone. Those that are lame or do not answer are skipped, as a resolver does; if all are, the
+ * system's resolver is asked. Throws if that does not answer either.
  */
 async function findRecords(name: string, context: Context, signal: AbortSignal): Promise<Records> {
   const query: Context["query"] = (name, type) =>
@@ -291,7 +292,7 @@ async function findRecords(name: string, context: Context, signal: AbortSignal):
   return new Records(target, [{ server: "the system's resolver", texts }], note);
 }
 
-/** What one server of a zone has at a name, at the first of its addresses that answers. Throws where none does. */
+/** The TXT records of a name at one server of its zone, from the first address that answers. Throws if none does. */
 async function textsAt(
   server: string,
   zone: string,
@@ -311,14 +312,14 @@ async function textsAt(
       const at = { address, port: 53 };
       const ask = (name: string, type: "SOA" | "TXT") => within(deadline, query(name, type, at, deadline));
       const [soa, texts] = await Promise.all([ask(zone, "SOA"), ask(name, "TXT")]);
-      // REFUSED, SERVFAIL (an expired zone), NOTIMP and NXDOMAIN look alike here: a server that serves a zone has its SOA
+      // REFUSED, SERVFAIL (an expired zone), NOTIMP and NXDOMAIN look the same here; a server of the zone has its SOA
       if (soa.length === 0 && texts.length === 0) throw new Error("lame");
       return texts;
     }),
   );
 }
 
-/** Where a name leads to by CNAME (RFC 1034 §3.6.2), itself where it leads nowhere. */
+/** The target of a name after CNAMEs (RFC 1034 §3.6.2), or the name itself. */
 async function aliasOf(name: string, query: Context["query"]): Promise<string> {
   let target = name;
   for (let step = 0; step < MOST_ALIASES; step++) {
@@ -329,14 +330,14 @@ async function aliasOf(name: string, query: Context["query"]): Promise<string> {
   throw new Error(`more than ${MOST_ALIASES} CNAMEs in a row`);
 }
 
-/** The closest zone above a name, with its name servers. */
+/** The closest zone of a name, with its name servers. */
 async function zoneOf(
   name: string,
   query: Context["query"],
 ): Promise<{ zone: string; servers: readonly string[] }> {
   for (let zone = name; zone.includes("."); zone = zone.slice(zone.indexOf(".") + 1)) {
     const servers = await query(zone, "NS");
-    // an alias (www.example.com, say) is no zone, though a resolver that is asked for NS answers with its target's
+    // an alias (such as www.example.com) is not a zone, but a resolver answers with the NS records of its target
     if (servers.length === 0 || (await query(zone, "CNAME")).length > 0) continue;
     return { zone, servers: servers.map((server) => server.replace(/\.$/, "")) };
   }

@@ -1,30 +1,55 @@
-/** Goal: the resources of a CA, right with a good one, patient with one that lags, on guard against a hostile one. */
+/**
+ * Goal: requests reach the CA whatever the day is like; the resources of a CA are right with a good one, patient with one that
+ * lags, on guard against a hostile one; and it is asked no more than it takes.
+ */
 
 import assert from "node:assert/strict";
-import { generateKeyPairSync } from "node:crypto";
+import { generateKeyPairSync, type KeyObject } from "node:crypto";
 import { join } from "node:path";
 import { AcmeClient, keyAuthorization, type Order } from "../lib/acme.ts";
-import { AcmeError, importKey } from "../lib/http.ts";
+import { AcmeError, describe, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
+import { oneLine } from "../lib/names.ts";
 import { createCsr } from "../lib/x509.ts";
 import { type Bed, befalling, refusing, testBed, type TestWorld } from "./bed.ts";
-import type { Exchange, Fault, Switches } from "./ca.ts";
+import type { Exchange, Fault, Resource, Switches } from "./ca.ts";
 
-const key = () => {
-  const { privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
-  return privateKey.export({ type: "pkcs8", format: "pem" }).toString();
-};
-const KEY = await importKey(key());
-const CERTIFICATE_KEY = key();
+const ecKey = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
+const pem = (key: KeyObject, type: "pkcs8" | "pkcs1" | "sec1" = "pkcs8") =>
+  key.export({ type, format: "pem" }).toString();
+const KEY = await importKey(pem(ecKey("P-256")));
+const CERTIFICATE_KEY = pem(ecKey("P-256"));
 const NAME = "example.com";
-
-/** A CA whose faults can be set as a test goes on. */
-const faultyBed = (ca: Switches = {}) => testBed({ ca: { fault: () => undefined, ...ca } });
+const PEM = /^-----BEGIN CERTIFICATE-----/;
 
 /** A conversation under a new account. */
-async function connect(bed: Bed, world: Partial<TestWorld> = {}): Promise<AcmeClient> {
+async function connect(bed: Bed, world: Partial<TestWorld> = {}, key = KEY): Promise<AcmeClient> {
   const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.world(world), 10);
-  client.account = await client.newAccount(KEY, { contact: [] });
+  client.account = await client.newAccount(key, { contact: [] });
   return client;
+}
+
+/** The same with a bed of its own, whose CA can be given faults as the test goes on. */
+async function conversation(ca: Switches = {}) {
+  await using stack = new AsyncDisposableStack();
+  const bed = stack.use(await testBed({ ca: { fault: () => undefined, ...ca } }));
+  const client = await connect(bed);
+  const open = stack.move();
+  const befall = (...of: Parameters<typeof befalling>) => {
+    bed.ca.switches.fault = befalling(...of);
+  };
+  return { bed, client, befall, [Symbol.asyncDispose]: () => open.disposeAsync() };
+}
+
+/** An order that is ready, its challenges answered by hand. */
+async function ready(bed: Bed, client: AcmeClient, name = NAME): Promise<Order> {
+  const order = await client.newOrder([name]);
+  if (order.status !== "pending") return order;
+  const authorization = await client.getAuthorization(order.authorizations[0]!);
+  const challenge = authorization.challenges.find(({ type }) => type === "http-01")!;
+  const { token } = challenge;
+  await Deno.writeTextFile(join(bed.drop, token), keyAuthorization(token, client.account.key));
+  await client.respondToChallenge(authorization, challenge);
+  return await leaving("pending", bed, client, order);
 }
 
 /** The order once it is no longer `status`. */
@@ -36,24 +61,14 @@ async function leaving(status: Order["status"], bed: Bed, client: AcmeClient, or
   assert.fail(`${status} for ever`);
 }
 
-/** An order that is ready, its challenges answered by hand. */
-async function ready(bed: Bed, client: AcmeClient, name = NAME): Promise<Order> {
-  const order = await client.newOrder([name]);
-  if (order.status !== "pending") return order;
-  const authorization = await client.getAuthorization(order.authorizations[0]!);
-  const challenge = authorization.challenges.find(({ type }) => type === "http-01")!;
-  const { token } = challenge;
-  Deno.writeTextFileSync(join(bed.drop, token), keyAuthorization(token, client.account.key));
-  await client.respondToChallenge(authorization, challenge);
-  return await leaving("pending", bed, client, order);
-}
+const csrFor = async (name: string) => (await createCsr(CERTIFICATE_KEY, [name])).der;
 
-/** The whole way to a chain of certificates. */
+/** A certificate for the name, by all the steps of RFC 8555 §7.4. */
 async function obtain(bed: Bed, client: AcmeClient, name = NAME): Promise<string> {
-  let order = await ready(bed, client, name);
-  order = await client.finalizeOrder(order, (await createCsr(CERTIFICATE_KEY, [name])).der);
-  order = await leaving("processing", bed, client, order);
-  for await (const chain of client.downloadChains(order)) return chain;
+  const order = await client.finalizeOrder(await ready(bed, client, name), await csrFor(name));
+  for await (const chain of client.downloadChains(await leaving("processing", bed, client, order))) {
+    return chain;
+  }
   assert.fail("no chain");
 }
 
@@ -64,9 +79,99 @@ async function failure(promise: Promise<unknown>): Promise<AcmeError> {
   return error;
 }
 
-const asked = ({ ca }: Bed, resource: Exchange["resource"]) =>
+const asked = ({ ca }: Bed, resource: Resource) =>
   ca.log.filter((entry) => entry.resource === resource).length;
-const PEM = /^-----BEGIN CERTIFICATE-----/;
+const numbered = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.example.com`);
+const status = (status: number, contentType = "text/plain", body?: string): Fault => ({
+  kind: "status",
+  status,
+  contentType,
+  body,
+});
+const after = (fault: Fault): Fault => ({ kind: "after", fault });
+
+// ---- keys --------------------------------------------------------------------------------------------------------
+
+Deno.test("importKey() takes RSA and the three curves in each of their forms, and the CA takes what they sign", async () => {
+  await using bed = await testBed({});
+  const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
+  for (
+    const [alg, key, forms] of [
+      ["RS256", rsa, ["pkcs8", "pkcs1"]],
+      ["ES256", ecKey("P-256"), ["pkcs8", "sec1"]],
+      ["ES384", ecKey("P-384"), ["pkcs8", "sec1"]],
+      ["ES512", ecKey("P-521"), ["pkcs8", "sec1"]],
+    ] as const
+  ) {
+    for (const form of forms) {
+      const read = await importKey(pem(key, form));
+      assert.equal(read.alg, alg);
+      await (await connect(bed, {}, read)).newOrder([NAME]);
+      assert.equal(bed.ca.accounts.at(-1)!.key.thumbprint, read.thumbprint);
+    }
+  }
+});
+
+Deno.test("importKey() throws where there is no key that can sign, and never shows it", async () => {
+  const { privateKey, publicKey } = generateKeyPairSync("ed25519");
+  const ec = ecKey("P-256");
+  for (
+    const text of [
+      "",
+      "no key",
+      pem(privateKey),
+      publicKey.export({ type: "spki", format: "pem" }).toString(),
+      pem(ec).replace(/\n.{20}/, "\n"),
+      ec.export({ type: "pkcs8", format: "pem", cipher: "aes-256-cbc", passphrase: "x" }).toString(),
+    ]
+  ) {
+    await assert.rejects(
+      importKey(text),
+      ({ message }: Error) => !message.includes(text.slice(30, 60) || "?"),
+    );
+  }
+});
+
+// ---- nonces ------------------------------------------------------------------------------------------------------
+
+Deno.test("orders are made though every nonce is refused once, or 29 in a row, without a pause", async () => {
+  const badNonce: Fault = { kind: "badNonce" };
+  const asJson = { ...refusing(400, "badNonce", "again"), contentType: "application/json" } as Fault;
+  for (
+    const [fault, burst, nonces] of [[badNonce, false, 1], [badNonce, true, 1], [asJson, false, 3]] as const
+  ) {
+    const seen = new Set<string>();
+    const isRefused = ({ n, url }: Exchange) => burst ? n >= 5 && n < 34 : seen.size < seen.add(url).size;
+    await using bed = await testBed({
+      ca: { fault: (exchange) => exchange.method === "POST" && isRefused(exchange) ? fault : undefined },
+    });
+    const client = await connect(bed);
+    for (const name of numbered(4)) await client.newOrder([name]);
+    const refused = bed.ca.log.filter(({ status }) => status === 400).length;
+    assert.deepEqual([refused, bed.waits, asked(bed, "newNonce")], [burst ? 29 : 2, [], nonces]);
+  }
+});
+
+Deno.test("a CA that takes no nonce at all is asked 30 times, not for ever", async () => {
+  await using bed = await testBed({ ca: { fault: befalling("newAccount", { kind: "badNonce" }, Infinity) } });
+  assert.equal((await failure(connect(bed))).problem?.type, "badNonce");
+  assert.equal(asked(bed, "newAccount"), 30);
+});
+
+Deno.test("nonces that come with answers are used again; answers without one cost a request each, and nothing else", async () => {
+  await using at = await conversation();
+  const { bed, client } = at;
+  for (let round = 0; round < 2; round++) {
+    await Promise.all(numbered(40).map((name) => client.newOrder([name])));
+  }
+  assert(asked(bed, "newNonce") <= 20, `${asked(bed, "newNonce")} nonces`);
+
+  const fault = ({ method }: Exchange): Fault | undefined =>
+    method === "POST" ? { kind: "drop header", name: "replay-nonce" } : undefined;
+  await using without = await conversation({ fault });
+  for (const name of numbered(3)) await without.client.newOrder([name]);
+  assert.deepEqual([asked(without.bed, "newNonce"), without.bed.ca.log.length], [4, 9]);
+});
 
 // ---- a bad day ---------------------------------------------------------------------------------------------------
 
@@ -75,170 +180,450 @@ const PASSING: readonly [string, Fault, number?][] = [
   ["a reset", { kind: "reset" }],
   ["a connection refused", { kind: "refuse" }, 1],
   ["an answer cut short", { kind: "reset mid-body" }],
-  ["500", { kind: "status", status: 500 }],
-  ["503 in HTML", { kind: "status", status: 503, contentType: "text/html", body: "<h1>busy</h1>" }],
+  ["500", status(500)],
+  ["503 in HTML", status(503, "text/html", "<h1>busy</h1>")],
   ["503 with Retry-After", refusing(503, "serverInternal", "busy", { headers: { "retry-after": "1" } })],
   ["429 with Retry-After", refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "1" } })],
-  ["a request that is handled and an answer that is lost", { kind: "after", fault: { kind: "reset" } }],
-  ["a request that is handled and answered with 500", {
-    kind: "after",
-    fault: { kind: "status", status: 500 },
-  }],
+  ["a request that is handled and an answer that is lost", after({ kind: "reset" })],
+  ["a request that is handled and answered with 500", after(status(500))],
 ];
 for (const [what, fault, most = 2] of PASSING) {
   Deno.test(`${what}, ${most === 1 ? "once" : "twice"} at every step, costs time alone`, async () => {
-    await using bed = await faultyBed();
     const met = new Map<string, number>();
-    bed.ca.switches.fault = ({ resource }) => {
-      const times = met.get(resource) ?? 0;
-      met.set(resource, times + 1);
-      return times < most ? fault : undefined;
-    };
+    await using bed = await testBed({
+      ca: {
+        fault({ resource }) {
+          const times = met.get(resource) ?? 0;
+          met.set(resource, times + 1);
+          return times < most ? fault : undefined;
+        },
+      },
+    });
     assert.match(await obtain(bed, await connect(bed)), PEM);
     assert.equal(met.size, 9, [...met.keys()].join());
-    assert.equal(bed.ca.issued.length, 1);
+    assert.deepEqual([bed.ca.accounts.length, bed.ca.issued.length], [1, 1]);
   });
 }
 
-const LAGGING: readonly [Exchange["resource"], Fault][] = [
-  ["authz", refusing(404, "malformed", "no such authorization")],
-  ["challenge", refusing(404, "malformed", "no such challenge")],
-  ["order", refusing(404, "malformed", "no such order")],
-  ["finalize", refusing(404, "malformed", "no such order")],
-  ["finalize", refusing(403, "orderNotReady", "the order is pending")],
-  ["certificate", refusing(404, "malformed", "no such certificate")],
-  ["newOrder", refusing(400, "accountDoesNotExist", "who are you?")],
-  ["authz", refusing(400, "accountDoesNotExist", "who are you?")],
-];
-for (const [resource, fault] of LAGGING) {
-  const { status, body } = fault as { status: number; body: string };
-  Deno.test(`a replica that lags, saying ${status} ${JSON.parse(body).type.split(":").at(-1)} at ${resource}, is asked again within seconds`, async () => {
-    await using bed = await faultyBed({ processingMs: 5 });
-    const client = await connect(bed);
-    bed.ca.switches.fault = befalling(resource, fault, 3);
-    assert.match(await obtain(bed, client), PEM);
-    assert(bed.waits.reduce((sum, ms) => sum + ms, 0) < 6000);
-    bed.ca.switches.fault = befalling(resource, fault, Infinity);
+Deno.test("pauses between tries grow threefold, and the fourth failure goes up", async () => {
+  await using bed = await testBed({ ca: { fault: befalling("newOrder", status(500), Infinity) } });
+  const error = await failure((await connect(bed, { random: () => 0.5 })).newOrder([NAME]));
+  assert.deepEqual([error.step, error.message], ["create an order", "HTTP status 500 (text/plain)"]);
+  assert.deepEqual([bed.waits, asked(bed, "newOrder")], [[500, 1500, 4500], 4]);
+});
+
+Deno.test("a replica that lags is asked again within seconds, a few times", async () => {
+  const LAGGING: readonly [Resource, Fault][] = [
+    ["authz", refusing(404, "malformed", "no such authorization")],
+    ["challenge", refusing(404, "malformed", "no such challenge")],
+    ["order", refusing(404, "malformed", "no such order")],
+    ["finalize", refusing(404, "malformed", "no such order")],
+    ["finalize", refusing(403, "orderNotReady", "the order is pending")],
+    ["certificate", refusing(404, "malformed", "no such certificate")],
+    ["newOrder", refusing(400, "accountDoesNotExist", "who are you?")],
+    ["authz", refusing(400, "accountDoesNotExist", "who are you?")],
+  ];
+  for (const [i, [resource, fault]] of LAGGING.entries()) {
+    await using at = await conversation({ processingMs: 5 });
+    const { bed, client } = at;
+    at.befall(resource, fault, 3);
+    assert.match(await obtain(bed, client), PEM, resource);
+    assert(bed.waits.reduce((sum, ms) => sum + ms, 0) < 6000, resource);
+    at.befall(resource, fault, Infinity);
     const before = asked(bed, resource);
-    assert.equal(
-      (await failure(obtain(bed, client, "other.example.com"))).problem?.detail,
-      JSON.parse(body).detail,
-    );
-    assert(asked(bed, resource) - before <= 6);
-  });
-}
+    await failure(obtain(bed, client, `n${i}.example.com`));
+    assert(asked(bed, resource) - before <= 6, resource);
+  }
+});
 
 Deno.test("an account that is remembered and that the CA does not know is an error at once, without another try", async () => {
-  await using bed = await testBed({});
-  const client = await connect(bed);
+  await using at = await conversation();
+  const { bed, client } = at;
   client.account = { key: KEY, url: `${bed.ca.origin}/account/99` };
   assert.equal((await failure(client.newOrder([NAME]))).problem?.type, "accountDoesNotExist");
   assert.deepEqual([asked(bed, "newOrder"), bed.waits], [1, []]);
   bed.ca.violations.splice(0);
 });
 
-for (
-  const [resource, orders] of [["newAccount", 1], ["newOrder", 2], ["challenge", 1], ["finalize", 1]] as const
-) {
-  for (const kind of ["reset", "reset mid-body"] as const) {
-    Deno.test(`the answer of ${resource} can be lost (${kind})`, async () => {
-      const lost = { kind: "after", fault: { kind } } as const;
-      await using bed = await testBed({ ca: { fault: befalling(resource, lost), processingMs: 20 } });
-      assert.match(await obtain(bed, await connect(bed)), PEM);
-      assert.deepEqual([bed.ca.accounts.length, bed.ca.orders.length, bed.ca.issued.length], [1, orders, 1]);
-    });
-  }
-}
-
 Deno.test("an answer to a challenge that had arrived, and is refused the second time, is no error; one that had not is", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
-  const faults: Fault[] = [
-    { kind: "after", fault: { kind: "reset" } },
-    refusing(400, "malformed", "the challenge is not pending"),
-  ];
+  await using at = await conversation();
+  const { bed, client } = at;
+  const faults = [after({ kind: "reset" }), refusing(400, "malformed", "the challenge is not pending")];
   bed.ca.switches.fault = ({ resource }) => resource === "challenge" ? faults.shift() : undefined;
   assert.match(await obtain(bed, client), PEM);
-  bed.ca.switches.fault = befalling("challenge", refusing(400, "malformed", "what?"), Infinity);
+  at.befall("challenge", refusing(400, "malformed", "what?"), Infinity);
   const error = await failure(obtain(bed, client, "other.example.com"));
   assert.deepEqual([error.step, error.message], ["answer a challenge", "what? (malformed)"]);
 });
 
+Deno.test("404 is asked again, a few times within a second, but not of what need not be", async () => {
+  await using at = await conversation();
+  const { bed, client } = at;
+  const times = async (resource: Resource, ask: () => Promise<unknown>) => {
+    const before = asked(bed, resource);
+    at.befall(resource, status(404), Infinity);
+    assert.equal((await failure(ask())).message, "HTTP status 404 (text/plain)");
+    return asked(bed, resource) - before;
+  };
+  assert.equal(await times("directory", () => connect(bed)), 3);
+  assert.equal(await times("newOrder", () => client.newOrder([NAME])), 3);
+  assert.equal(await times("renewalInfo", () => client.renewalInfo("AAAA.AAAA")), 1);
+});
+
+Deno.test("a CA that cannot be reached is an error that says why, after four tries; or after one, in a hurry", async () => {
+  await using bed = await testBed({});
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const url = `https://127.0.0.1:${listener.addr.port}/dir`;
+  listener.close();
+  for (const [hurry, pauses] of [[true, 0], [false, 3]] as const) {
+    const error = await failure(AcmeClient.connect(url, bed.world(), 10, { hurry }));
+    assert.equal(error.step, `read the directory ${url}`);
+    assert.match(error.message, /Connection refused/);
+    assert.equal(bed.waits.length, pauses);
+  }
+  const error = await failure(AcmeClient.connect(bed.ca.directoryUrl, bed.world({ fetch }), 10));
+  assert.match(error.message, /UnknownIssuer; .* caBundle$/);
+});
+
+Deno.test("a CA that is silent is given up by the time-out, then asked again", async () => {
+  let timeOut = new AbortController();
+  await using bed = await testBed({ ca: { fault: () => undefined } });
+  const { fetch } = bed.world();
+  const client = await connect(bed, {
+    fetch(url, init) {
+      timeOut = new AbortController();
+      return fetch(url, { ...init, signal: AbortSignal.any([init.signal!, timeOut.signal]) });
+    },
+  });
+  const silence = (times: number) => {
+    const fault = befalling("newOrder", { kind: "silence" }, times);
+    bed.ca.switches.fault = (exchange) => {
+      const silent = fault(exchange);
+      if (silent) timeOut.abort(new DOMException("no time left", "TimeoutError"));
+      return silent;
+    };
+  };
+  silence(2);
+  assert.equal((await client.newOrder([NAME])).status, "pending");
+  silence(4);
+  const error = await failure(client.newOrder([NAME]));
+  assert.deepEqual([error.step, error.message], ["create an order", "no answer within 30 s"]);
+});
+
+Deno.test("the signal ends a conversation while a try is awaited, and while an answer is", async () => {
+  for (const fault of [status(500), { kind: "silence" } as Fault]) {
+    await using bed = await testBed({ ca: { fault: () => undefined } });
+    const stop = new AbortController();
+    const reason = new DOMException("interrupted", "AbortError");
+    const client = await connect(bed, { signal: stop.signal });
+    bed.ca.switches.fault = ({ resource }) => {
+      if (resource !== "newOrder") return undefined;
+      setTimeout(() => stop.abort(reason), 20);
+      return fault;
+    };
+    await assert.rejects(client.newOrder([NAME]), reason);
+  }
+});
+
 // ---- waiting -----------------------------------------------------------------------------------------------------
+
+const NOW = new Date("2026-10-18T20:00:00Z");
+Deno.test("parseRetryAfter() takes seconds and dates within a day, and nothing else", () => {
+  for (
+    const [value, seconds] of [
+      ["120", 120],
+      [" 7 ", 7],
+      ["0", 1],
+      ["86401", 86_400],
+      ["9".repeat(400), 86_400],
+      ["Sun, 18 Oct 2026 20:02:00 GMT", 120],
+      ["Sun, 18 Oct 2026 19:00:00 GMT", 1],
+      ["Sun, 18 Oct 2099 20:00:00 GMT", 86_400],
+      ["soon", undefined],
+      ["-5", undefined],
+      ["1.5", undefined],
+      ["", undefined],
+      [undefined, undefined],
+    ] as const
+  ) {
+    const at = parseRetryAfter(new Headers(value === undefined ? {} : { "retry-after": value }), NOW);
+    assert.equal(at && (at.getTime() - NOW.getTime()) / 1000, seconds, value);
+  }
+});
+
+Deno.test("Retry-After of a 503 is waited for up to half a minute, else left to a later run", async () => {
+  for (const value of ["2", new Date(Date.now() + 10_000).toUTCString(), "31", "99999999999"]) {
+    await using at = await conversation();
+    const { bed, client } = at;
+    const headers = { "retry-after": value };
+    at.befall("newOrder", refusing(503, "serverInternal", "busy", { headers }));
+    const begun = bed.ca.now;
+    const until = parseRetryAfter(new Headers(headers), begun)!;
+    if (until.getTime() - begun.getTime() < 31_000) {
+      await client.newOrder([NAME]);
+      assert.deepEqual([bed.ca.now >= until, bed.waits.length], [true, 1]);
+    } else {
+      const { retryAfter } = await failure(client.newOrder([NAME]));
+      assert(Math.abs(retryAfter!.getTime() - until.getTime()) < 5000);
+      assert.deepEqual(bed.waits, []);
+    }
+  }
+});
 
 Deno.test("an order is polled no sooner than Retry-After allows, while it is validated and while it is issued", async () => {
   // a poll that comes too soon is a violation; the first of the issuance heeds what finalize said
-  await using bed = await testBed({ ca: { retryAfterSeconds: 3, validationDelayMs: 50, processingMs: 100 } });
-  await obtain(bed, await connect(bed));
-  assert(bed.waits.filter((ms) => ms > 200 && ms <= 4000).length >= 2, `${bed.waits}`);
+  await using at = await conversation({ retryAfterSeconds: 3, validationDelayMs: 50, processingMs: 100 });
+  await obtain(at.bed, at.client);
+  assert(at.bed.waits.filter((ms) => ms > 200 && ms <= 4000).length >= 2, `${at.bed.waits}`);
 });
 
 for (const retryAfterSeconds of [86_400, 600, undefined]) {
   Deno.test(`an order is polled in growing pauses up to the deadline, and once then, with Retry-After: ${retryAfterSeconds}`, async () => {
     await using bed = await testBed({ ca: { processingMs: Infinity } });
-    const client = await connect(bed, { random: () => 0.5 });
+    const waits: number[] = [];
+    const client = await connect(bed, {
+      random: () => 0.5,
+      async sleep(ms) {
+        waits.push(ms);
+        // a validation takes its time, an order that is never issued does not
+        if (bed.ca.orders.every(({ status }) => status !== "processing")) await bed.world().sleep(ms);
+        else bed.ca.advance(ms);
+      },
+    });
     const order = await ready(bed, client);
     bed.ca.switches.retryAfterSeconds = retryAfterSeconds;
-    const finalized = await client.finalizeOrder(order, (await createCsr(CERTIFICATE_KEY, [NAME])).der);
-    bed.waits.length = 0;
+    const finalized = await client.finalizeOrder(order, await csrFor(NAME));
+    waits.length = 0;
     const begun = bed.ca.now.getTime();
     let last = 0;
     for await (const { status } of client.watch("wait", finalized, new Date(begun + 180_000))) {
       assert.equal(status, "processing");
       last = bed.ca.now.getTime() - begun;
     }
-    assert.deepEqual(bed.waits.slice(0, 7), [20, 60, 180, 540, 1620, 4860, 5000]);
+    assert.deepEqual(waits.slice(0, 7), [20, 60, 180, 540, 1620, 4860, 5000]);
     assert(last >= 180_000 && last < 181_000, `the last poll was at ${last} ms`);
     bed.ca.violations.splice(0); // it would be too late otherwise
   });
 }
 
-// ---- a hostile CA ------------------------------------------------------------------------------------------------
+// ---- limits ------------------------------------------------------------------------------------------------------
 
-for (
-  const [what, fault, message] of [
-    ["HTML", { kind: "html" }, /^not JSON but text\/html$/],
-    ["410", { kind: "status", status: 410, contentType: "text/plain" }, /^HTTP status 410 \(text\/plain\)$/],
-    [
-      "an array",
-      { kind: "rewrite", rewrite: () => [] },
-      /^not an ACME directory: no usable URL for newNonce$/,
-    ],
-    ["http URLs", {
-      kind: "rewrite",
-      rewrite: (body) => ({ ...body, newOrder: String(body.newOrder).replace("https", "http") }),
-    }, /^not an ACME directory: no usable URL for newOrder$/],
-  ] as [string, Fault, RegExp][]
-) {
-  Deno.test(`${what} for a directory is an error that names its URL`, async () => {
-    await using bed = await testBed({ ca: { fault: befalling("directory", fault, Infinity) } });
-    const error = await failure(connect(bed));
-    assert.equal(error.step, `read the directory ${bed.ca.directoryUrl}`);
-    assert.match(error.message, message);
-    assert.equal(asked(bed, "directory"), 1);
-  });
-}
-
-Deno.test("404 is asked again, a few times within a second, but not of what need not be", async () => {
-  const notFound: Fault = { kind: "status", status: 404, contentType: "text/plain" };
-  await using bed = await faultyBed();
-  const client = await connect(bed);
-  for (const resource of ["directory", "newOrder"] as const) {
-    const before = asked(bed, resource);
-    bed.ca.switches.fault = befalling(resource, notFound, Infinity);
-    const asking = resource === "directory" ? connect(bed) : client.newOrder([NAME]);
-    assert.equal((await failure(asking)).message, "HTTP status 404 (text/plain)");
-    assert.equal(asked(bed, resource) - before, 3);
+Deno.test("no more than 20 requests are made at once, and no more than twice as many as there are lines at once", async () => {
+  await using bed = await testBed({});
+  const { fetch } = bed.world();
+  for (const [parallel, most] of [[3, 6], [40, 20]] as const) {
+    let [now, peak] = [0, 0];
+    const counting: TestWorld["fetch"] = async (url, init) => {
+      peak = Math.max(peak, ++now);
+      return await fetch(url, init).finally(() => now--);
+    };
+    const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.world({ fetch: counting }), parallel);
+    client.account = await client.newAccount(KEY, { contact: [] });
+    await Promise.all(numbered(60).map((name) => client.newOrder([name])));
+    assert.equal(peak, most);
   }
-  bed.ca.switches.fault = befalling("renewalInfo", notFound, Infinity);
-  await failure(client.renewalInfo("AAAA.AAAA"));
-  assert.equal(asked(bed, "renewalInfo"), 1);
 });
 
-const challenges = (
-  body: Record<string, unknown>,
-  change: (challenge: Record<string, unknown>) => unknown,
-) => ({ ...body, challenges: (body.challenges as Record<string, unknown>[]).map(change) });
+Deno.test("a CA that limits requests for ever is asked now and then by one of many who wait, not by each of them", async () => {
+  const slowDown = refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "3" } });
+  for (const resource of ["newNonce", "newOrder"] as const) {
+    await using at = await conversation();
+    const { bed, client } = at;
+    at.befall(resource, slowDown, Infinity);
+    const before = asked(bed, resource);
+    const results = await Promise.allSettled(numbered(50).map((name) => client.newOrder([name])));
+    const refused = results.filter((result) => result.status === "rejected");
+    assert(refused.length > 0);
+    for (const { reason } of refused) assert.equal(reason.problem.type, "rateLimited");
+    const tries = asked(bed, resource) - before;
+    assert(tries <= (resource === "newNonce" ? 20 : 50) + 9, `${tries} requests`);
+  }
+});
+
+Deno.test("who was turned away by a limit on requests a second comes back in turn", async () => {
+  await using bed = await testBed({ ca: { limits: { requestsPerSecond: { newOrder: 5 } } } });
+  const client = await connect(bed, {
+    // all who wait for the same moment share one leap of the clock
+    async sleep(ms) {
+      const until = bed.ca.now.getTime() + ms;
+      await new Promise((resolve) => setTimeout(resolve, 2));
+      bed.ca.advance(Math.max(0, until - bed.ca.now.getTime()));
+    },
+  });
+  await Promise.all(numbered(60).map((name) => client.newOrder([name])));
+  assert.equal(bed.ca.orders.length, 60);
+  const refused = bed.ca.log.filter(({ status }) => status === 429).length;
+  assert(refused <= 60 + 60 / 5, `${refused} refused: each once, then one a second`);
+});
+
+// ---- answers that are none ---------------------------------------------------------------------------------------
+
+Deno.test("an answer that is none is an error at once, and is not asked for again", async () => {
+  const refused = refusing(403, "unauthorized", "go away");
+  const terms = '</terms/v8>;rel="terms-of-service", </dir>;rel="index"';
+  const changed = {
+    type: "urn:ietf:params:acme:error:userActionRequired",
+    detail: "terms have changed",
+    instance: "https://ca.example/agree?to=v8",
+  };
+  await using at = await conversation();
+  const { bed, client } = at;
+  const table: [Fault, string | RegExp][] = [
+    [status(410, "text/html"), "HTTP status 410 (text/html)"],
+    [status(501, "text/html"), "HTTP status 501 (text/html)"],
+    [{ ...refused, body: '{"type":"ur' } as Fault, /^HTTP status 403/],
+    [refused, "go away (unauthorized)"],
+    [{ ...refused, contentType: "application/json" } as Fault, "go away (unauthorized)"],
+    [status(403, "application/json", '{"message": "no"}'), "HTTP status 403 (application/json)"],
+    [refusing(429, "rateLimited", "too many"), "too many (rateLimited)"],
+    [status(429, "text/html"), "too many requests (rateLimited)"],
+    [
+      {
+        kind: "status",
+        status: 403,
+        headers: { link: terms },
+        body: JSON.stringify(changed),
+      },
+      `terms have changed (userActionRequired), see ${changed.instance}, see ${bed.ca.origin}/terms/v8`,
+    ],
+    [{ kind: "status", status: 302, headers: { location: "/dir" } }, /^HTTP status 302/],
+    [{ kind: "html" }, "not JSON but text/html"],
+    [{ kind: "truncate" }, "broken JSON"],
+    [{ kind: "rewrite", rewrite: () => ({}) }, "not an order"],
+    [{ kind: "rewrite", rewrite: () => 7 }, "not a JSON object"],
+    [{ kind: "drop header", name: "location" }, "the answer has no Location"],
+    [
+      status(201, "application/json", `"${"x".repeat(2 << 20)}"`),
+      "an answer of more than 1048576 bytes",
+    ],
+  ];
+  for (const [fault, message] of table) {
+    const before = asked(bed, "newOrder");
+    at.befall("newOrder", fault, Infinity);
+    const error = await failure(client.newOrder([NAME]));
+    assert.equal(error.step, "create an order");
+    if (typeof message === "string") assert.equal(error.message, message);
+    else assert.match(error.message, message);
+    assert.deepEqual([asked(bed, "newOrder") - before, bed.waits], [1, []]);
+  }
+});
+
+const ESCAPES =
+  "\x1b]0;owned\x07\x1b[2J\x1b[31mred\r\n\u202efake\u2028line\0\x9b1m $(rm -rf ~) `id`; & | > <";
+const CLEAN = "]0;owned [2J [31mred fake line 1m $(rm -rf ~) `id`; & | > <";
+
+Deno.test("what the CA says reaches the message on one line and within bounds, without what could steer a terminal", async () => {
+  await using at = await conversation();
+  const nested = '{"subproblems":['.repeat(30_000) + "{}" + "]}".repeat(30_000);
+  const many = { detail: "x".repeat(5000), subproblems: Array(1000).fill({ detail: "y".repeat(900) }) };
+  const hostile = {
+    type: ESCAPES,
+    detail: ESCAPES,
+    subproblems: [
+      { type: ESCAPES, detail: ESCAPES, identifier: { type: "dns", value: ESCAPES } },
+      {
+        type: "urn:ietf:params:acme:error:dns",
+        detail: "no such name",
+        identifier: { value: "b.example.com" },
+      },
+    ],
+  };
+  const table: [string, string | RegExp, string?][] = [
+    [
+      JSON.stringify(hostile),
+      `${CLEAN} (${CLEAN}); ${CLEAN}: ${CLEAN} (${CLEAN}); b.example.com: no such name (dns)`,
+    ],
+    ["", "HTTP status 400 (text/ht ml x)", "text/ht\tml\x80x; charset=\u00ff"],
+    [nested, /^no detail \(about:blank\)/],
+    [JSON.stringify(many), /^x{2000}… \(about:blank\); y/],
+    ["{}", "no detail (about:blank)"],
+    ['{"type":7,"detail":{"a":1},"subproblems":"none","identifier":[]}', '{"a":1} (7)'],
+    ['{"subproblems":[null,7,"x"]}', "no detail (about:blank)"],
+    ['{"instance":"javascript:alert(1)"}', "no detail (about:blank)"],
+    ["null", /^HTTP status 400/],
+    ["[]", "no detail (about:blank)"],
+  ];
+  for (const [body, expected, contentType = "application/problem+json"] of table) {
+    at.befall("newOrder", status(400, contentType, body));
+    const { message } = await failure(at.client.newOrder([NAME]));
+    if (typeof expected === "string") assert.equal(message, expected);
+    else assert.match(message, expected);
+    assert(message.length <= 20_001, `${message.length} characters`);
+  }
+});
+
+Deno.test("linksOf() reads a Link header, be it ever so long, in no time", () => {
+  const links = (link: string) =>
+    linksOf({ headers: new Headers({ link }), text: "" }, "alternate", "https://ca.example/c/1");
+  const two =
+    '<https://ca.example/dir>;rel="index", </c/2>; rel="alternate";x=1,<https://a.example/3>;rel=alternate';
+  assert.deepEqual(links(two), ["https://ca.example/c/2", "https://a.example/3"]);
+  assert.deepEqual(links('</c/2>;rel="alternates", </c/3>;x="rel=alternate"'), []);
+  const begun = performance.now();
+  for (const piece of ["<", "<x", "<>;", "<>;;rel", ", <", "<a>;rel=alternate,"]) {
+    links(piece.repeat(100_000));
+  }
+  assert(performance.now() - begun < 5000); // seconds times a hundred where it looks back
+});
+
+Deno.test("oneLine() makes any text one line of bounded length, without what cannot be seen", () => {
+  for (
+    const [text, clean] of [
+      ["plain text, ümläuts, 日本語, 👍", "plain text, ümläuts, 日本語, 👍"],
+      ["  a\tb\r\nc\0d  ", "a b c d"],
+      ["\x1b[31mred\x1b[0m", "[31mred [0m"],
+      ["a\u202eb\u2066c\u200bd\u2029e\ud800f", "a b c d e f"],
+      ["x".repeat(2001), `${"x".repeat(2000)}…`],
+    ] as const
+  ) {
+    assert.equal(oneLine(text), clean);
+  }
+});
+
+Deno.test("describe() shows a problem with its links, its subproblems and whom they are about", () => {
+  const sub = (type: string, detail: string, identifier: string) => (
+    { type, detail, identifier, links: [], subproblems: [] }
+  );
+  assert.equal(
+    describe({
+      type: "compound",
+      detail: "cannot validate",
+      links: ["https://ca.example/why"],
+      subproblems: [sub("dns", "NXDOMAIN", "a.example.com"), sub("unauthorized", "", "b.example.com")],
+    }),
+    "cannot validate (compound), see https://ca.example/why; a.example.com: NXDOMAIN (dns); " +
+      "b.example.com: no detail (unauthorized)",
+  );
+});
+
+// ---- a hostile CA ------------------------------------------------------------------------------------------------
+
+type Body = Record<string, unknown>;
+const rewrite = (rewrite: (body: Body) => unknown): Fault => ({ kind: "rewrite", rewrite });
+
+Deno.test("what is no directory is an error that names its URL", async () => {
+  for (
+    const [fault, message] of [
+      [{ kind: "html" }, "not JSON but text/html"],
+      [status(410), "HTTP status 410 (text/plain)"],
+      [rewrite(() => []), "not an ACME directory: no usable URL for newNonce"],
+      [
+        rewrite((body) => ({ ...body, newOrder: String(body.newOrder).replace("https", "http") })),
+        "not an ACME directory: no usable URL for newOrder",
+      ],
+    ] as [Fault, string][]
+  ) {
+    await using bed = await testBed({ ca: { fault: befalling("directory", fault, Infinity) } });
+    const error = await failure(connect(bed));
+    const step = `read the directory ${bed.ca.directoryUrl}`;
+    assert.deepEqual([error.step, error.message, asked(bed, "directory")], [step, message, 1]);
+  }
+});
+
+const challenges = (body: Body, change: (challenge: Body) => unknown) => ({
+  ...body,
+  challenges: (body.challenges as Body[]).map(change),
+});
 const BAD_URLS = [
   "http://localhost/x",
   "https://attacker.example/x",
@@ -256,11 +641,7 @@ const BAD_URLS = [
   (origin: string) => `${origin}/x\n\x1b[2Jhttps://attacker.example`,
   (origin: string) => `${origin}/${"x".repeat(3000)}`,
 ];
-const PLACES: readonly [
-  Exchange["resource"],
-  string,
-  (body: Record<string, unknown>, url: unknown) => unknown,
-][] = [
+const PLACES: readonly [Resource, string, (body: Body, url: unknown) => unknown][] = [
   ["newOrder", "authorization", (body, url) => ({ ...body, authorizations: [url] })],
   ["newOrder", "finalize", (body, url) => ({ ...body, finalize: url })],
   ["authz", "challenge", (body, url) => challenges(body, (challenge) => ({ ...challenge, url }))],
@@ -268,12 +649,12 @@ const PLACES: readonly [
 ];
 for (const [resource, what, put] of PLACES) {
   Deno.test(`a ${what} URL that is not the CA's, or no URL, is refused and not asked`, async () => {
-    await using bed = await faultyBed();
-    const client = await connect(bed);
+    await using at = await conversation();
+    const { bed, client } = at;
     for (const [i, bad] of BAD_URLS.entries()) {
       const url = typeof bad === "function" ? bad(bed.ca.origin) : bad;
       const begun = bed.ca.log.length;
-      bed.ca.switches.fault = befalling(resource, { kind: "rewrite", rewrite: (body) => put(body, url) });
+      at.befall(resource, rewrite((body) => put(body, url)));
       const error = await failure(obtain(bed, client, `n${i}.example.com`));
       assert.match(error.message, /^the CA named an unusable URL "/, `${url}`);
       // deno-lint-ignore no-control-regex
@@ -283,85 +664,54 @@ for (const [resource, what, put] of PLACES) {
   });
 }
 
-Deno.test("a Location that is not the CA's is refused", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
+Deno.test("an order with a Location that is not the CA's, or with more authorizations than names, is refused", async () => {
+  await using at = await conversation();
   for (const location of ["http://localhost/order/1", "https://attacker.example/order/1", "order/1"]) {
-    const order = { status: "ready", authorizations: [], finalize: `${bed.ca.origin}/order/1/finalize` };
-    bed.ca.switches.fault = befalling("newOrder", {
-      kind: "status",
-      status: 201,
-      contentType: "application/json",
-      headers: { location },
-      body: JSON.stringify(order),
-    });
-    const error = await failure(client.newOrder([NAME]));
-    assert.equal(error.message, `the CA named an unusable URL ${JSON.stringify(location)}`);
+    const order = { status: "ready", authorizations: [], finalize: `${at.bed.ca.origin}/order/1/finalize` };
+    const fault = status(201, "application/json", JSON.stringify(order));
+    at.befall("newOrder", { ...fault, headers: { location } } as Fault);
+    const { message } = await failure(at.client.newOrder([NAME]));
+    assert.equal(message, `the CA named an unusable URL ${JSON.stringify(location)}`);
   }
-});
-
-Deno.test("more authorizations than names are refused", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
-  bed.ca.switches.fault = befalling("newOrder", {
-    kind: "rewrite",
-    rewrite: (body) => ({ ...body, authorizations: Array(1200).fill((body.authorizations as string[])[0]) }),
-  });
-  assert.equal((await failure(client.newOrder([NAME]))).message, "the CA asks for 1200 authorizations");
+  const many = ({ authorizations, ...body }: Body) => (
+    { ...body, authorizations: Array(1200).fill((authorizations as string[])[0]) }
+  );
+  at.befall("newOrder", rewrite(many));
+  assert.match((await failure(at.client.newOrder([NAME]))).message, /1200 authorizations/);
 });
 
 Deno.test("a token that is not base64url, is too short or too long is refused", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
+  await using at = await conversation();
   const good = "A".repeat(22);
-  const tokens = [
-    "../../../etc/cron.d/x",
-    `..%2f${good}`,
-    `${good}/x`,
-    `${good}\n${good}`,
-    `${good}\0`,
-    `.${good}`,
-    `$(touch ${good})`,
-    `${good}=`,
-    "A".repeat(21),
-    "A".repeat(201),
-    good.replace("A", "Ä"),
-  ];
+  const tokens = ["../../../etc/cron.d/x", `..%2f${good}`, `${good}/x`, `${good}\n${good}`, `${good}\0`]
+    .concat(`.${good}`, `$(touch ${good})`, `${good}=`, "A".repeat(21), "A".repeat(201), `Ä${good}`);
+  const [url] = (await at.client.newOrder([NAME])).authorizations;
   for (const token of tokens) {
-    const order = await client.newOrder([NAME]);
-    bed.ca.switches.fault = befalling("authz", {
-      kind: "rewrite",
-      rewrite: (body) => challenges(body, (challenge) => ({ ...challenge, token })),
-    });
-    const error = await failure(client.getAuthorization(order.authorizations[0]!));
-    assert.equal(error.message, "the CA sent a token that is not base64url");
+    at.befall("authz", rewrite((body) => challenges(body, (challenge) => ({ ...challenge, token }))));
+    const { message } = await failure(at.client.getAuthorization(url!));
+    assert.equal(message, "the CA sent a token that is not base64url");
   }
 });
 
 Deno.test("challenges are read as far as they are known: types that are not, and how dns-persist-01 names CA and account", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
-  bed.ca.switches.fault = befalling("authz", {
-    kind: "rewrite",
-    rewrite: (body) =>
-      challenges(body, (one) => one.type === "tls-alpn-01" ? { ...one, type: "x-02", token: "a b" } : one),
-  });
-  const order = await client.newOrder([NAME]);
-  const { challenges: offered } = await client.getAuthorization(order.authorizations[0]!);
+  await using at = await conversation();
+  const unknown = (one: Body) => one.type === "tls-alpn-01" ? { ...one, type: "x-02", token: "a b" } : one;
+  at.befall("authz", rewrite((body) => challenges(body, unknown)));
+  const order = await at.client.newOrder([NAME]);
+  const { challenges: offered } = await at.client.getAuthorization(order.authorizations[0]!);
   assert.deepEqual(
     offered.map(({ type, token }) => [type, token.length]),
     [["x-02", 0], ["dns-persist-01", 0], ["dns-01", 43], ["http-01", 43]],
   );
   const { issuerDomainNames, accountUri } = offered[1]!;
-  assert.deepEqual([issuerDomainNames, accountUri], [["ca.example"], client.account.url]);
+  assert.deepEqual([issuerDomainNames, accountUri], [["ca.example"], at.client.account.url]);
 });
 
 Deno.test("a certificate that is none, or that the order does not name, is an error", async () => {
-  await using bed = await faultyBed();
-  const client = await connect(bed);
-  bed.ca.switches.fault = befalling("certificate", { kind: "html" });
+  await using at = await conversation();
+  const { bed, client } = at;
+  at.befall("certificate", { kind: "html" });
   assert.equal((await failure(obtain(bed, client))).message, "not a certificate but text/html");
-  const rewrite = ({ certificate: _, ...body }: Record<string, unknown>) => body;
-  bed.ca.switches.fault = befalling("finalize", { kind: "rewrite", rewrite });
+  at.befall("finalize", rewrite(({ certificate: _, ...body }) => body));
   assert.equal((await failure(obtain(bed, client))).message, "the order names no certificate");
 });

@@ -1,29 +1,28 @@
 /**
- * Runs the commands of actions.conf by /bin/sh, each in a process group of its own, and shares `prepare` commands while
- * they are in use. Alone imports zx, and only when there is a command to run.
+ * Runs the commands of actions.conf in /bin/sh, each in its own process group, and shares `prepare` commands while they are
+ * in use. Only this file imports zx, when there is a command to run.
  *
- * A command line is split at its placeholders, and zx puts in the values. They are harmless by construction: host names,
- * base64url, and paths below a directory whose own path was checked. Any other value is a bug and reaches no line.
+ * A command line is split at its placeholders, and zx inserts the values. These are host names, base64url, and paths below
+ * a directory whose own path was checked. Any other value is a bug: it is refused.
  */
 
-import { Buffer } from "node:buffer";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ProcessPromise } from "zx";
 import type { Mode } from "./config.ts";
 import { oneLine, ownLines } from "./names.ts";
 
-/** Placeholder -> what it stands for. A list becomes words. */
+/** Placeholder -> value. A list becomes several words. */
 export type Values = Readonly<Record<string, string | readonly string[]>>;
 
 export interface CommandOptions {
-  /** Becomes LEMATT_MODE. */
+  /** LEMATT_MODE. */
   readonly mode: Mode;
   readonly timeoutSeconds: number;
   /** Ends the command when it aborts. */
   readonly signal?: AbortSignal;
-  /** Its standard input; without it /dev/null. */
+  /** The default is /dev/null. */
   readonly stdin?: string;
-  /** Gets what the command prints, as it comes, made safe to show. */
+  /** Called with the output of the command, safe to print. */
   readonly onOutput?: (text: string) => void;
 }
 
@@ -31,19 +30,19 @@ export interface CommandOptions {
 export interface Outcome {
   /** The line as it was run; of several parts the first. */
   readonly command: string;
-  /** The end of what it printed on both streams. */
+  /** The end of its output on both streams. */
   readonly output: string;
   readonly seconds: number;
 }
 
-/** A command that could not be started, failed, was killed or ran out of time. */
+/** A command that could not be started, failed, was killed or timed out. */
 export class CommandError extends Error {
   override readonly name = "CommandError";
-  /** null: it did not start, ran out of time, or was ended by `signal`. */
+  /** null: it did not start, timed out, or was ended by `signal`. */
   readonly exitCode: number | null;
   readonly signal?: string;
   readonly timedOut: boolean;
-  /** The end of what it printed on both streams. */
+  /** The end of its output on both streams. */
   readonly output: string;
 
   constructor(
@@ -52,7 +51,7 @@ export class CommandError extends Error {
     ending: { exitCode?: number | null; signal?: string | null; timedOut?: boolean; output?: string } = {},
   ) {
     const line = ownLines(command);
-    // both ends: the host that an upload is for stands last
+    // both ends, since the host of an upload is at the end
     const short = line.length > 200 ? `${line.slice(0, 100)} … ${line.slice(-100)}` : line;
     super(`cannot run ${JSON.stringify(short)}: ${reason}`);
     this.exitCode = ending.exitCode ?? null;
@@ -62,32 +61,35 @@ export class CommandError extends Error {
   }
 }
 
-/** Longest command line, and longest variable: Linux takes 128 KiB in one string (MAX_ARG_STRLEN, execve(2)). */
+/** Longest command line or variable; Linux has 128 KiB for one string (MAX_ARG_STRLEN, execve(2)). */
 const STRING_BYTES = 96 * 1024;
-/** How much is kept of what a command prints, in characters: the end, where errors stand. */
+/** Characters kept of the output: the end, where errors are. */
 const OUTPUT_LENGTH = 64 * 1024;
-/** From TERM to KILL: enough for ssh to close its connection. */
+/** From TERM to KILL; ssh needs some time to close its connection. */
 const TERM_SECONDS = 5;
-/** How long to wait after KILL before giving up on what runs as another user. */
+/** How long to wait after KILL before giving up; processes of another user cannot be killed. */
 const KILL_SECONDS = 0.5;
-/** How long to read on when the shell has ended: a daemon that it started may hold its output open for good. */
+/** How long to read on after the shell has ended; a daemon that it started may keep its output open. */
 const LINGER_MS = 500;
-/** Longest delay of setTimeout; anything beyond fires at once. */
+/** Longest delay of setTimeout; longer ones fire at once. */
 const LONGEST_DELAY_MS = 2 ** 31 - 1;
 
 // ---- command lines -----------------------------------------------------------------------------------------------
 
-/** Whole words. Behind `$`, `{` or a backslash they are the shell's. */
+/** Whole words, not after `$`, `{` or a backslash. */
 const WORD = /(?<![\w$\\{])\w+/g;
-/** A word outside quotes, or what is passed over to find it: a string in quotes, what is behind a backslash. */
+/** A word outside quotes, or what is skipped: a string in quotes, text after a backslash. */
 const PART = /(\\(?:\w+|.)|'[^']*'|"(?:\\.|[^"\\])*"|(?<![\w$\\{])\w+)/s;
-/** Means itself everywhere in a command line, even in one that this line hands to another shell. */
+/** Safe without quotes, even if the command passes it to another shell. */
 const PLAIN = /^[\w./:@%+,-]+$/;
-/** Means itself in quotes: wildcards, and the blanks and brackets of an alert's subject. */
+/** Safe in quotes: also wildcards, and the blanks and brackets of an alert's subject. */
 const PLAIN_IN_QUOTES = /^[\w./:@%+,*[\] -]+$/;
 
-/** A command line as zx takes it: the pieces of its text, and the values that stand between them. */
+/** A command line for zx: the pieces of its text, and the values between them. */
 function split(template: string, values: Values): { pieces: string[]; words: Values[string][] } {
+  /** A wildcard gets no quotes here: in "DOMAIN" they would become part of the text. */
+  const inQuotes = (word: string) =>
+    Object.hasOwn(values, word) ? [values[word]!].flat().map(checked).join(" ") : word;
   const pieces = [""];
   const words: Values[string][] = [];
   for (const [at, part] of template.split(PART).entries()) {
@@ -99,11 +101,6 @@ function split(template: string, values: Values): { pieces: string[]; words: Val
     }
   }
   return { pieces, words };
-
-  /** No quotes for a wildcard here: they would show, since most of what is in quotes is data, as in "DOMAIN". */
-  function inQuotes(word: string): string {
-    return Object.hasOwn(values, word) ? [values[word]!].flat().map(checked).join(" ") : word;
-  }
 }
 
 /** The values whose placeholders are in a command line. */
@@ -112,8 +109,8 @@ function usedIn(template: string, values: Values): Values {
   return Object.fromEntries(Object.entries(values).filter(([name]) => words.has(name)));
 }
 
-/** What zx puts in for one word. */
-function quote(word: string): string {
+/** One word as zx inserts it. */
+function shellQuote(word: string): string {
   return PLAIN.test(word) ? word : `'${checked(word)}'`;
 }
 
@@ -135,25 +132,24 @@ function half(values: Values, which: "first" | "second"): Values {
 // ---- processes ---------------------------------------------------------------------------------------------------
 
 /**
- * Goes before a `prepare` command: ends its group when its standard input closes, that is, when we are gone, however that
- * came about. A command that does not look at its input would keep its port, and the next run could not have it.
+ * Put before a `prepare` command: a background process that reads the standard input and, when that closes because lematt
+ * has ended, even by SIGKILL, ends the group. Otherwise the command could keep a port that the next run needs.
  */
 const GUARD = "exec 3<&0; { cat <&3; kill 0; } >/dev/null 2>&1 & exec 3<&-; ";
 
-/** What zx would keep of the output, which may be gigabytes. */
+/** For zx, so that it does not keep the output, which may be gigabytes. */
 const NOTHING = Object.assign([] as string[], { push: () => 0 });
 
-/** Aborts when nothing may run any longer. */
 const killing = new AbortController();
 
-/** Kills all commands at once, with their process groups, and has none start any more: for a second interrupt. */
+/** Kills all commands with their process groups, and lets none start any more: for a second interrupt. */
 export function killAll(): void {
   killing.abort(new DOMException("interrupted", "AbortError"));
 }
 
 /**
- * Makes a command, to be run later; several where the line or a variable would be too long for the system. Each of these
- * has its own part of every list, in the line and as LEMATT_<NAME> in the environment.
+ * Prepares a command; several if the line or a variable would be too long for the system. Each of these has its own part
+ * of every list, in the line and as LEMATT_<NAME> in the environment.
  */
 async function make(
   template: string,
@@ -169,12 +165,12 @@ async function make(
   const input = stdin === "open" ? undefined : stdin.text;
   const command = $({
     halt: true,
-    quote,
-    // all that a ZX_… variable could change is set here
+    quote: shellQuote,
+    // every option that a ZX_… variable could change is set here
     shell: "/bin/sh",
     prefix: stdin === "open" ? GUARD : "",
     postfix: "",
-    detached: true, // a session of its own: one group to be ended as a whole, and no terminal to ask at
+    detached: true, // its own session: one group that can be ended as a whole, and no terminal to ask at
     nothrow: true,
     timeout: 0,
     preferLocal: false,
@@ -185,7 +181,7 @@ async function make(
     store: { stdout: NOTHING, stderr: NOTHING, stdall: NOTHING },
     log: () => {},
   })(pieces as unknown as TemplateStringsArray, ...words);
-  if (command.output) throw command.output.cause; // what quote() has thrown
+  if (command.output) throw command.output.cause; // thrown by shellQuote()
 
   const strings = [command.cmd, ...variables.map(([, value]) => value)];
   const isTooLong = strings.some((text) => Buffer.byteLength(text) > STRING_BYTES);
@@ -196,13 +192,13 @@ async function make(
   ];
 }
 
-/** A process group: a shell that was started, and what it starts. */
+/** A process group: a shell and its children. */
 interface Group {
-  /** Settles when the shell has ended and its output has been read; with why it failed. */
+  /** Resolves when the shell has ended and its output has been read. */
   readonly ended: Promise<CommandError | undefined>;
-  /** The end of what it has printed so far, whole lines only where something is missing. */
+  /** The end of its output so far; if it was shortened, from the beginning of a line. */
   output(): string;
-  /** Ends all of it; false where something runs on, as another user. */
+  /** Ends the group; false if a process of another user goes on. */
   end(): Promise<boolean>;
 }
 
@@ -230,7 +226,7 @@ function start(command: ProcessPromise, onOutput?: (text: string) => void): Grou
       if (printed.length > 16 * OUTPUT_LENGTH) printed = printed.slice(-OUTPUT_LENGTH - 1);
     });
   }
-  child.stdin?.on("error", () => {}); // EPIPE: a command need not read what it is given
+  child.stdin?.on("error", () => {}); // EPIPE: a command need not read its input
   child.once("exit", () => {
     const lingering = setTimeout(() => streams.forEach((stream) => stream.destroy()), LINGER_MS);
     ended.then(() => clearTimeout(lingering));
@@ -238,19 +234,19 @@ function start(command: ProcessPromise, onOutput?: (text: string) => void): Grou
 
   const group = -child.pid;
   const end = async () => {
-    child.stdin?.destroy(); // what runs as another user (sudo) gets no signal of ours, but sees this
+    child.stdin?.destroy(); // processes of another user (sudo) get no signal, but notice this
     send(group, "SIGTERM");
-    await within(TERM_SECONDS, async () => killing.signal.aborted || await isGone(group));
+    await waitUntil(async () => killing.signal.aborted || await isGone(group), TERM_SECONDS);
     send(group, "SIGKILL");
-    await within(KILL_SECONDS, () => isGone(group));
-    await within(KILL_SECONDS, () => command.output !== null);
+    await waitUntil(() => isGone(group), KILL_SECONDS);
+    await waitUntil(() => command.output !== null, KILL_SECONDS);
     return send(group, 0) !== "EPERM";
   };
   return { ended, output, end };
 }
 
-/** Waits until `condition` holds, or so many seconds. */
-async function within(seconds: number, condition: () => boolean | Promise<boolean>): Promise<void> {
+/** Waits until a condition is true, at most so many seconds. */
+async function waitUntil(condition: () => boolean | Promise<boolean>, seconds: number): Promise<void> {
   const deadline = performance.now() + seconds * 1000;
   for (let pause = 1; !await condition() && performance.now() < deadline; pause = Math.min(pause * 2, 100)) {
     await delay(pause);
@@ -258,8 +254,8 @@ async function within(seconds: number, condition: () => boolean | Promise<boolea
 }
 
 /**
- * Whether nothing of a group runs. It may be there for longer, as zombies, where process 1 reaps late or never (in a
- * container); proc(5) is asked through a shell because Deno opens nothing there.
+ * Whether no process of a group runs. Zombies do not count: in a container process 1 may never reap them. A shell reads
+ * proc(5), since Deno cannot.
  */
 async function isGone(group: number): Promise<boolean> {
   if (send(group, 0) === "ESRCH") return true;
@@ -273,22 +269,22 @@ async function isGone(group: number): Promise<boolean> {
   return (await shell.output()).success;
 }
 
-/** Sends a signal to a process group, given as its negative id; why not where that fails. */
+/** Sends a signal to a process group, given as its negative id; returns the error. */
 function send(group: number, name: Deno.Signal | 0): "ESRCH" | "EPERM" | undefined {
   try {
     Deno.kill(group, name);
   } catch (error) {
-    return error instanceof Deno.errors.NotFound ? "ESRCH" : "EPERM"; // Deno's own error has no code
+    return error instanceof Deno.errors.NotFound ? "ESRCH" : "EPERM"; // the error has no code
   }
 }
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
 /**
- * Runs a command line by `/bin/sh -c` in the directory where lematt was started, and waits for its end; where it would be
- * too long, in several parts one after the other, each with the whole time. A daemon that it leaves behind is left alone.
+ * Runs a command line with `/bin/sh -c` in the working directory, and waits for its end; a line that is too long runs in
+ * several parts, one after the other, each with the whole time. A daemon that it starts is left alone.
  *
- * @throws CommandError unless it exits with 0 in time; the signal's reason when that aborts
+ * Throws CommandError unless it exits with 0 in time, and the signal's reason when that aborts.
  */
 export async function runCommand(
   template: string,
@@ -317,7 +313,7 @@ async function runPart(
     const ending = await Promise.race([ended, stopped]);
     if (ending === undefined) return output();
     if (ending !== "stopped") throw ending;
-    const reason = `timed out after ${timeoutSeconds} s${await end() ? "" : ", and could not be ended"}`;
+    const reason = `timed out after ${timeoutSeconds} s${await end() ? "" : ", and could not be killed"}`;
     interrupt.throwIfAborted();
     throw new CommandError(command.cmd, reason, { timedOut: true, output: output() });
   } finally {
@@ -326,7 +322,7 @@ async function runPart(
   }
 }
 
-/** A `prepare` command in use; to be disposed of when it is needed no longer. */
+/** A `prepare` command in use, until disposed of. */
 export interface Running extends AsyncDisposable {
   /** Aborts with a CommandError if the command fails while it is in use. */
   readonly failed: AbortSignal;
@@ -340,10 +336,10 @@ interface Shared {
 }
 
 /**
- * The `prepare` commands in use. Identical command lines are one process group, started for the first user and ended with
- * the last; its environment has only the values that are in the line, since it serves other lines of `domains`, too. Its
- * standard input is a pipe that is never written. A command that exits with 0 has done its work (opened a port of a
- * firewall, say); any other early end is a failure, of which `warn` hears once, and the next user starts it anew.
+ * The `prepare` commands in use. Identical command lines share one process group, from the first user to the last; its
+ * environment has only the values in the line, since other lines of `domains` use it, too. Its standard input is a pipe
+ * that is never written. A command that exits with 0 has done its work (such as opening a port of a firewall). Any other
+ * early end is a failure: it is reported once through `warn`, and the next user starts the command again.
  */
 export class PrepareCommands implements AsyncDisposable {
   readonly #shared = new Map<string, Shared>();
@@ -353,11 +349,11 @@ export class PrepareCommands implements AsyncDisposable {
     private readonly onOutput?: (text: string) => void,
   ) {}
 
-  /** Resolves as soon as the command has been started: the self-check of the challenge shows whether it works. */
+  /** Resolves when the command has been started; the self-check of the challenge shows whether it works. */
   async start(template: string, values: Values, mode: Mode): Promise<Running> {
     const [command] = await make(template, usedIn(template, values), mode, "open");
     const line = command!.cmd;
-    while (this.#shared.get(line)?.stopped) await this.#shared.get(line)!.stopped; // whose port it may need
+    while (this.#shared.get(line)?.stopped) await this.#shared.get(line)!.stopped; // its port may be needed
     const shared = this.#shared.get(line) ?? this.#start(line, command!);
     shared.users++;
     const stack = new AsyncDisposableStack();
@@ -367,7 +363,6 @@ export class PrepareCommands implements AsyncDisposable {
     return { failed: shared.failed.signal, [Symbol.asyncDispose]: () => stack.disposeAsync() };
   }
 
-  /** Ends all. */
   async [Symbol.asyncDispose]() {
     await Promise.all([...this.#shared].map(([line, shared]) => this.#stop(line, shared)));
   }
@@ -382,7 +377,7 @@ export class PrepareCommands implements AsyncDisposable {
       const lastLine = oneLine(error.output.trimEnd().split("\n").at(-1)!);
       this.warn(`prepare: ${error.message}${lastLine && `: ${lastLine}`}`);
       shared.failed.abort(error);
-      this.#stop(line, shared); // what it has started and left behind
+      this.#stop(line, shared); // processes that it has left behind
     });
     return shared;
   }

@@ -8,7 +8,7 @@ import { type Context, limit, settled } from "./context.ts";
 import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endpoints.ts";
 import { CommandError, type CommandOptions, runCommand, type Values } from "./hooks.ts";
 import { type Delivery, listsOf, type Plan, planSection } from "./plan.ts";
-import { probe, ProbeError, type Sight as Probed } from "./probe.ts";
+import { probe, type Probed, ProbeError } from "./probe.ts";
 import { type Basis, type ByLine, expiryOf, type PlanOptions, retryDeliveryAt } from "./renewal.ts";
 import { writeReceipts } from "./receipts.ts";
 import type { Sight } from "./state.ts";

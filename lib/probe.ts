@@ -1,18 +1,18 @@
 /**
  * Which certificate an endpoint serves: at each of its addresses, for each type of key, by TLS or STARTTLS.
  *
- * Every address is first knocked at from within, so that a silent host costs a socket and no process. Where something
- * answers, `openssl s_client` asks for the certificate: nothing else at hand can ask for the RSA or the ECDSA one (Deno's
- * node:tls ignores `sigalgs` and `ciphers`). Chains are not judged here, and this file knows neither when to probe nor
- * what follows from what is seen.
+ * Each address is first contacted by Deno itself, so that a silent host costs a socket and no process. If it answers,
+ * `openssl s_client` asks for the certificate: Deno cannot ask for the RSA or the ECDSA one (its node:tls ignores
+ * `sigalgs` and `ciphers`). Chains are not checked here; endpoints.ts decides when to probe and what the result means.
  *
  * RFC 8446 §4.2.3 (signature algorithms choose the certificate), RFC 5246 §7.4.2 (so does the cipher suite), RFC 6066 §3
  * (SNI).
  */
 
 import type { Endpoint, KeyType } from "./config.ts";
-import { type Context, type Destination, isUnrouted, limit, settled } from "./context.ts";
+import { type Context, type Destination, isUnrouted, limit, settled, within } from "./context.ts";
 import { isIP, oneLine } from "./names.ts";
+import type { Sight } from "./state.ts";
 import { type Certificate, readCertificate } from "./x509.ts";
 
 /** What to probe: an endpoint, its words DOMAIN and DOMAINS_ALL replaced, for one type of key. */
@@ -21,66 +21,66 @@ export interface Target {
   readonly keyType: KeyType;
 }
 
-/** What one address serves to those who ask for one type of key. */
-export interface Sight {
+/** What one address serves to a client that asks for one type of key. */
+export interface Probed {
   /** The endpoint as written. */
   readonly endpoint: string;
-  /** Its IP address, without brackets; empty where the host has none. */
+  /** Its IP address, without brackets; empty if the host has none. */
   readonly address: string;
   /** What was asked for. */
   readonly keyType: KeyType;
   /**
    * `served`: a certificate, by a server that has its key. `unfinished`: a certificate, but the handshake failed.
    * `refused`: no certificate of this type. `unreachable`: no answer, or no TLS. `passed over`: not probed, since this
-   * host lacks the family of the address, and the endpoint has addresses of the other.
+   * host has no route to this address family, and the endpoint has addresses of the other.
    */
-  readonly kind: "served" | "unfinished" | "refused" | "unreachable" | "passed over";
+  readonly kind: Sight["kind"];
   /** Present for `served` and `unfinished`. */
   readonly certificate?: Certificate;
   /** Why it is not `served`. */
   readonly detail?: string;
 }
 
-/** There is no usable openssl, so that nothing can be probed. */
+/** Nothing can be probed without a usable openssl. */
 export class ProbeError extends Error {
   override readonly name = "ProbeError";
 }
 
 /** How long an address may be silent: more than mail servers wait before they greet (postscreen: 6 s). */
 const TIMEOUT_SECONDS = 10;
-/** A service behind so many addresses is not probed through its name; 4,000 addresses would be an attack. */
+/** Of a name with more addresses, so many are probed; 4,000 addresses would be an attack. */
 const MOST_ADDRESSES = 32;
-/** Of some 8 MB each, in the whole program. */
+/** Processes of openssl in the whole program, some 8 MB each. */
 const processes = limit(16);
 /** Connections and DNS queries, in the whole program; 1,024 files are open to most programs. */
-const knocks = limit(128);
+const contacts = limit(128);
 /** s_client prints some 10 KB, most of it what the server sent. */
 const OUTPUT_BYTES = 256 * 1024;
 
-/** The parts of a sight that a probe finds out. */
-type Finding = Pick<Sight, "kind" | "certificate" | "detail">;
+/** What one handshake shows. */
+type Seen = Pick<Probed, "kind" | "certificate" | "detail">;
 
-/** What was found at one address. */
+/** What one address shows. */
 interface Visit {
   readonly address: string;
   /** This host has no route to the address. */
   readonly unrouted: boolean;
-  readonly findings: ReadonlyMap<KeyType, readonly Finding[]>;
+  readonly seen: ReadonlyMap<KeyType, readonly Seen[]>;
 }
 
 /**
- * Probes each address of each endpoint for each type of key, whichever targets name it, `times` times in a row: a balancer
- * gives each of those connections to another server.
+ * Probes each address of each endpoint for each type of key: once if several targets name it, but `times` times in a row,
+ * since a balancer gives each connection to another server.
  *
- * @returns in the order of the targets; several sights of one address and type of key where its answers differ
- * @throws ProbeError where there is no usable openssl; the reason of the context's signal when that aborts
+ * @returns in the order of the targets; several results for one address and type of key if its answers differ
+ * @throws ProbeError without a usable openssl; the reason of the context's signal when that aborts
  */
 export async function probe(
   targets: readonly Target[],
   context: Context,
   times = 1,
   timeoutSeconds = TIMEOUT_SECONDS,
-): Promise<Sight[]> {
+): Promise<Probed[]> {
   if (targets.length === 0) return [];
   const round = new Round(context, await findOpenssl(context.signal), times, timeoutSeconds);
   const services = Map.groupBy(targets, ({ endpoint }) => serviceOf(endpoint));
@@ -91,26 +91,28 @@ export async function probe(
     })),
   );
   const reached = familiesReached([...visits.values()].flat());
-  const sights = new Map<string, Sight[]>(); // keeps the order in which its keys were first set
+  const found = new Map<string, Probed[]>(); // in the order of the targets, each once
   for (const { endpoint, keyType } of targets) {
     const service = serviceOf(endpoint);
     const here = visits.get(service)!;
     const isElsewhere = here.some(({ unrouted }) => !unrouted);
-    const found = here.flatMap(({ address, unrouted, findings }) => {
-      const place = { endpoint: endpoint.text, address, keyType };
-      const passedOver = unrouted && isElsewhere && !reached.has(isIP(address));
-      return findings.get(keyType)!.map((finding) => ({
-        ...place,
-        ...finding,
-        ...(passedOver ? { kind: "passed over" as const } : {}),
+    const probed = here.flatMap(({ address, unrouted, seen }) => {
+      const isPassedOver = unrouted && isElsewhere && !reached.has(isIP(address));
+      const passedOver = isPassedOver ? { kind: "passed over" as const } : {};
+      return seen.get(keyType)!.map((one) => ({
+        endpoint: endpoint.text,
+        address,
+        keyType,
+        ...one,
+        ...passedOver,
       }));
     });
-    sights.set(`${service} ${endpoint.text} ${keyType}`, found);
+    found.set(`${service} ${endpoint.text} ${keyType}`, probed);
   }
-  return [...sights.values()].flat();
+  return [...found.values()].flat();
 }
 
-/** What is probed, however it is written. */
+/** Identifies what is probed, however it is written. */
 function serviceOf(endpoint: Endpoint): string {
   const { host, port, starttls = "" } = endpoint;
   return [host, port, starttls, serverName(endpoint)].join(" ");
@@ -120,7 +122,7 @@ function serverName({ host, sni }: Endpoint): string | undefined {
   return sni ?? (isIP(host) ? undefined : host);
 }
 
-/** The families of addresses to which this host has routes, those to itself aside. */
+/** The address families to which this host has routes, not counting those to itself. */
 function familiesReached(visits: readonly Visit[]): Set<number> {
   const reached = visits.filter(({ address, unrouted }) => !unrouted && !/^(127\.|::1$)/.test(address));
   return new Set(reached.map(({ address }) => isIP(address)));
@@ -140,8 +142,8 @@ class Round {
   /** Visits every address of an endpoint. */
   async visitAll(endpoint: Endpoint, keyTypes: ReadonlySet<KeyType>): Promise<Visit[]> {
     const failed = (address: string, detail: string, unrouted = false): Visit => {
-      const finding = { kind: "unreachable" as const, detail };
-      return { address, unrouted, findings: new Map([...keyTypes].map((keyType) => [keyType, [finding]])) };
+      const seen = [{ kind: "unreachable" as const, detail }];
+      return { address, unrouted, seen: new Map([...keyTypes].map((keyType) => [keyType, seen])) };
     };
     let destinations: readonly Destination[];
     try {
@@ -152,24 +154,24 @@ class Round {
     }
     return await settled(destinations.map(async (destination) => {
       const { address } = destination;
-      let failure = await knocks(() => this.#knock(endpoint, destination));
-      // now and then once more: else our connections could keep step with a balancer's turns, and never see one of its servers
+      let failure = await contacts(() => this.#contact(endpoint, destination));
+      // at random once more: otherwise a balancer that takes turns could give every probe to the same server
       if (failure === undefined && this.context.random() < 0.5) {
-        failure = await knocks(() => this.#knock(endpoint, destination));
+        failure = await contacts(() => this.#contact(endpoint, destination));
       }
       if (failure !== undefined) return failed(address, failure.detail, failure.unrouted);
-      return { address, unrouted: false, findings: await this.#ask(endpoint, destination, keyTypes) };
+      return { address, unrouted: false, seen: await this.#ask(endpoint, destination, keyTypes) };
     }));
   }
 
-  /** Where an endpoint is reached; each host and port is resolved once. Throws where that is nowhere. */
+  /** Where an endpoint is reached; each host and port is resolved once. Throws if it has no address. */
   #route({ host, port }: Endpoint): Promise<readonly Destination[]> {
     const known = this.#routes.get(`${host} ${port}`);
     if (known !== undefined) return known;
-    const found = knocks(async () => {
+    const found = contacts(async () => {
       if (host.startsWith("*")) throw new Error("a wildcard is no host");
       using deadline = this.#deadline();
-      const destinations = await Promise.race([this.context.route(host, port), abortion(deadline.signal)]);
+      const destinations = await within(deadline.signal, this.context.route(host, port));
       if (destinations.length === 0) throw new Error("the name has none");
       if (destinations.length > MOST_ADDRESSES) {
         this.context.warn(
@@ -186,8 +188,8 @@ class Round {
     return deadlineIn(this.seconds, this.context.signal);
   }
 
-  /** Waits for the first word of an address, whatever it is; why there is none. */
-  async #knock(
+  /** Waits for any first answer of an address; returns why there is none. */
+  async #contact(
     endpoint: Endpoint,
     { address, port }: Destination,
   ): Promise<{ detail: string; unrouted?: boolean } | undefined> {
@@ -204,12 +206,12 @@ class Round {
     try {
       const plain = connection = await Deno.connect({ hostname: address, port, signal: deadline.signal });
       if (endpoint.starttls === undefined) {
-        // whatever comes of the handshake, and is said of the certificate: it is an answer
+        // any end of the handshake is an answer
         const tls = connection = await Deno.startTls(plain, { hostname: serverName(endpoint) ?? address });
-        deadline.signal.throwIfAborted(); // what it then closed was not this connection
+        deadline.signal.throwIfAborted(); // it has closed the plain connection only
         await tls.handshake();
       } else {
-        const first = FIRST_WORD[endpoint.starttls];
+        const first = FIRST_MESSAGE[endpoint.starttls];
         if (first !== undefined) await plain.write(first);
         await plain.read(new Uint8Array(1));
       }
@@ -220,7 +222,7 @@ class Round {
           detail: connection ? `silent for ${this.seconds} s` : `no connection within ${this.seconds} s`,
         };
       }
-      if (connection !== undefined) return undefined; // it has answered, though not with what was hoped for
+      if (connection !== undefined) return undefined; // it has answered, if only with an error
       if (await isUnrouted(address, error)) {
         return { detail: "this host has no route to the address", unrouted: true };
       }
@@ -230,30 +232,29 @@ class Round {
     }
   }
 
-  /** Asks an address that answers, for one type of key after the other: taking turns might match the turns of a balancer. */
+  /** Asks an address that answers, for one type of key after the other: alternating could match the turns of a balancer. */
   async #ask(endpoint: Endpoint, destination: Destination, keyTypes: ReadonlySet<KeyType>) {
-    const findings = new Map<KeyType, Finding[]>();
-    let silent: Finding | undefined;
+    const all = new Map<KeyType, Seen[]>();
+    let silent: Seen | undefined;
     for (const keyType of keyTypes) {
-      const distinct = new Map<string, Finding>();
+      const distinct = new Map<string, Seen>();
       for (let i = 0; i < this.times; i++) {
-        const found = silent ?? await processes(() => this.#askOnce(endpoint, destination, keyType));
-        const finding = found ??
+        const seen = silent ?? await processes(() => this.#askOnce(endpoint, destination, keyType)) ??
           (silent = { kind: "unreachable", detail: `no handshake within ${this.seconds} s` });
-        distinct.set(`${finding.kind} ${finding.certificate?.fingerprint} ${finding.detail}`, finding);
-        if (finding.kind === "unreachable") break;
+        distinct.set(`${seen.kind} ${seen.certificate?.fingerprint} ${seen.detail}`, seen);
+        if (seen.kind === "unreachable") break;
       }
-      findings.set(keyType, [...distinct.values()]);
+      all.set(keyType, [...distinct.values()]);
     }
-    return findings;
+    return all;
   }
 
-  /** Undefined where there was no handshake in time. */
+  /** Undefined if there was no handshake in time. */
   async #askOnce(
     endpoint: Endpoint,
     { address, port }: Destination,
     keyType: KeyType,
-  ): Promise<Finding | undefined> {
+  ): Promise<Seen | undefined> {
     const name = serverName(endpoint);
     using deadline = this.#deadline();
     const { stdout, stderr } = await this.openssl([
@@ -263,12 +264,12 @@ class Round {
       ...ASK_FOR[keyType],
     ], deadline.signal);
     this.context.signal.throwIfAborted();
-    return deadline.signal.aborted ? undefined : findingOf(stdout, stderr, endpoint);
+    return deadline.signal.aborted ? undefined : readOutput(stdout, stderr, endpoint);
   }
 }
 
-/** What a client says first where the server waits for that: LDAP's StartTLS (RFC 4511 §4.14), PostgreSQL's SSLRequest. */
-const FIRST_WORD: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
+/** What the client sends first if the server waits for that: LDAP's StartTLS (RFC 4511 §4.14), PostgreSQL's SSLRequest. */
+const FIRST_MESSAGE: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
   ldap: Uint8Array.fromHex("301d02010177188016" + "312e332e362e312e342e312e313436362e3230303337"),
   postgres: Uint8Array.fromHex("0000000804d2162f"),
 };
@@ -279,10 +280,9 @@ const FIRST_WORD: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
 type Openssl = (args: readonly string[], signal: AbortSignal) => Promise<{ stdout: string; stderr: string }>;
 
 /**
- * What makes a server choose its certificate of one type: the signature algorithms in TLS 1.3, the cipher suites in TLS
- * 1.2. PKCS#1 signatures are among those of ECDSA for the sake of servers that also ask how the certificate itself was
- * signed, which may be with the RSA key of a CA; TLS 1.3 uses them for nothing else. At level 0 also what is too weak to
- * be trusted is seen.
+ * A server chooses the type of its certificate by the signature algorithms in TLS 1.3, by the cipher suites in TLS 1.2.
+ * PKCS#1 signatures are offered with ECDSA, too, for servers that check how the certificate itself was signed, perhaps
+ * with the RSA key of a CA; TLS 1.3 uses them for nothing else. Level 0 also shows certificates too weak to be trusted.
  */
 const ASK_FOR: Readonly<Record<KeyType, readonly string[]>> = {
   rsa: [
@@ -295,10 +295,10 @@ const ASK_FOR: Readonly<Record<KeyType, readonly string[]>> = {
   ],
 };
 
-/** The openssl of this host. Throws ProbeError where there is none that can ask for a type of key. */
+/** The openssl of this host. Throws ProbeError if it cannot ask for a type of key. */
 async function findOpenssl(signal: AbortSignal): Promise<Openssl> {
   using deadline = deadlineIn(TIMEOUT_SECONDS, signal);
-  const { stdout, stderr } = await run(["s_client", "-help"], deadline.signal);
+  const { stdout, stderr } = await spawnOpenssl(["s_client", "-help"], deadline.signal);
   signal.throwIfAborted();
   const options = new Set((stdout + stderr).match(/(?<=^ +)-[\w-]+/gm));
   const lacking = ["-sigalgs", "-noservername", "-state"].filter((option) => !options.has(option));
@@ -308,13 +308,13 @@ async function findOpenssl(signal: AbortSignal): Promise<Openssl> {
       `cannot probe with this openssl, ${which}: OpenSSL 1.1.1 or newer is needed, not LibreSSL`,
     );
   }
-  // to read the trusted roots would take longer than all the rest
+  // reading the trusted roots would take longer than the handshake
   const rootless = ["-no-CAfile", "-no-CApath", "-no-CAstore"].filter((option) => options.has(option));
-  return (args, signal) => run(["s_client", "-state", ...rootless, ...args], signal);
+  return (args, signal) => spawnOpenssl(["s_client", "-state", ...rootless, ...args], signal);
 }
 
-/** Runs openssl until it ends or the signal aborts. Throws ProbeError where it cannot be run. */
-const run: Openssl = async (args, signal) => {
+/** Runs openssl until it ends or the signal aborts. Throws ProbeError if it cannot be run. */
+const spawnOpenssl: Openssl = async (args, signal) => {
   let child: Deno.ChildProcess;
   try {
     child = new Deno.Command("openssl", {
@@ -343,7 +343,7 @@ async function readText(
   stream: ReadableStream<Uint8Array<ArrayBuffer>>,
   signal: AbortSignal,
 ): Promise<string> {
-  const reader = stream.getReader({ mode: "byob" }); // without a buffer of ours there would be one of 64 KB for each chunk
+  const reader = stream.getReader({ mode: "byob" }); // with a small buffer instead of 64 KB for each chunk
   const cancel = () => void reader.cancel();
   signal.addEventListener("abort", cancel);
   const decoder = new TextDecoder();
@@ -359,12 +359,12 @@ async function readText(
 }
 
 /**
- * What s_client found out. With `-state` it prints each message of the handshake that it has read and found good.
+ * What s_client printed. With `-state` it prints each message of the handshake that it has read and found good.
  *
- * A server has proven that it has the key where the handshake is finished, and also where it goes on to demand a
- * certificate of ours, for lack of which it then breaks off: its signature has been checked by then.
+ * A server has proven that it has the key when the handshake is finished, and also when it asks for a certificate of ours
+ * and breaks off without it: its signature has been checked by then.
  */
-function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Finding {
+function readOutput(stdout: string, stderr: string, { starttls }: Endpoint): Seen {
   const hasRead = (message: string) =>
     new RegExp(`^SSL_connect:(?!error).* read ${message}`, "m").test(stderr);
   // "<thread>:error:<code>:<library>:<function>:<reason>:<file>:<line>:SSL alert number <n>", the first being the cause
@@ -374,7 +374,7 @@ function findingOf(stdout: string, stderr: string, { starttls }: Endpoint): Find
     ? "signed by another key than the certificate's"
     : undefined;
   const pem = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/.exec(stdout)?.[0];
-  const otherType = /^wrong (signature|certificate) type/.test(reason ?? ""); // it was shown one that was not asked for
+  const otherType = /^wrong (signature|certificate) type/.test(reason ?? ""); // it has shown one that was not asked for
   if (pem !== undefined && !otherType) {
     let certificate: Certificate;
     try {
@@ -418,11 +418,4 @@ function deadlineIn(seconds: number, parent: AbortSignal): Disposable & { readon
       parent.removeEventListener("abort", abort);
     },
   };
-}
-
-/** Rejects when the signal aborts. */
-function abortion(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) =>
-    signal.addEventListener("abort", () => reject(signal.reason), { once: true })
-  );
 }

@@ -7,7 +7,7 @@ import assert from "node:assert/strict";
 import { connect, type Socket } from "node:net";
 import { join } from "node:path";
 import { type Context, type Destination, systemContext } from "../lib/context.ts";
-import { probe, type Sight, type Target } from "../lib/probe.ts";
+import { probe, type Probed, type Target } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
 import { freePort, makeCertificate, startNginx, startServer, tcpServer } from "./tls.ts";
@@ -52,7 +52,7 @@ function context(changes: Partial<Context> = {}): Context {
 }
 
 /** Sights in few words: "127.0.0.1 rsa served rsa". */
-function brief(sights: readonly Sight[]): string[] {
+function brief(sights: readonly Probed[]): string[] {
   return sights.map(({ address, keyType, kind, certificate, detail }) => {
     const file = Object.keys(certificates).find((file) =>
       certificates[file]!.fingerprint === certificate?.fingerprint

@@ -11,7 +11,7 @@ import { type Delivery, listsOf, type Plan, planSection } from "./plan.ts";
 import { probe, type Probed, ProbeError } from "./probe.ts";
 import { type Basis, type ByLine, expiryOf, type PlanOptions, retryDeliveryAt } from "./renewal.ts";
 import { writeReceipts } from "./receipts.ts";
-import type { Sight } from "./state.ts";
+import type { Sight, State } from "./state.ts";
 import type { Entry, Store } from "./store.ts";
 
 /** The result of a delivery. */
@@ -45,11 +45,11 @@ export type DeliverEvent =
 const MOST_SECTIONS = 8;
 /** Probes of each address in the round that counts: one server behind a balancer may be right and another wrong. */
 const PROBES = 3;
-/** Pauses between rounds. Most services reload within a second, some restart for a minute. */
-const FIRST_PAUSE_MS = 500;
+/** Pauses between rounds of probes. Most services reload within a second, some restart for a minute. */
+const FIRST_ROUND_PAUSE_MS = 500;
+const LONGEST_ROUND_PAUSE_MS = 8_000;
 /** A rehearsal cannot see from a certificate that a service has been reloaded, so it waits a little. */
 const REHEARSAL_PAUSE_MS = 2_000;
-const LONGEST_PAUSE_MS = 8_000;
 /** How much of the output of a failed command goes into alerts and the state. */
 const OUTPUT_LINES = 5;
 const OUTPUT_CHARACTERS = 500;
@@ -80,7 +80,7 @@ export class Sections {
   }
 
   /** Delivers what is pending and probes what is due: `[every]` last, the others as soon as their lines are done. */
-  async attend({ tasks, deliveries, endpoints }: Plan): Promise<void> {
+  async run({ tasks, deliveries, endpoints }: Plan): Promise<void> {
     for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
     const linesOf = groupBy(
       tasks.flatMap(({ line }) => line.sections.map((section) => [section, line] as const)),
@@ -93,23 +93,23 @@ export class Sections {
     const others = [...busy].filter(({ name }) => name !== "every");
     const now = others.filter((section) => !linesOf.has(section));
     const later = others.filter((section) => linesOf.has(section));
-    const results = await Promise.allSettled([
-      this.#attendAll(now),
+    await settled([
+      this.#runSections(now),
       ...later.map(async (section) => {
         await Promise.all(linesOf.get(section)!.map((line) => this.#issuing.get(line)!.promise));
-        await this.#attendAll([section]);
+        await this.#runSections([section]);
       }),
     ]);
-    await Promise.allSettled([...this.#issuing.values()].map(({ promise }) => promise));
-    for (const result of results) if (result.status === "rejected") throw result.reason;
-    await this.#attendAll([...busy].filter(({ name }) => name === "every"));
+    await Promise.all([...this.#issuing.values()].map(({ promise }) => promise));
+    await this.#runSections([...busy].filter(({ name }) => name === "every"));
   }
 
-  async #attendAll(sections: readonly Section[]): Promise<void> {
+  /** Urgent deliveries start as soon as their section is probed; rollouts wait for all sections, and for each other. */
+  async #runSections(sections: readonly Section[]): Promise<void> {
     const rollouts: Delivery[] = [];
     const urgent: Promise<unknown>[] = [];
     const found = await Promise.allSettled(sections.map(async (section) => {
-      const delivery = await this.#pendingOf(section);
+      const delivery = await this.#probeAndPlan(section);
       if (delivery === undefined || delivery.until !== undefined) return;
       if (!delivery.urgent) return void rollouts.push(delivery);
       const started = this.#urgent(() => this.#deliver(delivery));
@@ -129,34 +129,30 @@ export class Sections {
   }
 
   /** Probes the endpoints of a section that are due, and returns what is pending then. */
-  async #pendingOf(section: Section): Promise<Delivery | undefined> {
+  async #probeAndPlan(section: Section): Promise<Delivery | undefined> {
     this.delivering.context.signal.throwIfAborted();
-    const first = this.#plan(section);
-    const { delivery } = first;
-    // a delivery is followed by probes; only the repair of drift is repeated after a probe alone
-    const isCertain = delivery?.urgent && delivery.until === undefined &&
+    const { delivery, endpoints } = this.#plan(section);
+    // endpoints are probed after every delivery, so not before it, unless an earlier repair of drift did not help
+    const isDeliveredNow = delivery?.urgent && delivery.until === undefined &&
       delivery.pending.some(({ reason }) => reason !== "drift");
-    const lines = new Set(isCertain ? delivery.entries.map(({ line }) => line) : []);
-    const due = first.endpoints.filter(({ due, wanted }) =>
-      due && !wanted.some(({ line }) => lines.has(line))
-    );
+    const lines = new Set(isDeliveredNow ? delivery.entries.map(({ line }) => line) : []);
+    const due = endpoints.filter(({ due, wanted }) => due && !wanted.some(({ line }) => lines.has(line)));
     if (due.length === 0) return delivery;
     await this.#probe(due);
-    const then = this.#plan(section);
-    const wrong = drifted(
-      then.endpoints.filter(({ key }) => due.some((one) => one.key === key)),
-      this.delivering.config,
-    );
+    const probed = this.#plan(section);
+    const keys = new Set(due.map(({ key }) => key));
+    const wrong = drifted(probed.endpoints.filter(({ key }) => keys.has(key)), this.delivering.config);
     if (wrong.length > 0) this.emit({ kind: "drift", section: section.name, endpoints: wrong });
-    return then.delivery;
+    return probed.delivery;
   }
 
   /** Each endpoint is probed once in a run, whichever sections name it. */
   async #probe(endpoints: readonly EndpointStatus[]): Promise<void> {
-    const anew = endpoints.filter(({ key }) => !this.#probing.has(key));
-    if (anew.length > 0) {
-      const probing = probeAll(anew, this.delivering);
-      for (const { key } of anew) this.#probing.set(key, probing);
+    const others = endpoints.filter(({ key }) => !this.#probing.has(key));
+    if (others.length > 0) {
+      const { store: { state }, ...rest } = this.delivering;
+      const probing = probeAll(others, { ...rest, state });
+      for (const { key } of others) this.#probing.set(key, probing);
     }
     await Promise.all(endpoints.map(({ key }) => this.#probing.get(key)));
   }
@@ -268,11 +264,11 @@ function remember(
   for (const { file } of entries) options.delivered?.add(`${section.name}/${file}`);
   const last = state.deliveries[section.name];
   delete state.deliveries[section.name];
-  // also what a restricted run leaves pending
-  const left = planSection({ ...basis, options: { ...options, selection: undefined } }, section);
-  const { key } = left.delivery ?? delivery;
+  // an earlier failure stays while anything is pending, even what a restricted run leaves out; its key is that of the rest
+  const rest = planSection({ ...basis, options: { ...options, selection: undefined } }, section).delivery;
+  const { key } = rest ?? delivery;
   if (error === undefined) {
-    if (last !== undefined && left.delivery !== undefined) state.deliveries[section.name] = { ...last, key };
+    if (last !== undefined && rest !== undefined) state.deliveries[section.name] = { ...last, key };
     return;
   }
   const count = (failure?.count ?? 0) + 1;
@@ -306,7 +302,7 @@ async function verify(
   if (config.mode === "test" && concerned().length > 0) {
     await context.sleep(Math.min(REHEARSAL_PAUSE_MS, section.verifyWaitSeconds * 1000));
   }
-  for (let pause = FIRST_PAUSE_MS;; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
+  for (let pause = FIRST_ROUND_PAUSE_MS;; pause = Math.min(pause * 2, LONGEST_ROUND_PAUSE_MS)) {
     const endpoints = concerned();
     if (endpoints.length === 0) return [];
     const sights = await sightsOf(endpoints, context, PROBES);
@@ -317,25 +313,29 @@ async function verify(
         confirmed: true,
         afterDelivery: true,
       });
+      // not yet right is not wrong: a service may still be reloading
       if (found.badSince === undefined || isLast) state.probes[endpoint.key] = found;
     }
-    const seen = concerned();
-    const allRight = seen.every((one) => one.record?.at === basis.now.toISOString() && isRight(one));
+    const probed = concerned();
+    const allRight = probed.every((one) => one.record?.at === basis.now.toISOString() && isRight(one));
     if (!allRight && !isLast) {
       await context.sleep(pause);
       continue;
     }
     if (allRight) { for (const { file } of entries) delete state.receipts[section.name]?.[file]?.repairs; }
     await store.saveState();
-    return seen;
+    return probed;
   }
 }
 
 /** Probes endpoints and remembers what they serve. What looks wrong is probed again: a repair needs certainty. */
 export async function probeAll(
   endpoints: readonly EndpointStatus[],
-  { config, store: { state }, context, options }: Pick<Delivering, "config" | "context" | "options"> & {
-    store: Pick<Store, "state">;
+  { config, state, context, options }: {
+    readonly config: Config;
+    readonly state: State;
+    readonly context: Context;
+    readonly options: PlanOptions;
   },
 ): Promise<void> {
   // one good answer does not make right what was wrong: another server of a balancer may have given it
@@ -347,18 +347,18 @@ export async function probeAll(
   const first = new Map(probes.flatMap((sights) => [...sights]));
   const judge = (endpoint: EndpointStatus, sights: readonly Sight[], confirmed: boolean) =>
     recordOf(endpoint, sights, { config, now: context.now(), options }, { confirmed, afterDelivery: false });
-  const doubtful = endpoints.filter((endpoint) => {
+  const suspects = endpoints.filter((endpoint) => {
     const found = judge(endpoint, first.get(endpoint.key)!, false);
     return found.badSince !== undefined &&
       found.sights.some(({ kind }) => kind !== "unreachable" && kind !== "passed over");
   });
-  const second = doubtful.length > 0 ? await sightsOf(doubtful, context, PROBES) : new Map<string, Sight[]>();
+  const second = suspects.length > 0 ? await sightsOf(suspects, context, PROBES) : new Map<string, Sight[]>();
   for (const endpoint of endpoints) {
     const [once, again] = [first.get(endpoint.key)!, second.get(endpoint.key)];
     const found = judge(endpoint, again ?? once, again !== undefined);
     // wrong, then right: one server of several, or one that is being reloaded
-    const isDoubtful = again !== undefined && found.badSince === undefined;
-    state.probes[endpoint.key] = isDoubtful ? judge(endpoint, union(again, once), false) : found;
+    const isMixed = again !== undefined && found.badSince === undefined;
+    state.probes[endpoint.key] = isMixed ? judge(endpoint, union(again, once), false) : found;
   }
 }
 

@@ -130,7 +130,7 @@ async function runWith(
   }, (task) => sections.lineDone(task.line));
   const results = await Promise.allSettled([
     issuing.finally(() => sections.allDone()),
-    sections.attend(decided),
+    sections.run(decided),
   ]);
   for (const result of results) if (result.status === "rejected") throw result.reason;
 
@@ -318,7 +318,7 @@ export async function status(
   const decide = () => plan(config, inventory, state, context.now(), options);
   let decided = decide();
   if (!offline && decided.endpoints.length > 0) {
-    await probeAll(decided.endpoints, { config, store: { state }, context, options });
+    await probeAll(decided.endpoints, { config, state, context, options });
     decided = decide();
   }
   return { config, now: context.now(), plan: decided, inventory, orphans: orphans(config, inventory) };

@@ -338,6 +338,7 @@ export class Ca implements AsyncDisposable {
       previous,
     });
     entry.status = answer?.status ?? 0;
+    response.headers.set("date", this.now.toUTCString());
     return response;
   }
 
@@ -364,7 +365,6 @@ export class Ca implements AsyncDisposable {
   /** Adds what every answer has (RFC 8555 §6.5, §7.1). */
   #finish(answer: Answer, method: string): Answer {
     answer.headers.append("link", `<${this.directoryUrl}>;rel="index"`);
-    answer.headers.set("date", this.now.toUTCString());
     if (method !== "GET") answer.headers.set("replay-nonce", this.#newNonce());
     return answer;
   }

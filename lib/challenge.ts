@@ -433,6 +433,7 @@ async function startPrepare(
 ): Promise<AbortSignal | undefined> {
   const failed: AbortSignal[] = [];
   for (const command of sectionsOf(config, name).flatMap((section) => section.prepare)) {
+    if (command.trim() === "") continue;
     failed.push(stack.use(await prepare.start(command, { DOMAIN: name }, config.mode)).failed);
   }
   return failed.length > 0 ? AbortSignal.any(failed) : undefined;

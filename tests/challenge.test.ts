@@ -196,6 +196,7 @@ Deno.test("preflight: warn has the CA asked though prepare does not help, and sa
 Deno.test("with preflight: no, or without a prepare command, nothing is checked; a prepare that fails is reported", async () => {
   const table: [prepare: string[], settings: string, notes: RegExp][] = [
     [[], "", /^$/],
+    [["", " "], "", /^$/],
     [["exec cat"], "preflight: no", /^$/],
     [["echo oops >&2; exit 3"], "preflight: no", /prepare: .*exit status 3: oops/],
   ];

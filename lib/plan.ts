@@ -34,7 +34,7 @@ import {
   usualInterval,
   type Waiting,
 } from "./renewal.ts";
-import type { DeliveryFailure, Failure, Receipt, RunRecord, State } from "./state.ts";
+import type { DeliveryFailure, Failure, RunRecord, State } from "./state.ts";
 import type { Entry } from "./store.ts";
 import { sha256 } from "./x509.ts";
 
@@ -203,7 +203,7 @@ function planDelivery(
     .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
   if (entries.length === 0 || !delivers(section, config.mode)) return undefined;
   const digest = listsDigest(section, config.mode);
-  const receipts = receiptsOf(section, digest, config, state);
+  const receipts = state.receipts[section.name] ?? {};
   const drift = driftSeen(section, wrong);
   const pending: { entry: Entry; reason: DeliveryReason; until?: Date }[] = [];
   let isWrong = false;
@@ -280,19 +280,6 @@ export function delivers(section: Section, mode: Config["mode"]): boolean {
 /** What a receipt says has been run: the four lists as parsed. The same in every version of lematt. */
 export function listsDigest(section: Section, mode: Config["mode"]): string {
   return sha256(JSON.stringify(listsOf(section, mode))).slice(0, 16);
-}
-
-/** The receipts of a section, and newer ones of sections that are gone and had the same lists: it was renamed. */
-export function receiptsOf(section: Section, digest: string, { sections }: Config, { receipts }: State) {
-  const gone = Object.keys(receipts).filter((name) => !sections.some((one) => one.name === name));
-  const found: Record<string, Receipt> = Object.create(null);
-  if (gone.length === 0) return receipts[section.name] ?? found;
-  for (const [file, receipt] of Object.entries(receipts[section.name] ?? {})) found[file] = receipt;
-  for (const [file, receipt] of gone.flatMap((name) => Object.entries(receipts[name]!))) {
-    const own = found[file];
-    if (receipt.digest === digest && (own === undefined || own.at < receipt.at)) found[file] = receipt;
-  }
-  return found;
 }
 
 // ---- warnings -------------------------------------------------------------------------------------------

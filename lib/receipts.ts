@@ -4,7 +4,7 @@
  */
 
 import type { Config, Section } from "./config.ts";
-import { delivers, type Delivery, listsDigest, plan, receiptsOf } from "./plan.ts";
+import { delivers, type Delivery, listsDigest, plan } from "./plan.ts";
 import type { PlanOptions } from "./renewal.ts";
 import { record, type State } from "./state.ts";
 import type { Entry } from "./store.ts";
@@ -36,11 +36,21 @@ export function writeReceipts(
   }
 }
 
-/** Gives sections that were renamed the receipts that they had under their old name. */
+/** Gives each section the newer receipts of sections that are gone and had the same lists: it was renamed. */
 export function adoptReceipts(config: Config, state: State): void {
+  const names = new Set(config.sections.map(({ name }) => name));
+  const gone = Object.entries(state.receipts).filter(([name]) => !names.has(name));
+  if (gone.length === 0) return;
+  const byDigest = Map.groupBy(
+    gone.flatMap(([, receipts]) => Object.entries(receipts)),
+    ([, { digest }]) => digest,
+  );
   for (const section of config.sections) {
-    const receipts = receiptsOf(section, listsDigest(section, config.mode), config, state);
-    if (Object.keys(receipts).length > 0) state.receipts[section.name] = receipts;
+    for (const [file, receipt] of byDigest.get(listsDigest(section, config.mode)) ?? []) {
+      const receipts = state.receipts[section.name] ??= record({});
+      const own = receipts[file];
+      if (own === undefined || own.at < receipt.at) receipts[file] = { ...receipt };
+    }
   }
 }
 

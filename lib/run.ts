@@ -336,6 +336,7 @@ function observe(
   }
   const inventory = readInventory(config);
   receiptsFromVersion1(config, inventory, state, context.now());
+  adoptReceipts(config, state);
   return { state, inventory };
 }
 

@@ -92,7 +92,7 @@ export async function startSite({
     },
     async settle() {
       const { fingerprint } = readCertificate(await Deno.readTextFile(join(web, `${names.at(-1)}.pem`)));
-      await until("nginx has the new file", async () => await shown(port) === fingerprint);
+      await until("nginx has the new file", async () => await shown(port) === fingerprint, 30);
       // a worker with the old file takes connections for 100 ms more
       const children = `cat /proc/${child.pid}/task/*/children`;
       await until("one worker", async () => {

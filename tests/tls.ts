@@ -31,9 +31,17 @@ export async function makeCertificate(
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 
+/** A port that nobody listens on, of those that the system does not give to connections and servers by itself. */
 export function freePort(hostname = "127.0.0.1"): number {
-  using listener = Deno.listen({ hostname, port: 0 });
-  return listener.addr.port;
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 22_000);
+    try {
+      Deno.listen({ hostname, port }).close();
+      return port;
+    } catch (error) {
+      if (!(error instanceof Deno.errors.AddrInUse)) throw error;
+    }
+  }
 }
 
 /** Starts a program and waits until something listens at the port. It is ended with TERM. */

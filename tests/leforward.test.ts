@@ -4,7 +4,7 @@
  */
 import assert from "node:assert/strict";
 import { LEFORWARD, startLeforward as start, startResets } from "./programs.ts";
-import { find } from "./sshd.ts";
+import { which } from "./bench-measure.ts";
 
 const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
@@ -153,7 +153,7 @@ async function answersAtOnce(port: number): Promise<void> {
 }
 
 Deno.test("connections that were reset before they were accepted hold nobody up", {
-  ignore: find("python3") === undefined,
+  ignore: which("python3") === undefined,
 }, async () => {
   await using server = await start(["--baseurl", "http://c.example"]);
   await using _resets = await startResets(server.port, 1000);

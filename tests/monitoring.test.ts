@@ -9,11 +9,11 @@ import { page, type Status } from "../conf/monitoring/page.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
 import { LEMATT } from "./programs.ts";
-import { find } from "./sshd.ts";
+import { which } from "./bench-measure.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
 const text = (name: string) => Deno.readTextFileSync(join(HERE, name));
-const missing = ["promtool", "systemd-analyze", "jq"].filter((name) => find(name) === undefined);
+const missing = ["promtool", "systemd-analyze", "jq"].filter((name) => which(name) === undefined);
 for (const name of missing) {
   console.warn(`monitoring.test.ts: ${name} is not installed, so it judges nothing`);
 }

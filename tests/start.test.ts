@@ -7,24 +7,25 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { settled } from "../lib/context.ts";
+import { which } from "./bench-measure.ts";
 import { testBed, until } from "./bed.ts";
+import { adapt, ROOT } from "./documents.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
 import { LEMATT } from "./programs.ts";
-import { find, freePort, replaceAll } from "./sshd.ts";
+import { freePort } from "./tls.ts";
 
-const ROOT = join(import.meta.dirname!, "..");
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
 const SCRIPT = "/usr/bin/script";
 if (!existsSync(SCRIPT)) console.warn("start.test.ts: no terminals without script (bsdutils)");
 
 /** Whether cron can run here, with files of its own in the place of the system's. */
-const CRON = find("cron") !== undefined &&
+const CRON = which("cron") !== undefined &&
   await run("unshare", "--mount", "mount", "-t", "tmpfs", "none", "/run").then(() => true, () => false);
 if (!CRON) {
   console.warn("start.test.ts: nothing is run by cron: it is not installed, or only root can start it");
 }
 
-const SYSTEMD = find("systemd-analyze") !== undefined;
+const SYSTEMD = which("systemd-analyze") !== undefined;
 if (!SYSTEMD) console.warn("start.test.ts: no units are checked without systemd-analyze");
 
 /**
@@ -179,7 +180,7 @@ for (const [what, place, text] of CRONTABS) {
       "PATH=/usr/local/bin:": `PATH=${host.bin}:`,
     };
     // each line once more, for the moment when cron starts
-    const crontab = replaceAll(text, replacements).replace(
+    const crontab = adapt(text, replacements).replace(
       /^ *(\S+ +){4}\S+ +(.* --cron\b.*)/m,
       (line, _, command) => `${line}\n@reboot ${command} >${home}/log 2>&1; echo $? >${home}/status`,
     );

@@ -77,7 +77,8 @@ export async function startServer(
   };
 }
 
-async function accepts(port: number): Promise<boolean> {
+/** Whether somebody accepts connections at a port of 127.0.0.1. */
+export async function accepts(port: number): Promise<boolean> {
   return await Deno.connect({ hostname: "127.0.0.1", port }).then(
     (connection) => (connection.close(), true),
     () => false,

@@ -7,7 +7,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { systemQuery } from "../lib/context.ts";
+import { limit, systemQuery } from "../lib/context.ts";
 import { type Bed, testBed, type Texts } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import type { Switches } from "./ca.ts";
@@ -29,7 +29,11 @@ function block(file: string, start: string): string {
   return found;
 }
 
-/** Deno.test() for what needs programs; one that cannot run says why. */
+const steps: Deno.TestStepDefinition[] = [];
+/** Recipes are tried side by side, as they wait most of the time. */
+const inTurn = limit(4);
+
+/** Adds the test of a recipe, which needs programs; one that cannot run says why. */
 function recipeTest(
   name: string,
   programs: readonly string[],
@@ -39,14 +43,11 @@ function recipeTest(
   const missing = programs.filter((program) =>
     (program === "postgres" ? postgres : which(program)) === undefined
   );
-  const reason = lack ??
-    (missing.length > 0
-      ? `${missing.join(", ")} not installed`
-      : Deno.uid() !== 0
-      ? "root is needed"
-      : undefined);
+  const none = missing.length > 0 ? `${missing.join(", ")} not installed` : undefined;
+  const reason = lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined);
   if (reason !== undefined) console.log(`${name} is not tested: ${reason}`);
-  Deno.test(name, { ignore: reason !== undefined }, body);
+  const sanitizers = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
+  steps.push({ name, ignore: reason !== undefined, fn: () => inTurn(body), ...sanitizers });
 }
 
 /** A bed that any user may look into, with the directories for certificates (`/etc/ssl/lematt`). */
@@ -488,3 +489,13 @@ recipeTest(
     ? undefined
     : `no acme.sh in ${acmeSh}; ACME_SH names it`,
 );
+
+Deno.test({
+  name: "recipes",
+  sanitizeOps: false,
+  sanitizeResources: false,
+  fn: async (t) => {
+    const passed = await Promise.all(steps.map((step) => t.step(step)));
+    assert(passed.every((ok, index) => ok || steps[index]!.ignore));
+  },
+});

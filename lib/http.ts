@@ -45,6 +45,12 @@ export class AcmeError extends Error {
   }
 }
 
+/** The message of an error, with the step of an AcmeError. */
+export function messageOf(error: unknown): string {
+  if (error instanceof AcmeError) return `cannot ${error.step}: ${error.message}`;
+  return error instanceof Error ? error.message : String(error);
+}
+
 /** Whether the CA refused something with a problem of this type. */
 export function isProblem(error: unknown, ...types: string[]): error is AcmeError {
   return error instanceof AcmeError && types.includes(error.problem?.type ?? "");

@@ -8,6 +8,7 @@ import type { AlertEvent } from "./alert.ts";
 import type { Mode } from "./config.ts";
 import type { Delivered, DeliverEvent } from "./deliver.ts";
 import { type EndpointStatus, isGood, wrongSights } from "./endpoints.ts";
+import type { AccountEvent } from "./account.ts";
 import type { IssueEvent } from "./issue.ts";
 import type { Delivery, Plan, Problem } from "./plan.ts";
 import { certificateOf, type Due, type Kept, type Task } from "./renewal.ts";
@@ -31,6 +32,7 @@ import {
 
 /** What happens in a run, as it happens. */
 export type Event =
+  | AccountEvent
   | IssueEvent
   | DeliverEvent
   /** `changed`: something has changed, so that --cron prints it, too. */

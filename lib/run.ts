@@ -6,16 +6,18 @@
  */
 
 import { basename } from "node:path";
+import { CaAccount, rememberedAccount } from "./account.ts";
 import { sendAlerts } from "./alert.ts";
 import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, loadConfig } from "./config.ts";
 import type { Context } from "./context.ts";
 import { probeAll, Sections } from "./deliver.ts";
 import { checkPackages } from "./http.ts";
-import { Issuer, rememberedAccount } from "./issue.ts";
+import { Issuer } from "./issue.ts";
 import { delivers, type Plan, plan } from "./plan.ts";
 import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
 import { type PlanOptions, RUNS, type Selection } from "./renewal.ts";
+import { askRenewalWindows } from "./renewalinfo.ts";
 import type { Ended, Event } from "./report.ts";
 import type { Revocable } from "./select.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
@@ -72,14 +74,8 @@ async function runWith(
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();
-  const issuer = new Issuer({
-    config,
-    store,
-    context,
-    parallel: options.parallel,
-    newKey: options.selection?.newKey ?? false,
-    emit,
-  });
+  const ca = { config, store, context, parallel: options.parallel, emit };
+  const account = new CaAccount(ca);
   const planOptions: PlanOptions = {
     retry: options.retry,
     selection: options.selection,
@@ -88,7 +84,7 @@ async function runWith(
     counterpart: counterpartOf(config),
     rehearsedAt: rehearsedAtOf(config, begun),
     writeError: () => store.writeError,
-    aheadMs: () => issuer.aheadMs,
+    aheadMs: () => account.aheadMs,
   };
 
   const certificates = Map.groupBy(readInventory(config), ({ line }) => line);
@@ -103,7 +99,7 @@ async function runWith(
   for (const entry of inventory()) linkTo(entry, store, emit);
 
   const asked = inventory().filter(({ line }) => options.selection?.lines.has(line) ?? true);
-  await issuer.askRenewalWindows(asked);
+  await askRenewalWindows(asked, account, ca);
   context.signal.throwIfAborted();
 
   const decided = plan(config, inventory(), state, context.now(), planOptions);
@@ -117,6 +113,7 @@ async function runWith(
   if (decided.tasks.length + decided.deliveries.length > 0) await checkPackages();
   if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
   const sections = new Sections({ config, store, context, options: planOptions, certificates }, emit);
+  const issuer = new Issuer(account, { ...ca, newKey: options.selection?.newKey ?? false });
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(
       due.entry,
@@ -395,9 +392,9 @@ export async function revoke(
   emit: Emit,
 ): Promise<void> {
   using store = await openStore(config, context, emit);
-  const issuer = new Issuer({ config, store, context, parallel: 1, newKey: false, emit });
+  const account = new CaAccount({ config, store, context, parallel: 1, emit });
   for (const { pem, keyPem } of certificates) {
-    await issuer.revoke(pem, reason, keyPem);
+    await account.revoke(pem, reason, keyPem);
     await store.revoke(publicKeyHash(pem));
   }
 }
@@ -407,5 +404,5 @@ export async function revoke(
 /** Gives the account a new key, at the CA of this mode. */
 export async function rollover(config: Config, context: Context, emit: Emit): Promise<void> {
   using store = await openStore(config, context, emit);
-  await new Issuer({ config, store, context, parallel: 1, newKey: false, emit }).rollover();
+  await new CaAccount({ config, store, context, parallel: 1, emit }).rollover();
 }

@@ -15,7 +15,7 @@ if (major < OLDEST_DENO[0] || (major === OLDEST_DENO[0] && minor < OLDEST_DENO[1
   err(`lematt: Deno ${OLDEST_DENO.join(".")} or newer is needed; this is ${Deno.version.deno}\n`);
   Deno.exit(2);
 }
-// loaded here, so that an older Deno comes to say so
+// imported after the check above, so that an older Deno reaches it
 const { runAlertCommands } = await import("./lib/alert.ts");
 const { ConfigError, loadConfig } = await import("./lib/config.ts");
 const { systemContext } = await import("./lib/context.ts");
@@ -188,7 +188,7 @@ function parse(args: readonly string[]) {
 /** The exit status that an error leads to, if it is not 1. */
 const EXIT_STATUS: Readonly<Record<string, number>> = { LockedError: 3, SelectionError: 2, StateError: 2 };
 
-/** The program; `outside` stands in for parts of the outside in tests. Returns the exit status. */
+/** The program. Tests replace parts of its context by `outside`. Returns the exit status. */
 export async function main(args: readonly string[], outside: Partial<Context> = {}): Promise<number> {
   let options: Arguments;
   try {
@@ -206,7 +206,7 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
 
   const stop = new AbortController();
   const interrupt = () => {
-    if (stop.signal.aborted) killAll(); // asked twice: clean-up commands are not waited for
+    if (stop.signal.aborted) killAll(); // the second time: does not wait for clean-up commands
     stop.abort(new DOMException("interrupted", "AbortError"));
   };
   const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
@@ -282,10 +282,11 @@ function contextFor(config: Config, signal: AbortSignal, outside: Partial<Contex
   });
 }
 
-/** Does what the arguments ask for in one mode, and returns the exit status. */
+/** Runs the command in one mode, and returns the exit status. */
 async function act(options: Arguments, config: Config, outside: Context): Promise<number> {
-  const { json = false, command, retry = false } = options;
-  const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns || 80 : undefined; // 0: it does not know
+  const { json = false, retry = false } = options;
+  const command = options.command as Exclude<Command, "check">;
+  const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns || 80 : undefined; // 0: unknown
   const report = new Report({
     mode: config.mode,
     cron: options.cron ?? false,
@@ -306,11 +307,7 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     for (const warning of config.warnings) emit({ kind: "notice", text: noticeText(warning) });
   }
   const selection = select(config, { ...options, newKey: options["new-key"] });
-  const runOptions = {
-    parallel: options.parallel ?? config.parallel,
-    retry,
-    selection,
-  };
+  const runOptions = { parallel: options.parallel ?? config.parallel, retry, selection };
 
   switch (command) {
     case "run":
@@ -342,7 +339,7 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     case "prune": {
       const paths = prunable(config);
       if (paths.length === 0) {
-        out("no file belongs to no line\n");
+        out("nothing to move: every file belongs to a line\n");
         return 0;
       }
       out(`Files in ${config.base} that belong to no line; a service may still use them:\n`);
@@ -354,13 +351,10 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
     }
     case "revoke": {
       const found = revocable(config, options.revoke!);
-      out(`Certificates of --${config.mode} to be revoked, for good:\n`);
+      out(`Certificates of --${config.mode} to be revoked permanently:\n`);
       for (const { path, certificate: { fingerprint, notAfter, names } } of found) {
-        out(
-          `  ${path}\n    ${fingerprint}, valid until ${notAfter.toISOString()}\n    for ${
-            names.join(" ")
-          }\n`,
-        );
+        out(`  ${path}\n    ${fingerprint}, valid until ${notAfter.toISOString()}\n`);
+        out(`    for ${names.join(" ")}\n`);
       }
       if (!agreed("Revoke them?", options)) return 2;
       await revoke(config, found, options.reason, context, emit);
@@ -371,21 +365,19 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
       if (!agreed(`Give the account at ${config.directoryUrl} a new key?`, options)) return 2;
       await rollover(config, context, emit);
       return 0;
-    case "check": // has been done
-      return 0;
     default:
       return command satisfies never;
   }
 }
 
-/** Whether the user agrees, on a terminal or by --yes. Nothing is locked while this asks. */
+/** Whether the user agrees, on a terminal or by --yes. No lock is held while this asks. */
 function agreed(question: string, { yes }: Arguments): boolean {
   if (yes || (Deno.stdin.isTerminal() && confirm(question))) return true;
-  err("lematt: nothing was done; --yes does it without asking\n");
+  err("lematt: nothing was done; with --yes it is done without a question\n");
   return false;
 }
 
-/** fetch() that also trusts the roots of `caBundle`; made ready when it is first used. */
+/** fetch() that also trusts the roots of `caBundle`; its client is made when it is first used. */
 function httpClient({ caBundle }: Config): Context["fetch"] {
   let client: Deno.HttpClient | undefined;
   return (url, init) => {
@@ -403,8 +395,8 @@ function err(text: string): void {
 }
 
 /**
- * Writes the whole text. That nobody reads it any more (`lematt.ts --prod | head`) is no reason to stop a run; nor is a
- * log on a full disk, but then the exit status tells.
+ * Writes the whole text. A reader that is gone (`lematt.ts --prod | head`) does not stop a run; a log on a full disk does
+ * not, either, but sets the exit status.
  */
 function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string): void {
   const bytes = new TextEncoder().encode(text);

@@ -1,12 +1,11 @@
 /**
- * What lematt needs of the outside, as one value that is handed down whole: clock, randomness, network, DNS, and the
- * signal that ends the run. Tests hand in parts of their own. And the one function that limits how much happens at once.
+ * What lematt needs of its environment, as one value that is passed down whole: clock, randomness, network, DNS, and the
+ * signal that ends the run. Tests replace parts of it. And three functions to wait for promises.
  */
 
 import { setTimeout as delay } from "node:timers/promises";
 import { isIP } from "./names.ts";
 
-/** The outside. */
 export interface Context {
   /** For requests to the CA; trusts the roots of `caBundle`, too. */
   readonly fetch: (url: string, init: RequestInit) => Promise<Response>;
@@ -18,26 +17,26 @@ export interface Context {
   readonly route: Route;
   readonly query: Query;
   readonly userAgent: string;
-  /** Ends the run in good order: every wait, request and command heeds it. */
+  /** Ends the run: every wait, request and command stops when it aborts. */
   readonly signal: AbortSignal;
-  /** Takes what is odd but stops nothing: a sentence for the user. */
+  /** Prints a warning: a sentence for the user. */
   readonly warn: (text: string) => void;
-  /** With --verbose: takes what commands print, and whose they are, `[mail]` or `prepare`. */
+  /** With --verbose: prints the output of a command; `whose` is `[mail]` or `prepare`. */
   readonly onOutput?: (text: string, whose: string) => void;
 }
 
-/** One address of a host with the port to dial there. */
+/** One address of a host, and the port to connect to. */
 export interface Destination {
   readonly address: string;
   readonly port: number;
 }
 
-/** Where `port` of a host is reached. Throws where the host has no address. */
+/** Where `port` of a host is reached. Throws if the host has no address. */
 export type Route = (host: string, port: number) => Promise<readonly Destination[]>;
 
 /**
- * Records of one type at a name: the parts of a TXT joined, of an SOA the primary. Empty where there are none, and where a
- * server answers with an error (Deno makes no difference). Throws where nobody answers, or the signal's reason.
+ * Records of one type at a name: the parts of a TXT joined, of an SOA the primary. Empty if there are none or a server
+ * answers with an error (Deno makes no difference). Throws without an answer, or the signal's reason.
  */
 export type Query = (
   name: string,
@@ -46,7 +45,7 @@ export type Query = (
   signal?: AbortSignal,
 ) => Promise<string[]>;
 
-/** The outside as it is; `fetch`, `userAgent`, `signal` and `warn` are the program's. */
+/** The context of a real run; `fetch`, `userAgent`, `signal` and `warn` are the program's. */
 export function systemContext(
   own: Pick<Context, "fetch" | "userAgent" | "signal" | "warn"> & Partial<Context>,
 ): Context {
@@ -54,7 +53,7 @@ export function systemContext(
     await delay(ms, undefined, { signal: own.signal }).catch(() => own.signal.throwIfAborted());
   };
   return {
-    // one clock for the whole run: no wait gets longer or shorter because the host's is set meanwhile
+    // monotonic: no wait gets longer or shorter because the host's clock is set
     now: () => new Date(performance.timeOrigin + performance.now()),
     random: Math.random,
     sleep,
@@ -64,7 +63,7 @@ export function systemContext(
   };
 }
 
-/** Every address of a host as this system sees them (/etc/hosts included), under the port itself. */
+/** All addresses of a host as this system resolves it (/etc/hosts included), with the same port. */
 export const systemRoute: Route = async (host, port) => {
   if (isIP(host)) return [{ address: host, port }];
   const { lookup } = await import("node:dns/promises");
@@ -82,7 +81,7 @@ export const systemQuery: Query = async (name, type, server, signal) => {
     return records.map((record) => [record].flat().join(""));
   } catch (error) {
     if (error instanceof Deno.errors.NotFound) return [];
-    // Deno gives up where resolv.conf has an option that it does not know, such as no-aaaa of glibc 2.36
+    // Deno gives up if resolv.conf has an option that it does not know, such as no-aaaa of glibc 2.36
     if (server === undefined && (error as Error).message.includes("resolv.conf")) {
       const text = await Deno.readTextFile("/etc/resolv.conf");
       const [, address] = /^nameserver\s+([\da-f.:]+)/im.exec(text) ?? [];
@@ -92,7 +91,7 @@ export const systemQuery: Query = async (name, type, server, signal) => {
   }
 };
 
-/** What connect() says for lack of a route; a router may say some of it of a host that is down, so it is asked twice. */
+/** Errors of connect() without a route. A router may report some of them for a host that is down: see `isUnrouted`. */
 const NO_ROUTE = [
   "ENETUNREACH",
   "EHOSTUNREACH",
@@ -104,8 +103,8 @@ const NO_ROUTE = [
 ];
 
 /**
- * Whether it was for lack of a route from this host that nobody could connect to an address: as to all IPv6 addresses
- * where there is no IPv6, where it is disabled, or where its routes are unreachable or prohibited.
+ * Whether connecting failed because this host has no route to the address: no IPv6 at all, IPv6 that is disabled, or routes
+ * that are unreachable or prohibited.
  */
 export async function isUnrouted(address: string, error: unknown): Promise<boolean> {
   if (!NO_ROUTE.includes((error as { code?: string }).code ?? "")) return false;
@@ -114,7 +113,7 @@ export async function isUnrouted(address: string, error: unknown): Promise<boole
   try {
     return await new Promise((resolve) => {
       socket.on("error", () => resolve(true));
-      // nobody but the kernel has a say in whether a datagram leaves; port 9 is discard (RFC 863)
+      // only the kernel decides whether a datagram leaves; port 9 is discard (RFC 863)
       socket.send(new Uint8Array(0), 9, address, (error) => resolve(error !== null));
     });
   } finally {
@@ -122,7 +121,7 @@ export async function isUnrouted(address: string, error: unknown): Promise<boole
   }
 }
 
-/** What a promise comes to, unless the signal aborts before: its reason then. What cannot be aborted goes on unheard. */
+/** Resolves like `promise`, or rejects with the signal's reason when that aborts. The work itself may continue. */
 export async function within<T>(signal: AbortSignal, promise: Promise<T>): Promise<T> {
   const { promise: aborted, reject } = Promise.withResolvers<never>();
   const abort = () => reject(signal.reason);
@@ -135,7 +134,7 @@ export async function within<T>(signal: AbortSignal, promise: Promise<T>): Promi
   }
 }
 
-/** All of the values, or the first error once every promise has come to its end, so that nothing goes on behind it. */
+/** All values, or the first error; in both cases after every promise has settled. */
 export async function settled<T>(promises: readonly Promise<T>[]): Promise<T[]> {
   const results = await Promise.allSettled(promises);
   return results.map((result) => {
@@ -144,7 +143,7 @@ export async function settled<T>(promises: readonly Promise<T>[]): Promise<T[]> 
   });
 }
 
-/** Has at most `most` tasks run at once; the others wait for their turn, in order. */
+/** Runs at most `most` tasks at once; the others wait, in order. */
 export function limit(most: number): <T>(task: () => Promise<T>) => Promise<T> {
   let free = most;
   const waiting: (() => void)[] = [];

@@ -115,12 +115,14 @@ interface Place {
  */
 function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Place[] {
   const names = line.names.filter((name) => !name.startsWith("*."));
-  const namesFor = (word: string) =>
-    word === "DOMAIN" ? names.slice(0, 1) : word === "DOMAINS_ALL" ? names : [word];
+  const namesFor = (word: string) => {
+    if (word === "DOMAIN") return names.slice(0, 1);
+    return word === "DOMAINS_ALL" ? names : [word];
+  };
   return section.verify.flatMap((endpoint) => {
     const { port, starttls } = endpoint;
     return namesFor(endpoint.host).flatMap((host) => {
-      // the same word on both sides means the same name
+      // the same word on both sides is the same name
       const snis = endpoint.sni === undefined
         ? [undefined]
         : endpoint.sni === endpoint.host
@@ -151,7 +153,7 @@ interface Index {
   readonly bySection: ReadonlyMap<Section, readonly Line[]>;
 }
 
-/** A configuration never changes, and may have thousands of lines. */
+/** Of each configuration, which never changes: a search through thousands of lines takes too long. */
 const indexes = new WeakMap<Config["lines"], Index>();
 
 function indexOf({ lines }: Config): Index {
@@ -211,7 +213,7 @@ function verdictOn(
   return isOlder ? "older" : "foreign";
 }
 
-/** The certificate that may be served for an entry. */
+/** The certificate that may be served for an entry: not one that is revoked, for other names or without its key. */
 export function inUse({ finding, former }: Entry) {
   return finding.kind === "present" ? finding.certificate : former?.certificate;
 }

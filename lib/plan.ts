@@ -171,7 +171,7 @@ export function plan(
 
 // ---- deliveries -----------------------------------------------------------------------------------------
 
-/** How often the commands are repeated for drift at once; then once in 20 hours. */
+/** How often in a row the commands are repeated for drift without a pause; then once in 20 hours. */
 const MOST_REPAIRS = 3;
 const ROLLOUT: readonly DeliveryReason[] = ["first delivery", "commands changed"];
 
@@ -277,7 +277,7 @@ export function delivers(section: Section, mode: Config["mode"]): boolean {
   return listsOf(section, mode).flat().some((command) => command.trim() !== "");
 }
 
-/** What a receipt says has been run: the four lists as parsed. The same in every version of lematt. */
+/** The four lists as parsed, in a receipt. Must not change between versions: all receipts would be lost. */
 export function listsDigest(section: Section, mode: Config["mode"]): string {
   return sha256(JSON.stringify(listsOf(section, mode))).slice(0, 16);
 }
@@ -317,7 +317,7 @@ function undeliverable(
   return whats.map((what) => ({ kind: "nothing to deliver", what }));
 }
 
-/** Certificates of a type, or under a tag, that a line no longer has: a service that was given one may still serve it. */
+/** Certificates that sections received and whose key type or tag their line no longer has: they may still be served. */
 function unrenewed(inventory: readonly Entry[], { receipts }: State, now: Date): Warning[] {
   const present = new Set(inventory.map(({ file }) => file));
   const stems = new Set(inventory.map(({ stem }) => stem));

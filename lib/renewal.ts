@@ -31,7 +31,7 @@ export interface PlanOptions {
   readonly delivered?: Set<string>;
   /** Why nothing can be written to disk. */
   readonly writeError?: () => Error | undefined;
-  /** By how much this clock is ahead of the CA's, in milliseconds, as far as the CA has answered. */
+  /** By how much this clock is ahead of the CA's, in milliseconds; 0 until the CA has answered. */
   readonly aheadMs?: () => number;
   /** The certificates of the other mode. */
   readonly counterpart?: () => readonly Entry[];
@@ -172,6 +172,7 @@ function judge(entry: Entry, config: Config, state: State, now: Date, intervalMs
   if (notAfter <= now) return { entry, reason: { kind: "expired", at: notAfter }, since: notAfter };
   const { renewAt, rule } = renewal(config, entry.issuedAt ?? notBefore, notAfter, intervalMs);
   const suggestion = id === undefined || !config.ari ? undefined : suggested(state, id, now);
+  // the CA can only make it earlier
   if (suggestion !== undefined && suggestion.at < renewAt && renewAt > now) {
     const { at, explanationUrl } = suggestion;
     // RFC 9773 §4.2: now, if the moment comes before the next run
@@ -193,7 +194,8 @@ function suggested(state: State, id: string, now: Date): { at: Date; explanation
 
 /**
  * When a certificate is renewed, and by which rule: as configured, or with a third of its life left (half, below ten
- * days); but early enough for two more runs, if that leaves it the first third of its life.
+ * days); but three intervals before its end, so that two more runs follow the first one that may renew it. It is never
+ * renewed in the first third of its life.
  */
 export function renewal(
   config: Pick<Config, "reauthorizeDays" | "generateNewCertsAfterDays">,
@@ -203,7 +205,7 @@ export function renewal(
 ): { renewAt: Date; rule: Rule } {
   const [start, end] = [notBefore.getTime(), notAfter.getTime()];
   const life = end - start;
-  const runs = Math.max(end - 3 * intervalMs, start + life / 3);
+  const latest = Math.max(end - 3 * intervalMs, start + life / 3);
   const short = life < SHORT_LIFE_MS;
   const { reauthorizeDays, generateNewCertsAfterDays: age } = config;
   let wanted: { at: number; rule: Rule };
@@ -216,7 +218,7 @@ export function renewal(
   } else {
     wanted = { at: end - life * (short ? 1 / 2 : 1 / 3), rule: "life" };
   }
-  const { at, rule } = runs < wanted.at ? { at: runs, rule: "runs" as const } : wanted;
+  const { at, rule } = latest < wanted.at ? { at: latest, rule: "runs" as const } : wanted;
   return { renewAt: new Date(at), rule };
 }
 
@@ -239,7 +241,7 @@ function backOff(ms: number, now: Date, notAfter?: Date): Date {
   return new Date(now.getTime() + Math.min(ms, LONGEST_PAUSE_MS, left > 0 ? left / 8 : HOUR_MS));
 }
 
-/** The certificate that is in use for an entry, even if it is for the names that the line had before. */
+/** The certificate of an entry, whatever is wrong with it; else the one for the names that the line had before. */
 export function certificateOf({ finding, former }: Entry) {
   return "certificate" in finding ? finding.certificate : former?.certificate;
 }

@@ -19,6 +19,7 @@ import {
   entryText,
   errorText,
   outputOf,
+  pendingText,
   problemLines,
   problemText,
   reasonText,
@@ -165,7 +166,7 @@ export class Report {
   }
 
   #printDelivered({ delivery, entries, commands, errors, endpoints }: Delivered): void {
-    const { section: { name }, pending } = delivery;
+    const { name } = delivery.section;
     for (const { template, seconds } of commands) {
       const text = `ran       [${name}] ${template} (${seconds.toFixed(1)} s)`;
       if (errors.length > 0) this.#print(text); // the failure is what --cron prints
@@ -175,8 +176,8 @@ export class Report {
       const failed = count(delivery.entries.length - entries.length, "certificate");
       this.#printErrors(`delivery ${name}`, `[${name}] delivery of ${failed}`, errors);
     } else {
-      const reasons = [...new Set(pending.map(({ reason }) => reason))].join(", ");
-      this.#printChange(`delivered [${name}] ${count(entries.length, "certificate")}: ${reasons}`);
+      const what = count(entries.length, "certificate");
+      this.#printChange(`delivered [${name}] ${what}: ${pendingText(delivery)}`);
     }
     for (const { key, endpoints: wrong, sight } of wrongSights(endpoints)) {
       this.#printFailure(key, `WRONG     [${name}] ${endpointText(wrong)} ${sightText(sight)}\n`);
@@ -279,7 +280,7 @@ export class Report {
 /** How many members of a group are listed. */
 const MOST_LISTED = 10;
 
-/** What a run would do, grouped by reason; or what `--accept` would note as delivered. */
+/** What a run would do, grouped by reason; with `accepts`, what --accept would note as delivered. */
 export function planText(plan: Plan, records: readonly string[], now: Date, accepts = false): string {
   const lines: string[] = [];
   const group = (
@@ -288,8 +289,8 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
     noun: string,
   ) => {
     const groups = Map.groupBy(members, ([reason]) => reason);
-    for (const [reason, group] of groups) {
-      const whats = group.map(([, what]) => what);
+    for (const [reason, members] of groups) {
+      const whats = members.map(([, what]) => what);
       if (whats.length === 1) {
         lines.push(`${verb.padEnd(9)} ${whats[0]}: ${reason}`);
         continue;
@@ -306,9 +307,8 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
         [reason, subjectText(line.names, due.map(({ entry }) => entry.keyType))] as const
       );
     });
-  const reasonsOf = ({ pending }: Delivery) => [...new Set(pending.map(({ reason }) => reason))].join(", ");
   if (accepts) {
-    group("accept", plan.deliveries.map((one) => [reasonsOf(one), `[${one.section.name}]`]), "section");
+    group("accept", plan.deliveries.map((one) => [pendingText(one), `[${one.section.name}]`]), "section");
     return lines.length === 0 ? "nothing is pending\n" : `${lines.join("\n")}\n`;
   }
   group("issue", dues(plan.tasks), "line");
@@ -324,7 +324,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
   const sections = (deliveries: readonly Delivery[]) =>
     deliveries.map((one) => {
       const wait = one.until === undefined ? "" : `; until ${timeText(one.until)}`;
-      return [`${reasonsOf(one)}${wait}`, `[${one.section.name}]`] as const;
+      return [`${pendingText(one)}${wait}`, `[${one.section.name}]`] as const;
     });
   group("deliver", sections(plan.deliveries.filter((one) => isNow(one) && one.urgent)), "section");
   group("roll out", sections(plan.deliveries.filter((one) => isNow(one) && !one.urgent)), "section");

@@ -1,9 +1,9 @@
 /** The status as text: a table for people, a JSON document, Prometheus metrics. */
 
 import type { Config } from "./config.ts";
-import { isGood, isRight } from "./endpoints.ts";
+import { isGood, isRight, type JudgedSight } from "./endpoints.ts";
 import type { Plan } from "./plan.ts";
-import { certificateOf } from "./renewal.ts";
+import { certificateOf, moment } from "./renewal.ts";
 import { certificateJson, deliveryJson, endpointJson, jsonText, problemJson } from "./report.ts";
 import type { Entry } from "./store.ts";
 import { printable } from "./names.ts";
@@ -12,6 +12,7 @@ import {
   dateText,
   durationText,
   nameText,
+  pendingText,
   problemLines,
   reasonText,
   RULE_TEXT,
@@ -30,22 +31,21 @@ export interface Status {
   readonly orphans: readonly string[];
 }
 
-/** Exit status: 1 where there is a problem. */
+/** Exit status: 1 if there is a problem. */
 export function exitStatus({ plan }: Status): 0 | 1 {
   return plan.problems.length > 0 ? 1 : 0;
 }
 
-/** What becomes of each certificate, and since when it is or will be due by its dates. */
+/** When each certificate is renewed and why, and since when it is due (or will be) by its dates. */
 function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: string }> {
   const next = new Map<Entry, { at?: Date; text: string }>();
-  for (const { due } of tasks) {
+  const all = [
+    ...tasks.map(({ due }) => ({ due, when: "next run" })),
+    ...waiting.map(({ due, until }) => ({ due, when: timeText(until) })),
+  ];
+  for (const { due, when } of all) {
     for (const { entry, reason, since } of due) {
-      next.set(entry, { at: since, text: `next run: ${reasonText(reason)}` });
-    }
-  }
-  for (const { due, until } of waiting) {
-    for (const { entry, reason, since } of due) {
-      next.set(entry, { at: since, text: `${timeText(until)}: ${reasonText(reason)}` });
+      next.set(entry, { at: since, text: `${when}: ${reasonText(reason)}` });
     }
   }
   for (const { entry, renewAt, rule } of kept) {
@@ -57,7 +57,7 @@ function nextOf({ tasks, waiting, kept }: Plan): Map<Entry, { at?: Date; text: s
 /** Least width of the last column of a table. */
 const NARROWEST = 20;
 
-/** A table as wide as the terminal; problems first. No name is broken: what does not fit goes on the next line. */
+/** A table as wide as the terminal; problems first. Names are not broken. */
 export function statusTable({ plan, inventory, orphans, now }: Status, columns = 80): string {
   const lines: string[] = [];
   const table = (head: readonly string[], rows: readonly (readonly string[])[]) => {
@@ -96,11 +96,11 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   );
   table(
     ["PENDING DELIVERY", "CERTIFICATES", "WHEN", "WHY"],
-    plan.deliveries.map(({ section, pending, until }) => [
-      `[${section.name}]`,
-      String(pending.length),
-      until === undefined ? "next run" : timeText(until),
-      [...new Set(pending.map(({ reason }) => reason))].join(", "),
+    plan.deliveries.map((delivery) => [
+      `[${delivery.section.name}]`,
+      String(delivery.pending.length),
+      delivery.until === undefined ? "next run" : timeText(delivery.until),
+      pendingText(delivery),
     ]),
   );
   table(
@@ -130,8 +130,8 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
 }
 
 /**
- * Columns side by side, the last one wrapped. Where the terminal is too narrow for that, or the first cell for its column,
- * the first cell stands on a line of its own.
+ * Columns side by side, the last one wrapped. If the terminal is too narrow, or the column of the first cell, the first
+ * cell gets a line of its own.
  */
 function wrappedRow(row: readonly string[], widths: readonly number[], columns: number): string[] {
   const padded = row.slice(0, -1).map((text, column) => text.padEnd(widths[column]!));
@@ -146,7 +146,7 @@ function wrappedRow(row: readonly string[], widths: readonly number[], columns: 
   return isTooLong ? [row[0]!, ...lines] : lines;
 }
 
-/** Words on lines of at most `columns`; a word that is longer stands alone, whole, so that it can be copied. */
+/** Words on lines of at most `columns`; a longer word stays whole, so that it can be copied. */
 function wrapped(text: string, columns: number, first: string, hanging: string): string[] {
   const lines: string[] = [];
   let line = first;
@@ -187,119 +187,113 @@ export function statusJson({ config, now, plan, inventory, orphans }: Status): s
   });
 }
 
-const ENDPOINT_DATES = [
-  [
-    "endpoint_not_before_seconds",
-    "Since when the certificate is valid that an endpoint serves.",
-    "notBefore",
-  ],
-  ["endpoint_not_after_seconds", "When the certificate expires that an endpoint serves.", "notAfter"],
-] as const;
+/** One value of a metric; a date is written in Unix seconds, and a value that is unknown is left out. */
+type Sample = readonly [labels: Record<string, string>, value: number | Date | undefined];
 
-/** The status in the Prometheus text format (version 0.0.4), for a textfile collector. Times are Unix seconds. */
-export function statusMetrics({ config, now, plan, inventory, orphans }: Status): string {
+/** The status in the Prometheus text format (version 0.0.4), for a textfile collector. */
+export function statusMetrics(status: Status): string {
   const lines: string[] = [];
-  type Sample = readonly [labels: Record<string, string>, value: number];
-  const gauge = (name: string, help: string, samples: readonly Sample[]) => {
+  for (const [name, help, samples] of metricsOf(status)) {
     lines.push(`# HELP lematt_${name} ${help}`, `# TYPE lematt_${name} gauge`);
     const series = new Map<string, number>(); // an address may answer in several ways: the lowest counts
     for (const [labels, value] of samples) {
-      const text = Object.entries({ mode: config.mode, ...labels }).map(([key, text]) =>
-        `${key}="${escaped(text)}"`
-      );
-      series.set(text.join(","), Math.min(value, series.get(text.join(",")) ?? Infinity));
+      if (value === undefined) continue;
+      const number = typeof value === "number" ? value : Math.floor(value.getTime() / 1000);
+      const text = Object.entries({ mode: status.config.mode, ...labels })
+        .map(([key, text]) => `${key}="${escaped(text)}"`).join(",");
+      series.set(text, Math.min(number, series.get(text) ?? Infinity));
     }
     for (const [labels, value] of series) lines.push(`lematt_${name}{${labels}} ${value}`);
-  };
-  const seconds = (date: Date) => Math.floor(date.getTime() / 1000);
-  const label = ({ line, keyType, stem }: Entry) => ({ name: line.names[0]!, stem, key_type: keyType });
-  const dated = (of: (entry: Entry) => Date | undefined) =>
-    inventory.flatMap((entry): Sample[] => {
-      const date = of(entry);
-      return date === undefined ? [] : [[label(entry), seconds(date)]];
-    });
-  const next = nextOf(plan);
-  const failing = [...plan.tasks, ...plan.waiting].flatMap(({ due, failure }) =>
-    failure === undefined ? [] : due.map(({ entry }) => ({ entry, failure }))
-  );
-  const sights = plan.endpoints.flatMap((endpoint) => endpoint.sights.map((sight) => ({ endpoint, sight })));
-  const place = ({ endpoint, sight }: typeof sights[number]) => ({
-    endpoint: endpoint.endpoint.text,
-    address: sight.address,
-    key_type: endpoint.keyType,
-  });
-  gauge(
-    "certificate_not_before_seconds",
-    "Since when the certificate is valid.",
-    dated((entry) => certificateOf(entry)?.notBefore),
-  );
-  gauge(
-    "certificate_not_after_seconds",
-    "When the certificate expires.",
-    dated((entry) => certificateOf(entry)?.notAfter),
-  );
-  gauge(
-    "certificate_renew_at_seconds",
-    "When it is due for renewal; in the past where it is overdue.",
-    dated((entry) => next.get(entry)?.at),
-  );
-  gauge(
-    "certificate_failing_since_seconds",
-    "Since when it cannot be issued.",
-    failing.map(({ entry, failure }) => [label(entry), seconds(new Date(failure.since))]),
-  );
-  gauge(
-    "delivery_pending_certificates",
-    "Certificates that a section has to be given.",
-    plan.deliveries.map(({ section, pending }) => [{ section: section.name }, pending.length]),
-  );
-  gauge(
-    "delivery_failing_since_seconds",
-    "Since when a delivery fails.",
-    plan.deliveries.flatMap(({ section, failure }): Sample[] =>
-      failure === undefined ? [] : [[{ section: section.name }, seconds(new Date(failure.since))]]
-    ),
-  );
-  gauge(
-    "endpoint_right",
-    "Whether an endpoint serves the newest certificate.",
-    sights.map((one) => [{ ...place(one), state: one.sight.verdict }, isGood(one.sight) ? 1 : 0]),
-  );
-  for (const [name, help, bound] of ENDPOINT_DATES) {
-    gauge(
-      name,
-      help,
-      sights.flatMap((one): Sample[] => {
-        const { certificate } = one.sight;
-        return certificate === undefined ? [] : [[place(one), seconds(new Date(certificate[bound]))]];
-      }),
-    );
   }
-  gauge(
-    "endpoint_probed_seconds",
-    "When an endpoint was last probed.",
-    plan.endpoints.flatMap(({ endpoint, keyType, record }): Sample[] =>
-      record === undefined
-        ? []
-        : [[{ endpoint: endpoint.text, key_type: keyType }, seconds(new Date(record.at))]]
-    ),
-  );
-  gauge("orphaned_files", "Files that belong to no line.", [[{}, orphans.length]]);
-  const kinds = Map.groupBy(plan.problems, ({ kind }) => kind);
-  gauge("problems", "Problems by kind.", [
-    [{ kind: "all" }, plan.problems.length],
-    ...[...kinds].map(([kind, problems]): Sample => [{ kind }, problems.length]),
-  ]);
-  gauge(
-    "last_run_seconds",
-    "When the last full run began.",
-    plan.lastRun === undefined ? [] : [[{}, seconds(plan.lastRun)]],
-  );
-  gauge("run_interval_seconds", "How long it usually takes from one full run to the next.", [
-    [{}, Math.round(plan.intervalMs / 1000)],
-  ]);
-  gauge("status_seconds", "When this was written.", [[{}, seconds(now)]]);
   return `${lines.join("\n")}\n`;
+}
+
+/** All metrics: name, help, samples. */
+function metricsOf({ now, plan, inventory, orphans }: Status): [string, string, Sample[]][] {
+  const next = nextOf(plan);
+  const ofCertificates = (of: (entry: Entry) => Date | undefined) =>
+    inventory.map((entry): Sample => [labelsOf(entry), of(entry)]);
+  const failing = [...plan.tasks, ...plan.waiting].filter(({ failure }) => failure !== undefined);
+  const ofAddresses = (of: (sight: JudgedSight) => readonly [Record<string, string>, Sample[1]]) =>
+    plan.endpoints.flatMap(({ endpoint, keyType, sights }) =>
+      sights.map((sight): Sample => {
+        const [labels, value] = of(sight);
+        const { address } = sight;
+        return [{ endpoint: endpoint.text, address, key_type: keyType, ...labels }, value];
+      })
+    );
+  const problems = Map.groupBy(plan.problems, ({ kind }) => kind);
+  return [
+    [
+      "certificate_not_before_seconds",
+      "When the validity of the certificate begins.",
+      ofCertificates((entry) => certificateOf(entry)?.notBefore),
+    ],
+    [
+      "certificate_not_after_seconds",
+      "When the certificate expires.",
+      ofCertificates((entry) => certificateOf(entry)?.notAfter),
+    ],
+    [
+      "certificate_renew_at_seconds",
+      "When the certificate is due for renewal; in the past if it is overdue.",
+      ofCertificates((entry) => next.get(entry)?.at),
+    ],
+    [
+      "certificate_failing_since_seconds",
+      "Since when the certificate cannot be issued.",
+      failing.flatMap(({ due, failure }) =>
+        due.map(({ entry }): Sample => [labelsOf(entry), moment(failure?.since)])
+      ),
+    ],
+    [
+      "delivery_pending_certificates",
+      "Certificates to be delivered to a section.",
+      plan.deliveries.map(({ section, pending }) => [{ section: section.name }, pending.length]),
+    ],
+    [
+      "delivery_failing_since_seconds",
+      "Since when a delivery fails.",
+      plan.deliveries.map(({ section, failure }) => [{ section: section.name }, moment(failure?.since)]),
+    ],
+    [
+      "endpoint_right",
+      "Whether an endpoint serves the newest certificate.",
+      ofAddresses((sight) => [{ state: sight.verdict }, isGood(sight) ? 1 : 0]),
+    ],
+    [
+      "endpoint_not_before_seconds",
+      "When the validity of the served certificate begins.",
+      ofAddresses(({ certificate }) => [{}, moment(certificate?.notBefore)]),
+    ],
+    [
+      "endpoint_not_after_seconds",
+      "When the served certificate expires.",
+      ofAddresses(({ certificate }) => [{}, moment(certificate?.notAfter)]),
+    ],
+    [
+      "endpoint_probed_seconds",
+      "When an endpoint was last probed.",
+      plan.endpoints.map(({ endpoint, keyType, record }) => [
+        { endpoint: endpoint.text, key_type: keyType },
+        moment(record?.at),
+      ]),
+    ],
+    ["orphaned_files", "Files that belong to no line.", [[{}, orphans.length]]],
+    ["problems", "Problems by kind.", [
+      [{ kind: "all" }, plan.problems.length],
+      ...[...problems].map(([kind, { length }]): Sample => [{ kind }, length]),
+    ]],
+    ["last_run_seconds", "When the last full run began.", [[{}, plan.lastRun]]],
+    ["run_interval_seconds", "How long it usually takes from one full run to the next.", [
+      [{}, Math.round(plan.intervalMs / 1000)],
+    ]],
+    ["status_seconds", "When this was written.", [[{}, now]]],
+  ];
+}
+
+function labelsOf({ line, keyType, stem }: Entry): Record<string, string> {
+  return { name: line.names[0]!, stem, key_type: keyType };
 }
 
 function escaped(text: string): string {

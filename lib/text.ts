@@ -5,7 +5,7 @@
 
 import type { Notice } from "./config.ts";
 import type { EndpointStatus, JudgedSight } from "./endpoints.ts";
-import type { Problem, Warning } from "./plan.ts";
+import type { Delivery, Problem, Warning } from "./plan.ts";
 import { DAY_MS, HOUR_MS, type Reason, type Rule } from "./renewal.ts";
 import type { Entry } from "./store.ts";
 
@@ -119,7 +119,7 @@ export function warningText(warning: Warning): string {
     case "not renewed": {
       const { section, file, notAfter } = warning;
       return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +
-        "(--prune forgets it)";
+        "(--prune moves it away)";
     }
     case "nothing to deliver": {
       const { what } = warning;
@@ -170,6 +170,11 @@ export function sightText(sight: JudgedSight): string {
     default:
       return verdict satisfies never;
   }
+}
+
+/** `new certificate, drift` */
+export function pendingText({ pending }: Pick<Delivery, "pending">): string {
+  return [...new Set(pending.map(({ reason }) => reason))].join(", ");
 }
 
 function expiryText(what: string, notAfter: Date | undefined): string {
@@ -259,7 +264,7 @@ export function problemText(problem: Problem): string {
 }
 
 function retryText({ retryAt }: { readonly retryAt?: string }): string {
-  return retryAt === undefined ? "" : `; tried again from ${timeText(new Date(retryAt))} (--retry: now)`;
+  return retryAt === undefined ? "" : `; next attempt at ${timeText(new Date(retryAt))} (--retry: now)`;
 }
 
 /** A problem, and the end of what a command printed that is its cause. */

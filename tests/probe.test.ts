@@ -9,32 +9,22 @@ import { join } from "node:path";
 import { type Context, type Destination, systemContext } from "../lib/context.ts";
 import { probe, type Probed, type Target } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
+import { all } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import { freePort, makeCertificate, startNginx, startServer, tcpServer } from "./tls.ts";
 
 const NEEDS_NGINX = { ignore: which("nginx") === undefined };
-const NEEDS_NAMESPACES = {
-  ignore: Deno.uid() !== 0 || which("ip") === undefined ||
-    !new Deno.Command("unshare", { args: ["-n", "true"] })
-      .outputSync().success,
-};
+const hasNamespaces = Deno.uid() === 0 && which("ip") !== undefined &&
+  new Deno.Command("unshare", { args: ["-n", "true"] }).outputSync().success;
 
 /** The certificates of these tests, made once: RSA keys take their time. */
 const directory = await Deno.makeTempDir({ prefix: "lematt-probe-" });
 addEventListener("unload", () => Deno.removeSync(directory, { recursive: true }));
 const certificates: Record<string, Certificate> = {};
-await Promise.all(
-  ([["rsa", "rsa"], ["ec", "ec"], ["old-ec", "ec"], ["no-san", "ec"]] as const).map(
-    async ([file, keyType]) => {
-      certificates[file] = await makeCertificate(
-        directory,
-        file,
-        keyType,
-        file === "no-san" ? [] : ["www.example.com"],
-      );
-    },
-  ),
-);
+await Promise.all(["rsa", "ec", "old-ec", "no-san"].map(async (file) => {
+  const names = file === "no-san" ? [] : ["www.example.com"];
+  certificates[file] = await makeCertificate(directory, file, file === "rsa" ? "rsa" : "ec", names);
+}));
 
 function targets(
   host: string,
@@ -75,54 +65,46 @@ async function web(...files: string[][]) {
 
 async function sServer(file: string, ...more: string[]) {
   const port = freePort();
-  const args = [
-    "s_server",
-    "-accept",
-    `127.0.0.1:${port}`,
-    "-cert",
-    `${file}.pem`,
-    "-key",
-    `${file}.key`,
-    "-quiet",
-  ];
+  const args = `s_server -accept 127.0.0.1:${port} -cert ${file}.pem -key ${file}.key -quiet`.split(" ");
   const server = await startServer("openssl", [...args, ...more], port, { cwd: directory });
   return { port, [Symbol.asyncDispose]: () => server[Symbol.asyncDispose]() };
 }
 
-for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
-  Deno.test(`probe() sees both certificates of a server with ${protocol} (nginx)`, NEEDS_NGINX, async () => {
-    const port = freePort();
-    await using _ = await startNginx(
-      directory,
-      port,
-      (pair) => `ssl_protocols ${protocol}; server { listen 127.0.0.1:${port} ssl; ${pair("rsa", "ec")} }`,
-    );
-    const sights = await probe(targets("127.0.0.1", port, { text: "as written" }), context());
-    assert.deepEqual(brief(sights), ["127.0.0.1 rsa served rsa", "127.0.0.1 ec served ec"]);
-    assert.equal(sights[0]!.endpoint, "as written");
-  });
+/** What is seen at this port of loopback. */
+const see = async (port: number, keyTypes?: string[]) =>
+  brief(await probe(targets("127.0.0.1", port, {}, keyTypes), context()));
 
-  Deno.test(`probe() sees which certificate a server with ${protocol} does not have (s_server)`, async () => {
-    await using server = await sServer("ec", protocol === "TLSv1.2" ? "-tls1_2" : "-tls1_3");
-    assert.deepEqual(brief(await probe(targets("127.0.0.1", server.port), context())), [
-      "127.0.0.1 rsa refused no certificate of this type",
-      "127.0.0.1 ec served ec",
-    ]);
-  });
-}
+Deno.test(
+  "probe() sees both certificates of a server, whatever its version of TLS (nginx)",
+  NEEDS_NGINX,
+  async () => {
+    for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
+      const port = freePort();
+      await using _ = await startNginx(
+        directory,
+        port,
+        (pair) => `ssl_protocols ${protocol}; server { listen 127.0.0.1:${port} ssl; ${pair("rsa", "ec")} }`,
+      );
+      assert.deepEqual(await see(port), ["127.0.0.1 rsa served rsa", "127.0.0.1 ec served ec"], protocol);
+    }
+  },
+);
+
+Deno.test("probe() sees which certificate a server does not have, whatever its version of TLS (s_server)", async () => {
+  for (const protocol of ["-tls1_2", "-tls1_3"]) {
+    await using server = await sServer("ec", protocol);
+    const [rsa, ec] = await see(server.port);
+    assert.match(rsa!, /^127\.0\.0\.1 rsa refused /);
+    assert.equal(ec, "127.0.0.1 ec served ec");
+  }
+});
 
 Deno.test("a server that demands a certificate of ours serves its own, if it has shown that it has the key", async () => {
-  const verify = ["-Verify", "1", "-verify_return_error"];
-  for (
-    const [args, expected] of [
-      [["-tls1_3"], "served rsa"],
-      [["-tls1_2"], "served rsa"],
-      [["-tls1_2", "-cipher", "kRSA"], "unfinished rsa sslv3 alert handshake failure"],
-    ] as const
-  ) {
-    await using server = await sServer("rsa", ...verify, ...args);
-    const [sight] = brief(await probe(targets("127.0.0.1", server.port, {}, ["rsa"]), context()));
-    assert.equal(sight?.replace(/(ssl\/tls|sslv3) alert/, "sslv3 alert"), `127.0.0.1 rsa ${expected}`);
+  const table = { "-tls1_3": "served", "-tls1_2": "served", "-tls1_2 -cipher kRSA": "unfinished" };
+  for (const [args, kind] of Object.entries(table)) {
+    await using server = await sServer("rsa", "-Verify", "1", "-verify_return_error", ...args.split(" "));
+    const [sight] = await see(server.port, ["rsa"]);
+    assert(sight!.startsWith(`127.0.0.1 rsa ${kind} rsa`), sight);
   }
 });
 
@@ -139,9 +121,8 @@ Deno.test("a certificate that is shown without its key is not served (s_server b
         socket.write(data);
       });
     });
-    assert.deepEqual(brief(await probe(targets("127.0.0.1", forger.port, {}, [file]), context())), [
-      `127.0.0.1 ${file} unfinished ${file} signed by another key than the certificate's`,
-    ]);
+    const [sight] = await see(forger.port, [file]);
+    assert(sight!.startsWith(`127.0.0.1 ${file} unfinished ${file} `), sight);
   }
 });
 
@@ -192,25 +173,21 @@ Deno.test(
       resolved.push(host);
       return Promise.resolve([{ address: "127.0.0.1", port: door.port }]);
     };
-    const named = [
-      ...targets("www.example.com", 443),
-      ...targets("www.example.com", 443),
-      ...targets("www.example.com", 443, { text: "with its name", sni: "www.example.com" }),
-    ];
+    const named = [{}, {}, { text: "with its name", sni: "www.example.com" }].flatMap((more) =>
+      targets("www.example.com", 443, more)
+    );
     const sights = await probe(named, context({ route, random: () => 0.9 }));
-    assert.deepEqual(sights.map(({ endpoint, keyType, kind }) => `${endpoint} ${keyType} ${kind}`), [
-      "www.example.com:443 rsa served",
-      "www.example.com:443 ec served",
-      "with its name rsa served",
-      "with its name ec served",
-    ]);
+    assert.deepEqual(
+      sights.map(({ endpoint, keyType, kind }) => `${endpoint} ${keyType} ${kind}`),
+      ["www.example.com:443", "with its name"].flatMap((text) => [`${text} rsa served`, `${text} ec served`]),
+    );
     assert.deepEqual(resolved, ["www.example.com"]);
     assert.equal(connections.length, 3, "a knock and one probe for each type of key");
   },
 );
 
 Deno.test(
-  "a balancer whose turns match our connections hides none of its servers for long (nginx)",
+  "a balancer whose turns match our connections hides no server for long (nginx)",
   NEEDS_NGINX,
   async () => {
     await using server = await web(["ec"], ["rsa"]);
@@ -218,9 +195,9 @@ Deno.test(
     await using balancer = await tcpServer((socket) => relay(socket, server.ports[turn++ % 2]!));
     const random = () => turn < 2 ? 0.9 : 0.1;
     const look = async () =>
-      brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random })));
-    assert.deepEqual(await look(), ["127.0.0.1 rsa served rsa"]);
-    assert.deepEqual(await look(), ["127.0.0.1 rsa refused no certificate of this type"]);
+      brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random }))).join();
+    assert.match(await look(), /rsa served rsa$/);
+    assert.match(await look(), /rsa refused/);
   },
 );
 
@@ -252,17 +229,20 @@ Deno.test(
     await using smtp = await smtpServer(server.port, "STARTTLS");
     await using without = await smtpServer(server.port, "PIPELINING");
     await using refusing = await tcpServer((socket) => socket.on("data", () => socket.write("N"))); // as PostgreSQL does
-    const see = async (port: number, starttls: "smtp" | "postgres" | "ldap") =>
-      brief(await probe(targets("127.0.0.1", port, { starttls }, ["ec"]), context()));
-    assert.deepEqual(await see(smtp.port, "smtp"), ["127.0.0.1 ec served ec"]);
-    const notOffered = ["127.0.0.1 ec unreachable STARTTLS is not offered"];
-    assert.deepEqual(await see(without.port, "smtp"), notOffered);
-    assert.deepEqual(await see(refusing.port, "postgres"), notOffered);
-    assert.deepEqual(await see(refusing.port, "ldap"), notOffered);
+    const table: [port: number, starttls: "smtp" | "postgres" | "ldap", seen: string][] = [
+      [smtp.port, "smtp", "served ec"],
+      [without.port, "smtp", "unreachable STARTTLS is not offered"],
+      [refusing.port, "postgres", "unreachable STARTTLS is not offered"],
+      [refusing.port, "ldap", "unreachable STARTTLS is not offered"],
+    ];
+    for (const [port, starttls, seen] of table) {
+      const sights = brief(await probe(targets("127.0.0.1", port, { starttls }, ["ec"]), context()));
+      assert.deepEqual(sights, [`127.0.0.1 ec ${seen}`], starttls);
+    }
   },
 );
 
-Deno.test("probe() says why an endpoint cannot be reached", async () => {
+Deno.test("probe() says why an endpoint cannot be reached, within its time", async () => {
   await using http = await tcpServer((socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
   await using closing = await tcpServer((socket) => socket.end());
   await using silent = await tcpServer(() => {});
@@ -274,52 +254,48 @@ Deno.test("probe() says why an endpoint cannot be reached", async () => {
       : host === "lost.example.com"
       ? new Promise<Destination[]>(() => {})
       : Promise.resolve(host === "empty.example.com" ? [] : [{ address: host, port }]);
-  const see = async (...args: Parameters<typeof targets>) => {
-    const begun = performance.now();
-    const sights = brief(await probe(targets(...args), context({ route }), 3, 0.5));
-    assert(performance.now() - begun < 3000);
-    assert.equal(sights.length, 2);
-    assert.equal(sights[0]!.replace("rsa ", "ec "), sights[1]);
-    return sights[1]!.replace(/^.*ec unreachable /, "");
-  };
-  assert.equal(await see("127.0.0.1", freePort()), "Connection refused");
-  assert.equal(await see("127.0.0.1", silent.port), "silent for 0.5 s");
-  assert.equal(await see("127.0.0.1", silent.port, { starttls: "smtp" }), "silent for 0.5 s");
-  assert.equal(await see("127.0.0.1", silent.port, { starttls: "ldap" }), "silent for 0.5 s");
-  assert.equal(await see("127.0.0.1", halting.port, { starttls: "smtp" }), "no handshake within 0.5 s");
-  assert.equal(await see("127.0.0.1", http.port), "does not speak TLS");
-  assert.equal(await see("127.0.0.1", closing.port), "closes the connection in the handshake");
-  assert.equal(await see("nowhere.example.com", 443), "no address: ENOTFOUND");
-  assert.equal(await see("empty.example.com", 443), "no address: the name has none");
-  assert.equal(await see("lost.example.com", 443), "no address: no answer within 0.5 s");
-  assert.equal(await see("*.example.com", 443), "no address: a wildcard is no host");
-});
-
-Deno.test("many silent endpoints take one time-out together", async () => {
-  await using silent = await tcpServer(() => {}, "0.0.0.0");
-  const all = Array.from({ length: 60 }, (_, i) => targets(`127.0.0.${i + 1}`, silent.port)).flat();
+  const table: [host: string, port: number, why: RegExp, starttls?: "smtp" | "ldap"][] = [
+    ["127.0.0.1", freePort(), /refused/],
+    ["127.0.0.1", silent.port, /silent for 2 s/],
+    ["127.0.0.1", silent.port, /silent for 2 s/, "smtp"],
+    ["127.0.0.1", silent.port, /silent for 2 s/, "ldap"],
+    ["127.0.0.1", halting.port, /no handshake within 2 s/, "smtp"],
+    ["127.0.0.1", http.port, /does not speak TLS/],
+    ["127.0.0.1", closing.port, /closes the connection/],
+    ["nowhere.example.com", 443, /ENOTFOUND/],
+    ["empty.example.com", 443, /no address/],
+    ["lost.example.com", 443, /no answer within 2 s/],
+    ["*.example.com", 443, /no address/],
+  ];
   const begun = performance.now();
-  const sights = await probe(all, context(), 3, 1);
-  assert.deepEqual(
-    new Set(sights.map(({ kind, detail }) => `${kind} ${detail}`)),
-    new Set(["unreachable silent for 1 s"]),
-  );
-  assert(performance.now() - begun < 2500);
+  await all(table.map(async ([host, port, why, starttls]) => {
+    const sights = await probe(targets(host, port, { starttls }), context({ route }), 3, 2);
+    assert.deepEqual(sights.map(({ keyType, kind }) => `${keyType} ${kind}`), [
+      "rsa unreachable",
+      "ec unreachable",
+    ]);
+    for (const { detail } of sights) assert.match(detail!, why, host);
+  }));
+  assert(performance.now() - begun < 15_000);
 });
 
-Deno.test("of 4,000 addresses behind a name some are probed, and the rest is said", async () => {
+Deno.test("many silent endpoints take one time-out together; of 4,000 addresses some are probed, and the rest is said", async () => {
+  await using silent = await tcpServer(() => {}, "0.0.0.0");
+  const many = Array.from({ length: 60 }, (_, i) => targets(`127.0.0.${i + 1}`, silent.port)).flat();
+  const begun = performance.now();
+  const sights = await probe(many, context(), 3, 0.5);
+  assert.deepEqual(new Set(sights.map(({ kind }) => kind)), new Set(["unreachable"]));
+  assert(performance.now() - begun < 10_000, "60 time-outs would take 30 s");
+
   const port = freePort();
-  const route = () =>
-    Promise.resolve(
-      Array.from({ length: 4000 }, (_, i) => ({ address: `127.1.${i >> 8}.${i & 255}`, port })),
-    );
+  const addresses = Array.from({ length: 4000 }, (_, i) => ({ address: `127.1.${i >> 8}.${i & 255}`, port }));
   const warnings: string[] = [];
-  const sights = await probe(
-    targets("www.example.com", 443),
-    context({ route, warn: (text) => warnings.push(text) }),
-  );
-  assert.equal(sights.length, 2 * 32);
-  assert.deepEqual(warnings, ["www.example.com has 4000 addresses; 32 of them are probed"]);
+  const changes = {
+    route: () => Promise.resolve(addresses),
+    warn: (text: string) => void warnings.push(text),
+  };
+  assert.equal((await probe(targets("www.example.com", 443), context(changes))).length, 2 * 32);
+  assert.match(warnings.join(), /^www\.example\.com has 4000 addresses; 32 /);
 });
 
 Deno.test("probe() ends at once when its signal aborts, whatever it waits for", async () => {
@@ -331,15 +307,10 @@ Deno.test("probe() ends at once when its signal aborts, whatever it waits for", 
       if (++connections === (waiting === "knock" ? 1 : 2)) controller.abort(new Error("interrupted"));
     });
     const begun = performance.now();
-    const { signal } = controller;
-    await assert.rejects(
-      probe(
-        targets("127.0.0.1", server.port, { starttls: "smtp" }),
-        context({ signal, random: () => 0.9 }),
-      ),
-      { message: "interrupted" },
-    );
-    assert(performance.now() - begun < 3000);
+    const at = context({ signal: controller.signal, random: () => 0.9 });
+    const probing = probe(targets("127.0.0.1", server.port, { starttls: "smtp" }), at);
+    await assert.rejects(probing, { message: "interrupted" });
+    assert(performance.now() - begun < 5000);
   }
 });
 
@@ -349,13 +320,11 @@ async function elsewhere(
   env: Record<string, string> = {},
   within: string[] = [],
 ): Promise<string> {
-  const url = (path: string) => JSON.stringify(new URL(path, import.meta.url).href);
-  const program = join(directory, `${crypto.randomUUID()}.ts`);
+  const url = (name: string) => JSON.stringify(import.meta.resolve(`../lib/${name}.ts`));
+  const program = join(directory, `${crypto.randomUUID()}.js`);
   await Deno.writeTextFile(
     program,
-    `import { probe } from ${url("../lib/probe.ts")}; import { systemContext } from ${
-      url("../lib/context.ts")
-    };
+    `import { probe } from ${url("probe")}; import { systemContext } from ${url("context")};
 const context = (changes = {}) =>
   systemContext({ fetch, userAgent: "", signal: new AbortController().signal, warn: console.log, ...changes });
 const targets = (host, port) => [{ endpoint: { text: host, host, port }, keyType: "ec" }];
@@ -380,16 +349,12 @@ async function withOpenssl(script?: string): Promise<Record<string, string>> {
 Deno.test("probe() says that there is no openssl, or that it is not one that will do", async () => {
   const script =
     `await probe(targets("127.0.0.1", 1), context()).catch((error) => console.log(error.name, error.message));`;
-  assert.equal(
-    await elsewhere(script, await withOpenssl()),
-    "ProbeError cannot find openssl, which probes need\n",
+  const libre = "echo ' -connect host:port Who to connect to\n -no_servername  no SNI' >&2; exit 1";
+  const [none, other] = await all(
+    [undefined, libre].map(async (openssl) => elsewhere(script, await withOpenssl(openssl))),
   );
-  const libre =
-    "echo ' -connect host:port Who to connect to\n -no_servername  no SNI\n -state  Print states' >&2; exit 1";
-  assert.match(
-    await elsewhere(script, await withOpenssl(libre)),
-    /^ProbeError .*lacks the options -sigalgs -noservername of s_client.* not LibreSSL\n$/,
-  );
+  assert.match(none!, /^ProbeError .*openssl/);
+  assert.match(other!, /^ProbeError .*-sigalgs.*LibreSSL/);
 });
 
 Deno.test("at most 16 openssl run at once, however many calls there are (nginx)", NEEDS_NGINX, async () => {
@@ -410,7 +375,7 @@ console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
 
 Deno.test(
   "an address family that this host lacks is passed over, one that it has is not",
-  NEEDS_NAMESPACES,
+  { ignore: !hasNamespaces },
   async () => {
     const script = `
 const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });

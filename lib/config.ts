@@ -1140,6 +1140,17 @@ function checkSections(
     if (hasLists && lines.length && !verify.length && name !== "every") {
       page.advise(`deliveries of ${title(section)} are not verified`, line, `such as verify: ["DOMAIN:443"]`);
     }
+    const isNamedByLine = ({ host, sni }: Endpoint) =>
+      [host, sni].some((word) => word === "DOMAIN" || word === "DOMAINS_ALL");
+    const wild = lines.find(({ names }) => names.every((name) => name.startsWith("*.")));
+    if (wild && verify.length && verify.every(isNamedByLine)) {
+      const hint = `name a host, such as ${wild.names[0]!.replace("*", "www")}:443`;
+      page.warn(
+        `verify: nothing is probed for ${wild.names[0]}, since a wildcard has no address`,
+        line,
+        hint,
+      );
+    }
     const wanted = verify.filter(({ host, sni = host }) => sni !== "DOMAIN" && sni !== "DOMAINS_ALL");
     if (lines.length < 2 || !wanted.length) continue;
     const names = new Set(lines.flatMap(({ names }) => names));

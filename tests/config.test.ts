@@ -503,6 +503,8 @@ const warned = rows`
   an endpoint with the name of no line => D: a.com⏎b.com
     => A: [every]⏎verify: ["192.0.2.1:443", "192.0.2.1:443#a.com", "DOMAIN:443", "web1:443#DOMAIN"]
     => actions.conf:1 192.0.2.1:443#a.com
+  an endpoint by the first name of a line that has wildcards alone => D: *.b.com
+    => A: [every]⏎challenge: dns-persist-01⏎verify: ["DOMAIN:443", "lb:443#DOMAIN"] => actions.conf:1 www.b.com:443
   a name for which the prepare of its line does not run => D: a.com b.a.com c.a.com
     => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 "b.a.com"`;
 Deno.test("loadConfig() accepts what is harmless, with a warning at its line", async (t) => {

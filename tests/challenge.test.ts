@@ -42,6 +42,11 @@ const isRunning = (pid: number) => {
   }
 };
 
+/** The prepare command of the tests that look for its process. */
+const HELD = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";
+const isHeld = ({ home }: Bed) => existsSync(join(home, "pid"));
+const pidOf = ({ home }: Bed) => Number(Deno.readTextFileSync(join(home, "pid")));
+
 // ---- files -------------------------------------------------------------------------------------------------------
 
 Deno.test("a challenge file is complete and readable for all when the CA is asked, whatever the umask", async () => {
@@ -60,14 +65,18 @@ Deno.test("a challenge file is complete and readable for all when the CA is aske
   assert.deepEqual([bed.dropped(), bed.state().published], [[], []]);
 });
 
-Deno.test("what a killed run left in the drop directory is removed by the next, and nothing else", async () => {
-  await using bed = await bedFor({ validationDelayMs: 60_000 });
+Deno.test("what a killed run left in the drop directory is removed by the next; its prepare commands end with it", async () => {
+  const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // which never looks at its input
+  await using bed = await bedFor({ validationDelayMs: 60_000 }, { prepare, settings: "preflight: no" });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
   await Deno.writeTextFile(join(bed.home, "victim"), "stays");
   const program = bed.start("--test");
-  await until("a challenge file is there", () => bed.dropped().length > 1);
+  await until("a challenge file is there", () => bed.dropped().length > 1 && isHeld(bed));
+  assert(isRunning(pidOf(bed)));
   program.kill("SIGKILL");
   await program.output();
+  await until("prepare has ended", () => !isRunning(pidOf(bed)));
+  bed.act("");
 
   const state = bed.state();
   assert.equal(state.published.length, 1);
@@ -142,11 +151,6 @@ function counted(port: number, ready = (_host: string) => true): Route & { calls
   }, { calls: 0 });
   return route;
 }
-
-/** The prepare command of the tests that look for its process. */
-const HELD = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";
-const isHeld = ({ home }: Bed) => existsSync(join(home, "pid"));
-const pidOf = ({ home }: Bed) => Number(Deno.readTextFileSync(join(home, "pid")));
 
 Deno.test("the CA is asked when the challenge can be seen through the name, and prepare is ended then", async () => {
   await using bed = await bedFor({}, {

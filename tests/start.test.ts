@@ -214,36 +214,41 @@ exec cron -f -L 0`;
   });
 }
 
-Deno.test("the units of conf/remote are ones that systemd understands, and expose little", {
-  ignore: !SYSTEMD,
-}, async () => {
-  const directory = await Deno.makeTempDir();
-  try {
-    const units = [...Deno.readDirSync(join(ROOT, "conf/remote"))].map(({ name }) => name)
-      .filter((name) => /\.(service|timer)$/.test(name));
-    assert.equal(units.length, 4);
-    for (const name of units) {
-      const text = await Deno.readTextFile(join(ROOT, "conf/remote", name));
-      const programs = text.replace("/opt/lematt/lematt.ts", join(ROOT, "lematt.ts"))
-        .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
-      await Deno.writeTextFile(join(directory, name), programs);
+Deno.test(
+  "the units are ones that systemd understands, and expose little",
+  { ignore: !SYSTEMD },
+  async () => {
+    const directory = await Deno.makeTempDir();
+    try {
+      const places = ["conf/remote", "conf/monitoring"].map((place) => join(ROOT, place));
+      const units = places.flatMap((place) =>
+        [...Deno.readDirSync(place)].filter(({ name }) => /\.(service|timer)$/.test(name))
+          .map(({ name }) => [join(place, name), name] as const)
+      );
+      assert.equal(units.length, 6);
+      for (const [path, name] of units) {
+        const text = await Deno.readTextFile(path);
+        const programs = text.replace("/opt/lematt/lematt.ts", join(ROOT, "lematt.ts"))
+          .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
+        await Deno.writeTextFile(join(directory, name), programs);
+      }
+      // it prints what it does not understand, and exits with 0
+      const names = units.map(([, name]) => name);
+      const { stderr } = await new Deno.Command("systemd-analyze", {
+        args: ["verify", ...names],
+        cwd: directory,
+      }).output();
+      const printed = new TextDecoder().decode(stderr).split("\n")
+        .filter((line) => [directory, ...names].some((name) => line.includes(name)));
+      assert.deepEqual(printed, []);
+      for (const name of ["lematt.service", "leforward.service"]) {
+        await run("systemd-analyze", "security", "--offline=true", "--threshold=20", join(directory, name));
+      }
+    } finally {
+      await Deno.remove(directory, { recursive: true });
     }
-    // it prints what it does not understand, and exits with 0
-    const { stderr } = await new Deno.Command("systemd-analyze", {
-      args: ["verify", ...units],
-      cwd: directory,
-    }).output();
-    const printed = new TextDecoder().decode(stderr).split("\n").filter((line) =>
-      line.includes(directory) || units.some((name) => line.includes(name))
-    );
-    assert.deepEqual(printed, []);
-    for (const name of ["lematt.service", "leforward.service"]) {
-      await run("systemd-analyze", "security", "--offline=true", "--threshold=20", join(directory, name));
-    }
-  } finally {
-    await Deno.remove(directory, { recursive: true });
-  }
-});
+  },
+);
 
 Deno.test("where packages were not fetched, lematt fetches none and says in one line how to", async () => {
   await using bed = await testBed({ domains: "a.example.com" });

@@ -46,7 +46,7 @@ const REASONS: readonly (readonly [pattern: RegExp, why: string, hint?: string])
 
 /** A host name, wildcard or IP address in its one form: lower case, A-labels, RFC 5952 text. No trailing dot. */
 export function toIdentifier(written: string): string | Invalid {
-  // The length is checked before the conversion, too, which takes quadratic time.
+  // the length is checked before the conversion, too, which takes quadratic time
   const name = written.length > 253 || !/[^!-~]/.test(written) ? written.toLowerCase() : toAscii(written);
   if (isInvalid(name)) return name;
   if (name.length > 253) return { why: "longer than 253 characters" };

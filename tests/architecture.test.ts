@@ -8,10 +8,11 @@ const ROOT = join(import.meta.dirname!, "..");
 /** From the ground up; a file may import files of lower floors only, their types included. */
 const FLOORS = [
   "names",
-  "ini",
+  "ini trust",
   "context",
   "x509",
   "selfcheck http state",
+  "settings",
   "config",
   "hooks probe acme",
   "store challenge",

@@ -5,6 +5,7 @@ import { generateKeyPairSync } from "node:crypto";
 import { isIP as nodeIsIP } from "node:net";
 import { join } from "node:path";
 import { challengeOf, type Config, ConfigError, loadConfig, type Notice, sectionsOf } from "../lib/config.ts";
+import { SECTION_KEYS, SETTINGS } from "../lib/settings.ts";
 import { isIP } from "../lib/names.ts";
 
 const base = await Deno.realPath(await Deno.makeTempDir({ prefix: "lematt-config-" }));
@@ -765,6 +766,17 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a
     ok(said(refusal(() => loadConfig("prod", undefined, directory)).problems).join().includes("--config"));
   } finally {
     Deno.chdir(here);
+  }
+});
+
+Deno.test("the samples in conf/ have every key", () => {
+  for (const [table, sample] of [[SETTINGS, "lematt.conf"], [SECTION_KEYS, "actions.conf"]] as const) {
+    const text = Deno.readTextFileSync(join(import.meta.dirname!, "..", "conf", sample));
+    const keys = Object.entries(table).map(([name, { spelling = name }]) => spelling);
+    same(
+      keys.filter((key) => !new RegExp(`\\b${key}\\b`).test(text)),
+      sample === "lematt.conf" ? [] : ["ocspStapleRequired"],
+    );
   }
 });
 

@@ -408,22 +408,6 @@ for (const retryAfterSeconds of [86_400, 600, undefined]) {
 
 // ---- limits ------------------------------------------------------------------------------------------------------
 
-Deno.test("no more than 20 requests are made at once, and no more than twice as many as there are lines at once", async () => {
-  await using bed = await testBed({});
-  const { fetch } = bed.world();
-  for (const [parallel, most] of [[3, 6], [40, 20]] as const) {
-    let [now, peak] = [0, 0];
-    const counting: TestWorld["fetch"] = async (url, init) => {
-      peak = Math.max(peak, ++now);
-      return await fetch(url, init).finally(() => now--);
-    };
-    const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.world({ fetch: counting }), parallel);
-    client.account = await client.newAccount(KEY, { contact: [] });
-    await Promise.all(numbered(60).map((name) => client.newOrder([name])));
-    assert.equal(peak, most);
-  }
-});
-
 Deno.test("a CA that limits requests for ever is asked now and then by one of many who wait, not by each of them", async () => {
   const slowDown = refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "3" } });
   for (const resource of ["newNonce", "newOrder"] as const) {

@@ -7,7 +7,7 @@ import assert from "node:assert/strict";
 import { generateKeyPairSync, type KeyObject } from "node:crypto";
 import { join } from "node:path";
 import { AcmeClient, keyAuthorization, type Order } from "../lib/acme.ts";
-import { AcmeError, describe, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
+import { AcmeError, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
 import { oneLine } from "../lib/names.ts";
 import { createCsr } from "../lib/x509.ts";
 import { type Bed, befalling, refusing, testBed, type TestWorld } from "./bed.ts";
@@ -234,15 +234,6 @@ Deno.test("a replica that lags is asked again within seconds, a few times", asyn
     await failure(obtain(bed, client, `n${i}.example.com`));
     assert(asked(bed, resource) - before <= 6, resource);
   }
-});
-
-Deno.test("an account that is remembered and that the CA does not know is an error at once, without another try", async () => {
-  await using at = await conversation();
-  const { bed, client } = at;
-  client.account = { key: KEY, url: `${bed.ca.origin}/account/99` };
-  assert.equal((await failure(client.newOrder([NAME]))).problem?.type, "accountDoesNotExist");
-  assert.deepEqual([asked(bed, "newOrder"), bed.waits], [1, []]);
-  bed.ca.violations.splice(0);
 });
 
 Deno.test("an answer to a challenge that had arrived, and is refused the second time, is no error; one that had not is", async () => {
@@ -562,22 +553,6 @@ Deno.test("oneLine() makes any text one line of bounded length, without what can
   ) {
     assert.equal(oneLine(text), clean);
   }
-});
-
-Deno.test("describe() shows a problem with its links, its subproblems and whom they are about", () => {
-  const sub = (type: string, detail: string, identifier: string) => (
-    { type, detail, identifier, links: [], subproblems: [] }
-  );
-  assert.equal(
-    describe({
-      type: "compound",
-      detail: "cannot validate",
-      links: ["https://ca.example/why"],
-      subproblems: [sub("dns", "NXDOMAIN", "a.example.com"), sub("unauthorized", "", "b.example.com")],
-    }),
-    "cannot validate (compound), see https://ca.example/why; a.example.com: NXDOMAIN (dns); " +
-      "b.example.com: no detail (unauthorized)",
-  );
 });
 
 // ---- a hostile CA ------------------------------------------------------------------------------------------------

@@ -186,14 +186,23 @@ export function pem(label: string, bytes: Uint8Array): string {
   return `-----BEGIN ${label}-----\n${lines}\n-----END ${label}-----\n`;
 }
 
-/** A certificate for localhost and 127.0.0.1 under a root of its own; all PEM. */
-export function listenerCertificate(): { root: string; certificate: string; key: string } {
+/** A certificate for localhost and 127.0.0.1 under a root of its own, all PEM. */
+export interface ListenerCertificate {
+  readonly root: string;
+  readonly certificate: string;
+  readonly key: string;
+}
+let made: ListenerCertificate | undefined;
+
+/** The same for all servers of this process. */
+export function listenerCertificate(): ListenerCertificate {
+  if (made !== undefined) return made;
   const authority = createAuthority("lematt test listener root");
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
   const valid = { notBefore: new Date(Date.now() - 86_400_000), notAfter: new Date(Date.now() + 1e12) };
   const { commonName } = authority;
   const identifiers = [{ type: "dns", value: "localhost" }, { type: "ip", value: "127.0.0.1" }] as const;
-  return {
+  return made = {
     root: certify({ commonName, publicKey: authority.publicKey, authority: true, ...valid }, authority),
     certificate: certify({ publicKey, identifiers, ...valid }, authority),
     key: privateKey.export({ format: "pem", type: "pkcs8" }) as string,

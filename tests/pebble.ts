@@ -15,17 +15,11 @@ export interface PebbleOptions {
   /** Port on which http-01 is fetched instead of 80. */
   readonly httpPort: number;
   /**
-   * What goes into the object "pebble" of its configuration file, beside ports and paths: `domainBlocklist`
-   * (only for orders of names with as many labels: it breaks the connection on a shorter one),
-   * `retryAfter: {order, authz}`, `profiles: {name: {description, validityPeriod}}`, `externalAccountBindingRequired`
-   * with `externalAccountMACKeys: {kid: base64url}`, `caaIdentities`. An old Pebble passes over what it does not know.
+   * Members of the object "pebble" of its configuration file. An old Pebble passes over what it does not know. With
+   * `domainBlocklist` it breaks the connection on names with fewer labels.
    */
   readonly config?: Readonly<Record<string, unknown>>;
-  /**
-   * Its environment: PEBBLE_WFE_NONCEREJECT (percent, 5), PEBBLE_AUTHZREUSE (percent, 50), PEBBLE_VA_NOSLEEP
-   * (1, which is not its own default), PEBBLE_VA_SLEEPTIME (validation waits for less than so many whole seconds, 5),
-   * PEBBLE_CHAIN_LENGTH (intermediates, 1), PEBBLE_ALTERNATE_ROOTS (0).
-   */
+  /** PEBBLE_VA_NOSLEEP is 1 here, which is not its own default. */
   readonly env?: Readonly<Record<string, string>>;
   /** Records that it can resolve beside those of `dns`. */
   readonly records?: Further;
@@ -40,11 +34,7 @@ export interface Pebble extends AsyncDisposable {
   readonly dns: Dns;
   /** PEM of the root of issued certificates; `chain` counts PEBBLE_ALTERNATE_ROOTS. */
   rootPem(chain?: number): Promise<string>;
-  /**
-   * Asks its management interface, by POST where there is a body: `/cert-status-by-serial/<hex>` shows revocation,
-   * `/set-renewal-info/` takes `{Certificate: PEM, ARIResponse: text}`, to be answered as it stands. Throws what is
-   * not 200.
-   */
+  /** Asks its management interface, by POST where there is a body. Throws what is not 200. */
   manage(path: string, body?: unknown): Promise<string>;
 }
 

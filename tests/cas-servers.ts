@@ -5,17 +5,9 @@
 
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { setTimeout as delay } from "node:timers/promises";
 import { listenerCertificate } from "./ca-x509.ts";
-import { freeAddress } from "./pebble.ts";
-
-/** A CA that runs. */
-export interface Running {
-  readonly directoryUrl: string;
-  /** PEM of what its own certificate is issued by. */
-  readonly root: string;
-  stop(): Promise<void>;
-}
+import { type Running, startProgram } from "./pebble.ts";
+import { freePort } from "./tls.ts";
 
 export interface Server {
   /** Why it cannot be started here. */
@@ -35,46 +27,6 @@ export interface Network {
 }
 const STANDARD: Network = { dnsPort: 53, httpPort: 80 };
 
-/** A program of a CA, which answers when this resolves. */
-async function startProgram(
-  directory: string,
-  command: readonly string[],
-  directoryUrl: string,
-  root: () => string,
-  env: Record<string, string> = {},
-): Promise<Running> {
-  const [program, ...args] = command;
-  const options = {
-    cwd: directory,
-    env: { HOME: directory, ...env },
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  };
-  const child = new Deno.Command(program!, { args, ...options } as Deno.CommandOptions).spawn();
-  const log = Promise.all([child.stdout, child.stderr].map((stream) => new Response(stream).text()));
-  let ended = false;
-  child.status.then(() => ended = true);
-  for (const deadline = Date.now() + 30_000;;) {
-    try {
-      using client = Deno.createHttpClient({ caCerts: [root()] });
-      await (await fetch(directoryUrl, { client })).text();
-      break;
-    } catch (error) {
-      if (ended || Date.now() > deadline) {
-        if (!ended) child.kill("SIGKILL");
-        throw new Error(`cannot start ${program}: ${(await log).join("").slice(-2000)}`, { cause: error });
-      }
-      await delay(100);
-    }
-  }
-  const stop = async () => {
-    if (!ended) child.kill("SIGKILL");
-    await log;
-  };
-  return { directoryUrl, root: root(), stop };
-}
-
 /** Makes `root.pem`, and `intermediate.pem` with its `key.pem`, in a directory; by openssl, whose key identifiers all agree on. */
 async function makeAuthority(directory: string): Promise<void> {
   const usage = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n";
@@ -89,7 +41,6 @@ async function makeAuthority(directory: string): Promise<void> {
   if (!success) throw new Error(new TextDecoder().decode(stderr));
 }
 
-const freePort = () => Number(freeAddress().split(":")[1]);
 const which = (name: string) =>
   (Deno.env.get("PATH") ?? "").split(":").map((path) => join(path, name)).find((path) => existsSync(path));
 const lacks = (name: string) => which(name) === undefined ? `no ${name} on PATH` : undefined;
@@ -130,7 +81,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
       };
       await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
       const command = [which("pebble")!, "-config", "pebble.json", "-dnsserver", "127.0.0.1:53"];
-      return await startProgram(directory, command, "https://127.0.0.1:9440/dir", () => root, {
+      return await startProgram(directory, command, ["https://127.0.0.1:9440/dir"], () => root, {
         PEBBLE_VA_NOSLEEP: "1",
       });
     },
@@ -163,7 +114,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
       return await startProgram(
         directory,
         [which("step-ca")!, ...args],
-        url,
+        [url],
         () => read(directory, "root.pem"),
       );
     },
@@ -178,7 +129,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
       await Deno.writeTextFile(join(directory, "Caddyfile"), caddyfile);
       const command = [which("caddy")!, "run", "--config", "Caddyfile"];
       const root = () => read(directory, "data/pki/authorities/local/root.crt");
-      return await startProgram(directory, command, "https://127.0.0.1:9444/acme/local/directory", root);
+      return await startProgram(directory, command, ["https://127.0.0.1:9444/acme/local/directory"], root);
     },
   },
   "acme2certifier": {
@@ -199,7 +150,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
       await Deno.mkdir(join(directory, "certs"), { recursive: true });
       await Deno.writeTextFile(join(directory, "acme.cfg"), config);
       const command = [PYTHON!, "server.py", "acme.cfg", "9445", "listener.pem", "listener.key"];
-      return await startProgram(directory, command, "https://127.0.0.1:9445/directory", () => root);
+      return await startProgram(directory, command, ["https://127.0.0.1:9445/directory"], () => root);
     },
   },
 };

@@ -7,8 +7,10 @@
  */
 import { existsSync, readFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { type Dns, type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
+import { freePort } from "./tls.ts";
 
 /** How a Pebble is to behave. */
 export interface PebbleOptions {
@@ -42,7 +44,7 @@ const BINARY = (Deno.env.get("PATH") ?? "").split(delimiter)
   .map((directory) => join(directory, "pebble")).find((path) => existsSync(path));
 /** A binary cannot be asked what it can do; but the newest challenge that it knows is named in it. */
 const MODERN = BINARY !== undefined && readFileSync(BINARY).includes("dns-persist-01");
-const READY_WITHIN_MS = 20_000;
+const READY_WITHIN_MS = 30_000;
 
 /** Deno.test() for what needs Pebble, `modern` if by more than RFC 8555; a test that cannot run says why in its name. */
 export function pebbleTest(name: string, body: () => Promise<void>, { modern = false } = {}): void {
@@ -60,33 +62,69 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const dns = stack.use(await startDns(records));
   const directory = await Deno.makeTempDir({ prefix: "lematt-pebble-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
-  const file = async (name: string, text: string) => {
-    await Deno.writeTextFile(join(directory, name), text);
-    return join(directory, name);
+  const { root, certificate, key } = listenerCertificate();
+  const [acme, management] = [freePort(), freePort()].map((port) => `127.0.0.1:${port}`);
+  const pebble = {
+    listenAddress: acme,
+    managementListenAddress: management,
+    certificate: "listener.pem",
+    privateKey: "listener.key",
+    httpPort,
+    keyAlgorithm: "ecdsa", // for a start in no time
+    ...config,
   };
+  const files = { "root.pem": root, "listener.pem": certificate, "listener.key": key };
+  for (const [name, text] of Object.entries({ ...files, "pebble.json": JSON.stringify({ pebble }) })) {
+    await Deno.writeTextFile(join(directory, name), text);
+  }
+  const directoryUrl = `https://${acme}/dir`;
+  const command = [BINARY!, "-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
+  const urls = [directoryUrl, `https://${management}/roots/0`];
+  const running = await startProgram(directory, command, urls, () => root, {
+    PEBBLE_VA_NOSLEEP: "1",
+    ...env,
+  });
+  stack.defer(() => running.stop());
 
-  const listener = listenerCertificate();
-  const caBundleFile = await file("root.pem", listener.root);
-  const acme = freeAddress();
-  let management = freeAddress();
-  while (management === acme) management = freeAddress();
-  const configuration = await file(
-    "pebble.json",
-    JSON.stringify({
-      pebble: {
-        listenAddress: acme,
-        managementListenAddress: management,
-        certificate: await file("listener.pem", listener.certificate),
-        privateKey: await file("listener.key", listener.key),
-        httpPort,
-        keyAlgorithm: "ecdsa", // for a start in no time
-        ...config,
-      },
-    }),
-  );
-  const child = new Deno.Command(BINARY!, {
-    args: ["-config", configuration, "-dnsserver", `127.0.0.1:${dns.port}`],
-    env: { PEBBLE_VA_NOSLEEP: "1", ...env },
+  const client = stack.use(Deno.createHttpClient({ caCerts: [root] }));
+  const manage = async (path: string, body?: unknown) => {
+    const init = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+    const response = await fetch(`https://${management}${path}`, { ...init, client });
+    const text = await response.text();
+    if (!response.ok) throw new Error(`cannot ask Pebble for ${path}: ${response.status} ${text}`);
+    return text;
+  };
+  const open = stack.move();
+  return {
+    directoryUrl,
+    caBundleFile: join(directory, "root.pem"),
+    dns,
+    rootPem: (chain = 0) => manage(`/roots/${chain}`),
+    manage,
+    [Symbol.asyncDispose]: () => open.disposeAsync(),
+  };
+}
+
+/** A program of a CA. */
+export interface Running {
+  readonly directoryUrl: string;
+  /** PEM of what its own certificate is issued by. */
+  readonly root: string;
+  stop(): Promise<void>;
+}
+
+/** Starts the program of a CA, which answers at all URLs when this returns; the first is that of its directory. */
+export async function startProgram(
+  directory: string,
+  [program, ...args]: readonly string[],
+  urls: readonly string[],
+  root: () => string,
+  env: Readonly<Record<string, string>> = {},
+): Promise<Running> {
+  const child = new Deno.Command(program!, {
+    args,
+    cwd: directory,
+    env: { HOME: directory, ...env },
     stdin: "null",
     stdout: "piped",
     stderr: "piped",
@@ -94,60 +132,21 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const log = Promise.all([child.stdout, child.stderr].map((stream) => new Response(stream).text()));
   let ended = false;
   child.status.then(() => ended = true);
-  stack.defer(async () => {
-    if (!ended) child.kill();
+  const stop = async () => {
+    if (!ended) child.kill("SIGKILL");
     await log;
-  });
-
-  const client = stack.use(Deno.createHttpClient({ caCerts: [listener.root] }));
-  const ask = async (url: string, body?: unknown) => {
-    const init = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
-    const response = await fetch(url, { ...init, client });
-    const text = await response.text();
-    if (!response.ok) throw new Error(`Cannot ask Pebble for ${url}: ${response.status} ${text}`);
-    return text;
   };
-  const directoryUrl = `https://${acme}/dir`;
-  const manage = (path: string, body?: unknown) => ask(`https://${management}${path}`, body);
-  const rootPem = (chain = 0) => manage(`/roots/${chain}`);
-
-  const deadline = Date.now() + READY_WITHIN_MS;
-  for (;;) {
+  for (const deadline = Date.now() + READY_WITHIN_MS;;) {
     try {
-      await Promise.all([ask(directoryUrl), rootPem()]);
-      break;
+      using client = Deno.createHttpClient({ caCerts: [root()] });
+      for (const url of urls) await (await fetch(url, { client })).text();
+      return { directoryUrl: urls[0]!, root: root(), stop };
     } catch (error) {
-      if (!ended && Date.now() < deadline) {
-        await new Promise((resolve) => setTimeout(resolve, 10));
-        continue;
+      if (ended || Date.now() > deadline) {
+        await stop();
+        throw new Error(`cannot start ${program}: ${(await log).join("").slice(-2000)}`, { cause: error });
       }
-      if (!ended) child.kill();
-      throw new Error(`Cannot start Pebble: ${(await log).join("")}`, { cause: error });
-    }
-  }
-  const running = stack.move();
-  return {
-    directoryUrl,
-    caBundleFile,
-    dns,
-    rootPem,
-    manage,
-    [Symbol.asyncDispose]: () => running.disposeAsync(),
-  };
-}
-
-/**
- * A loopback address that was free a moment ago, for Pebble cannot choose its ports itself. It is below those that the
- * system gives away on its own, to whoever comes in between.
- */
-export function freeAddress(): string {
-  for (;;) {
-    const port = 20_000 + Math.floor(Math.random() * 12_000);
-    try {
-      Deno.listen({ hostname: "127.0.0.1", port }).close();
-      return `127.0.0.1:${port}`;
-    } catch (error) {
-      if (!(error instanceof Deno.errors.AddrInUse)) throw error;
+      await delay(20);
     }
   }
 }

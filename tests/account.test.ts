@@ -6,7 +6,8 @@ import { existsSync } from "node:fs";
 import type { Mode } from "../lib/config.ts";
 import { revoke, rollover } from "../lib/run.ts";
 import { revocable } from "../lib/select.ts";
-import { type Bed, befalling, refusing, testBed, type TestWorld, until } from "./bed.ts";
+import type { Context } from "../lib/context.ts";
+import { type Bed, befalling, refusing, testBed, until } from "./bed.ts";
 import { type Ca, type Fault, startCa } from "./ca.ts";
 
 const DAY = 86_400_000;
@@ -20,7 +21,7 @@ function bedFor(settings = ""): Promise<Bed> {
 }
 
 /** Changes the account key in this process. Returns what is said of account keys. */
-async function roll(bed: Bed, mode: Mode = "test", world: Partial<TestWorld> = {}): Promise<string[]> {
+async function roll(bed: Bed, mode: Mode = "test", world: Partial<Context> = {}): Promise<string[]> {
   const said: string[] = [];
   await rollover(bed.config(mode), bed.world(world), (event) => {
     said.push(event.kind === "account key" ? event.how : event.kind);
@@ -34,7 +35,7 @@ function discard(bed: Bed, mode: Mode = "test") {
 }
 
 /** A run that is issued a certificate, whether it has one or not; returns how often it asked for which resource of accounts. */
-async function issue(bed: Bed, options: { mode?: Mode } & Partial<TestWorld> = {}) {
+async function issue(bed: Bed, options: { mode?: Mode } & Partial<Context> = {}) {
   discard(bed, options.mode);
   const ran = await bed.run(options);
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
@@ -91,7 +92,7 @@ Deno.test("another CA or another key is another account, and the former one is r
   await using second = await startCa({ httpPort: bed.web.port });
   const caCerts = [bed.ca.caBundle, second.caBundle];
   using client = Deno.createHttpClient({ caCerts });
-  const fetchBoth: TestWorld["fetch"] = (url, init) => fetch(url, { ...init, client });
+  const fetchBoth: Context["fetch"] = (url, init) => fetch(url, { ...init, client });
   await Deno.writeTextFile(bed.path("both.pem"), caCerts.join(""));
   const settings = (ca: Ca) => ({
     settings: `keyTypes: ec\ncaBundle: both.pem\ntestDirectory: ${ca.directoryUrl}`,

@@ -10,7 +10,8 @@ import { AcmeClient, keyAuthorization, type Order } from "../lib/acme.ts";
 import { AcmeError, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
 import { oneLine } from "../lib/names.ts";
 import { createCsr } from "../lib/x509.ts";
-import { type Bed, befalling, refusing, testBed, type TestWorld } from "./bed.ts";
+import type { Context } from "../lib/context.ts";
+import { type Bed, befalling, refusing, testBed } from "./bed.ts";
 import type { Exchange, Fault, Resource, Switches } from "./ca.ts";
 
 const ecKey = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
@@ -22,7 +23,7 @@ const NAME = "example.com";
 const PEM = /^-----BEGIN CERTIFICATE-----/;
 
 /** A conversation under a new account. */
-async function connect(bed: Bed, world: Partial<TestWorld> = {}, key = KEY): Promise<AcmeClient> {
+async function connect(bed: Bed, world: Partial<Context> = {}, key = KEY): Promise<AcmeClient> {
   const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.world(world), 10);
   client.account = await client.newAccount(key, { contact: [] });
   return client;

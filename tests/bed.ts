@@ -4,12 +4,9 @@
  *     await using bed = await testBed({ domains: "example.com www", settings: "keyTypes: ec" });
  *     const { code, stderr } = await bed.run();
  *
- * `bed.run()` is a run in this process, with a world that the test can change; `bed.lematt("--test")` is the program
- * itself. Nothing is mocked: configuration files, requests, commands and certificates are real. Only waiting is not:
- * in this process the client and the CA share a clock, which leaps ahead whenever the client waits.
- *
- * A bed that is disposed of insists that the CA has noted no violation; a test that provokes one takes it out before
- * (`ca.violations.splice(0)`).
+ * `bed.run()` is a run in this process, whose world the test can change; `bed.lematt("--test")` is the program itself.
+ * Configuration, requests, commands and certificates are real; only waiting is not: in this process client and CA share a
+ * clock, which leaps ahead whenever the client waits. A bed that is disposed of insists that the CA has noted no violation.
  */
 
 import assert from "node:assert/strict";
@@ -41,18 +38,12 @@ const DAY = 86_400_000;
 /** Waits of the client are cut to this part of what they are. */
 const HASTE = 1 / 100;
 
-/** Texts of the configuration. */
+/** The files `domains` and `actions.conf`, and lines for `[config]`. */
 export interface Texts {
-  /** The file `domains`. */
   domains?: string;
-  /** The file `actions.conf`. */
   actions?: string;
-  /** Lines for `[config]`; what is not here is as `configure` has it, else as lematt has it. */
   settings?: string;
 }
-
-/** The world of a run in this process. */
-export type TestWorld = Context;
 
 /** What came of the program. */
 export interface Ended {
@@ -61,10 +52,9 @@ export interface Ended {
   readonly stderr: string;
 }
 
-/** What came of a run in this process. */
+/** What came of a run in this process, and what it asked of the CA. */
 export interface Ran extends Ended {
   readonly events: readonly Event[];
-  /** What it asked of the CA. */
   readonly requests: readonly LogEntry[];
 }
 
@@ -79,21 +69,14 @@ export async function testBed({ ca = {}, ...texts }: Texts & { ca?: Switches }):
 }
 
 export class Bed implements AsyncDisposable {
-  /** The configuration directory. */
   readonly conf: string;
-  /** The drop directory, which `web` serves. */
   readonly drop: string;
   /** How long the client meant to wait each time, in milliseconds. */
   readonly waits: number[] = [];
   readonly #http: Deno.HttpClient;
   readonly #children: Deno.ChildProcess[] = [];
 
-  constructor(
-    /** A directory that is removed with the bed. */
-    readonly home: string,
-    readonly web: Webroot,
-    readonly ca: Ca,
-  ) {
+  constructor(readonly home: string, readonly web: Webroot, readonly ca: Ca) {
     this.conf = join(home, "conf");
     this.drop = join(home, "drop");
     this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });
@@ -116,7 +99,6 @@ export class Bed implements AsyncDisposable {
     write("lematt.conf", ["[DEFAULT]", ...lines, "[config]", settings, ""].join("\n"));
   }
 
-  /** The configuration as it is now. */
   config(mode: Mode = "test"): Config {
     return loadConfig(mode, this.conf);
   }
@@ -143,17 +125,14 @@ export class Bed implements AsyncDisposable {
     }
   }
 
-  /** A path below the configuration directory. */
   path(...names: string[]): string {
     return join(this.conf, ...names);
   }
 
-  /** The text of the file at a path below the configuration directory. */
   text(...names: string[]): string {
     return Deno.readTextFileSync(this.path(...names));
   }
 
-  /** What is remembered of a mode. */
   state(mode: Mode = "test"): State {
     return JSON.parse(this.text(mode, "state.json"));
   }
@@ -180,7 +159,7 @@ export class Bed implements AsyncDisposable {
   }
 
   /** The world as runs in this process have it; every name is found on loopback, its port 80 at `web`. */
-  world(changes: Partial<TestWorld> = {}): TestWorld {
+  world(changes: Partial<Context> = {}): Context {
     const { ca, web, waits } = this;
     return {
       fetch: (url, init) => fetch(url, { ...init, client: this.#http }),
@@ -227,10 +206,7 @@ export class Bed implements AsyncDisposable {
     const { ca } = this;
     const [begun, events, out, err] = [ca.log.length, [] as Event[], [] as string[], [] as string[]];
     const report = new Report({
-      mode,
-      cron,
-      json,
-      color: false,
+      ...{ mode, cron, json, color: false },
       now: () => ca.now,
       out: (text) => out.push(text),
       err: (text) => err.push(text),
@@ -251,8 +227,7 @@ export class Bed implements AsyncDisposable {
       emit,
     );
     const code = report.finish(summary);
-    const requests = ca.log.slice(begun);
-    return { code, stdout: out.join(""), stderr: err.join(""), events, requests };
+    return { code, stdout: out.join(""), stderr: err.join(""), events, requests: ca.log.slice(begun) };
   }
 
   /** Runs the program to its end, in the home directory and with this configuration. */
@@ -326,11 +301,7 @@ export function sideBySide(name: string, tests: Record<string, () => Promise<voi
 }
 
 /** Waits until `condition` holds. */
-export async function until(
-  what: string,
-  condition: () => boolean | Promise<boolean>,
-  seconds = 10,
-): Promise<void> {
+export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 10) {
   for (const deadline = Date.now() + seconds * 1000; !await condition();) {
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
     await delay(5);
@@ -352,9 +323,8 @@ export function refusing(
   status: number,
   type: string,
   detail: string,
-  more: { subproblems?: unknown; headers?: Record<string, string> } = {},
+  { headers, ...rest }: { subproblems?: unknown; headers?: Record<string, string> } = {},
 ): Fault {
-  const { headers, ...rest } = more;
   const problem = { type: `urn:ietf:params:acme:error:${type}`, detail, status, ...rest };
   return { kind: "status", status, headers, body: JSON.stringify(problem) };
 }

@@ -8,7 +8,8 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { systemQuery } from "../lib/context.ts";
 import { rootOf } from "../lib/x509.ts";
-import { testBed, type TestWorld } from "./bed.ts";
+import type { Context } from "../lib/context.ts";
+import { testBed } from "./bed.ts";
 import { startWebroot } from "./ca.ts";
 import { type PebbleOptions, pebbleTest, startPebble } from "./pebble.ts";
 import { type Answer, startRelay } from "./relay.ts";
@@ -48,7 +49,7 @@ async function pebbleBed(
   }
 
   /** A run in this process, which waits for nothing; `root` (PEM) is that of the CA's listener. */
-  async function run(root: string, world: Partial<TestWorld> = {}) {
+  async function run(root: string, world: Partial<Context> = {}) {
     using client = Deno.createHttpClient({ caCerts: [root] });
     return await bed.run({ retry: true, fetch: (url, init) => fetch(url, { ...init, client }), ...world });
   }

@@ -373,7 +373,7 @@ async function act(options: Arguments, config: Config, outside: Context): Promis
 /** Whether the user agrees, on a terminal or by --yes. No lock is held while this asks. */
 function agreed(question: string, { yes }: Arguments): boolean {
   if (yes || (Deno.stdin.isTerminal() && confirm(question))) return true;
-  err("lematt: nothing was done; with --yes it is done without a question\n");
+  err("lematt: nothing was done; add --yes to skip the question\n");
   return false;
 }
 

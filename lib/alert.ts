@@ -1,4 +1,4 @@
-/** Alerts: which are due, what they say, and sending them by the `alert` commands of the sections. */
+/** Alerts: which are due, their texts, and sending them with the `alert` commands of the sections. */
 
 import type { Config, Line, Section } from "./config.ts";
 import type { Context } from "./context.ts";

@@ -196,7 +196,7 @@ function verdictOn(
   const isOurs = right.some(({ fingerprint }) => fingerprint === served.fingerprint);
   const lines = wanted.map(({ line }) => line);
   if (mode === "test") {
-    if (!isOurs) return "answers"; // endpoints go on serving production
+    if (!isOurs) return "answers"; // endpoints keep serving production
     const ours = new Set(lines.map(({ names }) => names.join()));
     const isProduced = counterpart().some((entry) => ours.has(entry.line.names.join()) && inUse(entry));
     return isProduced ? "staging" : "current";

@@ -469,7 +469,7 @@ function endpointProblems(
   now: Date,
   isOld: (since: Date) => boolean,
 ): Problem[] {
-  // one that was right when it was probed stays so until it is probed again, whatever has been issued since
+  // an endpoint that was right when it was probed counts as right until the next probe, whatever has been issued since
   const wrong = endpoints.filter(({ record }) => record?.badSince !== undefined);
   return wrongSights(wrong).map(({ key, endpoints, sight }) => {
     const since = earliest(endpoints.map(({ record }) => moment(record?.badSince)))!;

@@ -41,7 +41,7 @@ export interface PlanOptions {
 
 /** To what `--renew`, `--only`, `--deliver` and `--accept` restrict a run, and what they force. */
 export interface Selection {
-  /** Lines that are issued where due, and delivered in all their sections. */
+  /** Lines that are issued if due, and delivered in all their sections. */
   readonly lines: ReadonlySet<Line>;
   /** Sections in which all lines are delivered. */
   readonly sections: ReadonlySet<string>;
@@ -115,7 +115,7 @@ const SHORT_LIFE_MS = 10 * DAY_MS;
 
 /**
  * How long it usually takes from one full run to the next: the second longest interval between the last twelve, so that
- * neither one outage nor a few runs in one night count; a day where it is not known.
+ * neither one outage nor a few runs in one night count; a day if it is not known.
  */
 export function usualInterval(runs: readonly RunRecord[]): number {
   const times = runs.map(({ at }) => Date.parse(at)).sort((a, b) => a - b).slice(-RUNS);
@@ -224,7 +224,7 @@ export function renewal(
 
 /**
  * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10, 100, 1000 minutes, then 20
- * hours, but after at most an eighth of what is left of its certificate, and an hour where that has expired.
+ * hours, but after at most an eighth of what is left of its certificate, and an hour if that has expired.
  * https://letsencrypt.org/docs/integration-guide/#retrying-failures
  */
 export function retryLineAt(count: number, now: Date, notAfter?: Date): Date {
@@ -246,7 +246,7 @@ export function certificateOf({ finding, former }: Entry) {
   return "certificate" in finding ? finding.certificate : former?.certificate;
 }
 
-/** When the first of these certificates expires; undefined where there is no certificate. */
+/** When the first of these certificates expires; undefined if there is no certificate. */
 export function expiryOf(due: readonly { readonly entry: Entry }[]): Date | undefined {
   return earliest(due.map(({ entry }) => certificateOf(entry)?.notAfter));
 }

@@ -26,38 +26,20 @@ export interface CommandOptions {
   readonly onOutput?: (text: string) => void;
 }
 
-/** A command that succeeded. */
+/** A command that succeeded; with the end of its output on both streams. */
 export interface Outcome {
-  /** The line as it was run; of several parts the first. */
-  readonly command: string;
-  /** The end of its output on both streams. */
   readonly output: string;
   readonly seconds: number;
 }
 
-/** A command that could not be started, failed, was killed or timed out. */
+/** A command that could not be started, failed, was killed or timed out; with the end of its output on both streams. */
 export class CommandError extends Error {
   override readonly name = "CommandError";
-  /** null: it did not start, timed out, or was ended by `signal`. */
-  readonly exitCode: number | null;
-  readonly signal?: string;
-  readonly timedOut: boolean;
-  /** The end of its output on both streams. */
-  readonly output: string;
-
-  constructor(
-    readonly command: string,
-    reason: string,
-    ending: { exitCode?: number | null; signal?: string | null; timedOut?: boolean; output?: string } = {},
-  ) {
+  constructor(readonly command: string, reason: string, readonly output: string) {
     const line = ownLines(command);
     // both ends, since the host of an upload is at the end
     const short = line.length > 200 ? `${line.slice(0, 100)} … ${line.slice(-100)}` : line;
     super(`cannot run ${JSON.stringify(short)}: ${reason}`);
-    this.exitCode = ending.exitCode ?? null;
-    this.signal = ending.signal ?? undefined;
-    this.timedOut = ending.timedOut ?? false;
-    this.output = ending.output ?? "";
   }
 }
 
@@ -214,7 +196,7 @@ function start(command: ProcessPromise, onOutput?: (text: string) => void): Grou
     const meaning = exitCode === 127 ? " (command not found)" : exitCode === 126 ? " (not executable)" : "";
     const status = exitCode === null ? `ended by ${signal}` : `exit status ${exitCode}${meaning}`;
     const reason = cause instanceof Error ? oneLine(cause.message) : status;
-    return new CommandError(command.cmd, reason, { exitCode, signal, output: output() });
+    return new CommandError(command.cmd, reason, output());
   });
   if (child?.pid === undefined) return { ended, output, end: () => Promise.resolve(true) };
 
@@ -295,7 +277,7 @@ export async function runCommand(
   const parts = template.trim() ? await make(template, values, options.mode, { text: options.stdin }) : [];
   let output = "";
   for (const part of parts) output += await runPart(part, options);
-  return { command: parts[0]?.cmd ?? "", output, seconds: (performance.now() - begun) / 1000 };
+  return { output, seconds: (performance.now() - begun) / 1000 };
 }
 
 async function runPart(
@@ -315,7 +297,7 @@ async function runPart(
     if (ending !== "stopped") throw ending;
     const reason = `timed out after ${timeoutSeconds} s${await end() ? "" : ", and could not be killed"}`;
     interrupt.throwIfAborted();
-    throw new CommandError(command.cmd, reason, { timedOut: true, output: output() });
+    throw new CommandError(command.cmd, reason, output());
   } finally {
     clearTimeout(timer);
     interrupt.removeEventListener("abort", stop);

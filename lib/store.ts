@@ -518,11 +518,6 @@ export class Store implements Disposable {
     syncDirectory(dirname(path));
   }
 
-  /** Writes a secret file, completely or not at all. */
-  async replaceSecret(path: string, text: string): Promise<void> {
-    await this.#replace(path, text, 0o600);
-  }
-
   async #replace(path: string, text: string, mode: number): Promise<void> {
     await Deno.rename(await this.#temporary(path, text, mode), path);
     syncDirectory(dirname(path));

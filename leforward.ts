@@ -2,14 +2,13 @@
 /**
  * leforward: a redirect server for a host that has no web server of its own.
  *
- * While it runs, a CA that asks this host for an http-01 challenge (RFC 8555 §8.3) is sent on to the host
- * where lematt dropped the answer. Meant as the forced command of an ssh key (conf/remote/authorized_keys):
- * it trusts neither side, so the base URL must be one plain word, and of a request nothing but a valid token
- * reaches the answer.
+ * It redirects requests for http-01 challenges (RFC 8555 §8.3) to the host where lematt runs. Written to be the forced
+ * command of an ssh key (conf/remote/authorized_keys), so it trusts neither side: the base URL must be one plain word,
+ * and only a valid token of a request gets into the answer.
  *
- * One file without imports: copying it is installing it. It listens and does nothing else: it opens no file
- * and no connection. Deno.serve would be shorter, but it lets silent connections stand for ever and ends when
- * files run out. The V8 flag above keeps a flood of requests from doubling the memory (54 MB, else 117).
+ * One file without imports: copying it is installing it. It only listens: it opens no file and no connection.
+ * Deno.serve would be shorter, but it never closes silent connections, and ends when file descriptors run out.
+ * The V8 flag above keeps a flood of requests from doubling the memory (54 MB, else 117).
  */
 
 const HELP = `leforward: send ACME http-01 challenges of this host on to another one
@@ -32,11 +31,11 @@ Exit status: 0 ended as asked, 1 the port cannot be had, 2 usage.`;
 const MAX_HEAD = 8192; // bytes of a request; a CA's has about 300
 const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, which Deno does not survive
 const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
-const WATCH_MS = 200; // how often parent and connections are looked at
+const WATCH_MS = 200; // how often parent and connections are checked
 
-// Fit to stand in a header: no user, query, fragment, blank, control character or shell text.
+// safe in a header: no user, query, fragment, blank, control character or shell text
 const BASE_URL = /^https?:\/\/(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(\/[\w.~%/-]*)?$/i;
-// Origin form and absolute form (RFC 9112 §3.2); a token is base64url.
+// origin form and absolute form (RFC 9112 §3.2); a token is base64url
 const REQUEST =
   /^(?:GET|HEAD) (?:https?:\/\/[^\s/]+)?(\/\.well-known\/acme-challenge\/[\w-]+) HTTP\/1\.[01]\r?\n/;
 
@@ -45,7 +44,7 @@ function exit(status: number, text: string): never {
   Deno.exit(status);
 }
 
-/** In quotes, and harmless on a terminal. */
+/** In quotes, and safe to print. */
 function quoted(text: string): string {
   return JSON.stringify(text.slice(0, 200)).replace(/[^ -~]/g, "?");
 }
@@ -94,9 +93,9 @@ function readOptions(args: readonly string[], sshCommand: string | undefined) {
   };
 }
 
-/** Listens, or ends with a line that says what to do about the port. */
+/** Listens; if that fails, ends with a line that explains what to do. */
 async function listen(hostname: string, port: number): Promise<Deno.TcpListener> {
-  const deadline = Date.now() + 2000; // a predecessor whose session is over has noticed by then
+  const deadline = Date.now() + 2000; // by then, one whose session is over has ended
   while (true) {
     try {
       return Deno.listen({ hostname, port });
@@ -120,7 +119,7 @@ async function listen(hostname: string, port: number): Promise<Deno.TcpListener>
   }
 }
 
-const connections = new Map<Deno.Conn, number>(); // with the time of their arrival, oldest first
+const connections = new Map<Deno.Conn, number>(); // -> time of arrival, oldest first
 
 function close(connection: Deno.Conn): void {
   if (connections.delete(connection)) connection.close();
@@ -133,7 +132,7 @@ function closeOldest(): void {
 const latin1 = new TextDecoder("latin1");
 const utf8 = new TextEncoder();
 
-/** Reads one request, answers it and closes. Whatever the client does, only this connection ends. */
+/** Reads one request, answers it and closes. An error ends this connection only. */
 async function answer(connection: Deno.Conn, baseUrl: string): Promise<void> {
   connections.set(connection, Date.now());
   try {
@@ -150,7 +149,7 @@ async function answer(connection: Deno.Conn, baseUrl: string): Promise<void> {
       utf8.encode(`HTTP/1.1 ${status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n`),
     );
   } catch {
-    // reset by the client, or closed by us for its age
+    // reset by the client, or too old and closed
   } finally {
     close(connection);
   }
@@ -160,15 +159,15 @@ function end(why: string): never {
   exit(0, `ended: ${why}`);
 }
 
-/** Ends the process when whoever wanted it is gone; with or without a terminal, one of these tells. */
+/** Ends the process when its session is over, with or without a terminal. */
 function watch(lifetimeMs: number, overSsh: boolean): void {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     Deno.addSignalListener(signal, () => end(signal));
   }
   if (lifetimeMs > 0) setTimeout(() => end("its lifetime is over"), lifetimeMs);
 
-  // sshd does not end a command that has no terminal; it just goes away, and we get another parent. It may
-  // have done so before we could look: then that is process 1 from the start.
+  // sshd does not end a command that has no terminal: the parent changes when sshd ends. If that happened before
+  // the next line, the parent is process 1 from the start.
   const parent = Deno.ppid;
   setInterval(() => {
     if (Deno.ppid !== parent || (overSsh && parent === 1)) end("its parent is gone");
@@ -180,9 +179,9 @@ function watch(lifetimeMs: number, overSsh: boolean): void {
 }
 
 /**
- * Ends the process when standard input closes after having been open. One that is closed at once (cron,
- * systemd, `ssh -n`: seen within a millisecond) was never open; which it is, is known when this returns.
- * A terminal is left alone: it tells by HUP, and who reads it in the background is stopped.
+ * Ends the process when standard input closes, unless it was closed from the start (cron, systemd, `ssh -n`; that
+ * shows within a millisecond). A terminal is not read: its end is a HUP, and reading it in the background would stop
+ * the process.
  */
 async function watchInput(): Promise<void> {
   if (Deno.stdin.isTerminal()) return;
@@ -209,8 +208,8 @@ while (true) {
     answer(await listener.accept(), baseUrl);
     if (connections.size > MAX_OPEN) closeOldest();
   } catch (error) {
-    // An error is that of one connection, such as one that was reset before it was accepted, unless files or memory
-    // have run out (accept(2)): then the connection stays in the queue.
+    // an error of one connection, such as one that was reset before it was accepted, is ignored; if files or memory
+    // have run out (accept(2)), the connection stays in the queue
     if (!/^E(MFILE|NFILE|NOBUFS|NOMEM)$/.test((error as { code?: string }).code ?? "")) continue;
     closeOldest();
     await pause(1);

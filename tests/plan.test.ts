@@ -8,7 +8,7 @@ import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts"
 import { dueAlerts } from "../lib/alert.ts";
 import { recordOf } from "../lib/endpoints.ts";
 import { listsDigest, plan, planSection } from "../lib/plan.ts";
-import { adoptReceipts, forgetUnknown, receiptsFromVersion1 } from "../lib/receipts.ts";
+import { adoptReceipts, forgetUnknown } from "../lib/receipts.ts";
 import { type PlanOptions, renewal, retryDeliveryAt, retryLineAt, usualInterval } from "../lib/renewal.ts";
 import {
   type DeliveryFailure,
@@ -94,20 +94,12 @@ function failure(part: Partial<Failure> = {}): Failure {
 }
 
 /** What `--only`, `--renew`, `--deliver` name. */
-function selection(
-  { only = [], renew = [], deliver = [] }: { only?: Line[]; renew?: Line[]; deliver?: (Line | string)[] },
-) {
-  const lines = [...only, ...renew, ...deliver].filter((one) => typeof one !== "string");
-  const sections = deliver.filter((one) => typeof one === "string");
-  return {
-    selection: {
-      lines: new Set(lines),
-      sections: new Set(sections),
-      renew: new Set(renew),
-      newKey: false,
-      deliver: new Set(deliver),
-    },
-  };
+function selection(named: { only?: Line[]; renew?: Line[]; deliver?: (Line | string)[] }) {
+  const { only = [], renew = [], deliver = [] } = named;
+  const all = [...only, ...renew, ...deliver];
+  const lines = new Set(all.filter((one) => typeof one !== "string"));
+  const sections = new Set(all.filter((one) => typeof one === "string"));
+  return { selection: { lines, sections, renew: new Set(renew), newKey: false, deliver: new Set(deliver) } };
 }
 
 // ---- renewal -----------------------------------------------------------------------------------------------------
@@ -195,23 +187,17 @@ function fateOf(one: Entry, now: number, state: Partial<State> = {}, part: Parti
     : reason.kind;
 }
 
-Deno.test("a certificate is kept until its renewal is due, and not a moment longer", () => {
+Deno.test("a certificate is kept until its renewal is due, and not a moment longer, and issued where it is not as wanted", () => {
   const one = present(line("example.com"));
   const fates = [74.999, 75, 89.999, 90].map((now) => fateOf(one, now, {}, { reauthorizeDays: 15 }));
   assert.deepEqual(fates, ["day 75: expiry", "expiry", "expiry", "expired"]);
-});
-
-Deno.test("what is missing, unreadable, revoked, for other names or for another key is issued", () => {
-  const on = line("example.com www.example.com");
   const other = certificate(["example.com"]);
   const findings: Finding[] = [
-    MISSING,
-    { kind: "missing", what: "key" },
+    ...[MISSING, { kind: "missing", what: "key" } as const],
     { kind: "unreadable", what: "certificate", detail: "EACCES" },
-    { kind: "other names", certificate: other },
-    { kind: "other key", certificate: other },
-    { kind: "revoked", certificate: other },
+    ...(["other names", "other key", "revoked"] as const).map((kind) => ({ kind, certificate: other })),
   ];
+  const on = line("example.com www.example.com");
   for (const finding of findings) assert.equal(fateOf(entry(on, finding), 1), finding.kind);
   assert.equal(fateOf(entry(on, MISSING, FORMER), 1), "other names");
 });
@@ -324,19 +310,6 @@ Deno.test("a line waits after a failure, all lines while the CA accepts no order
   }
 });
 
-Deno.test("--renew issues what is not due, once; --only forces nothing; neither touches another line", () => {
-  const [a, b] = [line("a.example"), line("b.example")];
-  const inventory = [present(a, { is: "a" }), entry(b, MISSING)];
-  const tasks = (options: PlanOptions) => {
-    const { tasks } = plan(configure([a, b]), inventory, stateOf(), day(1), options);
-    return tasks.flatMap(({ due }) => due.map(({ reason }) => reason.kind)).join();
-  };
-  assert.equal(tasks(selection({ renew: [a] })), "asked for");
-  assert.equal(tasks({ ...selection({ renew: [a] }), issued: new Set([inventory[0]!.file]) }), "");
-  assert.equal(tasks(selection({ only: [a] })), "");
-  assert.equal(tasks(selection({ only: [b] })), "found");
-});
-
 Deno.test("back-offs grow, skip no nightly run, and take no more than an eighth of what is left", () => {
   const minutes = (date: Date | undefined) => date && (date.getTime() - START) / MINUTE;
   const lines = [1, 2, 3, 4, 5, 400].map((count) => minutes(retryLineAt(count, day(0))));
@@ -442,31 +415,6 @@ Deno.test("a line whose names change and change back is not delivered again", ()
   const state = stateOf(receipts([WEB]));
   forgetUnknown(configure([wider]), [entry(wider, MISSING, FORMER)], state, day(2), () => new Set());
   assert.equal(pending(SITE, state), "");
-});
-
-Deno.test("a section gets the key types that it wants, and a line whole", () => {
-  const [both, ec] = [
-    section("both", { update: ["a"], keyTypes: ["rsa", "ec"] }),
-    section("ec", { keyTypes: ["ec"], update: ["b"] }),
-  ];
-  const [a, b] = [line("a.example", [both, ec], "ec"), line("b.example", [both], "ec")];
-  const inventory = [a, b].flatMap((on) => [present(on), present(on, {}, "ec")]);
-  const state = stateOf();
-  for (const one of [both, ec]) {
-    const receipt = { digest: listsDigest(one, "prod"), fingerprint: "new", at: iso(1) };
-    state.receipts[one.name] = record(Object.fromEntries(inventory.map(({ file }) => [file, receipt])));
-  }
-  delete state.receipts.both!["a.example-cert.ec.pem"];
-  delete state.receipts.ec!["a.example-cert.rsa.pem"]; // which it does not want
-  const [delivery, ...others] = plan(configure([a, b]), inventory, state, day(2)).deliveries;
-  assert.deepEqual(others, []);
-  assert.deepEqual(delivery!.entries, inventory.slice(0, 2));
-  assert.deepEqual(delivery!.pending.map(({ entry }) => entry), [inventory[1]]);
-});
-
-Deno.test("[every] is delivered last", () => {
-  const on = line("a.example", [section("every", { update: ["a"] }), WEB]);
-  assert.equal(pending(on), `${NEVER}; [every] first delivery`);
 });
 
 Deno.test("a delivery that failed waits, and starts anew with another certificate, other commands or endpoints", () => {
@@ -664,22 +612,16 @@ Deno.test("what an endpoint serves is right, ours and wrong, or a stranger's", (
 
 Deno.test("under --test a handshake is enough, but not with the staging certificate where production's belongs", () => {
   const production = [present(WATCHED_SITE, { is: "production's" })];
-  const table: [string, Served, readonly Entry[], verdict: string][] = [
-    ["production's", { fingerprint: "production's" }, production, "answers"],
-    ["any other", { selfSigned: true, names: ["localhost"] }, production, "answers"],
-    ["the staging one", { fingerprint: "new" }, production, "staging"],
-    ["the staging one, where production has none", { fingerprint: "new" }, [], "current"],
-    [
-      "the staging one, where another line has",
-      { fingerprint: "new" },
-      [present(line("b.example"))],
-      "current",
-    ],
-    ["no answer", "unreachable", production, "unreachable"],
+  const staging = { fingerprint: "new" };
+  const table: [Served, production: readonly Entry[], verdict: string][] = [
+    [{ fingerprint: "production's" }, production, "answers"],
+    [{ selfSigned: true, names: ["localhost"] }, production, "answers"],
+    [staging, production, "staging"],
+    [staging, [], "current"],
+    [staging, [present(line("b.example"))], "current"],
+    ["unreachable", production, "unreachable"],
   ];
-  for (const [what, part, others, verdict] of table) {
-    assert.equal(verdictOn(part, "test", others), verdict, what);
-  }
+  for (const [part, others, verdict] of table) assert.equal(verdictOn(part, "test", others), verdict);
 });
 
 Deno.test("what an address without a name serves is judged by all names of its lines", () => {
@@ -803,27 +745,6 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
   }
 });
 
-Deno.test("a CA that is down is one problem, whatever it keeps from being issued", () => {
-  const lines = ["a.example", "b.example", "c.example"].map((name) => line(name, [WEB]));
-  const failures = record(
-    Object.fromEntries(lines.map(({ names }) => [names[0]!, failure({ shared: true })])),
-  );
-  const inventory = lines.map((on, n) => present(on, { to: 70 + n, is: on.names[0]! }));
-  const { problems } = plan(configure(lines), inventory, stateOf({ failures }), day(69));
-  assert.equal(problems.length, 1);
-  const [{ lines: concerned, sections, alert }] = problems as [typeof problems[number]];
-  assert.deepEqual([concerned, sections, alert], [lines, ["web"], true]);
-  assert.equal("notAfter" in problems[0]! && daysOf(problems[0]!.notAfter), 70, "what expires first");
-});
-
-Deno.test("a restricted plan has the problems of what it is restricted to", () => {
-  const lines = ["a.example", "b.example"].map((name) => line(name));
-  const state = stateOf({ failures: record({ "a.example": failure(), "b.example": failure() }) });
-  const inventory = lines.map((on) => entry(on, MISSING));
-  const { problems } = plan(configure(lines), inventory, state, day(2), selection({ only: [lines[0]!] }));
-  assert.deepEqual(problems.map(({ key }) => key), ["failing a.example"]);
-});
-
 Deno.test("an alert goes to a problem's sections and to [every], once in 20 hours and once when it is well again", () => {
   const alert = ["mail"];
   const [web, mail, silent] = [section("web", { alert }), section("mail", { alert }), section("silent")];
@@ -859,19 +780,6 @@ Deno.test("the digest of a section's lists is the same in every version of lemat
   assert.equal(listsDigest(one, "prod"), "362b80b2e043edfc");
   assert.equal(listsDigest({ ...one, rehearse: true }, "test"), "362b80b2e043edfc");
   assert.equal(listsDigest(one, "test"), listsDigest({ ...one, uploadEach: [] }, "prod"));
-});
-
-Deno.test("adoptReceipts() gives a new section what a vanished one with the same lists had delivered", () => {
-  const [site, twin] = [section("site", { update: ["reload"] }), section("twin", { update: ["reload"] })];
-  const adopted = (...sections: Section[]) => {
-    const state = stateOf(receipts([WEB]));
-    adoptReceipts(configure([line("www.example.com", sections)]), state);
-    return Object.keys(state.receipts).join();
-  };
-  assert.equal(adopted(site), "web,site");
-  assert.equal(adopted(site, twin), "web,site,twin", "it was split");
-  assert.equal(adopted(WEB, twin), "web", "it has not vanished");
-  assert.equal(adopted(section("other", { update: ["restart"] })), "web");
 });
 
 Deno.test("a section that was renamed, and renamed back after a renewal, is not delivered again", () => {
@@ -940,46 +848,24 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   );
 });
 
-Deno.test("a directory of version 1 is taken over with what was not delivered yet, and nothing else is delivered", () => {
-  const on = line("www.example.com", [WEB, section("mail", { update: ["postfix reload"] })]);
-  const owed = {
-    mail: { since: iso(1), certificates: { "www.example.com-cert.rsa.pem": "new" }, attempts: 2 },
-  };
-  const taken = (text: string) => {
-    const state = parseState(text, day(2)) as State;
-    receiptsFromVersion1(configure([on]), [present(on)], state, day(2));
-    assert.equal(state.undelivered, undefined);
-    return pending(on, state);
-  };
-  assert.equal(taken(JSON.stringify({ version: 1, owed })), "[mail] first delivery");
-  assert.equal(taken(JSON.stringify({ version: 1 })), "");
-  assert.equal(taken(JSON.stringify(emptyState())), `${NEVER}; [mail] first delivery`);
-});
-
 Deno.test("names from outside may be anything, such as what every object has", () => {
   for (const name of ["constructor", "__proto__", "toString", "hasOwnProperty"]) {
     const own = section(name, { update: ["x"], alert: ["mail"], verify: endpoints("web1:443") });
     const on = line(name, [own]);
-    const [config, one] = [configure([on]), present(on)];
-    const never = `[${name}] first delivery`;
-    assert.equal(pending(on), never);
+    const config = configure([on]);
+    assert.equal(pending(on), `[${name}] first delivery`);
     const receipt = { digest: listsDigest(own, "prod"), fingerprint: "new", at: iso(1) };
     const text = JSON.stringify({
       ...emptyState(),
-      receipts: { X: { [one.file]: receipt } },
+      receipts: { X: { [present(on).file]: receipt } },
       failures: { X: failure({ count: 3 }) },
       deliveries: { X: { ...failure(), key: "k", urgent: true } },
     });
     const state = parseState(text.replaceAll('"X"', `"${name}"`), day(2)) as State;
     assert.equal(pending(on, state), "");
     const { problems } = plan(config, [entry(on, MISSING)], state, day(2));
-    const [alert] = dueAlerts(config, problems, state, day(2));
-    assert.equal(alert?.section, own);
+    assert.equal(dueAlerts(config, problems, state, day(2))[0]?.section, own);
     forgetUnknown(config, [entry(on, MISSING)], state, day(2), () => new Set());
     assert.deepEqual([Object.keys(state.receipts), Object.keys(state.failures)], [[name], [name]]);
-    const version1 = `{"version": 1, "owed": {"${name}": {"certificates": {"${one.file}": "new"}}}}`;
-    const old = parseState(version1, day(2)) as State;
-    receiptsFromVersion1(config, [one], old, day(2));
-    assert.equal(pending(on, old), never);
   }
 });

@@ -55,7 +55,7 @@ const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(reso
 function toBaseUrl(text: string): string {
   const url = BASE_URL.test(text) ? URL.parse(text) : null;
   if (!url) {
-    exit(2, `Cannot redirect to ${quoted(text)}: not an http(s) URL without user, query and fragment`);
+    exit(2, `cannot redirect to ${quoted(text)}: not an http(s) URL without user, query and fragment`);
   }
   return url.href.replace(/\/+$/, "");
 }
@@ -63,7 +63,7 @@ function toBaseUrl(text: string): string {
 function toNumber(text: string, option: string, least: number, most: number): number {
   const value = /^\d{1,5}(\.\d{1,3})?$/.test(text) ? Number(text) : NaN;
   if (!(value >= least && value <= most)) {
-    exit(2, `Cannot use --${option} ${quoted(text)}: not a number from ${least} to ${most}`);
+    exit(2, `cannot use --${option} ${quoted(text)}: not a number from ${least} to ${most}`);
   }
   return value;
 }
@@ -73,17 +73,17 @@ function readOptions(args: readonly string[], sshCommand: string | undefined) {
   const allowed: string[] = [];
   for (let i = 0; i < args.length; i++) {
     const [, name, inline] = /^--(baseurl|allow|port|host|lifetime)(?:=(.*))?$/s.exec(args[i]!) ?? [];
-    if (!name) exit(2, `Cannot use ${quoted(args[i]!)}: not an option (see --help)`);
+    if (!name) exit(2, `cannot use ${quoted(args[i]!)}: not an option (see --help)`);
     const value = inline ?? args[++i];
-    if (!value) exit(2, `Cannot use --${name}: it needs a value (see --help)`);
+    if (!value) exit(2, `cannot use --${name}: it needs a value (see --help)`);
     if (name === "allow") allowed.push(toBaseUrl(value));
     else given[name] = value;
   }
   const text = given.baseurl ?? sshCommand;
-  if (!text) exit(2, "Cannot redirect: neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL (see --help)");
+  if (!text) exit(2, "cannot redirect: neither --baseurl nor SSH_ORIGINAL_COMMAND names a URL (see --help)");
   const baseUrl = toBaseUrl(text);
   if (allowed.length > 0 && !allowed.includes(baseUrl)) {
-    exit(2, `Cannot redirect to ${quoted(baseUrl)}: --allow does not name it`);
+    exit(2, `cannot redirect to ${quoted(baseUrl)}: --allow does not name it`);
   }
   return {
     baseUrl,
@@ -101,7 +101,7 @@ async function listen(hostname: string, port: number): Promise<Deno.TcpListener>
       return Deno.listen({ hostname, port });
     } catch (error) {
       const { code, message } = error as Error & { code?: string };
-      const where = `Cannot listen on port ${port} of ${quoted(hostname)}`;
+      const where = `cannot listen on port ${port} of ${quoted(hostname)}`;
       if (hostname === "::" && code === "EAFNOSUPPORT") {
         hostname = "0.0.0.0";
       } else if (code === "EADDRINUSE") {

@@ -210,7 +210,7 @@ Deno.test("a port that is taken is one clear line", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
   const { code, stderr } = await refused(["--baseurl", "http://c.example", "--port", `${first.port}`]);
   assert.equal(code, 1);
-  assert.match(stderr, /^leforward: Cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
+  assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
 });
 
 Deno.test("a port whose holder is about to end is waited for", async () => {
@@ -232,7 +232,7 @@ Deno.test("a port that needs a privilege is one line that names the ways out", a
   assert.equal(code, 1);
   assert.match(
     stderr,
-    /^leforward: Cannot listen on port 1 .*cap_net_bind_service; conf\/remote\/README\.md .*\n$/,
+    /^leforward: cannot listen on port 1 .*cap_net_bind_service; conf\/remote\/README\.md .*\n$/,
   );
 });
 

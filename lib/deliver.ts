@@ -9,9 +9,9 @@ import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endp
 import { CommandError, type CommandOptions, runCommand, type Values } from "./hooks.ts";
 import { type Delivery, listsOf, type Plan, planSection } from "./plan.ts";
 import { probe, type Probed, ProbeError } from "./probe.ts";
-import { type Basis, type ByLine, expiryOf, type PlanOptions, retryDeliveryAt } from "./renewal.ts";
+import { type Basis, expiryOf, retryDeliveryAt } from "./renewal.ts";
 import { writeReceipts } from "./receipts.ts";
-import type { Sight, State } from "./state.ts";
+import type { Sight } from "./state.ts";
 import type { Entry, Store } from "./store.ts";
 
 /** The result of a delivery. */
@@ -28,12 +28,10 @@ export interface Delivered {
 
 /** What delivering needs of the run. */
 export interface Delivering {
-  readonly config: Config;
   readonly store: Store;
   readonly context: Context;
-  /** As they are on disk now: a certificate that is issued takes the place of the old one. */
-  readonly certificates: ByLine;
-  readonly options: PlanOptions;
+  /** With the certificates that are on disk now, and the time. */
+  readonly basis: () => Basis;
 }
 
 /** What happens while sections are delivered. */
@@ -141,7 +139,8 @@ export class Sections {
     await this.#probe(due);
     const probed = this.#plan(section);
     const keys = new Set(due.map(({ key }) => key));
-    const wrong = drifted(probed.endpoints.filter(({ key }) => keys.has(key)), this.delivering.config);
+    const { config } = this.delivering.basis();
+    const wrong = drifted(probed.endpoints.filter(({ key }) => keys.has(key)), config);
     if (wrong.length > 0) this.emit({ kind: "drift", section: section.name, endpoints: wrong });
     return probed.delivery;
   }
@@ -150,8 +149,7 @@ export class Sections {
   async #probe(endpoints: readonly EndpointStatus[]): Promise<void> {
     const others = endpoints.filter(({ key }) => !this.#probing.has(key));
     if (others.length > 0) {
-      const { store: { state }, ...rest } = this.delivering;
-      const probing = probeAll(others, { ...rest, state });
+      const probing = probeAll(others, this.delivering.basis, this.delivering.context);
       for (const { key } of others) this.#probing.set(key, probing);
     }
     await Promise.all(endpoints.map(({ key }) => this.#probing.get(key)));
@@ -168,18 +166,15 @@ export class Sections {
   }
 
   #plan(section: Section) {
-    return planSection(basisOf(this.delivering), section);
+    return planSection(this.delivering.basis(), section);
   }
-}
-
-function basisOf({ config, certificates, store: { state }, context, options }: Delivering): Basis {
-  return { config, certificates, state, now: context.now(), options };
 }
 
 /** Runs the lists of a section, whole and in order, then waits until its endpoints serve what was delivered. */
 async function deliver(delivery: Delivery, delivering: Delivering): Promise<Delivered> {
   const { section } = delivery;
-  const { config, store, context } = delivering;
+  const { store, context } = delivering;
+  const { config } = delivering.basis();
   const [uploadCerts, uploadKeys, uploadEach, update] = listsOf(section, config.mode);
   const ran: { template: string; seconds: number }[] = [];
   const run = async (template: string, values: Values) => {
@@ -258,7 +253,7 @@ function remember(
   delivering: Delivering,
 ): void {
   const { section, pending, failure } = delivery;
-  const basis = basisOf(delivering);
+  const basis = delivering.basis();
   const { config, state, now, options } = basis;
   writeReceipts(section, entries, delivery, config, state, now);
   for (const { file } of entries) options.delivered?.add(`${section.name}/${file}`);
@@ -291,12 +286,11 @@ function remember(
 async function verify(
   section: Section,
   entries: readonly Entry[],
-  delivering: Delivering,
+  { store, context, basis }: Delivering,
 ): Promise<readonly EndpointStatus[]> {
-  const { config, store, context } = delivering;
-  const { state } = store;
+  const { config, state } = basis();
   const concerned = () =>
-    planSection(basisOf(delivering), section).endpoints
+    planSection(basis(), section).endpoints
       .filter(({ wanted }) => wanted.some(({ line }) => entries.some((entry) => entry.line === line)));
   const deadline = context.now().getTime() + section.verifyWaitSeconds * 1000;
   if (config.mode === "test" && concerned().length > 0) {
@@ -306,10 +300,10 @@ async function verify(
     const endpoints = concerned();
     if (endpoints.length === 0) return [];
     const sights = await sightsOf(endpoints, context, PROBES);
-    const basis = basisOf(delivering);
-    const isLast = basis.now.getTime() + pause > deadline;
+    const probedAt = basis();
+    const isLast = probedAt.now.getTime() + pause > deadline;
     for (const endpoint of endpoints) {
-      const found = recordOf(endpoint, sights.get(endpoint.key)!, basis, {
+      const found = recordOf(endpoint, sights.get(endpoint.key)!, probedAt, {
         confirmed: true,
         afterDelivery: true,
       });
@@ -317,7 +311,7 @@ async function verify(
       if (found.badSince === undefined || isLast) state.probes[endpoint.key] = found;
     }
     const probed = concerned();
-    const allRight = probed.every((one) => one.record?.at === basis.now.toISOString() && isRight(one));
+    const allRight = probed.every((one) => one.record?.at === probedAt.now.toISOString() && isRight(one));
     if (!allRight && !isLast) {
       await context.sleep(pause);
       continue;
@@ -331,12 +325,8 @@ async function verify(
 /** Probes endpoints and remembers what they serve. What looks wrong is probed again: a repair needs certainty. */
 export async function probeAll(
   endpoints: readonly EndpointStatus[],
-  { config, state, context, options }: {
-    readonly config: Config;
-    readonly state: State;
-    readonly context: Context;
-    readonly options: PlanOptions;
-  },
+  basis: () => Basis,
+  context: Context,
 ): Promise<void> {
   // one good answer does not make right what was wrong: another server of a balancer may have given it
   const { wrong = [], others = [] } = Object.groupBy(
@@ -346,7 +336,7 @@ export async function probeAll(
   const probes = await settled([sightsOf(others, context, 1), sightsOf(wrong, context, PROBES)]);
   const first = new Map(probes.flatMap((sights) => [...sights]));
   const judge = (endpoint: EndpointStatus, sights: readonly Sight[], confirmed: boolean) =>
-    recordOf(endpoint, sights, { config, now: context.now(), options }, { confirmed, afterDelivery: false });
+    recordOf(endpoint, sights, basis(), { confirmed, afterDelivery: false });
   const suspects = endpoints.filter((endpoint) => {
     const found = judge(endpoint, first.get(endpoint.key)!, false);
     return found.badSince !== undefined &&
@@ -358,7 +348,7 @@ export async function probeAll(
     const found = judge(endpoint, again ?? once, again !== undefined);
     // wrong, then right: one server of several, or one that is being reloaded
     const isMixed = again !== undefined && found.badSince === undefined;
-    state.probes[endpoint.key] = isMixed ? judge(endpoint, union(again, once), false) : found;
+    basis().state.probes[endpoint.key] = isMixed ? judge(endpoint, union(again, once), false) : found;
   }
 }
 

@@ -188,7 +188,7 @@ export function groupBy<K, V>(pairs: Iterable<readonly [K, V]>): Map<K, V[]> {
 function verdictOn(
   sight: Sight,
   { endpoint, wanted }: Pick<EndpointStatus, "endpoint" | "wanted">,
-  { config: { mode }, now, options: { counterpart = () => [] } }: Pick<Basis, "config" | "now" | "options">,
+  { config: { mode }, now, options: { counterpart = () => [] } }: Basis,
 ): Verdict {
   if (sight.kind !== "served") return sight.kind;
   const served = sight.certificate!;
@@ -239,7 +239,7 @@ export function isRight({ sights }: Pick<EndpointStatus, "sights">): boolean {
 export function recordOf(
   endpoint: EndpointStatus,
   sights: readonly Sight[],
-  basis: Pick<Basis, "config" | "now" | "options">,
+  basis: Basis,
   { confirmed, afterDelivery }: { confirmed: boolean; afterDelivery: boolean },
 ): ProbeRecord {
   const { record } = endpoint;

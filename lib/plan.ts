@@ -25,6 +25,7 @@ import {
   earliest,
   expiryOf,
   HOUR_MS,
+  inventoryOf,
   type Kept,
   LONGEST_PAUSE_MS,
   moment,
@@ -145,17 +146,11 @@ export type Warning =
   | { readonly kind: "nothing to deliver"; readonly what: Line | string };
 
 /** Decides everything. */
-export function plan(
-  config: Config,
-  inventory: readonly Entry[],
-  state: State,
-  now: Date,
-  options: PlanOptions = {},
-): Plan {
+export function plan(basis: Basis): Plan {
+  const { config, state, now, options } = basis;
+  const inventory = inventoryOf(basis);
   const runs = state.runs.filter(({ at }) => Date.parse(at) <= now.getTime());
   const intervalMs = usualInterval(runs);
-  const certificates = Map.groupBy(inventory, ({ line }) => line);
-  const basis = { config, certificates, state, now, options };
   const issuing = planIssuing(basis, intervalMs);
   const endpoints = planEndpoints(basis, config.sections);
   const deliveries = planDeliveries(basis, endpoints);

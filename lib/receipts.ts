@@ -5,7 +5,7 @@
 
 import type { Config, Section } from "./config.ts";
 import { delivers, type Delivery, listsDigest, plan } from "./plan.ts";
-import type { PlanOptions } from "./renewal.ts";
+import { type Basis, inventoryOf } from "./renewal.ts";
 import { record, type State } from "./state.ts";
 import type { Entry } from "./store.ts";
 
@@ -84,15 +84,10 @@ export function receiptsFromVersion1(
  * longer due or pending. Receipts stay for as long as their certificate is on disk: a line or section that is missing
  * for one run is not delivered again. `orphans` lists the base names of certificates that belong to no line.
  */
-export function forgetUnknown(
-  config: Config,
-  inventory: readonly Entry[],
-  state: State,
-  now: Date,
-  orphans: () => ReadonlySet<string>,
-  options: PlanOptions = {},
-): void {
-  const { tasks, waiting, deliveries, endpoints } = plan(config, inventory, state, now, options);
+export function forgetUnknown(basis: Basis, orphans: () => ReadonlySet<string>): void {
+  const { config, state } = basis;
+  const inventory = inventoryOf(basis);
+  const { tasks, waiting, deliveries, endpoints } = plan(basis);
   const keep = (entries: Record<string, unknown>, isKnown: (key: string) => boolean) => {
     for (const key of Object.keys(entries)) if (!isKnown(key)) delete entries[key];
   };

@@ -20,6 +20,14 @@ export interface Basis {
 /** The certificates of each line, as they are on disk. */
 export type ByLine = ReadonlyMap<Line, readonly Entry[]>;
 
+export function byLine(inventory: readonly Entry[]): Map<Line, readonly Entry[]> {
+  return Map.groupBy(inventory, ({ line }) => line);
+}
+
+export function inventoryOf({ certificates }: Basis): Entry[] {
+  return [...certificates.values()].flat();
+}
+
 /** What decisions are based on besides configuration, files, state and clock. */
 export interface PlanOptions {
   /** Ignores back-offs. */

@@ -16,7 +16,7 @@ import { checkPackages } from "./http.ts";
 import { Issuer } from "./issue.ts";
 import { delivers, type Plan, plan, type Problem } from "./plan.ts";
 import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
-import { type PlanOptions, RUNS, type Selection } from "./renewal.ts";
+import { type Basis, byLine, inventoryOf, type PlanOptions, RUNS, type Selection } from "./renewal.ts";
 import { askRenewalWindows } from "./renewalinfo.ts";
 import type { Ended, Event } from "./report.ts";
 import type { Revocable } from "./select.ts";
@@ -86,16 +86,17 @@ async function runWith(
     writeError: () => store.writeError,
     aheadMs: () => account.aheadMs,
   };
-  const certificates = Map.groupBy(readInventory(config), ({ line }) => line);
-  const inventory = () => [...certificates.values()].flat();
+  const inventory = readInventory(config);
+  const certificates = byLine(inventory);
+  const basis = () => ({ config, certificates, state, now: context.now(), options });
 
-  prepareState(config, inventory(), state, begun, options);
-  for (const entry of inventory()) linkTo(entry, store, emit);
-  const selected = inventory().filter(({ line }) => selection?.lines.has(line) ?? true);
+  prepareState(basis(), inventory);
+  for (const entry of inventory) linkTo(entry, store, emit);
+  const selected = inventory.filter(({ line }) => selection?.lines.has(line) ?? true);
   await askRenewalWindows(selected, account, ca);
   context.signal.throwIfAborted();
 
-  const decided = plan(config, inventory(), state, context.now(), options);
+  const decided = plan(basis());
   for (const warning of decided.warnings) emit({ kind: "notice", text: warningText(warning) });
   for (const problem of decided.problems.filter(endsWithThisRun)) {
     emit({ kind: "notice", text: problemText(problem), changed: true });
@@ -104,7 +105,7 @@ async function runWith(
   if (decided.tasks.length + decided.deliveries.length > 0) await checkPackages();
   if (decided.tasks.length > 0) emit({ kind: "begin", tasks: decided.tasks });
 
-  const sections = new Sections({ config, store, context, options, certificates }, emit);
+  const sections = new Sections({ store, context, basis }, emit);
   const issuer = new Issuer(account, { ...ca, newKey: selection?.newKey ?? false });
   const issuing = issuer.issueAll(decided.tasks, async (due, certificate, seconds) => {
     const entry = await store.commit(
@@ -128,12 +129,12 @@ async function runWith(
   };
   if (selection === undefined) state.runs = [...decided.runs, record].slice(-RUNS);
   await store.saveState(); // if this fails, the last plan reports it
-  const final = plan(config, inventory(), state, ended, options);
+  const final = plan(basis());
   record.problems = final.problems.length;
   // problems outside the selection are not resolved
   const whole = selection === undefined
     ? final
-    : plan(config, inventory(), state, ended, { ...options, selection: undefined });
+    : plan({ ...basis(), options: { ...options, selection: undefined } });
   await sendAlerts(whole, config, state, context, emit);
   const known = markPrinted(whole, state, context.now());
   await store.saveState();
@@ -141,19 +142,13 @@ async function runWith(
 }
 
 /** Brings what is remembered in line with configuration and files. */
-function prepareState(
-  config: Config,
-  inventory: readonly Entry[],
-  state: State,
-  now: Date,
-  options: PlanOptions,
-): void {
+function prepareState(basis: Basis, inventory: readonly Entry[]): void {
+  const { config, state, now, options } = basis;
   receiptsFromVersion1(config, inventory, state, now);
   adoptReceipts(config, state);
   if (options.selection !== undefined) return;
   let names: ReadonlySet<string> | undefined;
-  const orphaned = () => names ??= new Set(orphans(config, inventory).map((path) => basename(path)));
-  forgetUnknown(config, inventory, state, now, orphaned, options);
+  forgetUnknown(basis, () => names ??= new Set(orphans(config, inventory).map((path) => basename(path))));
 }
 
 function endsWithThisRun(problem: Problem): boolean {
@@ -168,16 +163,16 @@ async function alertEnd(
   context: Context,
   emit: Emit,
 ): Promise<void> {
-  let found = { state: known ?? emptyState(), inventory: [] as readonly Entry[] };
+  const options = { counterpart: counterpartOf(config), writeError: () => error };
+  const state = known ?? emptyState();
+  let basis: Basis = { config, certificates: new Map(), state, now: context.now(), options };
   try {
-    const { state, inventory } = observe(config, context, () => {});
-    found = { state: known ?? state, inventory };
+    const seen = observe(config, context, () => {}, options);
+    basis = { ...seen, state: known ?? seen.state };
   } catch {
     // the state cannot be read
   }
-  const options = { counterpart: counterpartOf(config), writeError: () => error };
-  const decided = plan(config, found.inventory, found.state, context.now(), options);
-  await sendAlerts(decided, config, found.state, context, emit);
+  await sendAlerts(plan(basis), config, basis.state, context, emit);
 }
 
 async function openStore(config: Config, context: Context, emit: Emit): Promise<Store> {
@@ -277,12 +272,12 @@ export async function advice(config: Config, context: Context): Promise<string[]
     }" ${flag}`,
   ];
   const inventory = readInventory(config);
-  const { warnings } = plan(config, inventory, state, context.now());
+  const basis = { config, certificates: byLine(inventory), state, now: context.now(), options: {} };
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
     ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
-    ...warnings.map((warning) => `${warningText(warning)} ${flag}`),
+    ...plan(basis).warnings.map((warning) => `${warningText(warning)} ${flag}`),
   ];
 }
 
@@ -296,14 +291,10 @@ export async function tryChallenges(config: Config, context: Context): Promise<C
 
 /** What a run would do, as far as is known without asking the CA or an endpoint. Changes nothing. */
 export function preview(config: Config, options: RunOptions, context: Context, emit: Emit): Plan {
-  const { state, inventory } = observe(config, context, emit);
   const { retry, selection } = options;
-  for (const text of changingLinks(config, inventory)) emit({ kind: "notice", text });
-  return plan(config, inventory, state, context.now(), {
-    retry,
-    selection,
-    counterpart: counterpartOf(config),
-  });
+  const basis = observe(config, context, emit, { retry, selection, counterpart: counterpartOf(config) });
+  for (const text of changingLinks(config, inventoryOf(basis))) emit({ kind: "notice", text });
+  return plan(basis);
 }
 
 /** Certificates, endpoints, problems. Probes the endpoints unless `offline`; changes nothing. */
@@ -313,31 +304,28 @@ export async function status(
   context: Context,
   emit: Emit,
 ): Promise<Status> {
-  const { state, inventory } = observe(config, context, emit);
-  const options = { counterpart: counterpartOf(config) };
-  const decide = () => plan(config, inventory, state, context.now(), options);
-  let decided = decide();
+  const basis = observe(config, context, emit, { counterpart: counterpartOf(config) });
+  const now = () => ({ ...basis, now: context.now() });
+  let decided = plan(basis);
   if (!offline && decided.endpoints.length > 0) {
-    await probeAll(decided.endpoints, { config, state, context, options });
-    decided = decide();
+    await probeAll(decided.endpoints, now, context);
+    decided = plan(now());
   }
+  const inventory = inventoryOf(basis);
   return { config, now: context.now(), plan: decided, inventory, orphans: orphans(config, inventory) };
 }
 
-/** State and inventory for commands that change nothing. */
-function observe(
-  config: Config,
-  context: Context,
-  emit: Emit,
-): { state: State; inventory: readonly Entry[] } {
-  const { state, unusable } = readState(config, context.now());
+/** What commands that change nothing decide on. */
+function observe(config: Config, context: Context, emit: Emit, options: PlanOptions): Basis {
+  const now = context.now();
+  const { state, unusable } = readState(config, now);
   if (unusable !== undefined) {
     emit({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${unusable}` });
   }
   const inventory = readInventory(config);
-  receiptsFromVersion1(config, inventory, state, context.now());
+  receiptsFromVersion1(config, inventory, state, now);
   adoptReceipts(config, state);
-  return { state, inventory };
+  return { config, certificates: byLine(inventory), state, now, options };
 }
 
 // ---- accept, prune --------------------------------------------------------------------------------------

@@ -7,9 +7,16 @@ import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
 import { dueAlerts } from "../lib/alert.ts";
 import { recordOf } from "../lib/endpoints.ts";
-import { listsDigest, plan, planSection } from "../lib/plan.ts";
-import { adoptReceipts, forgetUnknown } from "../lib/receipts.ts";
-import { type PlanOptions, renewal, retryDeliveryAt, retryLineAt, usualInterval } from "../lib/renewal.ts";
+import { listsDigest, plan as planOn, planSection } from "../lib/plan.ts";
+import { adoptReceipts, forgetUnknown as forget } from "../lib/receipts.ts";
+import {
+  byLine,
+  type PlanOptions,
+  renewal,
+  retryDeliveryAt,
+  retryLineAt,
+  usualInterval,
+} from "../lib/renewal.ts";
 import {
   type DeliveryFailure,
   emptyState,
@@ -87,6 +94,14 @@ const FORMER = {
 
 function stateOf(part: Partial<State> = {}): State {
   return { ...emptyState(), ...part };
+}
+
+function plan(config: Config, inventory: Entry[], state: State, now: Date, options: PlanOptions = {}) {
+  return planOn({ config, certificates: byLine(inventory), state, now, options });
+}
+
+function forgetUnknown(config: Config, inventory: Entry[], state: State, now: Date, orphans: string[] = []) {
+  forget({ config, certificates: byLine(inventory), state, now, options: {} }, () => new Set(orphans));
 }
 
 function failure(part: Partial<Failure> = {}): Failure {
@@ -402,8 +417,7 @@ Deno.test("a line that moves is delivered to its new section; one that is away f
   assert.equal(pending(moved, receipts([WEB]), { sections: [WEB, mail] }), "[mail] first delivery");
 
   const state = stateOf(receipts([WEB]));
-  const away = (onDisk: string[]) =>
-    forgetUnknown(configure([moved]), [], state, day(2), () => new Set(onDisk));
+  const away = (onDisk: string[]) => forgetUnknown(configure([moved]), [], state, day(2), onDisk);
   away(["www.example.com-cert.rsa.pem"]);
   assert.equal(pending(SITE, state), "");
   away([]);
@@ -413,7 +427,7 @@ Deno.test("a line that moves is delivered to its new section; one that is away f
 Deno.test("a line whose names change and change back is not delivered again", () => {
   const wider = line("www.example.com more.example.com", [WEB]);
   const state = stateOf(receipts([WEB]));
-  forgetUnknown(configure([wider]), [entry(wider, MISSING, FORMER)], state, day(2), () => new Set());
+  forgetUnknown(configure([wider]), [entry(wider, MISSING, FORMER)], state, day(2));
   assert.equal(pending(SITE, state), "");
 });
 
@@ -656,7 +670,7 @@ Deno.test("recordOf() remembers since when an endpoint is wrong, and whether our
   for (const [what, before, sight, afterDelivery, expected] of table) {
     const state = stateOf(before && { probes: { "www.example.com:443 rsa": before } });
     const [status] = plan(config, [present(WATCHED_SITE)], state, day(2)).endpoints;
-    const basis = { config, now: day(2), options: {} };
+    const basis = { config, certificates: byLine([]), state, now: day(2), options: {} };
     const found = recordOf(status!, [sight], basis, { confirmed: false, afterDelivery });
     assert.deepEqual(found, { at: iso(2), sights: [sight], ...expected }, what);
   }
@@ -832,7 +846,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   const config = configure([on]);
   // it is due, and its delivery is pending
   state.deliveries.web!.key = plan(config, [present(on)], state, day(61)).deliveries[0]!.key;
-  forgetUnknown(config, [present(on)], state, day(61), () => new Set());
+  forgetUnknown(config, [present(on)], state, day(61));
   for (const [what, kept] of Object.entries(state)) {
     if (typeof kept === "object") assert(!Object.hasOwn(kept, "unknown"), what);
   }
@@ -840,7 +854,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   for (const kind of kinds) assert.equal(Object.keys(state[kind]).length, 1, kind);
   assert.deepEqual(Object.keys(state.alerts.web!), ["endpoint www.example.com:443 rsa 192.0.2.1"]);
   Object.assign(state, receipts([WATCHED]));
-  forgetUnknown(config, [present(on)], state, day(2), () => new Set());
+  forgetUnknown(config, [present(on)], state, day(2));
   assert.deepEqual(
     [Object.keys(state.failures), Object.keys(state.deliveries)],
     [[], []],
@@ -865,7 +879,7 @@ Deno.test("names from outside may be anything, such as what every object has", (
     assert.equal(pending(on, state), "");
     const { problems } = plan(config, [entry(on, MISSING)], state, day(2));
     assert.equal(dueAlerts(config, problems, state, day(2))[0]?.section, own);
-    forgetUnknown(config, [entry(on, MISSING)], state, day(2), () => new Set());
+    forgetUnknown(config, [entry(on, MISSING)], state, day(2));
     assert.deepEqual([Object.keys(state.receipts), Object.keys(state.failures)], [[name], [name]]);
   }
 });

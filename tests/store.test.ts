@@ -6,6 +6,7 @@ import { createPrivateKey, createPublicKey } from "node:crypto";
 import { basename, join } from "node:path";
 import type { Config, KeyType, Line } from "../lib/config.ts";
 import { plan } from "../lib/plan.ts";
+import { byLine } from "../lib/renewal.ts";
 import { emptyState } from "../lib/state.ts";
 import { changingLinks, type Entry, orphans, readInventory, stemOf, Store } from "../lib/store.ts";
 import { generateKey, publicKeyHash, readCertificate } from "../lib/x509.ts";
@@ -149,7 +150,13 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
     using store = await open(config);
     const inventory = readInventory(config);
     for (const entry of inventory) store.link(entry);
-    const { tasks, kept } = plan(config, inventory, emptyState(), NOW);
+    const { tasks, kept } = plan({
+      config,
+      certificates: byLine(inventory),
+      state: emptyState(),
+      now: NOW,
+      options: {},
+    });
     assert.deepEqual([tasks.length, kept.length], [0, 3]);
     assert.deepEqual(orphans(config, inventory), []);
   }

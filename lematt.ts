@@ -16,7 +16,7 @@ if (major < OLDEST_DENO[0] || (major === OLDEST_DENO[0] && minor < OLDEST_DENO[1
   Deno.exit(2);
 }
 // imported after the check above, so that an older Deno reaches it
-const { runAlertCommands } = await import("./lib/alert.ts");
+const { alertConfigError } = await import("./lib/alert.ts");
 const { ConfigError, loadConfig } = await import("./lib/config.ts");
 const { systemContext } = await import("./lib/context.ts");
 const { killAll } = await import("./lib/hooks.ts");
@@ -256,19 +256,17 @@ async function check(
   return findings.some(({ problem }) => problem !== undefined) ? 1 : 0;
 }
 
-/** Prints the errors of the configuration; under --cron they are sent by the `alert` commands that could be read. */
+/** Prints the errors of the configuration; under --cron they are alerted, too. */
 async function configurationFailed(
-  { problems, directory, alerts }: InstanceType<typeof ConfigError>,
+  error: InstanceType<typeof ConfigError>,
   { cron, mode }: Arguments,
 ): Promise<number> {
+  const { problems, directory } = error;
   const where = directory === undefined ? "" : `${count(problems.length, "error")} in ${directory}\n`;
   const text = problems.map((problem) => `${noticeText(problem)}\n`).join("") + where;
   err(text);
-  for (const { commands } of cron ? alerts : []) {
-    const options = { mode: mode!, timeoutSeconds: 60, stdin: text };
-    const { errors } = await runAlertCommands(commands, ["configuration", "not", "valid"], [], options);
-    for (const error of errors) err(`lematt: ${errorText(error)}\n`);
-  }
+  const errors = cron ? await alertConfigError(error, text, mode!) : [];
+  for (const error of errors) err(`lematt: ${errorText(error)}\n`);
   return 2;
 }
 

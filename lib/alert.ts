@@ -1,12 +1,14 @@
 /** Alerts: which are due, their texts, and sending them with the `alert` commands of the sections. */
 
-import type { Config, Line, Section } from "./config.ts";
+import { join } from "node:path";
+import type { Config, ConfigError, Line, Mode, Section } from "./config.ts";
 import type { Context } from "./context.ts";
 import { optionsFor } from "./deliver.ts";
 import { CommandError, type CommandOptions, runCommand } from "./hooks.ts";
 import type { Plan, Problem } from "./plan.ts";
 import { LONGEST_PAUSE_MS } from "./renewal.ts";
 import { record, type State } from "./state.ts";
+import { configErrorPath, readIfPresent } from "./store.ts";
 import { count, problemLines, problemName } from "./text.ts";
 
 /** One alert of one section. */
@@ -75,6 +77,31 @@ export async function sendAlerts(
   }
 }
 
+/**
+ * Sends the errors of a configuration with the `alert` commands that could be read. The same errors are sent once in 20
+ * hours: a file beside the state, which is not read then, has the last ones. Returns the errors of the commands.
+ */
+export async function alertConfigError(
+  { directory, alerts }: ConfigError,
+  text: string,
+  mode: Mode,
+): Promise<CommandError[]> {
+  if (alerts.length === 0) return []; // as when others may write to the directory
+  const path = configErrorPath(join(directory!, mode));
+  const isSame = readIfPresent(path) === text;
+  if (isSame && Date.now() - Deno.statSync(path).mtime!.getTime() < LONGEST_PAUSE_MS) return [];
+  const options = { mode, timeoutSeconds: 60, stdin: text };
+  const results = await Promise.all(
+    alerts.map(({ commands }) => runAlertCommands(commands, ["configuration", "not", "valid"], [], options)),
+  );
+  if (results.some(({ isSent }) => isSent)) {
+    try {
+      Deno.writeTextFileSync(path, text, { mode: 0o600 });
+    } catch { /* then the next run sends it again */ }
+  }
+  return results.flatMap(({ errors }) => errors);
+}
+
 /** Subject (as words) and text of an alert. */
 function alertText({ mode }: Config, { problems, resolved }: Alert): { subject: string[]; text: string } {
   const first = problems[0];
@@ -87,7 +114,7 @@ function alertText({ mode }: Config, { problems, resolved }: Alert): { subject: 
 }
 
 /** Runs each of these commands, with the text of the alert on its standard input. */
-export async function runAlertCommands(
+async function runAlertCommands(
   commands: readonly string[],
   subject: readonly string[],
   lines: readonly Line[],

@@ -304,6 +304,11 @@ function revokedPath(config: Config): string {
   return join(config.base, "revoked-keys");
 }
 
+/** The errors of the configuration that were alerted last; the first run with a valid configuration removes it. */
+export function configErrorPath(base: string): string {
+  return join(base, ".configuration-error");
+}
+
 function revokedHashes(config: Config): Set<string> {
   const hashes = new Set(readIfPresent(revokedPath(config))?.split("\n"));
   hashes.delete("");
@@ -341,6 +346,7 @@ export class Store implements Disposable {
       giveTo(join(base, ".lock"), owner);
       makeDirectory(join(base, "key"), 0o700, owner);
       for (const name of ["csr", "cert"]) makeDirectory(join(base, name), 0o755, owner);
+      removeIfPresent(configErrorPath(base));
       const { state, text, unusable } = readState(config, now);
       const notices: string[] = [];
       if (unusable !== undefined) {

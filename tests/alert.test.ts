@@ -260,3 +260,22 @@ Deno.test(
       assert.match(takeAlerts(bed), /Read-only file system/);
     }),
 );
+
+Deno.test("the same errors of a configuration are alerted once in 20 hours, and again after a valid one", async () => {
+  await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
+  const valid = bed.text("domains");
+  const alertsOf = async (domains: string) => {
+    Deno.writeTextFileSync(bed.path("domains"), domains);
+    await bed.lematt("--test", "--cron");
+    return takeAlerts(bed);
+  };
+  assert.equal(await alertsOf(valid), "");
+  assert.match(await alertsOf("a_b.example.com\n"), /^configuration not valid .*\ndomains:1: /);
+  assert.equal(await alertsOf("a_b.example.com\n"), "");
+  assert.match(await alertsOf("c_d.example.com\n"), /c_d/);
+  const yesterday = new Date(Date.now() - 20 * HOUR - MINUTE);
+  Deno.utimeSync(bed.path("test/.configuration-error"), yesterday, yesterday);
+  assert.match(await alertsOf("c_d.example.com\n"), /c_d/);
+  assert.equal(await alertsOf(valid), "");
+  assert.match(await alertsOf("c_d.example.com\n"), /c_d/);
+});

@@ -5,6 +5,7 @@
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { settled } from "../lib/context.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { which } from "./bench-measure.ts";
@@ -99,68 +100,41 @@ const lego: Way = {
   },
 };
 
+/** acme.sh's files as its documentation and its source have them, made of lego's. */
 const acmeSh: Way = {
   program: "acme.sh",
   places: ["../ssl/cert.pem", "../ssl/key.pem", "../ssl/mail.pem"],
   reloads: true,
-  async issue(home, { directoryUrl, caBundleFile }) {
-    const common = `acme.sh --home ${home}/old --server ${directoryUrl} --ca-bundle ${caBundleFile}`;
-    const reload = `--reloadcmd 'echo reloaded >> ${home}/reloads'`;
-    await shell(
-      `mkdir ssl
-      ${common} --issue ${names} -w ${home}/web --keylength ec-256
-      ${common} --issue -d mail.example.com -w ${home}/web --keylength 2048
-      ${common} --install-cert --ecc -d example.com --key-file ${home}/ssl/key.pem \
-        --fullchain-file ${home}/ssl/cert.pem ${reload}
-      ${common} --install-cert -d mail.example.com --fullchain-file ${home}/ssl/mail.pem
-      rm reloads`,
-      home,
-    );
-    return /^ACCOUNT_URL='(.*)'/m.exec(await shell("cat old/ca/*/*/ca.conf", home))![1]!;
-  },
-};
-
-/** acme.sh's files as its documentation and its source have them, made of lego's. */
-const acmeShByHand: Way = {
-  ...acmeSh,
   async issue(home, pebble) {
     const account = await lego.issue(home, pebble);
     const conf = (lines: Record<string, string>) =>
-      Object.entries(lines).map(([key, value]) => `Le_${key}='${value}'\n`).join("");
-    const common = { Webroot: `${home}/web`, API: pebble.directoryUrl };
+      Object.entries({ Webroot: `${home}/web`, API: pebble.directoryUrl, ...lines })
+        .map(([key, value]) => `Le_${key}='${value}'\n`).join("");
     const reload = `__ACME_BASE64__START_${btoa(`echo reloaded >> ${home}/reloads`)}__ACME_BASE64__END_`;
-    const ec = conf({
-      Domain: "example.com",
-      Alt: "www.example.com",
-      ...common,
-      RealKeyPath: `${home}/ssl/key.pem`,
-      RealFullChainPath: `${home}/ssl/cert.pem`,
-      ReloadCmd: reload,
-    });
-    const rsa = conf({
-      Domain: "mail.example.com",
-      Alt: "no",
-      ...common,
-      RealFullChainPath: `${home}/ssl/mail.pem`,
-    });
+    const [key, cert, mail] = ["key", "cert", "mail"].map((name) => `${home}/ssl/${name}.pem`);
     await shell(
-      `mv old lego
-      cd lego/certificates
+      `mkdir ssl; mv old lego; cd lego/certificates
       for name in example.com mail.example.com; do
-        to=${home}/old/$name; [ $name = mail.example.com ] || to=\${to}_ecc
-        mkdir -p $to ${home}/ssl
+        to=../../old/$name; [ $name = mail.example.com ] || to=\${to}_ecc
+        mkdir -p $to
         cp $name.crt $to/fullchain.cer
         cp $name.key $to
       done
-      cp example.com.crt ${home}/ssl/cert.pem; cp example.com.key ${home}/ssl/key.pem
-      cp mail.example.com.crt ${home}/ssl/mail.pem
-      mkdir -p ${home}/old/ca/127.0.0.1/dir
-      cp ../accounts/*/*/keys/*.key ${home}/old/ca/127.0.0.1/dir/account.key
-      touch ${home}/old/http.header
-      printf %s "$EC" > ${home}/old/example.com_ecc/example.com.conf
-      printf %s "$RSA" > ${home}/old/mail.example.com/mail.example.com.conf`,
+      cp example.com.crt ${cert}; cp example.com.key ${key}; cp mail.example.com.crt ${mail}
+      cd ../../old
+      mkdir -p ca/127.0.0.1/dir
+      cp ../lego/accounts/*/*/keys/*.key ca/127.0.0.1/dir/account.key
+      touch http.header
+      printf %s "$EC" > example.com_ecc/example.com.conf
+      printf %s "$RSA" > mail.example.com/mail.example.com.conf`,
       home,
-      { EC: ec, RSA: rsa },
+      {
+        EC: conf({
+          ...{ Domain: "example.com", Alt: "www.example.com", ReloadCmd: reload },
+          ...{ RealKeyPath: key!, RealFullChainPath: cert! },
+        }),
+        RSA: conf({ Domain: "mail.example.com", Alt: "no", RealFullChainPath: mail! }),
+      },
     );
     return account;
   },
@@ -208,11 +182,7 @@ async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
   const renewed = await bed.lematt("--prod", "--renew", "example.com", "--renew", "mail.example.com");
   assert.deepEqual([renewed.code, renewed.stderr], [0, ""]);
   const after = [chain, key, mail].map((path) => Deno.readTextFileSync(path));
-  assert.deepEqual([before[0] !== after[0], before[1] === after[1], before[2] !== after[2]], [
-    true,
-    true,
-    true,
-  ]);
+  assert.deepEqual(before.map((text, index) => text === after[index]), [false, true, false]);
   assert.deepEqual(readCertificate(after[2]!).names, ["mail.example.com"]);
   if (reloads) assert.equal(await shell("cat reloads", home), "reloaded\n");
   assert.equal(
@@ -221,22 +191,19 @@ async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
   );
 }
 
-const missing = [certbot, dehydrated, lego].map(({ program }) => program).filter((name) =>
-  which(name) === undefined
-);
-const byHand = which("acme.sh") === undefined;
-const ways = [certbot, dehydrated, lego, byHand ? acmeShByHand : acmeSh].filter(({ program }) =>
-  !missing.includes(byHand && program === "acme.sh" ? "lego" : program)
-);
-for (const name of missing) console.log(`moving in from ${name} is not tested: it is not installed`);
-if (byHand) console.log("acme.sh is not installed: its files are made by hand of lego's");
-const programs = ways.map(({ program }) => program).join(", ");
+const ways = [certbot, dehydrated, lego, acmeSh].filter((way) => {
+  const needed = way === acmeSh ? "lego" : way.program;
+  if (which(needed) !== undefined) return true;
+  console.log(`moving in from ${way.program} is not tested: ${needed} is not installed`);
+  return false;
+});
 
-pebbleTest(`nothing is issued anew for who moves in from ${programs}, and the account stays`, async () => {
-  const failures = await Promise.allSettled(ways.map(moveIn)); // side by side, since they wait most of the time
-  for (const [index, outcome] of failures.entries()) {
-    if (outcome.status === "rejected") throw new Error(ways[index]!.program, { cause: outcome.reason });
-  }
+pebbleTest("nothing is issued anew when moving in from another program, and the account stays", async () => {
+  await settled(ways.map(async (way) => {
+    await moveIn(way).catch((cause) => {
+      throw new Error(way.program, { cause });
+    });
+  }));
 });
 
 Deno.test("a wildcard is asked to be given its challenge, and a name of two certificates is in no section's domains", async () => {
@@ -244,14 +211,12 @@ Deno.test("a wildcard is asked to be given its challenge, and a name of two cert
   const { home } = bed;
   const directory = join(home, "lego/certificates");
   await Deno.mkdir(directory, { recursive: true });
-  for (
-    const [file, ...names] of [["_.example.com", "*.example.com", "example.com"], [
-      "example.com",
-      "example.com",
-      "www.example.com",
-    ]]
-  ) {
-    await makeCertificate(directory, file!, "ec", names);
+  const files = {
+    "_.example.com": ["*.example.com", "example.com"],
+    "example.com": ["example.com", "www.example.com"],
+  };
+  for (const [file, names] of Object.entries(files)) {
+    await makeCertificate(directory, file, "ec", names);
     await Deno.rename(join(directory, `${file}.pem`), join(directory, `${file}.crt`));
   }
   const migrate = (...args: string[]) =>

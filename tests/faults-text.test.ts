@@ -49,46 +49,28 @@ function mutated(text: string, random: Random): string {
   return changed;
 }
 
-/** Changes one value of a JSON document for another kind of value, or a text of one for a strange one. */
+const OTHER_VALUES = [null, true, 0, -1, 1e308, 2 ** 53, "", [], {}, [[]], "2026-01-01", ...PIECES.slice(-2)];
+
+/** Removes a value of a JSON document, gives it another key, be it `__proto__`, or exchanges it for another. */
 function mutatedJson(text: string, random: Random): string {
-  const others = [
-    null,
-    true,
-    0,
-    -1,
-    1e308,
-    2 ** 53,
-    "",
-    [],
-    {},
-    [[]],
-    "2026-01-01",
-    "1e9",
-    ...PIECES.slice(-2),
-  ];
   const document = JSON.parse(text);
-  let at = document;
-  for (;;) {
+  for (let at = document;;) {
     const keys = Object.keys(at);
     const key = keys[random(keys.length)];
     if (key === undefined) break;
-    if (typeof at[key] === "object" && at[key] !== null && random(4) > 0) {
-      at = at[key];
+    const value = at[key];
+    if (typeof value === "object" && value !== null && random(4) > 0) {
+      at = value;
       continue;
     }
     const how = random(4);
-    if (how === 0) delete at[key];
-    else if (how === 1) rename(at, key, PIECES[random(PIECES.length)]!);
-    else at[key] = others[random(others.length)];
+    if (how < 2) delete at[key];
+    const name = PIECES[random(PIECES.length)]!;
+    if (how === 1) Object.defineProperty(at, name, { value, enumerable: true, configurable: true });
+    if (how > 1) at[key] = OTHER_VALUES[random(OTHER_VALUES.length)];
     break;
   }
   return JSON.stringify(document);
-}
-
-/** Gives a value another key, be it `__proto__`. */
-function rename(object: Record<string, unknown>, from: string, to: string): void {
-  Object.defineProperty(object, to, { value: object[from], enumerable: true, configurable: true });
-  delete object[from];
 }
 
 /** Tries `input` with many a random source; a failure says which it was. */

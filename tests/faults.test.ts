@@ -6,7 +6,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { type Bed, until } from "./bed.ts";
+import { until } from "./bed.ts";
 import { isRunning, listing, pairs, presentable, PROGRAM, SHARE, Subject, sweep, textOf } from "./faults.ts";
 import { missing as noStrace } from "./faults-strace.ts";
 import { LEMATT } from "./programs.ts";
@@ -88,17 +88,14 @@ Deno.test("a drop directory that vanishes during a run fails what needs it, and 
   await subject.recover();
 });
 
-Deno.test({
-  name: "a report that cannot be written keeps no certificate from being issued and delivered",
+Deno.test("a report that cannot be written keeps no certificate from being issued and delivered", {
   ignore: Deno.build.os !== "linux", // which has /dev/full
-  async fn() {
-    await using subject = await Subject.create(NO_ARI);
-    const ran = await subject.bed.lemattBy(["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"], "--test");
-    assert.deepEqual([ran.code, ran.stdout], [1, ""]);
-    assert.match(ran.stderr, /^lematt: cannot write its output: No space left on device.*\n$/);
-    const again = await subject.recover();
-    assert.match(again.stdout, /^nothing due/);
-  },
+}, async () => {
+  await using subject = await Subject.create(NO_ARI);
+  const ran = await subject.bed.lemattBy(["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"], "--test");
+  assert.deepEqual([ran.code, ran.stdout], [1, ""]);
+  assert.match(ran.stderr, /^lematt: cannot write its output: No space left on device.*\n$/);
+  assert.match((await subject.recover()).stdout, /^nothing due/);
 });
 
 // ---- another user's files ----------------------------------------------------------------------------------------
@@ -108,43 +105,30 @@ const AS_ANYBODY = Deno.uid() === 0
   ? ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
   : [];
 
-const NOT_OURS: Readonly<Record<string, readonly [(bed: Bed) => void, RegExp, code?: number]>> = {
-  "a certificate directory that cannot be written to": [
-    (bed) => Deno.chmodSync(bed.path("test/cert"), 0o555),
-    /Permission denied .*test\/cert/,
-  ],
-  "a key that cannot be read": [
-    (bed) => Deno.chmodSync(bed.path(SOLO_KEY), 0),
-    /solo\.example\.org \(ec\)\n +Permission denied.*solo\.example\.org-key/,
-  ],
-  "a directory in which the state cannot be written": [
-    (bed) => Deno.chmodSync(bed.path("test"), 0o555),
-    /Permission denied .*test\//,
-  ],
-  "a state that cannot be read": [
-    (bed) => Deno.chmodSync(bed.path("test/state.json"), 0),
-    /^lematt: cannot read .*test\/state\.json: Permission denied/,
-    2,
-  ],
-};
+/** What is closed, how, what is reported, and the exit status. */
+const CLOSED: readonly (readonly [path: string, mode: number, said: RegExp, code: number])[] = [
+  ["test/cert", 0o555, /Permission denied .*test\/cert/, 1],
+  [SOLO_KEY, 0, /solo\.example\.org \(ec\)\n +Permission denied.*solo\.example\.org-key/, 1],
+  ["test", 0o555, /Permission denied .*test\//, 1],
+  ["test/state.json", 0, /^lematt: cannot read .*test\/state\.json: Permission denied/, 2],
+];
 
 Deno.test("what another user has closed is reported, and costs the CA no order", async () => {
-  await sweep("another user's files", Object.keys(NOT_OURS), 2, async (what) => {
-    const [close, said, code = 1] = NOT_OURS[what]!;
+  await sweep("another user's files", CLOSED, 2, async ([closed, mode, said, code]) => {
     await using subject = await Subject.create(NO_ARI);
     const { bed } = subject;
     await bed.run();
     Deno.removeSync(bed.path(SOLO_CERT)); // so that something is due
     subject.countOrders();
     const before = bed.ca.orders.length;
-    close(bed);
+    const path = bed.path(closed);
+    const open = Deno.statSync(path).mode!;
+    Deno.chmodSync(path, mode);
     const ran = await bed.lemattBy(AS_ANYBODY, "--test");
     presentable(ran.stdout + ran.stderr);
     assert.match(ran.stderr, said);
-    assert.equal(ran.code, code);
-    assert.equal(bed.ca.orders.length, before);
-    for (const path of ["test", "test/cert"]) Deno.chmodSync(bed.path(path), 0o755);
-    for (const path of [SOLO_KEY, "test/state.json"]) Deno.chmodSync(bed.path(path), 0o600);
+    assert.deepEqual([ran.code, bed.ca.orders.length], [code, before]);
+    Deno.chmodSync(path, open);
     await subject.recover();
   });
 });
@@ -185,23 +169,21 @@ Deno.test("a first run with --test and one with --prod do not disturb each other
   assert(bed.text("account.key") !== bed.text("account.key.test"));
 });
 
-Deno.test({
-  name: "a file system without locks is reported in a line, and nothing is done there",
+Deno.test("a file system without locks is reported in a line, and nothing is done there", {
   ignore: noStrace !== undefined,
-  async fn() {
-    await sweep("no locks", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS", "EIO"], 1, async (error) => {
-      await using subject = await Subject.create(NO_ARI);
-      const strace = ["strace", "-f", "-o", "/dev/null", `-einject=flock:error=${error}`];
-      const { code, stderr } = await subject.bed.lemattBy(strace, "--test");
-      assert.equal(code, 1);
-      assert.match(
-        stderr,
-        /^lematt: .*: lock '.*\/test\/\.lock', on a file system that must support locks\n$/,
-      );
-      assert.equal(subject.bed.ca.log.length, 0);
-      await subject.recover();
-    });
-  },
+}, async () => {
+  await sweep("no locks", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS", "EIO"], 1, async (error) => {
+    await using subject = await Subject.create(NO_ARI);
+    const strace = ["strace", "-f", "-o", "/dev/null", `-einject=flock:error=${error}`];
+    const { code, stderr } = await subject.bed.lemattBy(strace, "--test");
+    assert.equal(code, 1);
+    assert.match(
+      stderr,
+      /^lematt: .*: lock '.*\/test\/\.lock', on a file system that must support locks\n$/,
+    );
+    assert.equal(subject.bed.ca.log.length, 0);
+    await subject.recover();
+  });
 });
 
 // ---- the clock ---------------------------------------------------------------------------------------------------

@@ -169,13 +169,14 @@ Deno.test("a mixed line proves each name by the challenge of its section", async
 });
 
 Deno.test("a record may be delegated by CNAME to a zone of its own, whose servers are the ones to be asked", async () => {
-  const target = "DOMAIN.acme.example.net";
+  const target = "RECORD.acme.example.net"; // the same for a name and its wildcard, as conf/actions.conf has it
   await using at = await dnsBed({
+    domains: `${NAME} *.${NAME}`,
     present: `mkdir -p ZONE/${target} && touch ZONE/${target}/VALUE`,
     cleanup: `rm ZONE/${target}/VALUE`,
   });
   at.dns.set(RECORD, "CNAME", `step.example.net`);
-  at.dns.set("step.example.net", "CNAME", `${NAME}.acme.example.net.`);
+  at.dns.set("step.example.net", "CNAME", `${RECORD}.acme.example.net.`);
   delegate(at.dns, "acme.example.net", "ns3");
   const servers = new Set<unknown>();
   const query = asking(at.dns, (name, _type, server) => {
@@ -184,7 +185,7 @@ Deno.test("a record may be delegated by CNAME to a zone of its own, whose server
   });
   const ran = await at.bed.run({ query });
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
-  assert.deepEqual([...servers], ["acme.example.net,127.0.0.1", `${NAME}.acme.example.net,127.0.0.1`]);
+  assert.deepEqual([...servers], ["acme.example.net,127.0.0.1", `${RECORD}.acme.example.net,127.0.0.1`]);
 });
 
 Deno.test("the CA is not asked before every server has the value, which may take some looks", async () => {

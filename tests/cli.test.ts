@@ -160,18 +160,6 @@ Deno.test("--plan touches neither the CA nor the disk, and groups what it would 
   assert.equal(bed.ca.log.length, 0);
 });
 
-Deno.test("--cron prints nothing while nothing changes, and failures on standard error", async () => {
-  await using bed = await bedOf("a.example.com", `[default]\nupdate: ["true"]`);
-  await bed.lematt("--test");
-  for (const args of [["--cron"], ["--cron", "--json"]]) {
-    assert.deepEqual(await bed.lematt("--test", ...args), { code: 0, stdout: "", stderr: "" });
-  }
-  bed.act(`[default]\nupdate: ["false"]`);
-  const { code, stdout, stderr } = await bed.lematt("--test", "--cron");
-  assert.deepEqual([code, stdout], [1, ""]);
-  assert.match(stderr, /^FAILED +\[default\] .*\n.*"false": exit status 1\n$/);
-});
-
 Deno.test("a reader that goes away does not stop a run", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",

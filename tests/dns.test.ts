@@ -418,28 +418,3 @@ Deno.test("checkChallenges() checks records of dns-persist-01 and runs no hooks"
   assert.deepEqual(await check(account), [undefined, undefined]);
   assert(!existsSync(join(at.bed.home, "log")));
 });
-
-// ---- queries -----------------------------------------------------------------------------------------------------
-
-Deno.test("systemQuery() reads records of each type, long texts whole, and tells none from no answer", async () => {
-  await using dns = await startDns();
-  const table: [string, Parameters<Query>[1], string[]][] = [
-    ["a.example", "A", ["127.0.0.1", "127.0.0.2"]],
-    ["a.example", "AAAA", ["::1"]],
-    ["a.example", "TXT", ["short", "x".repeat(600)]],
-    ["a.example", "NS", ["ns.a.example."]],
-    ["a.example", "SOA", ["ns.a.example."]],
-    ["alias.example", "CNAME", ["a.example."]],
-  ];
-  for (const [name, type, values] of table) dns.set(name, type, ...values);
-  for (
-    const [name, type, values] of [...table, ["a.example", "CNAME", []], [
-      "none.example",
-      "TXT",
-      [],
-    ]] as typeof table
-  ) {
-    const found = await systemQuery(name, type, { address: "127.0.0.1", port: dns.port });
-    assert.deepEqual(found.sort(), values, `${type} ${name}`);
-  }
-});

@@ -400,30 +400,6 @@ Deno.test("plan() finds each delivery that is pending, why, and whether it is ur
   }
 });
 
-Deno.test("what cannot be delivered, or has nowhere to go, is not pending", () => {
-  const idle = section("idle", { alert: ["mail"], update: ["", "  "] });
-  const each = section("each", { uploadEach: ["push"] });
-  const on = line("a.example", [idle, each]);
-  const rehearsed = line("a.example", [{ ...each, rehearse: true }]);
-  assert.equal(pending(on), "[each] first delivery");
-  assert.equal(pending(on, {}, { mode: "test" }), "", "a rehearsal runs no uploadEach");
-  assert.equal(pending(rehearsed, {}, { mode: "test" }), "[each] first delivery");
-  assert.equal(pending(on, {}, { inventory: [entry(on, MISSING)] }), "");
-});
-
-Deno.test("a line that moves is delivered to its new section; one that is away for a run is not delivered again", () => {
-  const mail = section("mail", { update: ["postfix reload"] });
-  const moved = line("www.example.com", [mail]);
-  assert.equal(pending(moved, receipts([WEB]), { sections: [WEB, mail] }), "[mail] first delivery");
-
-  const state = stateOf(receipts([WEB]));
-  const away = (onDisk: string[]) => forgetUnknown(configure([moved]), [], state, day(2), onDisk);
-  away(["www.example.com-cert.rsa.pem"]);
-  assert.equal(pending(SITE, state), "");
-  away([]);
-  assert.equal(pending(SITE, state), NEVER, "its certificate was gone, too");
-});
-
 Deno.test("a line whose names change and change back is not delivered again", () => {
   const wider = line("www.example.com more.example.com", [WEB]);
   const state = stateOf(receipts([WEB]));

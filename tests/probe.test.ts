@@ -147,18 +147,6 @@ Deno.test("probe() sees every address of a name, and asks for the name (nginx)",
   assert.deepEqual(literal, ["::1 ec served no-san"]);
 });
 
-Deno.test("three probes see both servers behind a balancer, one does not (nginx)", NEEDS_NGINX, async () => {
-  await using servers = await web(["rsa", "ec"], ["rsa", "old-ec"]);
-  let turn = 0;
-  await using balancer = await tcpServer((socket) => relay(socket, servers.ports[turn++ % 2]!));
-  assert.deepEqual(brief(await probe(targets("127.0.0.1", balancer.port), context(), 3)).sort(), [
-    "127.0.0.1 ec served ec",
-    "127.0.0.1 ec served old-ec",
-    "127.0.0.1 rsa served rsa",
-  ]);
-  assert.equal((await probe(targets("127.0.0.1", balancer.port), context())).length, 2);
-});
-
 Deno.test(
   "what several targets name is probed once, and its name is resolved once (nginx)",
   NEEDS_NGINX,

@@ -121,15 +121,6 @@ Deno.test("what an option names must exist", async () => {
   assert.equal(select(config, { deliver: ["[mail]", "A.Example.com"] })!.lines.size, 1);
 });
 
-Deno.test("--deliver says where there is nothing to deliver", async () => {
-  await using bed = await bedOf("a.example.com", {}, `[mail]\ndomains: a.example.com`);
-  await bed.plant();
-  for (const name of ["[mail]", "a.example.com"]) {
-    const { stdout } = await bed.run({ named: { deliver: [name] } });
-    assert.ok(stdout.includes(`nothing to deliver for ${name}`), stdout);
-  }
-});
-
 // ---- interrupted -----------------------------------------------------------------------------------------
 
 Deno.test("a run that is interrupted while the CA is asked for renewal information is interrupted, and nobody is to blame", async () => {

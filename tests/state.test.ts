@@ -81,46 +81,6 @@ Deno.test("a state that was cut short or edited by hand is begun anew, and it is
   for (const state of edited) assert.match(read(state).unusable, /./, JSON.stringify(state));
 });
 
-/** Every path to a value within a document. */
-function* pathsIn(value: unknown, path: string[] = []): Generator<string[]> {
-  for (const [key, inner] of Object.entries(value ?? {})) {
-    yield [...path, key];
-    if (typeof inner === "object") yield* pathsIn(inner, [...path, key]);
-  }
-}
-
-Deno.test("any value of a state in the place of another leads to a state that can be used, or is said", () => {
-  const others = [
-    null,
-    true,
-    -1,
-    1.5,
-    "",
-    "x",
-    PAST,
-    [],
-    {},
-    [[]],
-    { at: PAST },
-    { __proto__: null },
-    undefined,
-  ];
-  for (const path of pathsIn(full())) {
-    for (const other of others) {
-      const state = plain(full());
-      const [last, parent] = [path.at(-1)!, path.slice(0, -1).reduce((at, key) => at[key], state)];
-      if (other === undefined) delete parent[last];
-      else parent[last] = other;
-      const found = parseState(JSON.stringify(state), NOW);
-      if ("unusable" in found) continue;
-      assert.deepEqual(read(found), plain(found), `${path.join(".")} is ${JSON.stringify(other)}`);
-      for (const { sights } of Object.values(found.probes)) {
-        for (const { kind, certificate } of sights) assert(kind !== "served" || certificate !== undefined);
-      }
-    }
-  }
-});
-
 Deno.test("a moment in the future counts as none, and nothing waits longer than a day", () => {
   const ahead = read(full(LATE, LATE));
   const now = NOW.toISOString();

@@ -247,27 +247,6 @@ Deno.test("when a short-lived certificate was put in place is known, since its C
   );
 });
 
-Deno.test("the certificate that a line had before its names changed stays in view until the new one is in place", async () => {
-  using config = configure("example.com");
-  const [{ file }] = await issueAll(config) as [Entry];
-  const after = (...lines: string[]) => {
-    const now = changed(config, ...lines);
-    const inventory = readInventory(now);
-    return { now, former: inventory[0]!.former?.file, orphans: orphans(now, inventory) };
-  };
-  const wider = after("example.com www.example.com");
-  assert.deepEqual([wider.former, wider.orphans], [file, []], "neither certificate nor key are for --prune");
-  assert.equal(after("example.com www.example.com", "example.com").former, undefined, "it is another line's");
-
-  const [bundle] = await issueAll(wider.now);
-  const widest = after("example.com mail.example.com www.example.com");
-  assert.deepEqual([widest.former, widest.orphans], [bundle!.file, []], "by the link of its first name");
-  assert.equal(kinds(changed(config, "example.com")), "other names");
-  await issueAll(widest.now);
-  const orphaned = orphans(widest.now, readInventory(widest.now)).map((path) => path.split("-")[0]);
-  assert.deepEqual(orphaned, ["cert", "csr", "key"].map((name) => `${name}/example.com_www.example.com`));
-});
-
 Deno.test("--prune moves what belongs to no line to orphaned/, and replaces nothing there", async () => {
   using config = configure("a.example", "b.example www.b.example");
   await issueAll(config);
@@ -470,17 +449,6 @@ Deno.test({
 });
 
 const EC = "keyTypes: ec\npreflight: no";
-
-Deno.test("--check says which keys are missing", async () => {
-  await using bed = await testBed({ domains: "example.com", settings: EC });
-  await bed.plant();
-  const key = bed.path("test/key/example.com-key.prime256v1.test.pem");
-  assert.doesNotMatch((await bed.lematt("--check", "--test")).stdout, /missing/);
-  Deno.removeSync(key);
-  const { code, stdout } = await bed.lematt("--check", "--test");
-  assert.equal(code, 0);
-  assert(stdout.includes(`${key} is missing`), stdout);
-});
 
 Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
   for (const [umask, mode] of [["077", 0o2755], ["000", 0o755]] as const) {

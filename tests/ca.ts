@@ -8,15 +8,7 @@
 import { Buffer } from "node:buffer";
 import { randomBytes, X509Certificate } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
-import {
-  calculateJwkThumbprint,
-  decodeProtectedHeader,
-  EmbeddedJWK,
-  type FlattenedJWSInput,
-  flattenedVerify,
-  importJWK,
-  type JWK,
-} from "jose";
+import * as jose from "jose";
 import { validate } from "./ca-validate.ts";
 import {
   type Answer,
@@ -139,7 +131,7 @@ interface Account {
 }
 
 interface SigningKey {
-  readonly jwk: JWK;
+  readonly jwk: jose.JWK;
   /** RFC 7638, base64url. */
   readonly thumbprint: string;
 }
@@ -444,7 +436,7 @@ export class Ca implements AsyncDisposable {
     const text = await request.text().catch(() => {
       throw refusal(400, "malformed", "the client went away in the middle of its request");
     });
-    const jws = parseObject(text) as unknown as FlattenedJWSInput;
+    const jws = parseObject(text) as unknown as jose.FlattenedJWSInput;
     const { nonce, url, kid, jwk } = headerOf(jws);
     if (!this.#nonces.delete(nonce!)) {
       const refuse = this.#repeatedNonces.has(nonce!) ? refusal : violation;
@@ -541,9 +533,9 @@ export class Ca implements AsyncDisposable {
 
   /** §7.3.5: the outer message is signed with the old key, the inner one with the new. */
   async #changeKey(account: Account, payload: string): Promise<Answer> {
-    const inner = await verified(parseObject(payload) as unknown as FlattenedJWSInput);
+    const inner = await verified(parseObject(payload) as unknown as jose.FlattenedJWSInput);
     const change = parseObject(inner.payload);
-    const old = await calculateJwkThumbprint(change.oldKey as JWK);
+    const old = await jose.calculateJwkThumbprint(change.oldKey as jose.JWK);
     if (change.account !== account.url || old !== account.key.thumbprint) {
       throw malformed("the inner payload names another account or another old key");
     }
@@ -776,7 +768,7 @@ export class Ca implements AsyncDisposable {
     const text = pem("CERTIFICATE", Buffer.from(certificate, "base64url"));
     const issued = this.issued.find(({ pem }) => pem === text);
     if (issued === undefined) throw violation(404, "malformed", "the certificate is not from here");
-    const own = await keyOf(new X509Certificate(text).publicKey.export({ format: "jwk" }) as JWK);
+    const own = await keyOf(new X509Certificate(text).publicKey.export({ format: "jwk" }) as jose.JWK);
     const isAllowed = account ? issued.account === account : own.thumbprint === key.thumbprint;
     if (!isAllowed) {
       throw violation(
@@ -803,28 +795,30 @@ function parseObject(json: string): Record<string, unknown> {
   }
 }
 
-function headerOf(jws: FlattenedJWSInput): { nonce?: string; url?: string; kid?: string; jwk?: JWK } {
+function headerOf(
+  jws: jose.FlattenedJWSInput,
+): { nonce?: string; url?: string; kid?: string; jwk?: jose.JWK } {
   try {
-    return decodeProtectedHeader(jws);
+    return jose.decodeProtectedHeader(jws);
   } catch {
     throw malformed("no protected header");
   }
 }
 
-const keyOf = async (jwk: JWK): Promise<SigningKey> => ({
+const keyOf = async (jwk: jose.JWK): Promise<SigningKey> => ({
   jwk,
-  thumbprint: await calculateJwkThumbprint(jwk),
+  thumbprint: await jose.calculateJwkThumbprint(jwk),
 });
 
 /** Verifies a signature by the account's key, else by that in its header. */
-async function verified(jws: FlattenedJWSInput, key?: SigningKey): Promise<Omit<Signed, "account">> {
+async function verified(jws: jose.FlattenedJWSInput, key?: SigningKey): Promise<Omit<Signed, "account">> {
   try {
     const { payload, protectedHeader } = key === undefined
-      ? await flattenedVerify(jws, EmbeddedJWK)
-      : await flattenedVerify(jws, ({ alg } = {}) => importJWK(key.jwk, alg));
+      ? await jose.flattenedVerify(jws, jose.EmbeddedJWK)
+      : await jose.flattenedVerify(jws, ({ alg } = {}) => jose.importJWK(key.jwk, alg));
     return {
       payload: new TextDecoder().decode(payload),
-      key: key ?? await keyOf(protectedHeader!.jwk as JWK),
+      key: key ?? await keyOf(protectedHeader!.jwk as jose.JWK),
     };
   } catch (error) {
     throw malformed(`the signature does not verify: ${(error as Error).message}`);

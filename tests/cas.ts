@@ -61,45 +61,35 @@ function life({ keepsKeys = false }: Server): Step[] {
   ];
 }
 
-/** A configuration directory with hooks that write TXT records into `zone`. */
-class Directory {
-  constructor(
-    readonly conf: string,
-    private readonly drop: string,
-    zone: string,
-    private readonly settings = "",
-  ) {
-    Deno.mkdirSync(conf);
-    const hooks = `dnsPresent: ["mkdir -p ${zone}/RECORD && touch ${zone}/RECORD/VALUE"]\n` +
-      `dnsCleanup: ["rm ${zone}/RECORD/VALUE"]\n`;
-    const names = "*.wild.example.com wild.example.com";
-    this.write("actions.conf", `[wild]\ndomains: ${names}\nchallenge: dns-01\n${hooks}`);
-  }
-
-  write(file: string, text: string): void {
-    Deno.writeTextFileSync(join(this.conf, file), text);
-  }
-
-  use(directoryUrl: string, root: string): void {
-    this.write("root.pem", root);
-    this.write(
-      "lematt.conf",
-      `[config]\naccountKey: account.key\nchallengeDropDir: ${this.drop}\ncaBundle: root.pem\n` +
-        `testDirectory: ${directoryUrl}\ndnsWait: 20\ncontact: ops@example.com\n${this.settings}`,
-    );
-  }
+/** A configuration directory for the CA at a URL, with hooks that write TXT records into `home`/zone. */
+async function configure(conf: string, home: string, url: string, root: string, settings = "") {
+  const zone = join(home, "zone");
+  const hooks = `dnsPresent: ["mkdir -p ${zone}/RECORD && touch ${zone}/RECORD/VALUE"]\n` +
+    `dnsCleanup: ["rm ${zone}/RECORD/VALUE"]\n`;
+  const names = "*.wild.example.com wild.example.com";
+  await Deno.mkdir(conf, { recursive: true });
+  await Deno.writeTextFile(
+    join(conf, "actions.conf"),
+    `[wild]\ndomains: ${names}\nchallenge: dns-01\n${hooks}`,
+  );
+  await Deno.writeTextFile(join(conf, "root.pem"), root);
+  await Deno.writeTextFile(
+    join(conf, "lematt.conf"),
+    `[config]\naccountKey: account.key\nchallengeDropDir: ${home}/drop\ncaBundle: root.pem\n` +
+      `testDirectory: ${url}\ndnsWait: 20\ncontact: ops@example.com\n${settings}`,
+  );
 }
 
 /** Lives at a CA; prints a line for each step. Returns how many went wrong. */
-async function live(name: string, server: Server, home: string, zone: string): Promise<number> {
+async function live(name: string, server: Server, home: string): Promise<number> {
   const directory = join(home, name);
   for (const path of [directory, join(directory, "ca")]) Deno.mkdirSync(path);
   let wrong = 0;
-  const step = async (at: Directory, { what, domains, args = [], code = 0, says = /^/ }: Step) => {
-    if (domains !== undefined) at.write("domains", domains);
+  const step = async (conf: string, { what, domains, args = [], code = 0, says = /^/ }: Step) => {
+    if (domains !== undefined) await Deno.writeTextFile(join(conf, "domains"), domains);
     const [program, ...rest] = LEMATT;
     const begun = performance.now();
-    const options: Deno.CommandOptions = { args: [...rest, "--test", ...args, at.conf], stdin: "null" };
+    const options: Deno.CommandOptions = { args: [...rest, "--test", ...args, conf], stdin: "null" };
     const ended = await new Deno.Command(program!, options).output();
     const seconds = ((performance.now() - begun) / 1000).toFixed(1);
     const said = new TextDecoder().decode(ended.stdout) + new TextDecoder().decode(ended.stderr);
@@ -113,8 +103,8 @@ async function live(name: string, server: Server, home: string, zone: string): P
   };
 
   let ca = await server.start(join(directory, "ca"));
-  const own = new Directory(join(directory, "conf"), join(home, "drop"), zone, server.settings);
-  own.use(ca.directoryUrl, ca.root);
+  const own = join(directory, "conf");
+  await configure(own, home, ca.directoryUrl, ca.root, server.settings);
   for (const each of life(server)) await step(own, each);
   {
     // every answer comes a second later, from another address; so to another account
@@ -122,8 +112,9 @@ async function live(name: string, server: Server, home: string, zone: string): P
       await delay(1000);
       return await ask();
     });
-    const slow = new Directory(join(directory, "slow"), join(home, "drop"), zone, server.settings);
-    slow.use(relay.origin + new URL(ca.directoryUrl).pathname, relay.root);
+    const slow = join(directory, "slow");
+    const url = relay.origin + new URL(ca.directoryUrl).pathname;
+    await configure(slow, home, url, relay.root, server.settings);
     await step(slow, { what: "a slow CA (1 s an answer)", domains: "slow.example.com\n", says: /^issued /m });
   }
   await ca.stop();
@@ -131,14 +122,13 @@ async function live(name: string, server: Server, home: string, zone: string): P
   const stopped = { domains: `${CHANGED}later.example.com\n`, code: 1, says: /Connection refused/ };
   await step(own, { what: "something due, the CA stopped", ...stopped });
   ca = await server.start(join(directory, "ca"));
-  own.use(ca.directoryUrl, ca.root);
   await step(own, { what: "the CA is back", args: ["--retry"], says: /^issued .*later/m });
   await ca.stop();
   return wrong;
 }
 
 async function main(): Promise<number> {
-  for (const args of [["link", "set", "lo", "up"]]) await new Deno.Command("ip", { args }).output();
+  await new Deno.Command("ip", { args: ["link", "set", "lo", "up"] }).output();
   const home = await Deno.makeTempDir({ prefix: "lematt-cas-" });
   try {
     const resolv = join(home, "resolv.conf");
@@ -163,7 +153,7 @@ async function main(): Promise<number> {
     for (const name of wanted.length > 0 ? wanted : Object.keys(SERVERS)) {
       const server = SERVERS[name]!;
       if (server.lack !== undefined) console.log(`${name.padEnd(15)} left out: ${server.lack}`);
-      else wrong += await live(name, server, home, zone);
+      else wrong += await live(name, server, home);
     }
     return wrong;
   } finally {
@@ -173,16 +163,6 @@ async function main(): Promise<number> {
 }
 
 if (Deno.args.includes(INSIDE)) Deno.exit(await main() === 0 ? 0 : 1);
-const own = [
-  Deno.execPath(),
-  "run",
-  "-q",
-  "--no-prompt",
-  "-P=tests",
-  import.meta.filename!,
-  INSIDE,
-  ...Deno.args,
-];
-const { code } = await new Deno.Command("unshare", { args: ["--net", "--mount", "--", ...own] }).spawn()
-  .status;
-Deno.exit(code);
+const own = `${Deno.execPath()} run -q --no-prompt -P=tests ${import.meta.filename} ${INSIDE}`.split(" ");
+const args = ["--net", "--mount", "--", ...own, ...Deno.args];
+Deno.exit((await new Deno.Command("unshare", { args }).spawn().status).code);

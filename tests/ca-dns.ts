@@ -19,14 +19,10 @@ export interface Dns extends AsyncDisposable {
   readonly port: number;
   /** The questions asked, `TXT _acme-challenge.example.com`. */
   readonly log: readonly string[];
-  /**
-   * Replaces the records of one type at a name; without values they are gone. SOA takes the primary's name.
-   */
+  /** Replaces the records of one type at a name; without values they are gone. SOA takes the primary's name. */
   set(name: string, type: RecordType, ...values: string[]): void;
-  get(name: string, type: RecordType): readonly string[];
   txt(name: string): Promise<readonly string[]>;
   cname(name: string): Promise<string | undefined>;
-  close(): Promise<void>;
 }
 
 /** Further records: what a hook command has put into a file, say. Asked anew with every question. */
@@ -43,7 +39,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
   ];
 
   /** The answer to a message, without records where it would be longer; undefined if it cannot be answered. */
-  function answer(message: Uint8Array, maxBytes = Infinity): Buffer | undefined {
+  function answer(message: Buffer, maxBytes = Infinity): Buffer | undefined {
     const question = readQuestion(message);
     if (question === undefined) return undefined;
     const { type, text } = question;
@@ -60,15 +56,17 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     const asked = key(question.name);
     const exists = answers.length > 0 ||
       [...records.keys()].some((known) => known === asked || known.endsWith(`.${asked}`));
-    const size = answers.reduce((sum, { length }) => sum + length, 12 + text.length);
-    const fits = size <= maxBytes;
+    const fits = Buffer.concat([text, ...answers]).length + 12 <= maxBytes;
     const recursionDesired = message[2]! << 8 & 0x0100;
     const status = recursionDesired | (exists ? 0 : NXDOMAIN) | (fits ? 0 : TRUNCATED);
-    const head = Buffer.alloc(12);
-    head.set(message.subarray(0, 2));
-    head.writeUInt16BE(RESPONSE | AUTHORITATIVE | status, 2);
-    head.writeUInt16BE(1, 4);
-    head.writeUInt16BE(fits ? answers.length : 0, 6);
+    const head = numbers(
+      message.readUInt16BE(),
+      RESPONSE | AUTHORITATIVE | status,
+      1,
+      fits ? answers.length : 0,
+      0,
+      0,
+    );
     return Buffer.concat([head, text, ...(fits ? answers : [])]);
   }
 
@@ -85,9 +83,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
         for (let end; received.length >= 2 && received.length >= (end = 2 + received.readUInt16BE());) {
           const reply = answer(received.subarray(2, end));
           received = received.subarray(end);
-          if (reply !== undefined) {
-            await connection.write(Buffer.from([reply.length >> 8, reply.length & 0xff, ...reply]));
-          }
+          if (reply !== undefined) await connection.write(Buffer.concat([numbers(reply.length), reply]));
         }
       }
     } catch {
@@ -110,16 +106,9 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
   socket.bind(port, "127.0.0.1");
   await once(socket, "listening");
 
-  async function close(): Promise<void> {
-    socket.close();
-    listener.close();
-    for (const connection of open) connection.close();
-    await Promise.all([accepting, ...conversations, once(socket, "close")]);
-  }
   return {
     port,
     log,
-    get,
     set(name, type, ...values) {
       const at = records.get(key(name)) ?? new Map<RecordType, readonly string[]>();
       if (values.length > 0) records.set(key(name), at.set(type, values));
@@ -127,54 +116,53 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     },
     txt: (name) => Promise.resolve(get(name, "TXT")),
     cname: (name) => Promise.resolve(get(name, "CNAME")[0]),
-    close,
-    [Symbol.asyncDispose]: close,
+    async [Symbol.asyncDispose]() {
+      socket.close();
+      listener.close();
+      for (const connection of open) connection.close();
+      await Promise.all([accepting, ...conversations, once(socket, "close")]);
+    },
   };
 }
 
-interface Question {
-  readonly name: string;
-  readonly type: RecordType;
-  /** As in the message. */
-  readonly text: Uint8Array;
-}
-
-function readQuestion(message: Uint8Array): Question | undefined {
+/** The name, the type, and both as they stand in the message. */
+function readQuestion(message: Buffer): { name: string; type: RecordType; text: Buffer } | undefined {
   const labels: string[] = [];
   let at = 12;
   for (let length; (length = message[at]) !== 0; at += 1 + length) {
     if (length === undefined || length > 63) return undefined;
-    labels.push(Buffer.from(message.subarray(at + 1, at + 1 + length)).toString("latin1"));
+    labels.push(message.subarray(at + 1, at + 1 + length).toString("latin1"));
   }
-  const code = Buffer.from(message.subarray(at + 1, at + 3)).readUInt16BE();
+  const code = message.readUInt16BE(at + 1);
   const type = (Object.keys(TYPES) as RecordType[]).find((known) => TYPES[known] === code);
   return type && { name: labels.join("."), type, text: message.subarray(12, at + 5) };
 }
 
+/** Of 16 bits each. */
+const numbers = (...values: number[]) => Buffer.from(values.flatMap((value) => [value >> 8, value & 0xff]));
+
 function writeName(name: string): Buffer {
-  const labels = name.replace(/\.$/, "").split(".").filter((label) => label !== "");
-  return Buffer.concat(
-    [...labels, ""].map((label) => Buffer.from(String.fromCharCode(label.length) + label)),
+  const labels = name.split(".").filter((label) => label !== "");
+  return Buffer.from(
+    [...labels, ""].map((label) => String.fromCharCode(label.length) + label).join(""),
+    "latin1",
   );
 }
 
+/** With a time to live of 0, so that nobody remembers what a test changes. */
 function writeRecord(name: string, type: RecordType, value: string): Buffer {
   const data = writeData(type, value);
-  const head = Buffer.alloc(10);
-  head.writeUInt16BE(TYPES[type], 0);
-  head.writeUInt16BE(IN, 2); // and a time to live of 0, so that nobody remembers what a test changes
-  head.writeUInt16BE(data.length, 8);
-  return Buffer.concat([writeName(name), head, data]);
+  return Buffer.concat([writeName(name), numbers(TYPES[type], IN, 0, 0, data.length), data]);
 }
 
-function writeData(type: RecordType, value: string): Buffer {
+function writeData(type: RecordType, value: string): Uint8Array {
   switch (type) {
     case "A":
     case "AAAA":
-      return Buffer.from(ipOctets(value));
+      return ipOctets(value);
     case "TXT": {
       const parts = value.match(/[^]{1,255}/g) ?? [""];
-      return Buffer.concat(parts.flatMap((part) => [Buffer.of(part.length), Buffer.from(part, "latin1")]));
+      return Buffer.from(parts.map((part) => String.fromCharCode(part.length) + part).join(""), "latin1");
     }
     case "SOA":
       return Buffer.concat([writeName(value), writeName(`hostmaster.${value}`), Buffer.alloc(20)]);

@@ -513,15 +513,11 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
       notAfter: new Date(ca.now.getTime() + life),
       ...changes,
     });
-  const stranger = generateKeyPairSync("ec", { namedCurve: "P-256" });
+  const stranger = generateKeyPairSync("ec", { namedCurve: "P-256" }).publicKey;
+  // what else can be wrong with a chain is in x509.test.ts
   const table: [string, (chain: string) => string, RegExp][] = [
-    ["another key", forge({ publicKey: stranger.publicKey }), /another key/],
-    ["other names", forge({ identifiers: [{ type: "dns", value: "bank.example" }] }), /: bank\.example$/],
+    ["another key", forge({ publicKey: stranger }), /another key/],
     ["thirty seconds of life", forge({}, 30_000), /this host's clock says \S+, the CA's \S+$/],
-    ["a broken chain", (chain) => chain.replace(/(?<=END CERTIFICATE-----\n)[^]*/, ca.caBundle), /broken/],
-    ["a private key before it", (chain) => {
-      return stranger.privateKey.export({ type: "pkcs8", format: "pem" }) + chain;
-    }, /a PRIVATE KEY among/],
     ["half a certificate", (chain) => chain.slice(0, chain.length / 4), /no certificate in the answer/],
     ["megabytes", (chain) => chain.repeat(1000), /more than 1048576 bytes/],
   ];

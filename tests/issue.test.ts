@@ -37,7 +37,7 @@ function punctual({ ca }: Bed) {
 function leaping({ ca }: Bed) {
   return {
     async sleep(ms: number) {
-      await delay(ca.orders.some(isValidating) ? 10 : 0);
+      await delay(ca.orders.some(isValidating) ? 25 : 0);
       ca.advance(ms);
     },
   };

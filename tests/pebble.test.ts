@@ -8,10 +8,9 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { systemQuery } from "../lib/context.ts";
 import { rootOf } from "../lib/x509.ts";
-import type { Context } from "../lib/context.ts";
 import { testBed } from "./bed.ts";
 import { startWebroot } from "./ca.ts";
-import { type PebbleOptions, pebbleTest, startPebble } from "./pebble.ts";
+import { type PebbleOptions, pebbleTest, runAt, startPebble } from "./pebble.ts";
 import { type Answer, startRelay } from "./relay.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
@@ -48,12 +47,6 @@ async function pebbleBed(
     return stdout + stderr + (code === 0 ? "" : `exit status ${code}\n`);
   }
 
-  /** A run in this process, which waits for nothing; `root` (PEM) is that of the CA's listener. */
-  async function run(root: string, world: Partial<Context> = {}) {
-    using client = Deno.createHttpClient({ caCerts: [root] });
-    return await bed.run({ retry: true, fetch: (url, init) => fetch(url, { ...init, client }), ...world });
-  }
-
   /** The certificates, each found sound: chain, names and key. */
   async function certificates(): Promise<Certificate[]> {
     const root = join(bed.home, "root.pem");
@@ -72,7 +65,7 @@ async function pebbleBed(
 
   const open = stack.move();
   const close = () => open.disposeAsync();
-  return { bed, pebble, set, act, lematt, run, certificates, assertIssued, [Symbol.asyncDispose]: close };
+  return { bed, pebble, set, act, lematt, certificates, assertIssued, [Symbol.asyncDispose]: close };
 }
 
 interface Certificate {
@@ -186,7 +179,7 @@ pebbleTest(
       return left.get(kind)!.shift()?.(answer) ?? answer;
     });
     ca.set("ari: no", { ...ca.pebble, directoryUrl: `${relay.origin}/dir` });
-    const { code, stderr } = await ca.run(relay.root);
+    const { code, stderr } = await runAt(relay.root, ca.bed);
     assert.deepEqual([code, stderr], [0, ""]);
     await ca.assertIssued(lines);
     assert.deepEqual([...left].filter(([, changes]) => changes.length > 0), []);
@@ -229,7 +222,7 @@ pebbleTest(
       const preferred = wish === undefined ? "" : `\npreferredChain: ${wish}`;
       ca.set(`ari: no\nkeyTypes: ec${preferred}`, { ...ca.pebble, directoryUrl: `${relay.origin}/dir` });
       await Deno.remove(ca.bed.path("test/cert"), { recursive: true }).catch(() => {});
-      const { code, stdout, stderr } = await ca.run(relay.root);
+      const { code, stdout, stderr } = await runAt(relay.root, ca.bed);
       assert.deepEqual([code, stderr], [0, ""]);
       assert.equal(rootOf(ca.bed.text(CERT)), expected, wish);
       assert.equal(new RegExp(`^note .*"${wish}"`, "m").test(stdout), noted, `${wish}: ${stdout}`);
@@ -336,7 +329,7 @@ pebbleTest(
     ca.set("keyTypes: ec");
     ca.act(DNS.replaceAll("ZONE/RECORD", "ZONE/DOMAIN.acme.example.net").replace(` *.${NAME}`, ""));
     bed.configure({ domains: `${NAME}\n*.example.org www.example.org\n` });
-    const ran = await ca.run(await Deno.readTextFile(caBundleFile), {
+    const ran = await runAt(await Deno.readTextFile(caBundleFile), bed, {
       now: () => new Date(),
       query: (name, type) => systemQuery(name, type, { address: "127.0.0.1", port: dns.port }),
     });

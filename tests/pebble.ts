@@ -3,11 +3,13 @@
  * nobody here wrote. It resolves names by the DNS server of ca-dns.ts, where a name exists once a test has put it.
  *
  * It runs the `pebble` on PATH, whichever that is: the newest (`go install`), or Debian's 2.4, which knows RFC 8555 and
- * nothing that came after it. Nothing here knows lematt.
+ * nothing that came after it.
  */
 import { existsSync, readFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
+import type { Context } from "../lib/context.ts";
+import type { Bed, Ran } from "./bed.ts";
 import { type Dns, type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
 import { freePort } from "./tls.ts";
@@ -103,6 +105,23 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
     manage,
     [Symbol.asyncDispose]: () => open.disposeAsync(),
   };
+}
+
+/**
+ * A run in this process at a CA that is another one, whose listener has this root (PEM). Its waits are cut to a twentieth: that CA
+ * needs some of them.
+ */
+export async function runAt(root: string, bed: Bed, world: Partial<Context> = {}): Promise<Ran> {
+  using client = Deno.createHttpClient({ caCerts: [root] });
+  return await bed.run({
+    retry: true,
+    fetch: (url, init) => fetch(url, { ...init, client }),
+    async sleep(ms) {
+      await delay(ms / 20);
+      bed.ca.advance(ms);
+    },
+    ...world,
+  });
 }
 
 /** A program of a CA. */

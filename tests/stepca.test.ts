@@ -8,6 +8,7 @@ import { X509Certificate } from "node:crypto";
 import { testBed } from "./bed.ts";
 import { SERVERS } from "./cas-servers.ts";
 import { startDns } from "./ca-dns.ts";
+import { runAt } from "./pebble.ts";
 
 const { lack, start } = SERVERS["step-ca"]!;
 const NAME = "one.example.com";
@@ -48,8 +49,7 @@ Deno.test({
 
     // in this process, where waiting is short
     bed.configure({ domains: `${NAME} two.example.com\nlost.example.com` });
-    using client = Deno.createHttpClient({ caCerts: [ca.root] });
-    const ran = await bed.run({ fetch: (url, init) => fetch(url, { ...init, client }) });
+    const ran = await runAt(ca.root, bed);
     assert.equal(ran.code, 1);
     assert.match(
       ran.stderr,

@@ -393,8 +393,8 @@ function err(text: string): void {
 }
 
 /**
- * Writes the whole text. A reader that is gone (`lematt.ts --prod | head`) does not stop a run; a log on a full disk does
- * not, either, but sets the exit status.
+ * Writes the whole text. A reader that is gone (`lematt.ts --prod | head`) does not stop a run; a log on a full
+ * disk does not, either, but sets the exit status.
  */
 function writeAll(stream: { writeSync(bytes: Uint8Array): number }, text: string): void {
   const bytes = new TextEncoder().encode(text);

@@ -50,8 +50,8 @@ export function dueAlerts(
 }
 
 /**
- * Sends the alerts that are due and remembers them. An alert counts as sent if one of its commands succeeded: whom that
- * one reached is not alerted again because another one failed.
+ * Sends the alerts that are due and remembers them. An alert counts as sent if one of its commands succeeded: whom
+ * that one reached is not alerted again because another one failed.
  */
 export async function sendAlerts(
   { problems }: Plan,

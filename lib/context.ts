@@ -1,6 +1,6 @@
 /**
- * What lematt needs of its environment, as one value that is passed down whole: clock, randomness, network, DNS, and the
- * signal that ends the run. Tests replace parts of it. And three functions to wait for promises.
+ * What lematt needs of its environment, as one value that is passed down whole: clock, randomness, network, DNS,
+ * and the signal that ends the run. Tests replace parts of it. And three functions to wait for promises.
  */
 
 import { setTimeout as delay } from "node:timers/promises";
@@ -35,8 +35,8 @@ export interface Destination {
 export type Route = (host: string, port: number) => Promise<readonly Destination[]>;
 
 /**
- * Records of one type at a name: the parts of a TXT joined, of an SOA the primary. Empty if there are none or a server
- * answers with an error (Deno makes no difference). Throws without an answer, or the signal's reason.
+ * Records of one type at a name: the parts of a TXT joined, of an SOA the primary. Empty if there are none or a
+ * server answers with an error (Deno makes no difference). Throws without an answer, or the signal's reason.
  */
 export type Query = (
   name: string,
@@ -91,7 +91,7 @@ export const systemQuery: Query = async (name, type, server, signal) => {
   }
 };
 
-/** Errors of connect() without a route. A router may report some of them for a host that is down: see `isUnrouted`. */
+/** Errors of connect() without a route; a router may report some of them for a host that is down. */
 const NO_ROUTE = [
   "ENETUNREACH",
   "EHOSTUNREACH",
@@ -103,8 +103,8 @@ const NO_ROUTE = [
 ];
 
 /**
- * Whether connecting failed because this host has no route to the address: no IPv6 at all, IPv6 that is disabled, or routes
- * that are unreachable or prohibited.
+ * Whether connecting failed because this host has no route to the address: no IPv6 at all, IPv6 that is disabled,
+ * or routes that are unreachable or prohibited.
  */
 export async function isUnrouted(address: string, error: unknown): Promise<boolean> {
   if (!NO_ROUTE.includes((error as { code?: string }).code ?? "")) return false;

@@ -77,7 +77,7 @@ export class Sections {
     for (const { resolve } of this.#issuing.values()) resolve();
   }
 
-  /** Delivers what is pending and probes what is due: `[every]` last, the others as soon as their lines are done. */
+  /** Delivers what is pending and probes what is due. `[every]` is last, others start when their lines are done. */
   async run({ tasks, deliveries, endpoints }: Plan): Promise<void> {
     for (const { line } of tasks) this.#issuing.set(line, Promise.withResolvers<void>());
     const linesOf = groupBy(
@@ -102,7 +102,7 @@ export class Sections {
     await this.#runSections([...busy].filter(({ name }) => name === "every"));
   }
 
-  /** Urgent deliveries start as soon as their section is probed; rollouts wait for all sections, and for each other. */
+  /** Urgent deliveries start when their section is probed; rollouts wait for all sections, and for each other. */
   async #runSections(sections: readonly Section[]): Promise<void> {
     const rollouts: Delivery[] = [];
     const urgent: Promise<unknown>[] = [];
@@ -259,7 +259,7 @@ function remember(
   for (const { file } of entries) options.delivered?.add(`${section.name}/${file}`);
   const last = state.deliveries[section.name];
   delete state.deliveries[section.name];
-  // an earlier failure stays while anything is pending, even what a restricted run leaves out; its key is that of the rest
+  // an earlier failure stays while anything is pending, even outside the selection, and gets the key of that rest
   const rest = planSection({ ...basis, options: { ...options, selection: undefined } }, section).delivery;
   const { key } = rest ?? delivery;
   if (error === undefined) {
@@ -282,7 +282,7 @@ function remember(
 
 // ---- endpoints --------------------------------------------------------------------------------------------
 
-/** Probes the endpoints of these certificates until all are right in one complete round, or `verifyWait` is over. */
+/** Probes the endpoints of these certificates until all are right in one round, or `verifyWait` is over. */
 async function verify(
   section: Section,
   entries: readonly Entry[],

@@ -57,7 +57,7 @@ const DRIFT: readonly Verdict[] = ["older", "invalid", "staging"];
 /** No finished handshake for this key type. */
 const SILENT: readonly Verdict[] = ["refused", "unfinished", "unreachable"];
 
-/** After this time an endpoint is probed again although the last probe was good: in each of the runs every six hours. */
+/** A good probe is repeated after this time: in every run, if runs are six hours apart. */
 const GOOD_PROBE_MS = 5 * HOUR_MS;
 
 // ---- which endpoints ------------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ interface Place {
 }
 
 /**
- * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. One that no line has the name of is
- * probed with the first name of this line.
+ * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. One that no line has the name of
+ * is probed with the first name of this line.
  */
 function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Place[] {
   const names = line.names.filter((name) => !name.startsWith("*."));
@@ -284,7 +284,7 @@ export function wrongSights(endpoints: readonly EndpointStatus[]): WrongSight[] 
   return [...found.values()];
 }
 
-/** Endpoints that certainly serve what is ours and wrong, seen twice. A rehearsal repairs nothing; the next run with --prod does. */
+/** Endpoints that certainly serve what is ours and wrong, seen twice. A rehearsal repairs nothing. */
 export function drifted(endpoints: readonly EndpointStatus[], { mode }: Config): EndpointStatus[] {
   return endpoints.filter(({ record, sights }) =>
     mode === "prod" && record?.confirmed === true && sights.some(({ verdict }) => DRIFT.includes(verdict))

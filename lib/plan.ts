@@ -1,9 +1,10 @@
 /**
  * What a run has to do and why: the difference between what the configuration wants and what is there.
  *
- * Pure: configuration, files found, remembered state and the clock go in; certificates to issue (renewal.ts), endpoints to
- * probe (endpoints.ts), pending deliveries and problems come out. Status, metrics, alerts, `--plan` and the exit
- * status are views of this one answer, so they cannot disagree. It reads nothing and makes no sentences.
+ * Pure: configuration, files found, remembered state and the clock go in; certificates to issue (renewal.ts),
+ * endpoints to probe (endpoints.ts), pending deliveries and problems come out. Status, metrics, alerts, `--plan`
+ * and the exit status are views of this one answer, so they cannot disagree. It reads nothing and makes no
+ * sentences.
  */
 
 import type { Config, Line, Section } from "./config.ts";
@@ -259,8 +260,9 @@ function deliveryKey({ verify }: Section, digest: string, entries: readonly Entr
 }
 
 /**
- * The lists that deliver a certificate: `uploadCerts`, `uploadKeys`, `uploadEach`, `update`. A rehearsal runs `uploadEach`
- * only if the section says so: it chooses its own file names, and could put the staging certificate into production.
+ * The lists that deliver a certificate: `uploadCerts`, `uploadKeys`, `uploadEach`, `update`. A rehearsal runs
+ * `uploadEach` only if the section says so: it chooses its own file names, and could put the staging certificate
+ * into production.
  */
 export function listsOf(section: Section, mode: Config["mode"]) {
   const { uploadCerts, uploadKeys, uploadEach, update, rehearse } = section;
@@ -312,7 +314,7 @@ function undeliverable(
   return whats.map((what) => ({ kind: "nothing to deliver", what }));
 }
 
-/** Certificates that sections received and whose key type or tag their line no longer has: they may still be served. */
+/** Certificates that sections received, of a key type or tag that their line no longer has: they may be served. */
 function unrenewed(inventory: readonly Entry[], { receipts }: State, now: Date): Warning[] {
   const present = new Set(inventory.map(({ file }) => file));
   const stems = new Set(inventory.map(({ stem }) => stem));
@@ -329,7 +331,7 @@ function unrenewed(inventory: readonly Entry[], { receipts }: State, now: Date):
 
 // ---- problems -------------------------------------------------------------------------------------------
 
-/** How often a line has to fail, and how long a delivery or an endpoint has to be wrong, before an alert is sent. */
+/** An alert is sent after so many failures of a line, and when a delivery or an endpoint is wrong for so long. */
 const ALERT_FAILURES = 3;
 const ALERT_AFTER_MS = 20 * HOUR_MS;
 /** After this many usual intervals, and two days, it is a problem that production has not run. */
@@ -405,8 +407,8 @@ function issuingProblems(basis: Basis, inventory: readonly Entry[], decided: Dec
 }
 
 /**
- * Whether a certificate is overdue: it has expired or was revoked, or two usual intervals have passed since it was due.
- * Where these are short, after some runs by hand, two days or half of the time that was left have to pass.
+ * Whether a certificate is overdue: it has expired or was revoked, or two usual intervals have passed since it was
+ * due. Where these are short, after some runs by hand, two days or half of the time that was left have to pass.
  */
 function isLate({ entry, since }: Due, now: Date, intervalMs: number): boolean {
   const notAfter = certificateOf(entry)?.notAfter;
@@ -464,7 +466,7 @@ function endpointProblems(
   now: Date,
   isOld: (since: Date) => boolean,
 ): Problem[] {
-  // an endpoint that was right when it was probed counts as right until the next probe, whatever has been issued since
+  // one that was right counts as right until the next probe, whatever has been issued since
   const wrong = endpoints.filter(({ record }) => record?.badSince !== undefined);
   return wrongSights(wrong).map(({ key, endpoints, sight }) => {
     const since = earliest(endpoints.map(({ record }) => moment(record?.badSince)))!;

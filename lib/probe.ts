@@ -1,12 +1,13 @@
 /**
  * Which certificate an endpoint serves: at each of its addresses, for each type of key, by TLS or STARTTLS.
  *
- * Each address is first contacted by Deno itself, so that a silent host costs a socket and no process. If it answers,
- * `openssl s_client` asks for the certificate: Deno cannot ask for the RSA or the ECDSA one (its node:tls ignores
- * `sigalgs` and `ciphers`). Chains are not checked here; endpoints.ts decides when to probe and what the result means.
+ * Each address is first contacted by Deno itself, so that a silent host costs a socket and no process. If it
+ * answers, `openssl s_client` asks for the certificate: Deno cannot ask for the RSA or the ECDSA one (its node:tls
+ * ignores `sigalgs` and `ciphers`). Chains are not checked here; endpoints.ts decides when to probe and what the
+ * result means.
  *
- * RFC 8446 §4.2.3 (signature algorithms choose the certificate), RFC 5246 §7.4.2 (so does the cipher suite), RFC 6066 §3
- * (SNI).
+ * RFC 8446 §4.2.3 (signature algorithms choose the certificate), RFC 5246 §7.4.2 (so does the cipher suite), RFC
+ * 6066 §3 (SNI).
  */
 
 import type { Endpoint, KeyType } from "./config.ts";
@@ -31,8 +32,8 @@ export interface Probed {
   readonly keyType: KeyType;
   /**
    * `served`: a certificate, by a server that has its key. `unfinished`: a certificate, but the handshake failed.
-   * `refused`: no certificate of this type. `unreachable`: no answer, or no TLS. `passed over`: not probed, since this
-   * host has no route to this address family, and the endpoint has addresses of the other.
+   * `refused`: no certificate of this type. `unreachable`: no answer, or no TLS. `passed over`: not probed, since
+   * this host has no route to this address family, and the endpoint has addresses of the other.
    */
   readonly kind: Sight["kind"];
   /** Present for `served` and `unfinished`. */
@@ -69,8 +70,8 @@ interface Visit {
 }
 
 /**
- * Probes each address of each endpoint for each type of key: once if several targets name it, but `times` times in a row,
- * since a balancer gives each connection to another server.
+ * Probes each address of each endpoint for each type of key: once if several targets name it, but `times` times in
+ * a row, since a balancer gives each connection to another server.
  *
  * @returns in the order of the targets; several results for one address and type of key if its answers differ
  * @throws ProbeError without a usable openssl; the reason of the context's signal when that aborts
@@ -232,7 +233,7 @@ class Round {
     }
   }
 
-  /** Asks an address that answers, for one type of key after the other: alternating could match the turns of a balancer. */
+  /** Asks an address for one type of key after the other: alternating could match the turns of a balancer. */
   async #ask(endpoint: Endpoint, destination: Destination, keyTypes: ReadonlySet<KeyType>) {
     const all = new Map<KeyType, Seen[]>();
     let silent: Seen | undefined;
@@ -268,7 +269,7 @@ class Round {
   }
 }
 
-/** What the client sends first if the server waits for that: LDAP's StartTLS (RFC 4511 §4.14), PostgreSQL's SSLRequest. */
+/** What the client sends first if the server waits: LDAP's StartTLS (RFC 4511 §4.14), PostgreSQL's SSLRequest. */
 const FIRST_MESSAGE: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
   ldap: Uint8Array.fromHex("301d02010177188016" + "312e332e362e312e342e312e313436362e3230303337"),
   postgres: Uint8Array.fromHex("0000000804d2162f"),
@@ -280,9 +281,10 @@ const FIRST_MESSAGE: Readonly<Record<string, Uint8Array<ArrayBuffer>>> = {
 type Openssl = (args: readonly string[], signal: AbortSignal) => Promise<{ stdout: string; stderr: string }>;
 
 /**
- * A server chooses the type of its certificate by the signature algorithms in TLS 1.3, by the cipher suites in TLS 1.2.
- * PKCS#1 signatures are offered with ECDSA, too, for servers that check how the certificate itself was signed, perhaps
- * with the RSA key of a CA; TLS 1.3 uses them for nothing else. Level 0 also shows certificates too weak to be trusted.
+ * A server chooses the type of its certificate by the signature algorithms in TLS 1.3, by the cipher suites in TLS
+ * 1.2. PKCS#1 signatures are offered with ECDSA, too, for servers that check how the certificate itself was signed,
+ * perhaps with the RSA key of a CA; TLS 1.3 uses them for nothing else. Level 0 also shows certificates too weak to
+ * be trusted.
  */
 const ASK_FOR: Readonly<Record<KeyType, readonly string[]>> = {
   rsa: [
@@ -361,8 +363,8 @@ async function readText(
 /**
  * What s_client printed. With `-state` it prints each message of the handshake that it has read and found good.
  *
- * A server has proven that it has the key when the handshake is finished, and also when it asks for a certificate of ours
- * and breaks off without it: its signature has been checked by then.
+ * A server has proven that it has the key when the handshake is finished, and also when it asks for a certificate
+ * of ours and breaks off without it: its signature has been checked by then.
  */
 function readOutput(stdout: string, stderr: string, { starttls }: Endpoint): Seen {
   const hasRead = (message: string) =>
@@ -374,7 +376,8 @@ function readOutput(stdout: string, stderr: string, { starttls }: Endpoint): See
     ? "signed by another key than the certificate's"
     : undefined;
   const pem = /-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/.exec(stdout)?.[0];
-  const otherType = /^wrong (signature|certificate) type/.test(reason ?? ""); // it has shown one that was not asked for
+  // it has shown a certificate of a type that was not asked for
+  const otherType = /^wrong (signature|certificate) type/.test(reason ?? "");
   if (pem !== undefined && !otherType) {
     let certificate: Certificate;
     try {
@@ -404,7 +407,7 @@ function readOutput(stdout: string, stderr: string, { starttls }: Endpoint): See
 
 // ---- waiting ---------------------------------------------------------------------------------------
 
-/** A signal that aborts when time is up, or when `parent` does. AbortSignal.timeout() would keep the program from ending. */
+/** A signal that aborts when time is up, or when `parent` does. AbortSignal.timeout() would leave its timer behind. */
 function deadlineIn(seconds: number, parent: AbortSignal): Disposable & { readonly signal: AbortSignal } {
   parent.throwIfAborted();
   const controller = new AbortController();

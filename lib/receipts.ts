@@ -1,6 +1,6 @@
 /**
- * What is remembered of deliveries: receipts are written, taken over and forgotten. Unlike the decisions in plan.ts, these
- * functions change the state that they are given.
+ * What is remembered of deliveries: receipts are written, taken over and forgotten. Unlike the decisions in
+ * plan.ts, these functions change the state that they are given.
  */
 
 import type { Config, Section } from "./config.ts";
@@ -80,9 +80,10 @@ export function receiptsFromVersion1(
 }
 
 /**
- * Forgets what is remembered of lines, certificates, sections and endpoints that are gone, and failures of what is no
- * longer due or pending. Receipts stay for as long as their certificate is on disk: a line or section that is missing
- * for one run is not delivered again. `orphans` lists the base names of certificates that belong to no line.
+ * Forgets what is remembered of lines, certificates, sections and endpoints that are gone, and failures of what is
+ * no longer due or pending. Receipts stay for as long as their certificate is on disk: a line or section that is
+ * missing for one run is not delivered again. `orphans` lists the base names of certificates that belong to no
+ * line.
  */
 export function forgetUnknown(basis: Basis, orphans: () => ReadonlySet<string>): void {
   const { config, state } = basis;

@@ -122,8 +122,8 @@ export const RUNS = 12;
 const SHORT_LIFE_MS = 10 * DAY_MS;
 
 /**
- * How long it usually takes from one full run to the next: the second longest interval between the last twelve, so that
- * neither one outage nor a few runs in one night count; a day if it is not known.
+ * How long it usually takes from one full run to the next: the second longest interval between the last twelve, so
+ * that neither one outage nor a few runs in one night count; a day if it is not known.
  */
 export function usualInterval(runs: readonly RunRecord[]): number {
   const times = runs.map(({ at }) => Date.parse(at)).sort((a, b) => a - b).slice(-RUNS);
@@ -131,7 +131,7 @@ export function usualInterval(runs: readonly RunRecord[]): number {
   return intervals[1] ?? DAY_MS;
 }
 
-/** Lines to issue now (soonest to expire first, lines without a certificate last), lines that wait, certificates kept. */
+/** Lines to issue now and lines that wait, soonest to expire first, those without a certificate last; the rest is kept. */
 export function planIssuing(
   { config, certificates, state, now, options: { retry = false, selection, issued } }: Basis,
   intervalMs: number,
@@ -191,7 +191,7 @@ function judge(entry: Entry, config: Config, state: State, now: Date, intervalMs
   return { entry, renewAt, rule, notAfter };
 }
 
-/** The moment drawn from the CA's renewal window, unless a window led to this very certificate within the last day. */
+/** The moment drawn from the CA's renewal window, unless a window led to this very certificate in the last day. */
 function suggested(state: State, id: string, now: Date): { at: Date; explanationUrl?: string } | undefined {
   const { window, suggestedAt } = state.renewals[id] ?? {};
   const isRecent = suggestedAt !== undefined && now.getTime() - Date.parse(suggestedAt) < DAY_MS;
@@ -201,9 +201,9 @@ function suggested(state: State, id: string, now: Date): { at: Date; explanation
 }
 
 /**
- * When a certificate is renewed, and by which rule: as configured, or with a third of its life left (half, below ten
- * days); but three intervals before its end, so that two more runs follow the first one that may renew it. It is never
- * renewed in the first third of its life.
+ * When a certificate is renewed, and by which rule: as configured, or with a third of its life left (half, below
+ * ten days); but three intervals before its end, so that two more runs follow the first one that may renew it. It
+ * is never renewed in the first third of its life.
  */
 export function renewal(
   config: Pick<Config, "reauthorizeDays" | "generateNewCertsAfterDays">,
@@ -231,8 +231,8 @@ export function renewal(
 }
 
 /**
- * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10, 100, 1000 minutes, then 20
- * hours, but after at most an eighth of what is left of its certificate, and an hour if that has expired.
+ * When a line that the CA refused for the n-th time in a row may be tried again: after 1, 10, 100, 1000 minutes,
+ * then 20 hours, but after at most an eighth of what is left of its certificate, and an hour if that has expired.
  * https://letsencrypt.org/docs/integration-guide/#retrying-failures
  */
 export function retryLineAt(count: number, now: Date, notAfter?: Date): Date {

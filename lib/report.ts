@@ -7,7 +7,7 @@
 import type { AlertEvent } from "./alert.ts";
 import type { Mode } from "./config.ts";
 import type { Delivered, DeliverEvent } from "./deliver.ts";
-import { type EndpointStatus, isGood, wrongSights } from "./endpoints.ts";
+import { type EndpointStatus, isGood, isRight, wrongSights } from "./endpoints.ts";
 import type { AccountEvent } from "./account.ts";
 import type { IssueEvent } from "./issue.ts";
 import type { Delivery, Plan, Problem } from "./plan.ts";
@@ -332,14 +332,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
   const due = plan.endpoints.filter(({ due }) => due);
   group(
     "probe",
-    due.map(({ endpoint, keyType, record }) => [
-      record === undefined
-        ? "not probed yet"
-        : record.badSince === undefined
-        ? "probed more than five hours ago"
-        : "not right when last probed",
-      `${endpoint.text} (${keyType})`,
-    ]),
+    due.map((one) => [probeReason(one), endpointText([one])]),
     "endpoint",
   );
   group(
@@ -355,6 +348,14 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
   for (const problem of plan.problems) lines.push(`problem   ${problemText(problem)}`);
   if (lines.length === 0) lines.push("nothing to do");
   return `${lines.join("\n")}\n`;
+}
+
+function probeReason(endpoint: EndpointStatus): string {
+  if (endpoint.record === undefined) return "not probed yet";
+  if (endpoint.record.badSince !== undefined) return "not right when last probed";
+  return isRight(endpoint)
+    ? "probed more than five hours ago"
+    : "not probed since its certificate was issued";
 }
 
 // ---- JSON -------------------------------------------------------------------------------------------------

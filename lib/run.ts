@@ -1,8 +1,9 @@
 /**
- * The commands: run, plan, status, accept, prune, revoke, rollover. Each is a short script that reads top to bottom.
+ * The commands: run, plan, status, accept, prune, revoke, rollover. Each is a short script that reads top to
+ * bottom.
  *
- * Everything that happens is an event; report.ts and status.ts make the sentences. A line or section that fails does not
- * stop the others.
+ * Everything that happens is an event; report.ts and status.ts make the sentences. A line or section that fails
+ * does not stop the others.
  */
 
 import { basename } from "node:path";
@@ -42,8 +43,8 @@ const PRINT_AGAIN_MS = 20 * 3_600_000;
 // ---- run ------------------------------------------------------------------------------------------------
 
 /**
- * A whole run, or the part that `selection` names. Throws LockedError, StateError, and the signal's reason. Alerts are sent
- * even if it cannot begin or is cut off by an error.
+ * A whole run, or the part that `selection` names. Throws LockedError, StateError, and the signal's reason. Alerts
+ * are sent even if it cannot begin or is cut off by an error.
  */
 export async function run(
   config: Config,
@@ -256,7 +257,7 @@ export async function records(config: Config, context: Context): Promise<string[
   });
 }
 
-/** What `--check` prints besides errors and warnings: records to place, links that will change, warnings of the plan. */
+/** What `--check` prints besides errors: records to place, links that will change, warnings of the plan. */
 export async function advice(config: Config, context: Context): Promise<string[]> {
   const { state } = readState(config, context.now());
   const account = await rememberedAccount(config, state);
@@ -374,7 +375,7 @@ export async function prune(
 
 // ---- revoke ---------------------------------------------------------------------------------------------
 
-/** Revokes these certificates (`reason` is a CRLReason); their keys are never used again, so the next run replaces them. */
+/** Revokes these certificates (`reason` is a CRLReason). The next run replaces them, under new keys. */
 export async function revoke(
   config: Config,
   certificates: readonly Revocable[],

@@ -71,29 +71,27 @@ export interface Revocable {
 /** The certificates of a line, or the one in a file. Throws SelectionError if `what` is neither. */
 export function revocable(config: Config, what: string): Revocable[] {
   const named = linesNamed(config, what);
+  if (named.length === 0) {
+    if (exists(what)) return [readRevocable(what, keyPathBeside(what))];
+    throw new SelectionError(
+      `nothing to revoke: ${quote(what)} is neither a name in "domains" nor the path of a certificate`,
+    );
+  }
   const first = named.filter(({ names }) => names[0] === toIdentifier(what));
   const lines = first.length > 0 ? first : named;
   if (lines.length > 1) {
     const texts = lines.map(({ line, names }) => `line ${line} (${names.join(" ")})`);
     throw new SelectionError(`${quote(what)} is in ${texts.join(" and ")}; give the path of the certificate`);
   }
-  const found = lines.length === 1
-    ? readInventory(config).filter(({ line, finding }) => line === lines[0] && "certificate" in finding)
-      .map(({ files }) => readRevocable(files.cert, files.key))
-    : exists(what)
-    ? [
-      readRevocable(
-        what,
-        what.replace(/(^|\/)cert\/(?=[^/]*$)/, "$1key/").replace("-cert-combined.", "-key."),
-      ),
-    ]
-    : [];
-  if (found.length > 0) return found;
-  throw new SelectionError(
-    lines.length === 1
-      ? `no certificate of ${what} to revoke`
-      : `nothing to revoke: ${quote(what)} is neither a name in "domains" nor the path of a certificate`,
-  );
+  const found = readInventory(config)
+    .filter(({ line, finding }) => line === lines[0] && "certificate" in finding)
+    .map(({ files }) => readRevocable(files.cert, files.key));
+  if (found.length === 0) throw new SelectionError(`no certificate of ${what} to revoke`);
+  return found;
+}
+
+function keyPathBeside(path: string): string {
+  return path.replace(/(^|\/)cert\/(?=[^/]*$)/, "$1key/").replace("-cert-combined.", "-key.");
 }
 
 function readRevocable(path: string, key: string): Revocable {

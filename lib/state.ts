@@ -1,9 +1,9 @@
 /**
- * `state.json`: what one run remembers for the next. Work is remembered as done, never as to do, so that a lost state is
- * harmless: everything is delivered once more.
+ * `state.json`: what one run remembers for the next. Work is remembered as done, never as to do, so that a lost
+ * state is harmless: everything is delivered once more.
  *
- * Knows the shape, reads and checks it; store.ts writes it. Dates are ISO 8601. Records have no prototype, since their
- * keys are names from outside (`[constructor]` is a section like another).
+ * Knows the shape, reads and checks it; store.ts writes it. Dates are ISO 8601. Records have no prototype, since
+ * their keys are names from outside (`[constructor]` is a section like another).
  */
 
 // ---- checks ---------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ const isRenewal = shape({
   suggestedAt: optional(isDate),
 });
 
-/** An order that was finalized and that the CA had not finished when the run ended. Its key is beside the live one. */
+/** A finalized order that the CA had not finished when the run ended. Its key is beside the live one. */
 const isUnfinishedOrder = shape({
   url: isText,
   /** named as in `accounts` */
@@ -216,7 +216,7 @@ const RECORDS = {
   reported: recordOf(isDate),
 };
 const LISTS = {
-  /** challenges that are published and to be removed: files by their token, TXT values by the name that they validate */
+  /** challenges to be removed: files by their token, TXT values by the name that they validate */
   published: listOf(isPublished),
   /** the last full runs */
   runs: listOf(isRunRecord),

@@ -130,8 +130,8 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
 }
 
 /**
- * Columns side by side, the last one wrapped. If the terminal is too narrow, or the column of the first cell, the first
- * cell gets a line of its own.
+ * Columns side by side, the last one wrapped. If the terminal is too narrow, or the column of the first cell, the
+ * first cell gets a line of its own.
  */
 function wrappedRow(row: readonly string[], widths: readonly number[], columns: number): string[] {
   const padded = row.slice(0, -1).map((text, column) => text.padEnd(widths[column]!));

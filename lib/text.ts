@@ -1,6 +1,6 @@
 /**
- * Sentences about reasons, certificates, endpoints, problems and errors: the same in what a run prints, in --status, in
- * alerts and in the JSON documents.
+ * Sentences about reasons, certificates, endpoints, problems and errors: the same in what a run prints, in
+ * --status, in alerts and in the JSON documents.
  */
 
 import type { Notice } from "./config.ts";

@@ -255,144 +255,112 @@ async function outcome(root: string, mode: string, command: readonly string[], e
 
 // ---- comparing ---------------------------------------------------------------------------------------------------
 
+const lowerCase = (names: readonly string[]) => names.map((name) => name.toLowerCase());
+const isPrepare = ({ command }: Hook) => command.startsWith("prepare");
+
+/** The documented differences that a configuration leads to. */
+function applicable({ lines, named, lost, spelled, failing, failingPrepare }: Sample): Set<string> {
+  const all = lines.flat();
+  const areTwice = (names: readonly string[]) => new Set(lowerCase(names)).size < names.length;
+  const table: Record<string, boolean> = {
+    "an issuance that fails": lost !== undefined,
+    "a command that fails": failing,
+    "`prepare`": failingPrepare,
+    "names in `domains` of a section": [...all, ...named].some((name) => name !== name.toLowerCase()),
+    "names": spelled,
+    "a name on two lines": areTwice(all),
+    "several override sections for one name": areTwice(named),
+  };
+  return new Set(Object.keys(table).filter((name) => table[name]));
+}
+
+const FAILURES = ["an issuance that fails", "`prepare`", "a command that fails"];
+const OF_FILES = ["an issuance that fails", "`prepare`", "names", "a name on two lines"];
+const OF_SECTIONS = [
+  "several override sections for one name",
+  "names in `domains` of a section",
+  "a name on two lines",
+];
+
 /** Differences that are not documented. */
 function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
   const found: string[] = [];
-  const { lines, named, lost, spelled, failing, failingPrepare } = sample;
-  /** Notes a difference, documented where one of the conditions holds. */
-  const differ = (text: string, ...reasons: [isSo: boolean, name: string][]) => {
-    const reason = reasons.find(([isSo]) => isSo);
-    if (reason) documented(reason[1]);
-    else found.push(text);
+  const applies = applicable(sample);
+  /** Notes a difference, documented where it may come of one of these that apply. */
+  const differ = (text: string, ...names: readonly string[]) => {
+    const name = names.find((name) => applies.has(name));
+    if (name === undefined) found.push(text);
+    else documented(name);
   };
-  const all = lines.flat();
-  const isShared = new Set(all.map((name) => name.toLowerCase())).size < all.length;
-  const lower = named.map((name) => name.toLowerCase());
-  const isTwice = new Set(lower).size < lower.length;
-  const isOtherCase = [...all, ...named].some((name) => name !== name.toLowerCase());
-  const failed: [boolean, string] = [lost !== undefined, "an issuance that fails"];
-  const stopped: [boolean, string] = [failing, "a command that fails"];
-  const unprepared: [boolean, string] = [failingPrepare, "`prepare`"];
-  const cased: [boolean, string] = [isOtherCase, "names in `domains` of a section"];
-  const respelled: [boolean, string] = [spelled, "names"];
-  const shared: [boolean, string] = [isShared, "a name on two lines"];
-  const several: [boolean, string] = [isTwice, "several override sections for one name"];
-
-  if (original.code !== here.code) {
-    differ(`exit status ${original.code}, here ${here.code}`, failed, unprepared, stopped);
-  }
-
+  if (original.code !== here.code) differ(`exit status ${original.code}, here ${here.code}`, ...FAILURES);
   for (const path of new Set([...original.files.keys(), ...here.files.keys()])) {
     const [there, now] = [original.files.get(path), here.files.get(path)];
     if (there === now) continue;
-    differ(
-      `${path}: ${there ?? "nothing"}, here ${now ?? "nothing"}`,
-      [/^(state\.json|\.lock)$/.test(path), "files of its own"],
-      [path === "key" && now === "directory 0700", "directories of keys"],
-      failed,
-      unprepared,
-      respelled,
-      shared,
-    );
+    if (/^(state\.json|\.lock)$/.test(path)) documented("files of its own");
+    else if (path === "key" && now === "directory 0700") documented("directories of keys");
+    else differ(`${path}: ${there ?? "nothing"}, here ${now ?? "nothing"}`, ...OF_FILES);
   }
-
-  const sections = new Set([...original.hooks, ...here.hooks].map(({ section }) => section));
-  for (const section of sections) {
-    const [there, now] = [original, here].map(({ hooks }) =>
+  for (const section of new Set([...original.hooks, ...here.hooks].map(({ section }) => section))) {
+    const [theirs, ours] = [original, here].map(({ hooks }) =>
       hooks.filter((hook) => hook.section === section)
+    ) as [Hook[], Hook[]];
+    const prepared = [theirs, ours].map((hooks) =>
+      hooks.filter(isPrepare).map(({ command, args }) => `${command} ${lowerCase(args)}`).sort()
     );
-    const isPrepare = ({ command }: Hook) => command.startsWith("prepare");
-    const prepared = [there!, now!].map((hooks) =>
-      hooks.filter(isPrepare).map(({ command, args }) => `${command} ${args.join(" ").toLowerCase()}`).sort()
-    );
-    if (prepared[0]!.join() !== prepared[1]!.join()) {
-      const [a, b] = prepared.map((list) => [...new Set(list)].join());
-      const isSame = a === b;
-      differ(
-        `[${section}] prepare: ${a}, here ${b}`,
-        [isSame, "`prepare`"],
-        failed,
-        unprepared,
-        several,
-        cased,
-        shared,
-      );
-    }
-    const [lists, ours] = [there!, now!].map((hooks) => hooks.filter((hook) => !isPrepare(hook)));
-    const order = [lists!, ours!].map((hooks) => hooks.map(({ command }) => command).join(", "));
+    const once = prepared.map((list) => [...new Set(list)].join());
+    if (once[0] !== once[1]) {
+      differ(`[${section}] prepare: ${once[0]}, here ${once[1]}`, ...FAILURES, ...OF_SECTIONS);
+    } else if (prepared[0]!.length !== prepared[1]!.length) documented("`prepare`");
+    const [lists, own] = [theirs, ours].map((hooks) => hooks.filter((hook) => !isPrepare(hook)));
+    const order = [lists!, own!].map((hooks) => hooks.map(({ command }) => command).join(", "));
     if (order[0] !== order[1]) {
-      differ(
-        `[${section}] ran ${order[0] || "nothing"}, here ${order[1] || "nothing"}`,
-        stopped,
-        failed,
-        unprepared,
-        several,
-        cased,
-        shared,
-      );
+      differ(`[${section}] ran ${order[0]}, here ${order[1]}`, ...FAILURES, ...OF_SECTIONS);
     }
     for (const hook of lists!) {
-      const own = ours!.find(({ command }) => command === hook.command);
-      if (!own) continue;
-      const words = new Set(own.args.map((word) => word.toLowerCase()));
-      const theirs = new Set(hook.args.map((word) => word.toLowerCase()));
-      const less = [...theirs].filter((word) => !words.has(word));
-      const more = [...words].filter((word) => !theirs.has(word));
-      const isPath = /^(certs|keys)/.test(hook.command);
-      if (less.length) {
-        // what the patterns take along is another line's
-        const nameOf = (path: string) => path.replace(/^.*\/|-(key|cert-combined)\..*|_.*/g, "");
-        const mine = lines.map((names) => names.map((name) => name.toLowerCase()))
-          .filter((names) => [...words].some((path) => names.includes(nameOf(path)))).flat();
-        const isPattern = isPath &&
-          less.every((path) => path.endsWith("*") || !mine.includes(nameOf(path)));
-        differ(
-          `[${section}] ${hook.command} had ${less.join(" ")}`,
-          failed,
-          unprepared,
-          cased,
-          respelled,
-          [isPattern, "`CERTS`, `KEYS`"],
-          shared,
-        );
-      }
-      if (more.length) {
-        differ(
-          `[${section}] ${hook.command} has ${more.join(" ")} here`,
-          failed,
-          unprepared,
-          several,
-          cased,
-          respelled,
-          shared,
-        );
-      }
-      if (hook.environment !== own.environment) {
-        found.push(
-          `[${section}] ${hook.command}: environment\n${hook.environment}\nhere\n${own.environment}`,
-        );
-      }
-      if (hook.directory !== own.directory) {
-        found.push(`[${section}] ${hook.command}: run in ${hook.directory}, here ${own.directory}`);
-      }
+      const same = own!.find(({ command }) => command === hook.command);
+      if (same !== undefined) compareHooks(sample, hook, same, found, differ);
     }
   }
-  const sequence = (
-    { hooks }: Outcome,
-  ) => [
-    ...new Set(hooks.filter(({ command }) => !command.startsWith("prepare")).map(({ section }) => section)),
-  ];
-  const [a, b] = [sequence(original), sequence(here)];
+  const [a, b] = [original, here].map(({ hooks }) => [
+    ...new Set(hooks.filter((hook) => !isPrepare(hook)).map(({ section }) => section)),
+  ]) as [string[], string[]];
   if (b.includes("every") && b.at(-1) !== "every") found.push(`[every] is not last: ${b.join(" ")}`);
   if (a.join() !== b.join() && a.toSorted().join() === b.toSorted().join()) documented("sections");
   return found;
 }
 
+/** The same command, run by both. */
+function compareHooks(
+  { lines }: Sample,
+  theirs: Hook,
+  ours: Hook,
+  found: string[],
+  differ: (text: string, ...names: readonly string[]) => void,
+): void {
+  const what = `[${theirs.section}] ${theirs.command}`;
+  const [before, now] = [new Set(lowerCase(theirs.args)), new Set(lowerCase(ours.args))];
+  const less = [...before.difference(now)], more = [...now.difference(before)];
+  // what the patterns take along is another line's
+  const nameOf = (path: string) => path.replace(/^.*\/|-(key|cert-combined)\..*|_.*/g, "");
+  const mine = lines.map(lowerCase).filter((names) => [...now].some((path) => names.includes(nameOf(path))));
+  const isPattern = /^(certs|keys)/.test(theirs.command) &&
+    less.every((path) => path.endsWith("*") || !mine.flat().includes(nameOf(path)));
+  const reasons = [...FAILURES.slice(0, 2), "names in `domains` of a section", "names"];
+  if (less.length > 0 && isPattern) documented("`CERTS`, `KEYS`");
+  else if (less.length > 0) differ(`${what} had ${less.join(" ")}`, ...reasons, "a name on two lines");
+  if (more.length > 0) differ(`${what} has ${more.join(" ")} here`, ...reasons, ...OF_SECTIONS);
+  if (theirs.environment !== ours.environment) {
+    found.push(`${what}: environment\n${theirs.environment}\nhere\n${ours.environment}`);
+  }
+  if (theirs.directory !== ours.directory) {
+    found.push(`${what}: run in ${theirs.directory}, here ${ours.directory}`);
+  }
+}
+
 /** What is wrong after lematt has taken over a directory that the original made. */
 function compareTakenOver(sample: Sample, before: Outcome, after: Outcome, fresh: Outcome): string[] {
   const found: string[] = [];
-  const all = sample.lines.flat().map((name) => name.toLowerCase());
-  const isShared = new Set(all).size < all.length;
+  const isShared = applicable(sample).has("a name on two lines");
   for (const [path, text] of before.contents) {
     if (after.contents.get(path) === text) continue;
     if (isShared) documented("a name on two lines");
@@ -406,16 +374,13 @@ function compareTakenOver(sample: Sample, before: Outcome, after: Outcome, fresh
   }
   // under an older spelling it has the links of that, too
   const shown = (words: readonly string[]) =>
-    words.map((word) => word.replace(/.*\//, "").toLowerCase())
+    lowerCase(words).map((word) => word.replace(/.*\//, ""))
       .filter((word) => !sample.spelled || !word.endsWith(".pem")).sort().join(" ");
-  const lists = ({ hooks }: Outcome) =>
-    hooks.filter(({ command }) => !command.startsWith("prepare"))
-      .map(({ section, command, args }) => `[${section}] ${command} ${shown(args)}`)
-      .sort();
-  const [once, expected] = [lists(after), lists(fresh)];
-  if (once.join("\n") !== expected.join("\n")) {
-    found.push(`taken over: delivered\n${once.join("\n")}\nnot\n${expected.join("\n")}`);
-  }
+  const [once, expected] = [after, fresh].map(({ hooks }) =>
+    hooks.filter((hook) => !isPrepare(hook))
+      .map(({ section, command, args }) => `[${section}] ${command} ${shown(args)}`).sort().join("\n")
+  );
+  if (once !== expected) found.push(`taken over: delivered\n${once}\nnot\n${expected}`);
   return found;
 }
 

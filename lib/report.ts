@@ -277,77 +277,76 @@ export class Report {
 
 // ---- plan -------------------------------------------------------------------------------------------------
 
-/** How many members of a group are listed. */
+/** So many members of a group are listed. */
 const MOST_LISTED = 10;
+
+/** One thing that a run would do, and why. */
+interface Step {
+  readonly verb: string;
+  readonly what: string;
+  /** What several of them are called. */
+  readonly noun: string;
+  readonly reason: string;
+}
 
 /** What a run would do, grouped by reason; with `accepts`, what --accept would note as delivered. */
 export function planText(plan: Plan, records: readonly string[], now: Date, accepts = false): string {
-  const lines: string[] = [];
-  const group = (
-    verb: string,
-    members: readonly (readonly [reason: string, what: string])[],
-    noun: string,
-  ) => {
-    const groups = Map.groupBy(members, ([reason]) => reason);
-    for (const [reason, members] of groups) {
-      const whats = members.map(([, what]) => what);
-      if (whats.length === 1) {
-        lines.push(`${verb.padEnd(9)} ${whats[0]}: ${reason}`);
-        continue;
-      }
-      const more = whats.length > MOST_LISTED ? [`and ${whats.length - MOST_LISTED} more`] : [];
-      lines.push(`${verb.padEnd(9)} ${count(whats.length, noun)}: ${reason}`);
-      for (const what of [...whats.slice(0, MOST_LISTED), ...more]) lines.push(`            ${what}`);
-    }
-  };
-  const dues = (tasks: readonly Task[]) =>
-    tasks.flatMap(({ line, due }) => {
-      const reasons = Map.groupBy(due, ({ reason }) => reasonText(reason));
-      return [...reasons].map(([reason, due]) =>
-        [reason, subjectText(line.names, due.map(({ entry }) => entry.keyType))] as const
-      );
-    });
-  if (accepts) {
-    group("accept", plan.deliveries.map((one) => [pendingText(one), `[${one.section.name}]`]), "section");
-    return lines.length === 0 ? "nothing is pending\n" : `${lines.join("\n")}\n`;
-  }
-  group("issue", dues(plan.tasks), "line");
-  for (const task of plan.waiting) {
-    const why = task.limited ? "rate-limited by the CA" : `failed: ${task.failure?.error}`;
-    group(
-      "wait",
-      dues([task]).map(([reason, what]) => [`${reason}; until ${timeText(task.until)}, ${why}`, what]),
-      "line",
-    );
-  }
-  const isNow = ({ until }: Delivery) => until === undefined;
-  const sections = (deliveries: readonly Delivery[]) =>
-    deliveries.map((one) => {
-      const wait = one.until === undefined ? "" : `; until ${timeText(one.until)}`;
-      return [`${pendingText(one)}${wait}`, `[${one.section.name}]`] as const;
-    });
-  group("deliver", sections(plan.deliveries.filter((one) => isNow(one) && one.urgent)), "section");
-  group("roll out", sections(plan.deliveries.filter((one) => isNow(one) && !one.urgent)), "section");
-  group("wait", sections(plan.deliveries.filter((one) => !isNow(one))), "section");
-  const due = plan.endpoints.filter(({ due }) => due);
-  group(
-    "probe",
-    due.map((one) => [probeReason(one), endpointText([one])]),
-    "endpoint",
-  );
-  group(
-    "keep",
-    plan.kept.map(({ entry, renewAt, rule }) => [
-      `renewed ${untilText(renewAt, now)}, ${RULE_TEXT[rule]}`,
-      entryText(entry),
-    ]),
-    "certificate",
-  );
-  for (const warning of plan.warnings) lines.push(`note      ${warningText(warning)}`);
-  for (const record of records) lines.push(`place     ${record}`);
-  for (const problem of plan.problems) lines.push(`problem   ${problemText(problem)}`);
-  if (lines.length === 0) lines.push("nothing to do");
+  const lines = accepts ? grouped(plan.deliveries.map((one) => deliveryStep(one, "accept"))) : [
+    ...grouped(stepsOf(plan, now)),
+    ...plan.warnings.map((warning) => `note      ${warningText(warning)}`),
+    ...records.map((record) => `place     ${record}`),
+    ...plan.problems.map((problem) => `problem   ${problemText(problem)}`),
+  ];
+  if (lines.length === 0) lines.push(accepts ? "nothing is pending" : "nothing to do");
   return `${lines.join("\n")}\n`;
+}
+
+function stepsOf({ tasks, waiting, deliveries, endpoints, kept }: Plan, now: Date): Step[] {
+  const deliver = deliveries.map((one) =>
+    deliveryStep(one, one.until !== undefined ? "wait" : one.urgent ? "deliver" : "roll out")
+  );
+  const ofVerb = (verb: string) => deliver.filter((step) => step.verb === verb);
+  return [
+    ...tasks.flatMap((task) => issueSteps(task, "issue", "")),
+    ...waiting.flatMap((task) => {
+      const why = task.limited ? "rate-limited by the CA" : `failed: ${task.failure?.error}`;
+      return issueSteps(task, "wait", `; until ${timeText(task.until)}, ${why}`);
+    }),
+    ...["deliver", "roll out", "wait"].flatMap(ofVerb),
+    ...endpoints.filter(({ due }) => due).map((one) => (
+      { verb: "probe", what: endpointText([one]), noun: "endpoint", reason: probeReason(one) }
+    )),
+    ...kept.map(({ entry, renewAt, rule }) => {
+      const reason = `renewed ${untilText(renewAt, now)}, ${RULE_TEXT[rule]}`;
+      return { verb: "keep", what: entryText(entry), noun: "certificate", reason };
+    }),
+  ];
+}
+
+function issueSteps({ line, due }: Task, verb: string, more: string): Step[] {
+  return [...Map.groupBy(due, ({ reason }) => reasonText(reason))].map(([reason, due]) => {
+    const what = subjectText(line.names, due.map(({ entry }) => entry.keyType));
+    return { verb, what, noun: "line", reason: reason + more };
+  });
+}
+
+function deliveryStep(delivery: Delivery, verb: string): Step {
+  const { section, until } = delivery;
+  const wait = verb === "wait" ? `; until ${timeText(until!)}` : "";
+  return { verb, what: `[${section.name}]`, noun: "section", reason: pendingText(delivery) + wait };
+}
+
+/** A line for each step, or for all steps with the same reason, followed by their list. */
+function grouped(steps: readonly Step[]): string[] {
+  const groups = Map.groupBy(steps, ({ verb, noun, reason }) => `${verb} ${noun} ${reason}`);
+  return [...groups.values()].flatMap((group) => {
+    const { verb, what, noun, reason } = group[0]!;
+    if (group.length === 1) return [`${verb.padEnd(9)} ${what}: ${reason}`];
+    const more = group.length > MOST_LISTED ? [`and ${group.length - MOST_LISTED} more`] : [];
+    const listed = [...group.slice(0, MOST_LISTED).map(({ what }) => what), ...more];
+    const head = `${verb.padEnd(9)} ${count(group.length, noun)}: ${reason}`;
+    return [head, ...listed.map((text) => `            ${text}`)];
+  });
 }
 
 function probeReason(endpoint: EndpointStatus): string {

@@ -119,27 +119,32 @@ function placesOf(section: Section, line: Line, ownersOf: (name: string) => read
     if (word === "DOMAIN") return names.slice(0, 1);
     return word === "DOMAINS_ALL" ? names : [word];
   };
-  return section.verify.flatMap((endpoint) => {
-    const { port, starttls } = endpoint;
-    return namesFor(endpoint.host).flatMap((host) => {
-      // the same word on both sides is the same name
-      const snis = endpoint.sni === undefined
-        ? [undefined]
-        : endpoint.sni === endpoint.host
-        ? [host]
-        : namesFor(endpoint.sni);
-      return snis.map((given) => {
+  const serverNames = ({ host: word, sni }: Endpoint, host: string) => {
+    if (sni === undefined) return [undefined];
+    return sni === word ? [host] : namesFor(sni); // the same word on both sides is the same name
+  };
+  return section.verify.flatMap((endpoint) =>
+    namesFor(endpoint.host).flatMap((host) =>
+      serverNames(endpoint, host).map((given) => {
         const owners = ownersOf(given ?? host);
-        const name = owners.length > 0 ? given : serverNameFor(line);
-        const sni = name === undefined || isIP(name) ? undefined : name; // RFC 6066 §3
-        const bracketed = isIP(host) === 6 ? `[${host}]` : host;
-        const protocol = starttls === undefined ? "" : `/${starttls}`;
-        const text = `${bracketed}:${port}${protocol}${sni === undefined ? "" : `#${sni}`}`;
-        const lines = owners.length > 0 ? owners : sni === undefined ? [line] : ownersOf(sni);
-        return { endpoint: { ...endpoint, text, host, sni }, lines };
-      });
-    });
-  });
+        if (owners.length > 0) return { endpoint: withNames(endpoint, host, given), lines: owners };
+        const name = serverNameFor(line);
+        return {
+          endpoint: withNames(endpoint, host, name),
+          lines: name === undefined ? [line] : ownersOf(name),
+        };
+      })
+    )
+  );
+}
+
+function withNames(endpoint: Endpoint, host: string, name: string | undefined): Endpoint {
+  const { port, starttls } = endpoint;
+  const sni = name === undefined || isIP(name) ? undefined : name; // RFC 6066 §3
+  const bracketed = isIP(host) === 6 ? `[${host}]` : host;
+  const protocol = starttls === undefined ? "" : `/${starttls}`;
+  const text = `${bracketed}:${port}${protocol}${sni === undefined ? "" : `#${sni}`}`;
+  return { ...endpoint, text, host, sni };
 }
 
 /** A name by which a server finds the certificate of a line; undefined if the line has addresses alone. */

@@ -129,14 +129,17 @@ function closeOldest(): void {
   for (const connection of connections.keys()) return close(connection);
 }
 
+/** Buffers of connections that have ended, to be used again: the collection of new ones would cost more than the reading. */
+const buffers: Uint8Array<ArrayBuffer>[] = [];
+
 const latin1 = new TextDecoder("latin1");
 const utf8 = new TextEncoder();
 
 /** Reads one request, answers it and closes. An error ends this connection only. */
 async function answer(connection: Deno.Conn, baseUrl: string): Promise<void> {
   connections.set(connection, Date.now());
+  const bytes = buffers.pop() ?? new Uint8Array(2048);
   try {
-    const bytes = new Uint8Array(2048);
     let head = "";
     while (!/\n\r?\n/.test(head)) {
       const length = await connection.read(bytes);
@@ -152,6 +155,7 @@ async function answer(connection: Deno.Conn, baseUrl: string): Promise<void> {
     // reset by the client, or too old and closed
   } finally {
     close(connection);
+    buffers.push(bytes);
   }
 }
 

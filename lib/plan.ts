@@ -36,7 +36,7 @@ import {
   usualInterval,
   type Waiting,
 } from "./renewal.ts";
-import type { DeliveryFailure, Failure, RunRecord, State } from "./state.ts";
+import type { DeliveryFailure, Failure, Receipt, RunRecord, State } from "./state.ts";
 import type { Entry } from "./store.ts";
 import { sha256 } from "./x509.ts";
 
@@ -194,53 +194,63 @@ function planDelivery(
   section: Section,
   wrong: readonly EndpointStatus[],
 ): Delivery | undefined {
-  const { retry = false, selection, issued, delivered } = options;
   const entries = linesOf(config, section).flatMap((line) => certificates.get(line) ?? [])
     .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
   if (entries.length === 0 || !delivers(section, config.mode)) return undefined;
   const digest = listsDigest(section, config.mode);
   const receipts = state.receipts[section.name] ?? {};
   const drift = driftSeen(section, wrong);
-  const pending: { entry: Entry; reason: DeliveryReason; until?: Date }[] = [];
-  let isWrong = false;
-  for (const entry of entries) {
-    const { line, file, finding } = entry;
-    if (!inScope(selection, line, section) || finding.kind !== "present") continue;
-    const receipt = receipts[file];
-    const isDrift = (drift.get(entry) ?? 0) > (moment(receipt?.at)?.getTime() ?? 0);
-    isWrong ||= isDrift;
-    const asked = selection?.deliver.has(line) || selection?.deliver.has(section.name);
-    if (asked && !delivered?.has(`${section.name}/${file}`)) pending.push({ entry, reason: "asked for" });
-    else if (receipt === undefined) {
-      pending.push({ entry, reason: issued?.has(file) ? "new certificate" : "first delivery" });
-    } else if (receipt.fingerprint !== finding.certificate.fingerprint) {
-      pending.push({ entry, reason: "new certificate" });
-    } else if (receipt.digest !== digest) pending.push({ entry, reason: "commands changed" });
-    else if (isDrift) {
-      const isRepeated = (receipt.repairs ?? 0) >= MOST_REPAIRS;
-      const until = isRepeated ? new Date(Date.parse(receipt.at) + LONGEST_PAUSE_MS) : undefined;
-      pending.push({ entry, reason: "drift", until });
-    }
-  }
+  const isDrift = (entry: Entry) => (drift.get(entry) ?? 0) > Number(moment(receipts[entry.file]?.at) ?? 0); // seen after the delivery
+  const inScopeNow = entries.filter(({ line }) => inScope(options.selection, line, section));
+  const pending = inScopeNow.flatMap((entry) => {
+    const reason = reasonOf(entry, section, digest, receipts[entry.file], options) ??
+      (isDrift(entry) ? "drift" : undefined);
+    return reason === undefined ? [] : [{ entry, reason }];
+  });
   if (pending.length === 0) return undefined;
-  const lines = new Set(pending.map(({ entry }) => entry.line));
+  const isUrgent = pending.some(({ reason }) => !ROLLOUT.includes(reason)) ||
+    inScopeNow.some(isDrift);
   const key = deliveryKey(section, digest, pending.map(({ entry }) => entry));
   const last = state.deliveries[section.name];
   const failure = last?.key === key ? last : undefined;
-  const pauses = pending.map(({ until }) => until);
+  const pauses = pending.map(({ entry, reason }) =>
+    reason === "drift" ? repairPause(receipts[entry.file]!) : undefined
+  );
   const pause = pauses.includes(undefined) ? undefined : earliest(pauses);
   const until = new Date(Math.max(Number(moment(failure?.retryAt) ?? 0), Number(pause ?? 0)));
-  const waits = !retry && until > now && !pending.some(({ reason }) => reason === "asked for");
+  const waits = !options.retry && until > now && !pending.some(({ reason }) => reason === "asked for");
+  const lines = new Set(pending.map(({ entry }) => entry.line));
   return {
     section,
     entries: entries.filter(({ line }) => lines.has(line)),
     pending,
-    urgent: isWrong || failure?.urgent === true || pending.some(({ reason }) => !ROLLOUT.includes(reason)),
+    urgent: isUrgent || failure?.urgent === true,
     key,
     failure,
     until: waits ? until : undefined,
     formerNotAfter: earliest(pending.map(({ entry }) => moment(receipts[entry.file]?.notAfter))),
   };
+}
+
+/** Why a certificate has to be delivered, whatever endpoints serve. */
+function reasonOf(
+  entry: Entry,
+  section: Section,
+  digest: string,
+  receipt: Receipt | undefined,
+  { selection, issued, delivered }: PlanOptions,
+): DeliveryReason | undefined {
+  const { line, file } = entry;
+  const isAskedFor = selection?.deliver.has(line) || selection?.deliver.has(section.name);
+  if (isAskedFor && !delivered?.has(`${section.name}/${file}`)) return "asked for";
+  if (receipt === undefined) return issued?.has(file) ? "new certificate" : "first delivery";
+  if (receipt.fingerprint !== certificateOf(entry)?.fingerprint) return "new certificate";
+  return receipt.digest !== digest ? "commands changed" : undefined;
+}
+
+/** Until when drift is not repaired again; undefined if it is now. */
+function repairPause({ at, repairs = 0 }: Receipt): Date | undefined {
+  return repairs < MOST_REPAIRS ? undefined : new Date(Date.parse(at) + LONGEST_PAUSE_MS);
 }
 
 /** Certificate -> when an endpoint of this section was last seen to serve another one that is certainly wrong. */

@@ -108,7 +108,7 @@ const COMMANDS: readonly Shown[] = [
   ["--prod", 0, /nothing due/],
   ["--prod --plan --renew a.example.com --deliver a.example.com", 0, /a\.example\.com/],
   ["--prod --accept a.example.com", 0, /noted as delivered/],
-  ["--prod --prune", 0, /no file/],
+  ["--prod --prune", 0, /nothing to move/],
   ["--prod --status", 0, /a\.example\.com/],
   ["--prod --status --offline --json", 0, /^\{/m],
   ["--prod --status --metrics", 0, /^lematt_/m],

@@ -32,7 +32,8 @@ Deno.test("80 lines at 20 orders in three hours take four runs, no order too man
   const expected = [...range(60, 80), ...range(40, 60), ...range(0, 40)];
   for (const [at, line] of order.entries()) {
     const shift = Math.abs(expected.indexOf(line) - at);
-    assert(shift <= PARALLEL, `line ${line} came ${shift} places from its turn`);
+    // those of a run overtake each other; in the order of the file it would be up to 60
+    assert(shift < ORDERS + PARALLEL, `line ${line} came ${shift} places from its turn`);
   }
 });
 

@@ -99,24 +99,23 @@ function starts(name: "lematt" | "leforward"): [uid: number, by: string][] {
   return ours === 0 ? [[0, ""], [NOBODY, ""], [NOBODY, byPermissions]] : [[ours, ""], [ours, byPermissions]];
 }
 
-type Shown = [args: string, code: number, seen: RegExp, answers?: Record<string, string>];
-const COMMANDS: readonly Shown[] = [
-  ["--help", 0, /Exit status: 0/],
-  ["--check", 0, /1 line of domains/],
-  ["--prod --plan", 0, /a\.example\.com/],
-  ["--prod", 0, /^issued .*a\.example\.com/m],
-  ["--prod", 0, /nothing due/],
-  ["--prod --plan --renew a.example.com --deliver a.example.com", 0, /a\.example\.com/],
-  ["--prod --accept a.example.com", 0, /noted as delivered/],
-  ["--prod --prune", 0, /nothing to move/],
-  ["--prod --status", 0, /a\.example\.com/],
-  ["--prod --status --offline --json", 0, /^\{/m],
-  ["--prod --status --metrics", 0, /^lematt_/m],
-  ["--prod --rollover", 0, /new key/, { "[y/N]": "y\n" }],
-  ["--prod --revoke a.example.com", 2, /nothing was done/, { "[y/N]": "n\n" }],
-  ["--prod --revoke a.example.com", 0, /revoked/, { "[y/N]": "y\n" }],
+type Command = [args: string, code: number, answers?: Record<string, string>];
+const COMMANDS: readonly Command[] = [
+  ["--help", 0],
+  ["--check", 0],
+  ["--prod --plan", 0],
+  ["--prod", 0],
+  ["--prod", 0],
+  ["--prod --plan --renew a.example.com --deliver a.example.com", 0],
+  ["--prod --accept a.example.com", 0],
+  ["--prod --prune", 0],
+  ["--prod --status", 0],
+  ["--prod --status --offline --json", 0],
+  ["--prod --status --metrics", 0],
+  ["--prod --rollover", 0, { "[y/N]": "y\n" }],
+  ["--prod --revoke a.example.com", 2, { "[y/N]": "n\n" }],
+  ["--prod --revoke a.example.com", 0, { "[y/N]": "y\n" }],
 ];
-const CHECK_CHALLENGES: Shown = ["--check --challenges", 1, /a\.example\.com: http-01/];
 
 Deno.test("at a terminal lematt asks nothing but its own questions, whoever starts it, and however", {
   ignore: !existsSync(SCRIPT),
@@ -125,16 +124,16 @@ Deno.test("at a terminal lematt asks nothing but its own questions, whoever star
     starts("lematt").map(async ([uid, by]) => {
       await using host = await bedFor(uid);
       const { bed } = host;
-      const show = async ([args, code, shown, answers]: Shown) => {
+      const show = async ([args, code, answers = {}]: Command) => {
         const ended = await atTerminal(host, `exec ${by}${host.program}/lematt.ts ${args}`, answers);
         assert.doesNotMatch(ended.seen, /Deno requests/, args);
-        assert.deepEqual(ended.code, code, `${args}: ${ended.seen}`);
-        assert.match(ended.seen, shown, args);
+        assert.equal(ended.code, code, `${args}: ${ended.seen}`);
+        for (const question of Object.keys(answers)) assert(ended.seen.includes(question), ended.seen);
       };
-      for (const shown of COMMANDS) await show(shown);
+      for (const command of COMMANDS) await show(command);
       assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, uid);
       bed.configure({ actions: "" }); // else the prepare command has 30 s to make the name answer
-      await show(CHECK_CHALLENGES);
+      await show(["--check --challenges", 1]);
     }),
   );
 });

@@ -1,7 +1,7 @@
 #!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt --allow-read --allow-write --allow-env --allow-sys=uid,gid
 /**
- * migrate.ts: takes certificates, keys and the account key over from certbot, acme.sh, dehydrated or lego, so that lematt
- * issues nothing anew. Only reads what the other program has. README.md shows how to use it.
+ * migrate.ts: copies certificates, keys and the account key from certbot, acme.sh, dehydrated or lego, so that nothing is
+ * issued again. It changes nothing of the other program. README.md shows how to use it.
  */
 
 import { createPrivateKey } from "node:crypto";
@@ -13,9 +13,9 @@ import { type Certificate, coversExactly, createCsr, isKeyOf, readCertificate } 
 
 const USAGE = `usage, PROGRAM being certbot, acme.sh, dehydrated or lego:
 
-  migrate.ts PROGRAM DIRECTORY               show what is there, and what to write into lematt.conf
+  migrate.ts PROGRAM DIRECTORY               list certificates, and what to write into lematt.conf
   migrate.ts PROGRAM DIRECTORY --domains     print lines for domains
-  migrate.ts PROGRAM DIRECTORY --actions     print sections for actions.conf, which write to where the files are now
+  migrate.ts PROGRAM DIRECTORY --actions     print sections for actions.conf, which write into the existing files
   migrate.ts PROGRAM DIRECTORY --into CONF   copy certificates, keys and the account key into CONF
 
   --ca TEXT    only certificates of CAs whose directory URL contains TEXT
@@ -31,30 +31,29 @@ interface Found {
   readonly keyType: KeyType;
   readonly chainPem: string;
   readonly keyPem: string;
-  /** Directory URL of its CA, where that is known. */
+  /** Directory URL of its CA, if known. */
   readonly ca?: string;
-  /** The directory that answers http-01 at its host, where that is known. */
+  /** The root directory of its web server, if known. */
   readonly webroot?: string;
-  /** How its names are validated, as the other program calls it. */
+  /** How its names are validated, in the words of the other program. */
   readonly validation?: string;
-  /** Where services find it. */
   readonly places: Places;
-  /** What reloads them. */
+  /** The command that reloads services. */
   readonly reload?: string;
 }
 
 /** Paths of the files that services read. */
 interface Places {
   readonly chain?: string;
-  /** The certificate alone. */
+  /** The certificate only. */
   readonly leaf?: string;
-  /** The chain without it. */
+  /** The chain without the certificate. */
   readonly issuers?: string;
   readonly key?: string;
 }
 
 interface Account {
-  /** Directory URL of its CA; of lego's accounts host and port, as `host_port`. */
+  /** Directory URL of its CA; with lego host and port, as `host_port`. */
   readonly ca: string;
   readonly file: string;
 }
@@ -62,15 +61,15 @@ interface Account {
 interface Source {
   readonly found: readonly Found[];
   readonly accounts: readonly Account[];
-  /** The directory that holds challenge files, where that is known. */
+  /** The directory of challenge files, if known. */
   readonly dropDir?: string;
-  /** What only a person can do. */
+  /** What the user has to do. */
   readonly left: readonly string[];
 }
 
 // ---- the programs -----------------------------------------------------------------------------------------------
 
-/** `renewal/NAME.conf` has paths, account and hooks of each certificate; accounts are by host and path of the CA. */
+/** `renewal/NAME.conf` has paths, account and hooks of a certificate; accounts are below host and path of the CA. */
 function certbot(home: string): Source {
   const accounts: Account[] = [];
   const found = list(join(home, "renewal"), ".conf").flatMap((file) => {
@@ -82,7 +81,7 @@ function certbot(home: string): Source {
       accounts.push({ ca: server, file: key });
     }
     const places = { chain: conf.fullchain, leaf: conf.cert, issuers: conf.chain, key: conf.privkey };
-    // where the files are in a copy of the directory
+    // the directory may be a copy
     const root = dirname(dirname(conf.archive_dir!));
     const [chain, privkey] = [conf.fullchain!, conf.privkey!].map((path) => join(home, relative(root, path)));
     return read(chain!, privkey!, basename(file, ".conf"), {
@@ -98,7 +97,7 @@ function certbot(home: string): Source {
     found,
     accounts,
     left: [
-      ...hooks.map((hook) => `${hook} is run by certbot; write what is still needed into update:`),
+      ...hooks.map((hook) => `${hook} is run by certbot; write what you still need into update:`),
       "switch certbot off: systemctl disable --now certbot.timer; its line in /etc/cron.d/certbot, if there is one",
     ],
   };
@@ -133,7 +132,7 @@ function acmeSh(home: string): Source {
   return { found, accounts, left: ["switch acme.sh off: acme.sh --uninstall-cronjob"] };
 }
 
-/** `certs/NAME/` with links to the newest files; `accounts/` by the CA's URL in base64. */
+/** `certs/NAME/` with links to the newest files; `accounts/` has the CA's URL in base64. */
 function dehydrated(home: string): Source {
   const accounts = list(join(home, "accounts")).map((directory) => ({
     ca: atob(basename(directory).replaceAll("-", "+").replaceAll("_", "/")).trim(),
@@ -193,7 +192,7 @@ const PROGRAMS: Record<string, (home: string) => Source> = { certbot, "acme.sh":
 
 // ---- reading ----------------------------------------------------------------------------------------------------
 
-/** The certificate in these files, its primary name being `name` if it has that; none where a file is missing. */
+/** The certificate in these files, if both exist. Its primary name is `name`, if the certificate has it. */
 function read(
   chainFile: string,
   keyFile: string,
@@ -211,14 +210,14 @@ function read(
     console.error(`${keyFile} is not the key of ${chainFile}`);
     return [];
   }
-  // certbot appends -0001 to the name of a second one
+  // certbot appends -0001 to the name of a second certificate
   const primary = [name, name.replace(/-\d{4}$/, "")].find((one) => certificate.names.includes(one)) ??
     certificate.names[0]!;
   const names = [primary, ...certificate.names.filter((one) => one !== primary)];
   return [{ certificate, names, keyType, chainPem, keyPem, ...more }];
 }
 
-/** Lines `key = value`, `key='value'`; what acme.sh has in base64 is decoded, what is empty is left out. */
+/** Lines `key = value` and `key='value'`; base64 of acme.sh is decoded, empty values are left out. */
 function assignments(text: string): Record<string, string | undefined> {
   const found: Record<string, string> = Object.create(null);
   for (const [, key, quoted, plain] of text.matchAll(/^(\w+) ?= ?(?:'(.*)'|(.*))$/gm)) {
@@ -231,7 +230,7 @@ function assignments(text: string): Record<string, string | undefined> {
   return found;
 }
 
-/** Paths of what is in a directory, sorted; none where there is no directory. */
+/** Paths in a directory, sorted; none if it does not exist. */
 function list(directory: string, ending = ""): string[] {
   try {
     return [...Deno.readDirSync(directory)].map(({ name }) => name)
@@ -259,7 +258,7 @@ function domainsText(found: readonly Found[]): string {
   return [...new Set(found.map(({ names }) => `${names.join(" ")}\n`))].join("");
 }
 
-/** Sections that write new certificates to where services read them: one for each way of doing so. */
+/** Sections that write new certificates to where services read them; certificates with the same commands share one. */
 function actionsText(program: string, found: readonly Found[]): string {
   const groups = Map.groupBy(
     found,
@@ -270,7 +269,7 @@ function actionsText(program: string, found: readonly Found[]): string {
     const [first] = group;
     const { keyType } = first!;
     const number = ++numbers[keyType];
-    // a name in several lines would bring the others' certificates here, too
+    // with a name of several lines, all of their certificates would be delivered here
     const lines = new Set(found.map(({ names }) => names.join(" ")));
     const own = (name: string) => [...lines].filter((line) => line.split(" ").includes(name)).length === 1;
     const names = [...new Set(group.flatMap(({ names }) => names))].filter(own);
@@ -290,7 +289,7 @@ function actionsText(program: string, found: readonly Found[]): string {
   }).join("\n");
 }
 
-/** Commands for `uploadEach`: they write into the files that are there, so that owner, mode and links stay. */
+/** Commands for `uploadEach`: they write into the existing files, so that owner, mode and links stay. */
 function commands({ names, places }: Pick<Found, "names" | "places">): string[] {
   const primary = names[0]!;
   const place = (path: string) => {
@@ -317,7 +316,7 @@ function shellWord(path: string): string {
   return /^[\w@%+=:,./-]+$/.test(path) ? path : `'${path.replaceAll("'", `'\\''`)}'`;
 }
 
-/** What is there, and what lematt.conf has to say for it to stay as it is. */
+/** What was found, and the settings of lematt.conf that keep it as it is. */
 function overview({ found, accounts, dropDir, left }: Source): string {
   const specs = found.map(({ certificate }) => certificate.keySpec!);
   const curves = [...new Set(specs.flatMap((spec) => spec.type === "ec" ? [spec.curve] : []))];
@@ -367,30 +366,30 @@ function overview({ found, accounts, dropDir, left }: Source): string {
       ? ["- update: uses certbot's variables RENEWED_…; write names and paths instead"]
       : [],
     ...left.map((text) => `- ${text}`),
-    "- CAA records with accounturi: they stay right if the account key was taken over",
+    "- CAA records with accounturi remain valid if the account key was copied",
     "",
   ].join("\n");
 }
 
-/** lego knows a CA by host and port. */
+/** lego has host and port of a CA, no URL. */
 function isHost(ca: string): boolean {
   return !ca.includes("/");
 }
 
 // ---- copying ----------------------------------------------------------------------------------------------------
 
-/** Puts what was found in the place of what is missing in the configuration directory; the rest stays. */
+/** Copies what is missing in the configuration directory. */
 async function copyInto(path: string, { found, accounts }: Source): Promise<string> {
   const config = loadConfig("prod", path);
   using store = await Store.open(config, new Date());
-  const said: string[] = [];
+  const lines: string[] = [];
   const { host } = new URL(config.directoryUrl);
   const [account] = accounts.filter(({ ca }) => ca === config.directoryUrl || ca === host.replace(":", "_"));
-  if (readIfPresent(config.accountKey) !== undefined) said.push(`kept: ${config.accountKey}`);
-  else if (account === undefined) said.push(`not found: an account at ${config.directoryUrl}`);
+  if (readIfPresent(config.accountKey) !== undefined) lines.push(`kept: ${config.accountKey}`);
+  else if (account === undefined) lines.push(`not found: an account at ${config.directoryUrl}`);
   else {
     await store.createSecret(config.accountKey, accountKeyPem(account.file));
-    said.push(`copied: account key to ${config.accountKey}`);
+    lines.push(`copied: account key to ${config.accountKey}`);
   }
   for (const entry of readInventory(config)) {
     const what = `${entry.line.names.join(" ")} (${entry.keyType})`;
@@ -399,10 +398,10 @@ async function copyInto(path: string, { found, accounts }: Source): Promise<stri
       const { chainPem, keyPem, certificate } = newest;
       const { pem: csrPem } = await createCsr(keyPem, entry.line.names);
       await store.commit(entry, { chainPem, keyPem, csrPem, certificate });
-      said.push(`copied: ${what}`);
-    } else said.push(`${entry.finding.kind === "present" ? "kept" : "not found"}: ${what}`);
+      lines.push(`copied: ${what}`);
+    } else lines.push(`${entry.finding.kind === "present" ? "kept" : "not found"}: ${what}`);
   }
-  return said.map((line) => `${line}\n`).join("");
+  return lines.map((line) => `${line}\n`).join("");
 }
 
 function newestFor({ line, keyType }: Entry, found: readonly Found[]): Found | undefined {
@@ -410,7 +409,7 @@ function newestFor({ line, keyType }: Entry, found: readonly Found[]): Found | u
     .sort((a, b) => b.certificate.notAfter.getTime() - a.certificate.notAfter.getTime())[0];
 }
 
-/** The account key as PEM; certbot has it as a JWK (RFC 7517). */
+/** The account key as PEM; that of certbot is a JWK (RFC 7517). */
 function accountKeyPem(file: string): string {
   const text = Deno.readTextFileSync(file);
   const key = file.endsWith(".json")

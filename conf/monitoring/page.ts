@@ -1,15 +1,15 @@
 #!/usr/bin/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt --no-config
 
 /**
- * One HTML page of a status, for people:
+ * Makes one HTML page of a status:
  *
  *     lematt.ts --prod --status --json | page.ts >status.html
  *
- * It needs no permissions, and the page needs nothing but itself. What is shown may come from servers and commands: it is
- * escaped as it is put in, and a Content-Security-Policy lets the page load and run nothing else.
+ * It needs no permissions, and the page loads nothing else. Texts may come from servers and commands: all are escaped, and a
+ * Content-Security-Policy lets the page load and run nothing else.
  */
 
-/** What is shown of the document; status.schema.json describes all of it. */
+/** The parts of the document that are shown; status.schema.json describes all of it. */
 export interface Status {
   readonly version: number;
   readonly command: string;
@@ -75,14 +75,14 @@ interface Problem {
 
 // ---- text -------------------------------------------------------------------------------------------------
 
-/** Text that is markup already. */
+/** Text that is not escaped. */
 class Markup {
   constructor(readonly text: string) {}
 }
 
 type Part = Markup | string | number | undefined | readonly Part[];
 
-/** Markup with values put in; whatever is not markup itself is escaped. It is well-formed XML, too. */
+/** Markup with values inserted; values are escaped unless they are markup. The result is well-formed XML, too. */
 function markup(texts: TemplateStringsArray, ...parts: readonly Part[]): Markup {
   return new Markup(texts.map((text, index) => text + textOf(parts[index])).join(""));
 }
@@ -92,7 +92,7 @@ function textOf(part: Part): string {
   return typeof part === "object" ? part.map(textOf).join("") : escaped(String(part ?? ""));
 }
 
-/** Control characters, and those that turn the direction of writing, are replaced. */
+/** Control characters, and those that change the direction of writing, are replaced. */
 function escaped(text: string): string {
   return text.toWellFormed()
     // deno-lint-ignore no-control-regex
@@ -127,7 +127,7 @@ function momentOf(text: string | undefined): number {
   return text === undefined ? -Infinity : Date.parse(text);
 }
 
-/** Each once, without those that are empty. */
+/** Each value once, without empty ones. */
 function list(values: readonly (string | undefined)[], separator = ", "): string {
   return [...new Set(values)].filter((value) => value !== undefined && value !== "").join(separator);
 }
@@ -138,7 +138,7 @@ function some(names: readonly string[], most: number): string {
   return names.slice(0, most).join(", ") + (more > 0 ? ` and ${number(more)} more` : "");
 }
 
-/** The first rows; the others behind a click, where they are worth one. */
+/** The first rows; the others are hidden until a click, if there are many. */
 function folded(rows: readonly Markup[], most: number, thing: string): Markup {
   const hidden = rows.length - most;
   if (hidden <= most / 4) return markup`${rows}`;
@@ -201,7 +201,7 @@ function section(id: string, title: string, size: number, content: Markup): Mark
 ${content}</section>`;
 }
 
-/** A few facts, each a link to where the rest of it is. */
+/** A few facts, each a link to its section. */
 function figures(status: Status, places: readonly Place[], now: number): Markup[] {
   const { certificates, endpoints, pending, runs } = status;
   const all: Markup[] = [];
@@ -255,14 +255,14 @@ function problemList(problems: readonly Problem[]): Markup {
 
 // ---- certificates -----------------------------------------------------------------------------------------
 
-/** The time that is drawn, from left to right. */
+/** The time axis, from left to right. */
 interface Axis {
   readonly start: number;
   readonly now: number;
   readonly end: number;
 }
 
-/** As far back and ahead as nine certificates in ten reach; the others are cut off at the edge. */
+/** As far back and ahead as nine of ten certificates reach; the others are cut off. */
 function axisOf(certificates: readonly Certificate[], now: number): Axis {
   const reach = (distances: readonly number[]) => {
     const sorted = distances.filter((distance) => distance > 0 && distance < Infinity).sort((a, b) => a - b);
@@ -281,7 +281,7 @@ function placeOf(moment: number, { start, end }: Axis): number {
   return Math.round(Math.min(1, Math.max(0, part)) * 10_000) / 100;
 }
 
-/** Some six moments to mark: days, months or years. */
+/** About six marks: days, months or years. */
 function ticksOf({ start, end }: Axis): { moment: number; label: string }[] {
   const ticks: { moment: number; label: string }[] = [];
   const add = (moment: number, options: Intl.DateTimeFormatOptions) => {
@@ -304,7 +304,7 @@ function ticksOf({ start, end }: Axis): { moment: number; label: string }[] {
   return ticks;
 }
 
-/** A line for each of them, and one for now, that go on behind all rows. */
+/** A vertical line for each mark and for now, behind all rows. */
 function gridOf(axis: Axis): string {
   const line = (color: string, moment: number) =>
     `linear-gradient(var(--${color}), var(--${color})) ${placeOf(moment, axis)}% 0 / 1px 100% no-repeat`;
@@ -312,7 +312,7 @@ function gridOf(axis: Axis): string {
   return `.time { background: ${lines.join(", ")}; }\n`;
 }
 
-/** `warn`: due for renewal, or there is none; `bad`: less than a tenth of its life left. */
+/** `warn`: due for renewal, or missing; `bad`: less than a tenth of its life left. */
 function stateOf({ notBefore, notAfter, renewAt }: Certificate, now: number): "bad" | "warn" | "fine" {
   if (notBefore === undefined || notAfter === undefined) return "warn";
   const [start, end] = [Date.parse(notBefore), Date.parse(notAfter)];
@@ -323,7 +323,7 @@ function stateOf({ notBefore, notAfter, renewAt }: Certificate, now: number): "b
 /** How many lines are shown before a click. */
 const MOST_LINES = 40;
 
-/** The certificates of a line side by side. First those that are late, then by the time that is left. */
+/** The certificates of a line in one row. First those that are late, then by remaining lifetime. */
 function certificateList(certificates: readonly Certificate[], axis: Axis): Markup {
   const rank = (one: Certificate) => ["bad", "warn", "fine"].indexOf(stateOf(one, axis.now));
   const order = (a: Certificate, b: Certificate) =>
@@ -355,7 +355,7 @@ ${lines.length > MOST_LINES ? overview(certificates, lines.length, axis) : ""}${
 `;
 }
 
-/** Where there are many: how many are due on which day. */
+/** If there are many: how many are due on which day. */
 function overview(certificates: readonly Certificate[], lines: number, axis: Axis): Markup {
   const dated = certificates.filter(({ renewAt }) => renewAt !== undefined);
   const days = Map.groupBy(dated, ({ renewAt }) => Math.floor(Math.max(axis.now, momentOf(renewAt)) / DAY));
@@ -404,7 +404,7 @@ function expiry(notAfter: string | undefined, unknown: string, now: number): Mar
   }</b> <small>${dayOf(notAfter ?? "")}</small></span>`;
 }
 
-/** A life in three parts: used, until it is due, until it expires. */
+/** A lifetime in three parts: used, until it is due, until it expires. */
 function bar({ notBefore, notAfter, renewAt }: Certificate, y: number, axis: Axis): Markup[] {
   const [start, end] = [momentOf(notBefore), momentOf(notAfter)];
   const due = Math.min(end, Math.max(axis.now, momentOf(renewAt)));
@@ -426,18 +426,18 @@ function bar({ notBefore, notAfter, renewAt }: Certificate, y: number, axis: Axi
 interface Place {
   readonly endpoints: readonly Endpoint[];
   readonly isRight: boolean;
-  /** When the first certificate expires that it serves. */
+  /** When the first of the certificates that it serves expires. */
   readonly until?: string;
 }
 
-/** What is right, in short. */
+/** Short texts for the states that are right. */
 const RIGHT: ReadonlyMap<string, string> = new Map([
   ["current", "the newest certificate"],
   ["answers", "finishes the handshake"],
   ["passed over", "not probed, no route from here"],
 ]);
 
-/** Those that are not right first, then by the time that is left. */
+/** First those that are not right, then by remaining lifetime. */
 function placesOf(endpoints: readonly Endpoint[]): Place[] {
   const places = [...Map.groupBy(endpoints, ({ endpoint }) => endpoint).values()].map((endpoints) => {
     const dates = endpoints.flatMap(({ addresses }) => addresses.map(({ notAfter }) => notAfter));
@@ -676,7 +676,7 @@ footer { margin-top: 4rem; }
 }
 `;
 
-/** The age of the page, since one that is no longer written says for ever that all is well; and a filter. */
+/** The age of the page, since an old page may show that all is well; and a filter. */
 const SCRIPT = `
 const written = Date.parse(document.documentElement.dataset.at);
 function showAge() {
@@ -710,7 +710,7 @@ if (import.meta.main) {
   try {
     status = JSON.parse(text) ?? {};
   } catch {
-    // nor is it a status
+    // not a status either
   }
   if (status.command === "status" && status.version === 1) {
     await new Blob([await page(status as Status)]).stream().pipeTo(Deno.stdout.writable);

@@ -144,21 +144,6 @@ Deno.test("--test shares a key beside which this user can write nothing", async 
   assert.deepEqual([bed.ca.accounts.length, [...Deno.readDirSync(directory)].length], [1, 1]);
 });
 
-Deno.test("a key that cannot be used is an error in one line, which does not show it", async () => {
-  await using bed = await bedFor();
-  const der = Buffer.from(newKey().replace(/-----.*?-----/g, ""), "base64");
-  der[29] = 0x31; // its header is right, so that the configuration is accepted
-  const text = `-----BEGIN PRIVATE KEY-----\n${der.toString("base64")}\n-----END PRIVATE KEY-----\n`;
-  await Deno.writeTextFile(bed.path("account.key.test"), text, { mode: 0o600 });
-  const { code, stderr } = await bed.run();
-  assert.equal(code, 1);
-  assert.match(
-    stderr,
-    /cannot read the account key: no RSA or EC key in .*account\.key\.test that can be used/,
-  );
-  assert.ok(!stderr.includes(der.toString("base64", 36, 60)));
-});
-
 Deno.test("an account that the CA has forgotten is registered anew, once, though many lines meet its loss", async () => {
   await using bed = await bedFor("contact: new@example.com");
   await issue(bed);
@@ -246,25 +231,6 @@ Deno.test("where the CA has changed the key and the answer is lost, --rollover f
     assert.deepEqual([await issue(bed), keyFiles(bed)], [NOTHING, ONE_KEY]);
     only(bed.ca);
   }
-});
-
-Deno.test("where the CA has changed the key and is gone then, the next run finds out", async () => {
-  await using bed = await bedFor();
-  await issue(bed);
-  let changed = false;
-  bed.ca.switches.fault = ({ resource }) => {
-    const gone: Fault = { kind: "status", status: 503 };
-    if (changed) return gone;
-    changed = resource === "keyChange";
-    return changed ? { kind: "after", fault: gone } : undefined;
-  };
-  await assert.rejects(roll(bed), { name: "AcmeError" });
-  assert.deepEqual(keyFiles(bed), PENDING);
-  bed.ca.switches.fault = undefined;
-  discard(bed);
-  assert.equal((await bed.run()).code, 0);
-  only(bed.ca);
-  assert.deepEqual(keyFiles(bed), ONE_KEY);
 });
 
 const SILENT: Fault = { kind: "silence" };

@@ -3,7 +3,6 @@
  * URLs from the name under which it is asked.
  */
 
-import { request } from "node:https";
 import { listenerCertificate } from "./ca-x509.ts";
 
 /** An answer on its way. */
@@ -31,45 +30,29 @@ export function startRelay(
   change: (path: string, ask: () => Promise<Answer>) => Promise<Answer>,
 ): Relay {
   const { root, certificate, key } = listenerCertificate();
+  const client = Deno.createHttpClient({ caCerts: [ca], allowHost: true, http2: false });
   const server = Deno.serve(
     { hostname: "127.0.0.1", port: 0, cert: certificate, key, onListen: () => {} },
-    async (incoming) => {
-      const body = new Uint8Array(await incoming.arrayBuffer());
-      const { pathname } = new URL(incoming.url);
+    async ({ method, url, headers, body }) => {
+      const { pathname, search } = new URL(url);
+      const sent = method === "POST" ? await new Response(body).arrayBuffer() : undefined;
       const host = `127.0.0.1:${server.addr.port}`;
-      const { status, headers, body: text } = await change(pathname, () => ask(incoming, body, host));
-      return new Response(text === "" ? null : text, { status, headers });
+      const ask = async () => {
+        const init = { client, method, headers: { ...Object.fromEntries(headers), host }, body: sent };
+        const answer = await fetch(origin + pathname + search, { ...init, redirect: "manual" });
+        const { "content-length": _, ...passed } = Object.fromEntries(answer.headers);
+        return { status: answer.status, headers: passed, body: await answer.text() };
+      };
+      const { status, headers: changed, body: text } = await change(pathname, ask);
+      return new Response(text === "" ? null : text, { status, headers: changed });
     },
   );
-  const ask = (incoming: Request, body: Uint8Array, host: string) =>
-    new Promise<Answer>((resolve, reject) => {
-      const { pathname, search } = new URL(incoming.url);
-      const headers = { ...Object.fromEntries(incoming.headers), host };
-      const outgoing = request(
-        origin + pathname + search,
-        { method: incoming.method, headers, ca },
-        (answer) => {
-          const chunks: Uint8Array[] = [];
-          answer.on("data", (chunk) => chunks.push(chunk));
-          answer.on("error", reject);
-          answer.on("end", () => {
-            const passed = Object.entries(answer.headers).filter(([name]) =>
-              !["connection", "content-length", "transfer-encoding"].includes(name)
-            );
-            resolve({
-              status: answer.statusCode!,
-              headers: Object.fromEntries(passed.map(([name, value]) => [name, [value].flat().join(", ")])),
-              body: Buffer.concat(chunks).toString(),
-            });
-          });
-        },
-      );
-      outgoing.on("error", reject);
-      outgoing.end(body);
-    });
   return {
     origin: `https://127.0.0.1:${server.addr.port}`,
     root,
-    [Symbol.asyncDispose]: () => server.shutdown(),
+    async [Symbol.asyncDispose]() {
+      await server.shutdown();
+      client.close();
+    },
   };
 }

@@ -21,7 +21,11 @@ const lematt = (...args: string[]) => output([...LEMATT, ...args], { cwd: "/" })
 
 /** A bed with EC certificates only; HERE in its actions is its home directory. */
 async function bedOf(domains: string, actions = "", fault?: () => Fault | undefined): Promise<Bed> {
-  const bed = await testBed({ domains, settings: "keyTypes: ec\nari: no\npreflight: no", ca: { fault } });
+  const bed = await testBed({
+    domains,
+    settings: "keyTypes: ec\nari: no\npreflight: no\ncommandTimeout: 30",
+    ca: { fault },
+  });
   bed.act(actions);
   return bed;
 }

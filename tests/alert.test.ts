@@ -11,17 +11,9 @@ const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const AS_ROOT = { ignore: Deno.uid() !== 0 };
 const NEEDS_NGINX = { ignore: which("nginx") === undefined };
 
-/** A bed with EC certificates, whose CA refuses the names that are put into `refused`. */
-async function bedOf(domains: string, actions: string, settings = "") {
-  const refused = new Set<string>();
-  const bed = await testBed({
-    domains,
-    settings: `keyTypes: ec\nari: no\n${settings}`,
-    ca: { reject: (name) => refused.has(name) ? "not this one" : undefined },
-  });
-  bed.act(actions);
-  return Object.assign(bed, { refused });
-}
+/** A bed with EC certificates only. */
+const bedOf = (domains: string, actions: string, settings = "") =>
+  testBed({ domains, actions, settings: `keyTypes: ec\nari: no\n${settings}` });
 
 /** Writes subject and names of an alert, then its text, into HERE/alerts. */
 const ALERT = `alert: ["{ echo 'SUBJECT (DOMAINS_ALL)'; cat; } >> HERE/alerts"]`;

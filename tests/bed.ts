@@ -58,13 +58,18 @@ export interface Ran extends Ended {
   readonly requests: readonly LogEntry[];
 }
 
-/** Writes the configuration and starts the servers; `ca` are switches of the CA. */
-export async function testBed({ ca = {}, ...texts }: Texts & { ca?: Switches }): Promise<Bed> {
+/** Writes the configuration and starts the servers; `ca` are switches of the CA. HERE in actions is the bed's home. */
+export async function testBed(
+  { ca = {}, actions = "", ...texts }: Texts & { ca?: Switches } = {},
+): Promise<Bed> {
   const home = await Deno.makeTempDir({ prefix: "lematt-bed-" });
   for (const name of ["conf", "drop"]) await Deno.mkdir(join(home, name));
   const web = startWebroot(join(home, "drop"));
-  const bed = new Bed(home, web, await startCa({ httpPort: web.port, ...ca }));
-  bed.configure({ domains: "", actions: "", settings: "", ...texts });
+  const refused = new Set<string>();
+  const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
+  const bed = new Bed(home, web, await startCa({ httpPort: web.port, reject, ...ca }), refused);
+  bed.configure({ domains: "", settings: "", ...texts });
+  bed.act(actions);
   return bed;
 }
 
@@ -76,7 +81,13 @@ export class Bed implements AsyncDisposable {
   readonly #http: Deno.HttpClient;
   readonly #children: Deno.ChildProcess[] = [];
 
-  constructor(readonly home: string, readonly web: Webroot, readonly ca: Ca) {
+  constructor(
+    readonly home: string,
+    readonly web: Webroot,
+    readonly ca: Ca,
+    /** Names that the CA refuses to issue for; a test changes them. */
+    readonly refused: Set<string>,
+  ) {
     this.conf = join(home, "conf");
     this.drop = join(home, "drop");
     this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });

@@ -12,14 +12,13 @@ import { type Exchange, startWebroot, type Switches } from "./ca.ts";
 const NAME = "example.com";
 
 /** A bed for one EC certificate of NAME; `prepare` are commands, in which HERE is the bed's home. */
-async function bedFor(
-  ca: Switches = {},
-  { prepare = [] as string[], settings = "", domains = NAME } = {},
-): Promise<Bed> {
-  const bed = await testBed({ domains, settings: `keyTypes: ec\n${settings}`, ca });
-  bed.act(`[default]\nprepare: ${JSON.stringify(prepare)}`);
-  return bed;
-}
+const bedFor = (ca: Switches = {}, { prepare = [] as string[], settings = "", domains = NAME } = {}) =>
+  testBed({
+    domains,
+    settings: `keyTypes: ec\n${settings}`,
+    actions: `[default]\nprepare: ${JSON.stringify(prepare)}`,
+    ca,
+  });
 
 /** Does something when a resource is asked for, the first time, before the CA takes notice. */
 function when(resource: Exchange["resource"], act: () => void): NonNullable<Switches["fault"]> {

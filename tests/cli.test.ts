@@ -19,16 +19,14 @@ function output([program, ...args]: readonly string[], options: Deno.CommandOpti
 /** Runs lematt.ts with exactly these arguments, away from any configuration. */
 const lematt = (...args: string[]) => output([...LEMATT, ...args], { cwd: "/" });
 
-/** A bed with EC certificates only; HERE in its actions is its home directory. */
-async function bedOf(domains: string, actions = "", fault?: () => Fault | undefined): Promise<Bed> {
-  const bed = await testBed({
+/** A bed with EC certificates only. */
+const bedOf = (domains: string, actions = "", fault?: () => Fault | undefined) =>
+  testBed({
     domains,
+    actions,
     settings: "keyTypes: ec\nari: no\npreflight: no\ncommandTimeout: 30",
     ca: { fault },
   });
-  bed.act(actions);
-  return bed;
-}
 
 /** The names in a directory, or none where it is not there. */
 function listing(path: string): string[] {

@@ -9,12 +9,9 @@ import { all, type Bed, testBed, until } from "./bed.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 
-/** A bed with EC certificates unless `settings` say otherwise; HERE in its actions is its home directory. */
-async function bedOf(domains: string, actions: string, settings = "keyTypes: ec"): Promise<Bed> {
-  const bed = await testBed({ domains, settings: `commandTimeout: 10\nari: no\n${settings}` });
-  bed.act(actions);
-  return bed;
-}
+/** A bed with EC certificates unless `settings` say otherwise. */
+const bedOf = (domains: string, actions: string, settings = "keyTypes: ec") =>
+  testBed({ domains, actions, settings: `commandTimeout: 10\nari: no\n${settings}` });
 
 async function makeFifo(bed: Bed): Promise<void> {
   await new Deno.Command("mkfifo", { args: [join(bed.home, "fifo")] }).output();

@@ -14,14 +14,10 @@ import { which } from "./bench-measure.ts";
 
 const DAY = 86_400_000;
 
-/** A bed in which bad.example.com is refused, and in which anything can be found wrong. */
+/** A bed in which bad.example.com is refused. */
 async function bedOf(domains: string, actions = "", settings = "") {
-  const bed = await testBed({
-    domains,
-    settings: `keyTypes: ec\nari: no\n${settings}`,
-    ca: { reject: (name) => name.startsWith("bad.") ? "not this one" : undefined },
-  });
-  bed.act(actions);
+  const bed = await testBed({ domains, actions, settings: `keyTypes: ec\nari: no\n${settings}` });
+  bed.refused.add("bad.example.com");
   return bed;
 }
 

@@ -10,14 +10,9 @@ import type { Switches } from "./ca.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 
-/** A bed with EC certificates only, in which the CA refuses the names that are put into `refused`. */
-async function bedOf(domains: string, switches: Switches = {}, actions = "") {
-  const refused = new Set<string>();
-  const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
-  const bed = await testBed({ domains, settings: "keyTypes: ec\nari: no", ca: { reject, ...switches } });
-  bed.act(actions);
-  return Object.assign(bed, { refused });
-}
+/** A bed with EC certificates only. */
+const bedOf = (domains: string, ca: Switches = {}, actions = "") =>
+  testBed({ domains, settings: "keyTypes: ec\nari: no", ca, actions });
 
 const ordersOf = ({ requests }: Ran) => requests.filter(({ resource }) => resource === "newOrder").length;
 const certOf = (bed: Bed, stem: string) =>

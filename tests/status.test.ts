@@ -11,20 +11,15 @@ import { freePort } from "./tls.ts";
 
 const HOUR = 3_600_000, DAY = 24 * HOUR;
 
-async function bedOf(domains: string, actions = "", settings = "") {
-  const refused = new Set<string>();
-  const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
-  const bed = await testBed({ domains, settings: `keyTypes: ec\nari: no\n${settings}`, ca: { reject } });
-  bed.act(actions);
-  return Object.assign(bed, { refused });
-}
+const bedOf = (domains: string, actions = "", settings = "") =>
+  testBed({ domains, actions, settings: `keyTypes: ec\nari: no\n${settings}` });
 
 const statusOf = (bed: Bed, offline = true) => status(bed.config("prod"), offline, bed.world(), () => {});
 
 // ---- problems and exit status ----------------------------------------------------------------------------
 
 Deno.test("status exits with 1 where there is a problem, and a renewal that is merely due is none", async () => {
-  type Arrange = (bed: Awaited<ReturnType<typeof bedOf>>) => Promise<unknown>;
+  type Arrange = (bed: Bed) => Promise<unknown>;
   const run = (bed: Bed) => bed.run({ mode: "prod" });
   const table: [what: string, arrange: Arrange, code: 0 | 1, shown: RegExp][] = [
     ["nothing was run yet", () => Promise.resolve(), 0, /no full run yet/],

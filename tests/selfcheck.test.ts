@@ -6,6 +6,7 @@ import { type Route, systemContext } from "../lib/context.ts";
 import { checkFile } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
 import { certify, createAuthority } from "./ca-x509.ts";
+import { freePort } from "./tls.ts";
 
 const PATH = "/.well-known/acme-challenge/token";
 const EXPECTED = "token.thumbprint";
@@ -70,13 +71,6 @@ function serveBytes(bytes?: Uint8Array<ArrayBuffer>) {
       for (const connection of open) connection.close();
     },
   };
-}
-
-/** A port of `hostname` where nobody listens. */
-async function closedPort(hostname = "127.0.0.1") {
-  const server = serve(right, { hostname });
-  await server[Symbol.asyncDispose]();
-  return server.port;
 }
 
 Deno.test("the right answer is right, under the Host of the name, with or without space at its end", async () => {
@@ -157,7 +151,7 @@ Deno.test("a redirect leads only where a CA follows: http and https at their own
 // ---- connections -------------------------------------------------------------------------------------------------
 
 Deno.test("what cannot be reached, breaks off or is no HTTP is reported with its reason", async () => {
-  const refused = await faultOf(all(await closedPort()));
+  const refused = await faultOf(all(freePort()));
   assert.match(refused!, /^http:\S+ at 127\.0\.0\.1: .*refused.*; .*preflight: warn$/i);
   const short = `HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n${EXPECTED}`;
   for (const text of ["", "SSH-2.0-OpenSSH_9.2\r\n", short]) {
@@ -193,7 +187,7 @@ Deno.test("every address must show the challenge, since the CA may choose any", 
   await using four = serve(right);
   await using six = serve(right, { hostname: "::1" });
   await using wrong = serve(() => new Response("default page"), { hostname: "::1" });
-  const [closed4, closed6] = [await closedPort(), await closedPort("::1")];
+  const [closed4, closed6] = [freePort(), freePort("::1")];
   const table: [[address: string, port: number][], fault: RegExp][] = [
     [[["127.0.0.1", four.port], ["::1", six.port]], /^$/],
     [[["::1", six.port]], /^$/],

@@ -32,9 +32,10 @@ export async function makeCertificate(
 }
 
 /** A port that nobody listens on, of those that the system does not give to connections and servers by itself. */
+/** A port below those that the system gives out, so that nothing else that starts meanwhile gets it. */
 export function freePort(hostname = "127.0.0.1"): number {
   for (;;) {
-    const port = 10_000 + Math.floor(Math.random() * 22_000);
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
     try {
       Deno.listen({ hostname, port }).close();
       return port;

@@ -119,7 +119,8 @@ function identifierOf(name: string): { type: "dns" | "ip"; value: string } {
 
 /** The client of one CA, for one account. */
 export class AcmeClient {
-  #account: Account | undefined;
+  /** Signs requests; set before the first that needs it. */
+  account!: Account;
 
   private constructor(private readonly session: Session, readonly directory: Directory) {}
 
@@ -149,16 +150,6 @@ export class AcmeClient {
     };
     session.use(urls.newNonce, [directoryUrl, ...Object.values(urls).filter((url) => url !== undefined)]);
     return new AcmeClient(session, { ...urls, ...metadata(body.meta) });
-  }
-
-  /** The account that signs requests. */
-  get account(): Account {
-    if (this.#account === undefined) throw new Error("no account yet");
-    return this.#account;
-  }
-
-  set account(account: Account) {
-    this.#account = account;
   }
 
   /** See Session. */

@@ -65,11 +65,40 @@ export function parseIni(text: string, fallbacks: Readonly<Record<string, string
     defaults.entries.set(entry.key, entry);
   }
 
+  const beginSection = (name: string, line: number): Section => {
+    if (name === defaults.name) return defaults = { ...defaults, line: defaults.line || line };
+    const section = newSection(name, line);
+    sections.push(section);
+    const before = first.get(name);
+    if (before === undefined) first.set(name, line);
+    else {
+      const hint = "give each section a name of its own";
+      problem(line, `second section [${printable(name)}], the first is in line ${before}`, hint);
+    }
+    return section;
+  };
+
+  /** Reads `key: value`. Returns the entry that an indented next line would continue. */
+  const readEntry = (content: string, line: number, section: Section, last?: Entry): Entry | undefined => {
+    const delimiter = content.search(/[=:]/);
+    if (delimiter < 0) {
+      const hint = last && `indent it if it continues ${keyText(last.spelling)} of line ${last.line}`;
+      problem(line, `neither a [section] nor a "key: value"`, hint);
+      return last;
+    }
+    const spelling = strip(content.slice(0, delimiter));
+    if (!spelling) return void problem(line, `no key before the "${content[delimiter]}"`);
+    const entry = newEntry(spelling, line, strip(content.slice(delimiter + 1)));
+    const before = section.entries.get(entry.key)?.line;
+    if (before) problem(line, `second ${keyText(spelling)} in one section, the first is in line ${before}`);
+    else section.entries.set(entry.key, entry);
+    return entry;
+  };
+
   let section: Section | undefined;
-  let entry: Entry | undefined; // the value that an indented line would continue
+  let entry: Entry | undefined;
   let indent = 0;
   let headless = false;
-
   text.replace(/^\ufeff/, "").split(/\r\n|\r|\n/).forEach((full, index) => {
     const line = index + 1;
     const content = strip(full);
@@ -81,47 +110,16 @@ export function parseIni(text: string, fallbacks: Readonly<Record<string, string
       return;
     }
     indent = depth;
-
     const close = content.startsWith("[") ? content.lastIndexOf("]") : -1;
     if (close > 1) {
-      const name = content.slice(1, close);
+      section = beginSection(content.slice(1, close), line);
       entry = undefined;
-      if (name === defaults.name) {
-        section = defaults = { ...defaults, line: defaults.line || line };
-        return;
-      }
-      section = newSection(name, line);
-      sections.push(section);
-      const before = first.get(name);
-      if (before === undefined) first.set(name, line);
-      else {
-        const hint = "give each section a name of its own";
-        problem(line, `second section [${printable(name)}], the first is in line ${before}`, hint);
-      }
-      return;
-    }
-    if (!section) {
+    } else if (section) {
+      entry = readEntry(content, line, section, entry);
+    } else {
       if (!headless) problem(line, "text before any [section]", "put its [section] in a line above");
       headless = true;
-      return;
     }
-
-    const delimiter = content.search(/[=:]/);
-    if (delimiter < 0) {
-      const hint = entry && `indent it if it continues ${keyText(entry.spelling)} of line ${entry.line}`;
-      problem(line, `neither a [section] nor a "key: value"`, hint);
-      return;
-    }
-    const spelling = strip(content.slice(0, delimiter));
-    if (!spelling) {
-      problem(line, `no key before the "${content[delimiter]}"`);
-      entry = undefined;
-      return;
-    }
-    entry = newEntry(spelling, line, strip(content.slice(delimiter + 1)));
-    const before = section.entries.get(entry.key)?.line;
-    if (before) problem(line, `second ${keyText(spelling)} in one section, the first is in line ${before}`);
-    else section.entries.set(entry.key, entry);
   });
 
   for (const { entries } of [defaults, ...sections]) {

@@ -1,8 +1,7 @@
 /** Renewal information (RFC 9773): asks the CA when certificates should be renewed. renewal.ts decides. */
 
-import type { CaAccount } from "./account.ts";
+import type { AccountOptions, CaAccount } from "./account.ts";
 import type { AcmeClient } from "./acme.ts";
-import type { Config } from "./config.ts";
 import { type Context, limit } from "./context.ts";
 import { AcmeError, isProblem, messageOf } from "./http.ts";
 import type { Entry, Store } from "./store.ts";
@@ -23,12 +22,7 @@ export function certificateIdOf({ finding }: Entry): string | undefined {
 export async function askRenewalWindows(
   inventory: readonly Entry[],
   account: CaAccount,
-  { config, store, context, parallel }: {
-    readonly config: Config;
-    readonly store: Store;
-    readonly context: Context;
-    readonly parallel: number;
-  },
+  { config, store, context, parallel }: AccountOptions,
 ): Promise<void> {
   const { state } = store;
   const now = context.now();

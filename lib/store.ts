@@ -339,10 +339,10 @@ export class Store implements Disposable {
   /** Makes the directories, takes the lock, repairs what an interrupted run left. Throws LockedError and StateError. */
   static async open(config: Config, now: Date): Promise<Store> {
     const { base, mode } = config;
-    makeDirectory(base, 0o755, ownerOf(config.directory));
+    makeDirectory(base, 0o755, Deno.statSync(config.directory));
     const lock = await takeLock(join(base, ".lock"), mode);
     try {
-      const owner = ownerOf(base);
+      const owner = Deno.statSync(base);
       giveTo(join(base, ".lock"), owner);
       makeDirectory(join(base, "key"), 0o700, owner);
       for (const name of ["csr", "cert"]) makeDirectory(join(base, name), 0o755, owner);
@@ -540,7 +540,7 @@ export class Store implements Disposable {
     const isSecret = mode === 0o600;
     const kept = before === undefined ? mode : before.mode! & (isSecret ? 0o770 : 0o777);
     using file = await Deno.open(temporary, { write: true, createNew: true, mode: kept });
-    const isSameGroup = giveTo(temporary, before ?? ownerOf(dirname(path)));
+    const isSameGroup = giveTo(temporary, before ?? Deno.statSync(dirname(path)));
     setMode(temporary, isSecret && !isSameGroup ? kept & 0o700 : kept); // while it is still incomplete
     try {
       const bytes = new TextEncoder().encode(text);
@@ -557,7 +557,7 @@ export class Store implements Disposable {
     const temporary = temporaryOf(path, this.config);
     removeIfPresent(temporary);
     Deno.symlinkSync(target, temporary);
-    giveTo(temporary, ownerOf(dirname(path)));
+    giveTo(temporary, Deno.statSync(dirname(path)));
     Deno.renameSync(temporary, path);
   }
 
@@ -630,15 +630,7 @@ async function takeLock(path: string, mode: string): Promise<Deno.FsFile> {
   }
 }
 
-interface Owner {
-  readonly uid: number | null;
-  readonly gid: number | null;
-}
-
-function ownerOf(path: string): Owner {
-  const { uid, gid } = Deno.statSync(path);
-  return { uid, gid };
-}
+type Owner = Pick<Deno.FileInfo, "uid" | "gid">;
 
 /** Root gives a new file to `owner`; other users give it to the group only. False if they may not. */
 function giveTo(path: string, owner: Owner): boolean {
@@ -664,7 +656,7 @@ function setMode(path: string, mode: number): void {
 function makeDirectories(path: string): void {
   if (exists(path)) return;
   makeDirectories(dirname(path));
-  makeDirectory(path, 0o700, ownerOf(dirname(path)));
+  makeDirectory(path, 0o700, Deno.statSync(dirname(path)));
 }
 
 /** Makes a directory with exactly this mode; leaves an existing one as it is. */

@@ -8,7 +8,6 @@
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
 
-import type { KeyObject } from "node:crypto";
 import defer * as nodeCrypto from "node:crypto";
 import { limit } from "./context.ts";
 import { isIP, toIPv6 } from "./names.ts";
@@ -428,7 +427,7 @@ async function makeKey(spec: KeySpec): Promise<string> {
 }
 
 /** A private key in any of the three formats as a pair for WebCrypto, and the digest to sign with. */
-async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; hash: string }> {
+function cryptoKeys(keyPem: string): { keys: CryptoKeyPair; hash: string } {
   const key = nodeCrypto.createPrivateKey(keyPem);
   const curve = CURVES.find(({ names: [name] }) => name === key.asymmetricKeyDetails?.namedCurve);
   if (key.asymmetricKeyType !== "rsa" && curve === undefined) throw new Error("neither an RSA nor an EC key");
@@ -436,18 +435,8 @@ async function importKeyPair(keyPem: string): Promise<{ keys: CryptoKeyPair; has
   const algorithm = curve === undefined
     ? { name: "RSASSA-PKCS1-v1_5", hash }
     : { name: "ECDSA", namedCurve: curve.curve };
-  const half = (kind: "pkcs8" | "spki", from: KeyObject, usage: KeyUsage) =>
-    crypto.subtle.importKey(
-      kind,
-      Uint8Array.from(from.export({ type: kind, format: "der" } as never) as unknown as Uint8Array),
-      algorithm,
-      true,
-      [usage],
-    );
-  const [privateKey, publicKey] = await Promise.all([
-    half("pkcs8", key, "sign"),
-    half("spki", nodeCrypto.createPublicKey(key), "verify"),
-  ]);
+  const privateKey = key.toCryptoKey(algorithm, true, ["sign"]);
+  const publicKey = nodeCrypto.createPublicKey(key).toCryptoKey(algorithm, true, ["verify"]);
   return { keys: { privateKey, publicKey }, hash };
 }
 
@@ -461,7 +450,7 @@ export async function createCsr(
 ): Promise<{ der: Uint8Array; pem: string }> {
   await import("reflect-metadata");
   const x509 = await import("@peculiar/x509");
-  const { keys, hash } = await importKeyPair(keyPem);
+  const { keys, hash } = cryptoKeys(keyPem);
   const alternativeNames = names.map((value) => ({
     type: isIP(value) ? "ip" as const : "dns" as const,
     value,

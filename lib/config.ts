@@ -13,7 +13,6 @@ import {
   type ChallengeType,
   checkUnknown,
   closest,
-  type Endpoint,
   type KeyType,
   type Mode,
   type Notes,
@@ -103,7 +102,9 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const { settings, missing } = readSettings(sources[0]);
   const { sections, named } = readActions(sources[2], settings);
   const lines = assign(readDomains(sources[1], path === undefined), sections, sources[1], settings);
-  checkSections(sections, named, lines, sources[2]);
+  checkNames(named, lines, sources[2]);
+  checkVerify(sections, lines, sources[2]);
+  checkPrepare(sections, lines, sources[2]);
   const isHttp = (name: string) => challengeOf({ sections }, name) === "http-01";
   const name = lines.flatMap(({ names }) => names).find(isHttp);
   const served = `http://${name}/.well-known/acme-challenge/`; // RFC 8555 §8.3
@@ -511,56 +512,58 @@ function deliverers(names: readonly string[], of: Route): readonly Section[] {
   return Object.freeze([...new Set(names.flatMap(of))].sort((a, b) => rank(a) - rank(b)));
 }
 
-/** Warns of names, endpoints and `prepare` commands that have no effect, and advises `verify`. */
-function checkSections(
-  sections: readonly Section[],
-  named: readonly Word[],
-  lines: readonly Line[],
-  source: SourceFile,
-) {
+// --------------------------------------------------------------------------- parts of actions.conf without effect
+
+/** Whether one of these names, or its wildcard, is `name`. */
+function covers(names: ReadonlySet<string>, name: string): boolean {
+  return names.has(name) || names.has(wildcardOf(name));
+}
+
+function wildcardOf(name: string): string {
+  return name.replace(/^[^.]*/, "*");
+}
+
+/** Warns of names in `domains` of a section that no line has. */
+function checkNames(named: readonly Word[], lines: readonly Line[], source: SourceFile) {
   const issued = new Set(lines.flatMap(({ names }) => names));
-  const covers = (names: ReadonlySet<string>, name: string) =>
-    names.has(name) || names.has(name.replace(/^[^.]*/, "*"));
   for (const { text, line } of named) {
     if (issued.has(text)) continue;
-    const hint = covers(issued, text) ? `name ${text.replace(/^[^.]*/, "*")}, which is` : undefined;
+    const hint = covers(issued, text) ? `name ${wildcardOf(text)}, which is` : undefined;
     source.warn(`${quote(text)} is in no line of domains, so it has no effect`, line, hint);
   }
+}
 
+/** Warns of endpoints that are not probed, or match no line; advises to have some. */
+function checkVerify(sections: readonly Section[], lines: readonly Line[], source: SourceFile) {
+  const isPlaceholder = (word?: string) => word === "DOMAIN" || word === "DOMAINS_ALL";
   const linesOf = new Map<Section, Line[]>(sections.map((section) => [section, []]));
   for (const line of lines) for (const section of line.sections) linesOf.get(section)!.push(line);
   for (const [section, lines] of linesOf) {
     const { name, line, verify, uploadCerts, uploadKeys, uploadEach, update } = section;
     const hasLists = [uploadCerts, uploadKeys, uploadEach, update].some(({ length }) => length);
     if (hasLists && lines.length && !verify.length && name !== "every") {
-      source.advise(
-        `deliveries of ${title(section)} are not verified`,
-        line,
-        `such as verify: ["DOMAIN:443"]`,
-      );
+      const why = `deliveries of ${title(section)} are not verified`;
+      source.advise(why, line, `such as verify: ["DOMAIN:443"]`);
     }
-    const isNamedByLine = ({ host, sni }: Endpoint) =>
-      [host, sni].some((word) => word === "DOMAIN" || word === "DOMAINS_ALL");
-    const wild = lines.find(({ names }) => names.every((name) => name.startsWith("*.")));
-    if (wild && verify.length && verify.every(isNamedByLine)) {
-      const hint = `name a host, such as ${wild.names[0]!.replace("*", "www")}:443`;
-      source.warn(
-        `verify: nothing is probed for ${wild.names[0]}, since a wildcard has no address`,
-        line,
-        hint,
-      );
+    const [wildcard] = lines.find(({ names }) => names.every((name) => name.startsWith("*.")))?.names ?? [];
+    const needNames = verify.every(({ host, sni }) => isPlaceholder(host) || isPlaceholder(sni));
+    if (wildcard && verify.length && needNames) {
+      const why = `nothing is probed for ${wildcard}, since a wildcard has no address`;
+      source.warn(`verify: ${why}`, line, `name a host, such as ${wildcard.replace("*", "www")}:443`);
     }
-    const wanted = verify.filter(({ host, sni = host }) => sni !== "DOMAIN" && sni !== "DOMAINS_ALL");
-    if (lines.length < 2 || !wanted.length) continue;
+    if (lines.length < 2) continue;
     const names = new Set(lines.flatMap(({ names }) => names));
-    for (const { text, host, sni = host } of wanted) {
-      if (covers(names, sni)) continue;
+    for (const { text, host, sni = host } of verify) {
+      if (isPlaceholder(sni) || covers(names, sni)) continue;
       const why = `${quote(text)} matches no line of ${title(section)}, so any of its certificates is right`;
       const hint = `name one, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`;
       source.warn(`verify: ${why}`, line, hint);
     }
   }
+}
 
+/** Warns of names for which the `prepare` commands of their line do not run. */
+function checkPrepare(sections: readonly Section[], lines: readonly Line[], source: SourceFile) {
   const isPreparing = ({ prepare, domains }: Section) => prepare.length > 0 && domains.length > 0;
   const of = routes(sections);
   const isLeftOut = (name: string) =>

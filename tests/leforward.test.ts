@@ -12,8 +12,8 @@ import { which } from "./bench-measure.ts";
 const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
 
-/** Runs leforward to its end, for what it refuses. */
-async function refused(args: string[], env: Record<string, string> = {}, by = LEFORWARD) {
+/** Runs leforward to its end. */
+async function ended(args: string[], env: Record<string, string> = {}, by = LEFORWARD) {
   const { code, stdout, stderr } = await new Deno.Command(by[0]!, {
     args: [...by.slice(1), ...args],
     env,
@@ -174,7 +174,7 @@ Deno.test("leforward takes its URL from --baseurl, else from the one word of SSH
   await settled(REFUSED.map(([args, command, named]) =>
     inTurn(async () => {
       const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
-      const { code, stdout, stderr } = await refused(args, env);
+      const { code, stdout, stderr } = await ended(args, env);
       assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
       assert.ok(stderr.includes(named), stderr);
       assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
@@ -208,7 +208,7 @@ Deno.test("leforward redirects to the allowed URL in any spelling, and prefers -
 
 Deno.test("a port that is taken is one clear line", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
-  const { code, stderr } = await refused(["--baseurl", "http://c.example", "--port", `${first.port}`]);
+  const { code, stderr } = await ended(["--baseurl", "http://c.example", "--port", `${first.port}`]);
   assert.equal(code, 1);
   assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
 });
@@ -227,7 +227,7 @@ Deno.test("a port whose holder is about to end is waited for", async () => {
 Deno.test("a port that needs a privilege is one line that names the ways out", async () => {
   const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service", ...LEFORWARD] : LEFORWARD;
   const args = ["--baseurl", "http://c.example", "--port", "1", "--lifetime", "0.01"];
-  const { code, stdout, stderr } = await refused(args, {}, by);
+  const { code, stdout, stderr } = await ended(args, {}, by);
   if (stdout) return; // this machine lets everyone have every port
   assert.equal(code, 1);
   assert.match(
@@ -236,40 +236,35 @@ Deno.test("a port that needs a privilege is one line that names the ways out", a
   );
 });
 
-for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
-  Deno.test(`leforward ends on ${signal}`, async () => {
-    await using server = await start(["--baseurl", "http://c.example"]);
-    server.child.kill(signal);
+Deno.test("leforward ends by a signal, when its lifetime is over, and when its standard input closes", async () => {
+  type Server = Awaited<ReturnType<typeof start>>;
+  const by = (signal: Deno.Signal) => ({ child }: Server) => child.kill(signal);
+  const ends: [why: string, end: (server: Server) => unknown, ...args: string[]][] = [
+    ["SIGINT", by("SIGINT")],
+    ["SIGTERM", by("SIGTERM")],
+    ["SIGHUP", by("SIGHUP")],
+    ["its lifetime is over", () => {}, "--lifetime", "0.01"],
+    ["its standard input is closed", async ({ child }) => {
+      const writer = child.stdin.getWriter();
+      await writer.write(new Uint8Array(100_000)); // which it does not mind
+      await writer.close();
+    }],
+  ];
+  await settled(ends.map(async ([why, end, ...args]) => {
+    await using server = await start(["--baseurl", "http://c.example", ...args]);
+    await end(server);
     await untilFree(server.port);
-    assert.equal((await server.child.status).code, 0);
-    assert.equal(await server.stderr, `leforward: ended: ${signal}\n`);
-  });
-}
-
-Deno.test("leforward ends when its lifetime is over", async () => {
-  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0.02"]);
-  assert.equal((await server.child.status).code, 0);
-  assert.equal(await server.stderr, "leforward: ended: its lifetime is over\n");
-});
-
-Deno.test("--lifetime 0 is for ever", async () => {
-  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { stdin: "null" });
-  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
-});
-
-Deno.test("leforward ends when its standard input closes, whatever was written to it before", async () => {
-  await using server = await start(["--baseurl", "http://c.example"]);
-  const writer = server.child.stdin.getWriter();
-  await writer.write(new Uint8Array(100_000));
-  await writer.close();
-  await untilFree(server.port);
-  assert.equal(await server.stderr, "leforward: ended: its standard input is closed\n");
+    assert.deepEqual([(await server.child.status).code, await server.stderr], [
+      0,
+      `leforward: ended: ${why}\n`,
+    ]);
+  }));
 });
 
 Deno.test("leforward ends when its parent goes away, and not because its input was never open", async () => {
   // A shell gives a command in the background /dev/null as its input.
   const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...LEFORWARD];
-  await using server = await start(["--baseurl", "http://c.example"], { by });
+  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { by }); // 0 is for ever
   await delay(500);
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
   server.child.kill("SIGKILL");
@@ -282,9 +277,10 @@ Deno.test("leforward works from a copy that stands alone, started by its first l
   try {
     await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);
     await Deno.chmod(`${directory}/leforward.ts`, 0o755);
-    await using server = await start(["--baseurl", "http://c.example"], {
-      by: [`${directory}/leforward.ts`],
-    });
+    const by = [`${directory}/leforward.ts`];
+    const help = await ended(["--help"], {}, by);
+    assert.deepEqual([help.code, help.stdout.includes("--baseurl"), help.stderr], [0, true, ""]);
+    await using server = await start(["--baseurl", "http://c.example"], { by });
     assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
   } finally {
     await Deno.remove(directory, { recursive: true });

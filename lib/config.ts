@@ -551,10 +551,11 @@ function checkVerify(sections: readonly Section[], lines: readonly Line[], sourc
       const why = `nothing is probed for ${wildcard}, since a wildcard has no address`;
       source.warn(`verify: ${why}`, line, `name a host, such as ${wildcard.replace("*", "www")}:443`);
     }
-    if (lines.length < 2) continue;
+    const named = verify.filter(({ host, sni = host }) => !isPlaceholder(sni));
+    if (lines.length < 2 || !named.length) continue;
     const names = new Set(lines.flatMap(({ names }) => names));
-    for (const { text, host, sni = host } of verify) {
-      if (isPlaceholder(sni) || covers(names, sni)) continue;
+    for (const { text, host, sni = host } of named) {
+      if (covers(names, sni)) continue;
       const why = `${quote(text)} matches no line of ${title(section)}, so any of its certificates is right`;
       const hint = `name one, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`;
       source.warn(`verify: ${why}`, line, hint);

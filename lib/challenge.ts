@@ -6,7 +6,7 @@
  */
 
 import defer * as nodeCrypto from "node:crypto";
-import { basename, join } from "node:path";
+import { join } from "node:path";
 import { type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
@@ -316,55 +316,51 @@ export async function checkChallenges(
   account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<ChallengeFinding[]> {
   await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
+  const check = async (name: string, challenge: ChallengeType): Promise<CheckResult> => {
+    switch (challenge) {
+      case "http-01":
+        return await checkDropDirectory(name, config, context, prepare);
+      case "dns-01":
+        return await untilRight(0, 0, recordsCheck(txtNameOf(name), context, () => undefined), context);
+      case "dns-persist-01":
+        if (account === undefined) {
+          return { fault: "its record names the account, which the first run makes" };
+        }
+        return await untilRight(0, 0, persistentCheck(name, account.issuers, account.url, context), context);
+    }
+  };
   const atOnce = limit(MOST_CHECKS);
   const names = [...new Set(config.lines.flatMap(({ names }) => names))];
   return await settled(names.map((name) =>
     atOnce(async () => {
       context.signal.throwIfAborted();
       const challenge = challengeOf(config, name);
-      const { fault, note } = await checkName(name, challenge, config, context, prepare, account);
+      const { fault, note } = await check(name, challenge);
       return { name, challenge, problem: fault, note };
     })
   ));
 }
 
-async function checkName(
+async function checkDropDirectory(
   name: string,
-  challenge: ChallengeType,
   config: Config,
   context: Context,
   prepare: PrepareCommands,
-  account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<CheckResult> {
-  switch (challenge) {
-    case "http-01": {
-      const { challengeDropDir } = config;
-      const [token, content] = [16, 32].map((size) => nodeCrypto.randomBytes(size).toString("hex")) as [
-        string,
-        string,
-      ];
-      const path = join(challengeDropDir!, `lematt-check-${token}`);
-      await using stack = new AsyncDisposableStack();
-      try {
-        const failed = await startPrepare(name, config, prepare, stack);
-        stack.defer(() => removeIfPresent(path));
-        dropFile(path, content);
-        const seconds = failed === undefined ? 0 : HTTP_WAIT_SECONDS;
-        const check = fileCheck(name, basename(path), content, context, failed);
-        const { fault, note } = await untilRight(seconds, HTTP_PAUSE_MS, check, context);
-        return { fault: fault && `not served from ${challengeDropDir}: ${fault}`, note };
-      } catch (error) {
-        context.signal.throwIfAborted();
-        return { fault: (error as Error).message }; // of a prepare command or the drop directory
-      }
-    }
-    case "dns-01":
-      return await untilRight(0, 0, recordsCheck(txtNameOf(name), context, () => undefined), context);
-    case "dns-persist-01": {
-      if (account === undefined) return { fault: "its record names the account, which the first run makes" };
-      const check = persistentCheck(name, account.issuers, account.url, context);
-      return await untilRight(0, 0, check, context);
-    }
+  const token = `lematt-check-${crypto.randomUUID()}`, content = crypto.randomUUID();
+  const path = join(config.challengeDropDir!, token);
+  await using stack = new AsyncDisposableStack();
+  try {
+    const failed = await startPrepare(name, config, prepare, stack);
+    stack.defer(() => removeIfPresent(path));
+    dropFile(path, content);
+    const seconds = failed === undefined ? 0 : HTTP_WAIT_SECONDS;
+    const check = fileCheck(name, token, content, context, failed);
+    const { fault, note } = await untilRight(seconds, HTTP_PAUSE_MS, check, context);
+    return { fault: fault && `not served from ${config.challengeDropDir}: ${fault}`, note };
+  } catch (error) {
+    context.signal.throwIfAborted();
+    return { fault: (error as Error).message }; // of a prepare command or the drop directory
   }
 }
 

@@ -312,7 +312,7 @@ export function sideBySide(name: string, tests: Record<string, () => Promise<voi
 }
 
 /** Waits until `condition` holds. */
-export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 10) {
+export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 30) {
   for (const deadline = Date.now() + seconds * 1000; !await condition();) {
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
     await delay(5);

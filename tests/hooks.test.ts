@@ -27,7 +27,7 @@ function isRunning(pid: number): boolean {
 
 /** What has ended may be seen for a while where process 1 reaps late. */
 async function ended(...pids: number[]): Promise<void> {
-  await until(`the end of ${pids}`, () => !pids.some(isRunning), 5);
+  await until(`the end of ${pids}`, () => !pids.some(isRunning));
 }
 
 function text(path: string): string {

@@ -140,7 +140,7 @@ alert: ["printf '%%s\\\\n' 'lematt: SUBJECT' \\"$LEMATT_SUBJECT\\" >> HERE/alert
 // ---- endpoints -------------------------------------------------------------------------------------------
 
 Deno.test(
-  "an endpoint is alerted at once where it serves what breaks clients, or was broken by our delivery",
+  "an endpoint that breaks clients, or that our delivery broke, is alerted at once",
   NEEDS_NGINX,
   async () => {
     const port = freePort();
@@ -203,32 +203,28 @@ async function onDisk(options: string, use: (bed: Bed, mount: (...args: string[]
   }
 }
 
-Deno.test(
-  "a full disk is alerted, with what it keeps from being done",
-  AS_ROOT,
-  () =>
-    onDisk("size=512k", async (bed) => {
-      await bed.plant({ mode: "prod", age: 88 });
-      const filler = Deno.openSync(bed.path("prod", "filler"), { write: true, create: true });
-      try {
-        for (;;) filler.writeSync(new Uint8Array(4096));
-      } catch {
-        filler.close();
-      }
-      const { code, stderr } = await bed.run({ mode: "prod" });
-      assert.equal(code, 1);
-      assert.match(stderr, /No space left on device/);
-      const text = takeAlerts(bed);
-      assert.match(text, /No space left on device/);
-      assert.match(text, /expires \d{4}-\d\d-\d\d/);
-      Deno.removeSync(bed.path("prod", "filler"));
-      assert.equal(bed.ca.log.length, 0, "nothing is asked of the CA that could not be kept");
-      assert.equal((await bed.run({ mode: "prod" })).code, 0);
-    }),
-);
+Deno.test("a full disk is alerted, with what it prevents", AS_ROOT, () =>
+  onDisk("size=512k", async (bed) => {
+    await bed.plant({ mode: "prod", age: 88 });
+    const filler = Deno.openSync(bed.path("prod", "filler"), { write: true, create: true });
+    try {
+      for (;;) filler.writeSync(new Uint8Array(4096));
+    } catch {
+      filler.close();
+    }
+    const { code, stderr } = await bed.run({ mode: "prod" });
+    assert.equal(code, 1);
+    assert.match(stderr, /No space left on device/);
+    const text = takeAlerts(bed);
+    assert.match(text, /No space left on device/);
+    assert.match(text, /expires \d{4}-\d\d-\d\d/);
+    Deno.removeSync(bed.path("prod", "filler"));
+    assert.equal(bed.ca.log.length, 0, "nothing is asked of the CA that could not be kept");
+    assert.equal((await bed.run({ mode: "prod" })).code, 0);
+  }));
 
 Deno.test(
-  "a disk that has become read-only, or a state of a newer version, is alerted",
+  "a read-only disk, or a state of a newer version, is alerted",
   AS_ROOT,
   () =>
     onDisk("size=1m", async (bed, mount) => {

@@ -74,23 +74,19 @@ async function sServer(file: string, ...more: string[]) {
 const see = async (port: number, keyTypes?: string[]) =>
   brief(await probe(targets("127.0.0.1", port, {}, keyTypes), context()));
 
-Deno.test(
-  "probe() sees both certificates of a server, whatever its version of TLS (nginx)",
-  NEEDS_NGINX,
-  async () => {
-    for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
-      const port = freePort();
-      await using _ = await startNginx(
-        directory,
-        port,
-        (pair) => `ssl_protocols ${protocol}; server { listen 127.0.0.1:${port} ssl; ${pair("rsa", "ec")} }`,
-      );
-      assert.deepEqual(await see(port), ["127.0.0.1 rsa served rsa", "127.0.0.1 ec served ec"], protocol);
-    }
-  },
-);
+Deno.test("probe() sees both certificates, with TLS 1.2 and 1.3 (nginx)", NEEDS_NGINX, async () => {
+  for (const protocol of ["TLSv1.2", "TLSv1.3"]) {
+    const port = freePort();
+    await using _ = await startNginx(
+      directory,
+      port,
+      (pair) => `ssl_protocols ${protocol}; server { listen 127.0.0.1:${port} ssl; ${pair("rsa", "ec")} }`,
+    );
+    assert.deepEqual(await see(port), ["127.0.0.1 rsa served rsa", "127.0.0.1 ec served ec"], protocol);
+  }
+});
 
-Deno.test("probe() sees which certificate a server does not have, whatever its version of TLS (s_server)", async () => {
+Deno.test("probe() sees which certificate a server lacks, with TLS 1.2 and 1.3 (s_server)", async () => {
   for (const protocol of ["-tls1_2", "-tls1_3"]) {
     await using server = await sServer("ec", protocol);
     const [rsa, ec] = await see(server.port);
@@ -147,35 +143,31 @@ Deno.test("probe() sees every address of a name, and asks for the name (nginx)",
   assert.deepEqual(literal, ["::1 ec served no-san"]);
 });
 
-Deno.test(
-  "what several targets name is probed once, and its name is resolved once (nginx)",
-  NEEDS_NGINX,
-  async () => {
-    await using server = await web(["rsa", "ec"]);
-    const connections: number[] = [], resolved: string[] = [];
-    await using door = await tcpServer((socket) => {
-      connections.push(1);
-      relay(socket, server.port);
-    });
-    const route = (host: string) => {
-      resolved.push(host);
-      return Promise.resolve([{ address: "127.0.0.1", port: door.port }]);
-    };
-    const named = [{}, {}, { text: "with its name", sni: "www.example.com" }].flatMap((more) =>
-      targets("www.example.com", 443, more)
-    );
-    const sights = await probe(named, context({ route, random: () => 0.9 }));
-    assert.deepEqual(
-      sights.map(({ endpoint, keyType, kind }) => `${endpoint} ${keyType} ${kind}`),
-      ["www.example.com:443", "with its name"].flatMap((text) => [`${text} rsa served`, `${text} ec served`]),
-    );
-    assert.deepEqual(resolved, ["www.example.com"]);
-    assert.equal(connections.length, 3, "a knock and one probe for each type of key");
-  },
-);
+Deno.test("what several targets name is probed and resolved once (nginx)", NEEDS_NGINX, async () => {
+  await using server = await web(["rsa", "ec"]);
+  const connections: number[] = [], resolved: string[] = [];
+  await using door = await tcpServer((socket) => {
+    connections.push(1);
+    relay(socket, server.port);
+  });
+  const route = (host: string) => {
+    resolved.push(host);
+    return Promise.resolve([{ address: "127.0.0.1", port: door.port }]);
+  };
+  const named = [{}, {}, { text: "with its name", sni: "www.example.com" }].flatMap((more) =>
+    targets("www.example.com", 443, more)
+  );
+  const sights = await probe(named, context({ route, random: () => 0.9 }));
+  assert.deepEqual(
+    sights.map(({ endpoint, keyType, kind }) => `${endpoint} ${keyType} ${kind}`),
+    ["www.example.com:443", "with its name"].flatMap((text) => [`${text} rsa served`, `${text} ec served`]),
+  );
+  assert.deepEqual(resolved, ["www.example.com"]);
+  assert.equal(connections.length, 3, "a knock and one probe for each type of key");
+});
 
 Deno.test(
-  "a balancer whose turns match our connections hides no server for long (nginx)",
+  "a balancer in step with our connections hides no server for long (nginx)",
   NEEDS_NGINX,
   async () => {
     await using server = await web(["ec"], ["rsa"]);
@@ -209,26 +201,22 @@ function relay(socket: Socket, port: number) {
   socket.pipe(connect(port, "127.0.0.1").on("error", () => socket.destroy())).pipe(socket);
 }
 
-Deno.test(
-  "probe() speaks STARTTLS, and sees where it is not offered (nginx behind SMTP)",
-  NEEDS_NGINX,
-  async () => {
-    await using server = await web(["rsa", "ec"]);
-    await using smtp = await smtpServer(server.port, "STARTTLS");
-    await using without = await smtpServer(server.port, "PIPELINING");
-    await using refusing = await tcpServer((socket) => socket.on("data", () => socket.write("N"))); // as PostgreSQL does
-    const table: [port: number, starttls: "smtp" | "postgres" | "ldap", seen: string][] = [
-      [smtp.port, "smtp", "served ec"],
-      [without.port, "smtp", "unreachable STARTTLS is not offered"],
-      [refusing.port, "postgres", "unreachable STARTTLS is not offered"],
-      [refusing.port, "ldap", "unreachable STARTTLS is not offered"],
-    ];
-    for (const [port, starttls, seen] of table) {
-      const sights = brief(await probe(targets("127.0.0.1", port, { starttls }, ["ec"]), context()));
-      assert.deepEqual(sights, [`127.0.0.1 ec ${seen}`], starttls);
-    }
-  },
-);
+Deno.test("probe() speaks STARTTLS, and sees where it is not offered (nginx)", NEEDS_NGINX, async () => {
+  await using server = await web(["rsa", "ec"]);
+  await using smtp = await smtpServer(server.port, "STARTTLS");
+  await using without = await smtpServer(server.port, "PIPELINING");
+  await using refusing = await tcpServer((socket) => socket.on("data", () => socket.write("N"))); // as PostgreSQL does
+  const table: [port: number, starttls: "smtp" | "postgres" | "ldap", seen: string][] = [
+    [smtp.port, "smtp", "served ec"],
+    [without.port, "smtp", "unreachable STARTTLS is not offered"],
+    [refusing.port, "postgres", "unreachable STARTTLS is not offered"],
+    [refusing.port, "ldap", "unreachable STARTTLS is not offered"],
+  ];
+  for (const [port, starttls, seen] of table) {
+    const sights = brief(await probe(targets("127.0.0.1", port, { starttls }, ["ec"]), context()));
+    assert.deepEqual(sights, [`127.0.0.1 ec ${seen}`], starttls);
+  }
+});
 
 Deno.test("probe() says why an endpoint cannot be reached, within its time", async () => {
   await using http = await tcpServer((socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
@@ -361,11 +349,8 @@ console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
   assert(most > 8 && most <= 16, `${most} at once`);
 });
 
-Deno.test(
-  "an address family that this host lacks is passed over, one that it has is not",
-  { ignore: !hasNamespaces },
-  async () => {
-    const script = `
+Deno.test("an address family that this host lacks is passed over", { ignore: !hasNamespaces }, async () => {
+  const script = `
 const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });
 (async () => { for await (const connection of server) connection.close(); })();
 const see = async (...addresses) => {
@@ -375,23 +360,22 @@ const see = async (...addresses) => {
 };
 for (const seen of await Promise.all([see("127.0.0.1", "2001:db8::1"), see("2001:db8::1")])) console.log(seen);
 Deno.exit();`;
-    const reachable = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; " +
-      "ip -6 addr add 2001:db8::2/64 dev v0 nodad; ";
-    const lacking = "127.0.0.1 unreachable, 2001:db8::1 passed over\n2001:db8::1 unreachable\n";
-    const down = "127.0.0.1 unreachable, 2001:db8::1 unreachable\n2001:db8::1 unreachable\n";
-    const worlds: readonly (readonly [string, string])[] = [
-      ["true", lacking],
-      ["sysctl -qw net.ipv6.conf.all.disable_ipv6=1", lacking],
-      ...["unreachable", "prohibit", "blackhole"].map((type) =>
-        [`ip -6 route add ${type} default`, lacking] as const
-      ),
-      [`${reachable} ip -6 neigh add 2001:db8::1 dev v0 nud failed`, down],
-    ];
-    const seen = await Promise.all(
-      worlds.map(([setup]) =>
-        elsewhere(script, {}, ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"])
-      ),
-    );
-    for (const [i, [setup, expected]] of worlds.entries()) assert.equal(seen[i], expected, setup);
-  },
-);
+  const reachable = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; " +
+    "ip -6 addr add 2001:db8::2/64 dev v0 nodad; ";
+  const lacking = "127.0.0.1 unreachable, 2001:db8::1 passed over\n2001:db8::1 unreachable\n";
+  const down = "127.0.0.1 unreachable, 2001:db8::1 unreachable\n2001:db8::1 unreachable\n";
+  const worlds: readonly (readonly [string, string])[] = [
+    ["true", lacking],
+    ["sysctl -qw net.ipv6.conf.all.disable_ipv6=1", lacking],
+    ...["unreachable", "prohibit", "blackhole"].map((type) =>
+      [`ip -6 route add ${type} default`, lacking] as const
+    ),
+    [`${reachable} ip -6 neigh add 2001:db8::1 dev v0 nud failed`, down],
+  ];
+  const seen = await Promise.all(
+    worlds.map(([setup]) =>
+      elsewhere(script, {}, ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"])
+    ),
+  );
+  for (const [i, [setup, expected]] of worlds.entries()) assert.equal(seen[i], expected, setup);
+});

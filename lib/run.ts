@@ -127,6 +127,7 @@ async function runWith(
     at: begun.toISOString(),
     seconds: Math.max(0, Math.round((ended.getTime() - begun.getTime()) / 1000)), // clocks are set back
     ...counts,
+    problems: decided.problems.length, // mostly as after the last plan: then the state is written once
   };
   if (selection === undefined) state.runs = [...decided.runs, record].slice(-RUNS);
   await store.saveState(); // if this fails, the last plan reports it

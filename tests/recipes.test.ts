@@ -7,7 +7,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { limit, systemQuery } from "../lib/context.ts";
+import { systemQuery } from "../lib/context.ts";
 import { type Bed, testBed, type Texts } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import type { Switches } from "./ca.ts";
@@ -21,6 +21,7 @@ import {
   startPostgres,
 } from "./services.ts";
 import { freePort, makeCertificate, startNginx, startServer } from "./tls.ts";
+import { together } from "./together.ts";
 
 /** The block of a recipe that begins with `start`. */
 function block(file: string, start: string): string {
@@ -29,25 +30,20 @@ function block(file: string, start: string): string {
   return found;
 }
 
-const steps: Deno.TestStepDefinition[] = [];
-/** Recipes are tried side by side, as they wait most of the time. */
-const inTurn = limit(4);
+const test = together("recipes");
 
-/** Adds the test of a recipe, which needs programs; one that cannot run says why. */
+/** The test of a recipe, which needs programs. */
 function recipeTest(
   name: string,
   programs: readonly string[],
-  body: () => Promise<void>,
+  fn: () => Promise<void>,
   lack?: string,
 ): void {
   const missing = programs.filter((program) =>
     (program === "postgres" ? postgres : which(program)) === undefined
   );
   const none = missing.length > 0 ? `${missing.join(", ")} not installed` : undefined;
-  const reason = lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined);
-  if (reason !== undefined) console.log(`${name} is not tested: ${reason}`);
-  const sanitizers = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
-  steps.push({ name, ignore: reason !== undefined, fn: () => inTurn(body), ...sanitizers });
+  test(name, { lacking: lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined) }, fn);
 }
 
 /** A bed that any user may look into, with the directories for certificates (`/etc/ssl/lematt`). */
@@ -489,13 +485,3 @@ recipeTest(
     ? undefined
     : `no acme.sh in ${acmeSh}; ACME_SH names it`,
 );
-
-Deno.test({
-  name: "recipes",
-  sanitizeOps: false,
-  sanitizeResources: false,
-  fn: async (t) => {
-    const passed = await Promise.all(steps.map((step) => t.step(step)));
-    assert(passed.every((ok, index) => ok || steps[index]!.ignore));
-  },
-});

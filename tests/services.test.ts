@@ -11,6 +11,7 @@ import { probe } from "../lib/probe.ts";
 import { which } from "./bench-measure.ts";
 import { type Running, startDovecot } from "./services.ts";
 import { freePort, makeCertificate, startServer } from "./tls.ts";
+import { together } from "./together.ts";
 
 /** A service that serves `home`/rsa.pem with `home`/rsa.key; what is seen of it, by RSA and by EC. */
 interface Service {
@@ -58,17 +59,15 @@ const services: readonly Service[] = [
   },
 ];
 
+const test = together("services");
 for (const { program, starttls, seen, start } of services) {
   const missing = [program, "openssl"].find((name) => which(name) === undefined);
-  const lack = missing !== undefined
+  const lacking = missing !== undefined
     ? `${missing} is not installed`
     : Deno.uid() !== 0
     ? "root is needed"
     : undefined;
-  if (lack !== undefined) console.log(`${program} is not tested: ${lack}`);
-  Deno.test(`${program} is seen to serve its certificate through ${starttls}`, {
-    ignore: lack !== undefined,
-  }, async () => {
+  test(`${program} is seen to serve its certificate through ${starttls}`, { lacking }, async () => {
     const home = await Deno.makeTempDir({ prefix: "lematt-services-" });
     try {
       const { fingerprint } = await makeCertificate(home, "rsa", "rsa", ["localhost"]);

@@ -4,6 +4,7 @@
  */
 
 import { join } from "node:path";
+import { limit } from "../lib/context.ts";
 import { which } from "./bench-measure.ts";
 import { until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
@@ -11,6 +12,8 @@ import { run } from "./install.ts";
 import { accepts, freePort } from "./tls.ts";
 
 const KIT = join(ROOT, "conf/remote");
+/** Changes of /etc/passwd lock it. */
+const inTurn = limit(1);
 /** The URL that leforward is allowed to redirect to. */
 export const CENTRAL = "http://central.example.com";
 
@@ -56,8 +59,8 @@ export async function startRemote(
     await Deno.mkdir("/run/sshd", { recursive: true });
     // "*" rather than no password: without PAM, sshd takes an account without one for locked
     const options = ["--system", "--no-create-home", "--home-dir", directory, "--shell", "/bin/sh"];
-    await run("useradd", ...options, "--password", "*", user);
-    stack.defer(async () => void await run("userdel", "--force", user));
+    await inTurn(() => run("useradd", ...options, "--password", "*", user));
+    stack.defer(async () => void await inTurn(() => run("userdel", "--force", user)));
     await run("chown", "-R", user, certificates);
   }
 

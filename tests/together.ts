@@ -1,0 +1,23 @@
+/** Tests that wait most of the time, each with its own servers: side by side, as steps of one test of their file. */
+
+import assert from "node:assert/strict";
+import { limit } from "../lib/context.ts";
+
+/** Like Deno.test() with options; what is not run says what it lacks. At most `most` run at once. */
+export function together(name: string, most = 4) {
+  const steps: Deno.TestStepDefinition[] = [];
+  const inTurn = limit(most);
+  const sanitizers = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
+  Deno.test({
+    name,
+    ...sanitizers,
+    async fn(t) {
+      const passed = await Promise.all(steps.map((step) => t.step(step)));
+      assert(passed.every((ok, index) => ok || steps[index]!.ignore));
+    },
+  });
+  return (name: string, { lacking }: { lacking?: string }, fn: () => Promise<void>): void => {
+    if (lacking !== undefined) console.log(`${name} is not tested: ${lacking}`);
+    steps.push({ name, ignore: lacking !== undefined, fn: () => inTurn(fn), ...sanitizers });
+  };
+}

@@ -7,9 +7,10 @@
 import { AcmeClient } from "./acme.ts";
 import type { Config } from "./config.ts";
 import type { Context } from "./context.ts";
+import { readIfPresent } from "./files.ts";
 import { type AccountKey, AcmeError, importKey, isProblem } from "./http.ts";
 import type { Account, State } from "./state.ts";
-import { readIfPresent, type Store } from "./store.ts";
+import type { Store } from "./store.ts";
 import { certificateDer, generateKey } from "./x509.ts";
 
 export interface AccountEvent {

@@ -4,11 +4,12 @@ import { join } from "node:path";
 import type { Config, ConfigError, Line, Mode, Section } from "./config.ts";
 import type { Context } from "./context.ts";
 import { optionsFor } from "./deliver.ts";
+import { readIfPresent } from "./files.ts";
 import { CommandError, type CommandOptions, runCommand } from "./hooks.ts";
 import type { Plan, Problem } from "./plan.ts";
 import { LONGEST_PAUSE_MS } from "./renewal.ts";
 import { record, type State } from "./state.ts";
-import { configErrorPath, readIfPresent } from "./store.ts";
+import { configErrorPath } from "./store.ts";
 import { count, problemLines, problemName } from "./text.ts";
 
 /** One alert of one section. */

@@ -10,6 +10,7 @@ import { join } from "node:path";
 import { type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
+import { removeIfPresent } from "./files.ts";
 import { PrepareCommands, runCommand } from "./hooks.ts";
 import type { AccountKey } from "./http.ts";
 import { isIP } from "./names.ts";
@@ -500,12 +501,4 @@ function dropFile(path: string, content: string): void {
   removeIfPresent(path); // of a killed run: a CA sends the token of a pending authorization again
   // sets the mode of the open file; chmod by name could change a file that somebody else has put there
   Deno.writeTextFileSync(path, content, { createNew: true, mode: 0o644 });
-}
-
-function removeIfPresent(path: string): void {
-  try {
-    Deno.removeSync(path);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-  }
 }

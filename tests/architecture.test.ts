@@ -8,7 +8,7 @@ const ROOT = join(import.meta.dirname!, "..");
 /** From the ground up; a file may import files of lower floors only, their types included. */
 const FLOORS = [
   "names",
-  "ini trust",
+  "ini trust files",
   "context",
   "x509",
   "selfcheck http state",

@@ -8,7 +8,8 @@ import { createPrivateKey } from "node:crypto";
 import { basename, dirname, join, relative } from "node:path";
 import { parseArgs } from "node:util";
 import { ConfigError, type KeyType, loadConfig } from "../../lib/config.ts";
-import { type Entry, readIfPresent, readInventory, Store } from "../../lib/store.ts";
+import { readIfPresent } from "../../lib/files.ts";
+import { type Entry, readInventory, Store } from "../../lib/store.ts";
 import { type Certificate, coversExactly, createCsr, isKeyOf, readCertificate } from "../../lib/x509.ts";
 
 const USAGE = `usage, PROGRAM being certbot, acme.sh, dehydrated or lego:

@@ -139,37 +139,33 @@ alert: ["printf '%%s\\\\n' 'lematt: SUBJECT' \\"$LEMATT_SUBJECT\\" >> HERE/alert
 
 // ---- endpoints -------------------------------------------------------------------------------------------
 
-Deno.test(
-  "an endpoint that breaks clients, or that our delivery broke, is alerted at once",
-  NEEDS_NGINX,
-  async () => {
-    const port = freePort();
-    await using bed = await bedOf("www.example.com", "", "verifyWait: 0");
-    await bed.plant({ mode: "prod" });
-    const web = join(bed.home, "web");
-    await Deno.mkdir(web);
-    Deno.copyFileSync(
-      bed.path("prod", "cert", "www.example.com-cert-combined.prime256v1.pem"),
-      join(web, "right.pem"),
-    );
-    Deno.copyFileSync(bed.path("prod", "key", "www.example.com-key.prime256v1.pem"), join(web, "right.key"));
-    await makeCertificate(web, "other", "ec", ["other.example.com"]);
-    const start = (file: string) =>
-      startNginx(web, port, (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair(file)} }`);
-    const verify = `verify: ["127.0.0.1:${port}#DOMAIN"]\n${ALERT}`;
-    const alerts = async () => (await bed.run({ mode: "prod" }), takeAlerts(bed));
-    bed.act(`[default]\n${verify}`);
-    {
-      await using _ = await start("other");
-      assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
-    }
-    await using nginx = await start("right");
-    assert.match(await alerts(), /^well again .*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
-    const end = `kill ${nginx.child.pid}; while kill -0 ${nginx.child.pid}; do sleep 0.01; done`;
-    bed.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
-    assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
-  },
-);
+Deno.test("what breaks clients, or our delivery broke, is alerted at once", NEEDS_NGINX, async () => {
+  const port = freePort();
+  await using bed = await bedOf("www.example.com", "", "verifyWait: 0");
+  await bed.plant({ mode: "prod" });
+  const web = join(bed.home, "web");
+  await Deno.mkdir(web);
+  Deno.copyFileSync(
+    bed.path("prod", "cert", "www.example.com-cert-combined.prime256v1.pem"),
+    join(web, "right.pem"),
+  );
+  Deno.copyFileSync(bed.path("prod", "key", "www.example.com-key.prime256v1.pem"), join(web, "right.key"));
+  await makeCertificate(web, "other", "ec", ["other.example.com"]);
+  const start = (file: string) =>
+    startNginx(web, port, (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair(file)} }`);
+  const verify = `verify: ["127.0.0.1:${port}#DOMAIN"]\n${ALERT}`;
+  const alerts = async () => (await bed.run({ mode: "prod" }), takeAlerts(bed));
+  bed.act(`[default]\n${verify}`);
+  {
+    await using _ = await start("other");
+    assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
+  }
+  await using nginx = await start("right");
+  assert.match(await alerts(), /^well again .*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
+  const end = `kill ${nginx.child.pid}; while kill -0 ${nginx.child.pid}; do sleep 0.01; done`;
+  bed.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
+  assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
+});
 
 Deno.test("an error that ends a run is alerted, once in 20 hours", async () => {
   await using bed = await bedOf(
@@ -224,7 +220,7 @@ Deno.test("a full disk is alerted, with what it prevents", AS_ROOT, () =>
   }));
 
 Deno.test(
-  "a read-only disk, or a state of a newer version, is alerted",
+  "a read-only disk, or a newer state, is alerted",
   AS_ROOT,
   () =>
     onDisk("size=1m", async (bed, mount) => {

@@ -166,20 +166,16 @@ Deno.test("what several targets name is probed and resolved once (nginx)", NEEDS
   assert.equal(connections.length, 3, "a knock and one probe for each type of key");
 });
 
-Deno.test(
-  "a balancer in step with our connections hides no server for long (nginx)",
-  NEEDS_NGINX,
-  async () => {
-    await using server = await web(["ec"], ["rsa"]);
-    let turn = 0;
-    await using balancer = await tcpServer((socket) => relay(socket, server.ports[turn++ % 2]!));
-    const random = () => turn < 2 ? 0.9 : 0.1;
-    const look = async () =>
-      brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random }))).join();
-    assert.match(await look(), /rsa served rsa$/);
-    assert.match(await look(), /rsa refused/);
-  },
-);
+Deno.test("a balancer in step with us hides no server for long (nginx)", NEEDS_NGINX, async () => {
+  await using server = await web(["ec"], ["rsa"]);
+  let turn = 0;
+  await using balancer = await tcpServer((socket) => relay(socket, server.ports[turn++ % 2]!));
+  const random = () => turn < 2 ? 0.9 : 0.1;
+  const look = async () =>
+    brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random }))).join();
+  assert.match(await look(), /rsa served rsa$/);
+  assert.match(await look(), /rsa refused/);
+});
 
 /** An SMTP server, as far as STARTTLS; what follows it is for the TLS server at `tlsPort`. */
 function smtpServer(tlsPort: number, offers: string) {

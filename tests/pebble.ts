@@ -65,28 +65,35 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const directory = await Deno.makeTempDir({ prefix: "lematt-pebble-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
   const { root, certificate, key } = listenerCertificate();
-  const [acme, management] = [freePort(), freePort()].map((port) => `127.0.0.1:${port}`);
-  const pebble = {
-    listenAddress: acme,
-    managementListenAddress: management,
-    certificate: "listener.pem",
-    privateKey: "listener.key",
-    httpPort,
-    keyAlgorithm: "ecdsa", // for a start in no time
-    ...config,
-  };
   const files = { "root.pem": root, "listener.pem": certificate, "listener.key": key };
-  for (const [name, text] of Object.entries({ ...files, "pebble.json": JSON.stringify({ pebble }) })) {
-    await Deno.writeTextFile(join(directory, name), text);
-  }
-  const directoryUrl = `https://${acme}/dir`;
-  const command = [BINARY!, "-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
-  const urls = [directoryUrl, `https://${management}/roots/0`];
-  const running = await startProgram(directory, command, urls, () => root, {
-    PEBBLE_VA_NOSLEEP: "1",
-    ...env,
-  });
-  stack.defer(() => running.stop());
+  for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
+  const launch = async (tries: number): Promise<Running & { management: string }> => {
+    const [acme, management] = [freePort(), freePort()].map((port) => `127.0.0.1:${port}`) as [
+      string,
+      string,
+    ];
+    const pebble = {
+      listenAddress: acme,
+      managementListenAddress: management,
+      certificate: "listener.pem",
+      privateKey: "listener.key",
+      httpPort,
+      keyAlgorithm: "ecdsa", // for a start in no time
+      ...config,
+    };
+    await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
+    const command = [BINARY!, "-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
+    const urls = [`https://${acme}/dir`, `https://${management}/roots/0`];
+    const variables = { PEBBLE_VA_NOSLEEP: "1", ...env };
+    try {
+      return { management, ...await startProgram(directory, command, urls, () => root, variables) };
+    } catch (error) {
+      if (tries === 1 || !(error as Error).message.includes("address already in use")) throw error;
+      return await launch(tries - 1); // another process has taken a port in between
+    }
+  };
+  const { management, directoryUrl, stop } = await launch(3);
+  stack.defer(stop);
 
   const client = stack.use(Deno.createHttpClient({ caCerts: [root] }));
   const manage = async (path: string, body?: unknown) => {
@@ -149,19 +156,20 @@ export async function startProgram(
     stderr: "piped",
   }).spawn();
   const log = Promise.all([child.stdout, child.stderr].map((stream) => new Response(stream).text()));
-  let ended = false;
-  child.status.then(() => ended = true);
+  const ended = new AbortController();
+  child.status.then(() => ended.abort());
   const stop = async () => {
-    if (!ended) child.kill("SIGKILL");
+    if (!ended.signal.aborted) child.kill("SIGKILL");
     await log;
   };
   for (const deadline = Date.now() + READY_WITHIN_MS;;) {
     try {
       using client = Deno.createHttpClient({ caCerts: [root()] });
-      for (const url of urls) await (await fetch(url, { client })).text();
+      const signal = AbortSignal.any([ended.signal, AbortSignal.timeout(5000)]); // it may be another's port
+      for (const url of urls) await (await fetch(url, { client, signal })).text();
       return { directoryUrl: urls[0]!, root: root(), stop };
     } catch (error) {
-      if (ended || Date.now() > deadline) {
+      if (ended.signal.aborted || Date.now() > deadline) {
         await stop();
         throw new Error(`cannot start ${program}: ${(await log).join("").slice(-2000)}`, { cause: error });
       }

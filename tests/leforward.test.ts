@@ -48,72 +48,64 @@ const moved = (location: string) =>
   `HTTP/1.1 301 Moved Permanently\r\nLocation: ${location}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n`;
 const NOT_FOUND = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
 
-test(
-  "leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, and nothing else",
-  {},
-  async () => {
-    await using server = await start(["--baseurl", "http://central.example.com:8080/le/"]);
-    const location = `http://central.example.com:8080/le${CHALLENGE}`;
-    for (
-      const [request, answer] of [
-        [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
-        [`HEAD ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
-        [`GET ${CHALLENGE} HTTP/1.0\r\n\r\n`, moved(location)],
-        [`GET ${CHALLENGE} HTTP/1.1\n\n`, moved(location)],
-        [`GET http://a.example${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
-        [`GET ${CHALLENGE} HTTP/1.1\r\nX: ${"x".repeat(6000)}\r\n\r\n`, moved(location)],
-        [`POST ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`get ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE}\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE} HTTP/2.0\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE}/ HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE}?a=b HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE}%0d%0aSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`GET ${CHALLENGE}\rSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        [`GET /${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
-        ["GET /.well-known/acme-challenge/ HTTP/1.1\r\n\r\n", NOT_FOUND],
-        ["GET /.well-known/acme-challenge/../x HTTP/1.1\r\n\r\n", NOT_FOUND],
-        ["GET /.well-known/acme-challenge/caf\xe9 HTTP/1.1\r\n\r\n", NOT_FOUND],
-        ["GET / HTTP/1.1\r\n\r\n", NOT_FOUND],
-        ["\0\xff\n\n", NOT_FOUND],
-        ["\r\n\r\n", NOT_FOUND],
-        [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n`.repeat(300), ""], // never ends its header
-      ] as const
-    ) assert.equal(await ask(server.port, request), answer, JSON.stringify(request.slice(0, 100)));
-    const request = `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`;
-    assert.equal(await ask(server.port, request, "::1"), moved(location), "IPv6");
-    using connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
-    connection.setNoDelay();
-    for (const piece of request) await connection.write(new TextEncoder().encode(piece));
-    assert.equal(await new Response(connection.readable).text(), moved(location), "in pieces");
-  },
-);
+test("leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, and nothing else", async () => {
+  await using server = await start(["--baseurl", "http://central.example.com:8080/le/"]);
+  const location = `http://central.example.com:8080/le${CHALLENGE}`;
+  for (
+    const [request, answer] of [
+      [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`HEAD ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.0\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.1\n\n`, moved(location)],
+      [`GET http://a.example${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n\r\n`, moved(location)],
+      [`GET ${CHALLENGE} HTTP/1.1\r\nX: ${"x".repeat(6000)}\r\n\r\n`, moved(location)],
+      [`POST ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`get ${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE} HTTP/2.0\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}/ HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}?a=b HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}%0d%0aSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET ${CHALLENGE}\rSet-Cookie:x HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      [`GET /${CHALLENGE} HTTP/1.1\r\n\r\n`, NOT_FOUND],
+      ["GET /.well-known/acme-challenge/ HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET /.well-known/acme-challenge/../x HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET /.well-known/acme-challenge/caf\xe9 HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["GET / HTTP/1.1\r\n\r\n", NOT_FOUND],
+      ["\0\xff\n\n", NOT_FOUND],
+      ["\r\n\r\n", NOT_FOUND],
+      [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n`.repeat(300), ""], // never ends its header
+    ] as const
+  ) assert.equal(await ask(server.port, request), answer, JSON.stringify(request.slice(0, 100)));
+  const request = `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`;
+  assert.equal(await ask(server.port, request, "::1"), moved(location), "IPv6");
+  using connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
+  connection.setNoDelay();
+  for (const piece of request) await connection.write(new TextEncoder().encode(piece));
+  assert.equal(await new Response(connection.readable).text(), moved(location), "in pieces");
+});
 
-test(
-  "silent and slow connections hold nobody up, are bounded in number and closed after five seconds",
-  {},
-  async () => {
-    await using server = await start(["--baseurl", "http://c.example"]);
-    const since = performance.now();
-    const ended: Promise<number>[] = [];
-    const connections = [];
-    for (let n = 0; n < 1000; n++) {
-      const connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
-      connections.push(connection);
-      if (n % 2) await connection.write(new TextEncoder().encode(`GET ${CHALLENGE} HTTP/1.1\r\n`));
-      ended.push(connection.read(new Uint8Array(1)).catch(() => null).then(() => performance.now() - since));
-    }
-    const opened = performance.now() - since;
-    const asked = performance.now();
-    assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
-    assert.ok(performance.now() - asked < 4000, "the next request had to wait");
-    const ages = await Promise.all(ended);
-    assert.ok(ages[99]! < opened + 4000, "the oldest hundred make room at once");
-    assert.ok(ages[101]! > 4000, "the others have their time");
-    assert.ok(Math.max(...ages) < opened + 9000, "and no more");
-    for (const connection of connections) connection.close();
-  },
-);
+test("silent and slow connections hold nobody up, are bounded in number and closed after five seconds", async () => {
+  await using server = await start(["--baseurl", "http://c.example"]);
+  const since = performance.now();
+  const ended: Promise<number>[] = [];
+  const connections = [];
+  for (let n = 0; n < 1000; n++) {
+    const connection = await Deno.connect({ hostname: "127.0.0.1", port: server.port });
+    connections.push(connection);
+    if (n % 2) await connection.write(new TextEncoder().encode(`GET ${CHALLENGE} HTTP/1.1\r\n`));
+    ended.push(connection.read(new Uint8Array(1)).catch(() => null).then(() => performance.now() - since));
+  }
+  const opened = performance.now() - since;
+  const asked = performance.now();
+  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
+  assert.ok(performance.now() - asked < 4000, "the next request had to wait");
+  const ages = await Promise.all(ended);
+  assert.ok(ages[99]! < opened + 4000, "the oldest hundred make room at once");
+  assert.ok(ages[101]! > 4000, "the others have their time");
+  assert.ok(Math.max(...ages) < opened + 9000, "and no more");
+  for (const connection of connections) connection.close();
+});
 
 /** Whether someone is asked at once, 50 times in a row. */
 async function answersAtOnce(port: number): Promise<void> {
@@ -124,14 +116,13 @@ async function answersAtOnce(port: number): Promise<void> {
   }
 }
 
-const lacking = which("python3") === undefined ? "python3 is not installed" : undefined;
-test("connections that were reset before they were accepted hold nobody up", { lacking }, async () => {
+test("connections that were reset before they were accepted hold nobody up", async () => {
   await using server = await start(["--baseurl", "http://c.example"]);
   await using _resets = await startResets(server.port, 1000);
   await answersAtOnce(server.port);
-});
+}, which("python3") === undefined ? "python3 is not installed" : undefined);
 
-test("where files run out, the oldest connection makes room", {}, async () => {
+test("where files run out, the oldest connection makes room", async () => {
   const by = ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", ...LEFORWARD];
   await using server = await start(["--baseurl", "http://c.example"], { by });
   const silent = await Promise.all(
@@ -179,59 +170,51 @@ const REFUSED: readonly (readonly [args: string[], command: string | undefined, 
   [[], "http://c.example/`id`", NO_URL],
 ];
 
-test(
-  "leforward takes its URL from --baseurl, else from the one word of SSH_ORIGINAL_COMMAND",
-  {},
-  async () => {
-    const inTurn = limit(4);
-    await settled(REFUSED.map(([args, command, named]) =>
-      inTurn(async () => {
-        const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
-        const { code, stdout, stderr } = await ended(args, env);
-        assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
-        assert.ok(stderr.includes(named), stderr);
-        assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
-      })
-    ));
-  },
-);
+test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIGINAL_COMMAND", async () => {
+  const inTurn = limit(4);
+  await settled(REFUSED.map(([args, command, named]) =>
+    inTurn(async () => {
+      const env: Record<string, string> = command === undefined ? {} : { SSH_ORIGINAL_COMMAND: command };
+      const { code, stdout, stderr } = await ended(args, env);
+      assert.deepEqual([code, stdout], [2, ""], `${args} ${command}: ${stderr}`);
+      assert.ok(stderr.includes(named), stderr);
+      assert.match(stderr, /^leforward: [ -~]+\n$/, "one line, nothing for the terminal to obey");
+    })
+  ));
+});
 
-test(
-  "leforward redirects to the allowed URL in any spelling, and prefers --baseurl to the session's word",
-  {},
-  async () => {
-    for (
-      const [args, command, location] of [
-        [["--allow", "http://c.example/"], "HTTP://C.example:80", "http://c.example"],
-        [
-          ["--allow", "http://x.example", "--allow=http://c.example/a"],
-          "http://c.example/a/",
-          "http://c.example/a",
-        ],
-        [["--baseurl", "https://c.example:8443"], "http://d.example", "https://c.example:8443"],
-        [[], "http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080"],
-      ] as const
-    ) {
-      await using server = await start([...args], {
-        by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...LEFORWARD],
-      });
-      assert.equal(
-        await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`),
-        moved(location + CHALLENGE),
-        command,
-      );
-    }
-  },
-);
+test("leforward redirects to the allowed URL in any spelling, and prefers --baseurl to the session's word", async () => {
+  for (
+    const [args, command, location] of [
+      [["--allow", "http://c.example/"], "HTTP://C.example:80", "http://c.example"],
+      [
+        ["--allow", "http://x.example", "--allow=http://c.example/a"],
+        "http://c.example/a/",
+        "http://c.example/a",
+      ],
+      [["--baseurl", "https://c.example:8443"], "http://d.example", "https://c.example:8443"],
+      [[], "http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080"],
+    ] as const
+  ) {
+    await using server = await start([...args], {
+      by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...LEFORWARD],
+    });
+    assert.equal(
+      await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`),
+      moved(location + CHALLENGE),
+      command,
+    );
+  }
+});
 
-test("a port that is taken is one clear line", {}, async () => {
+test("a port that is taken is one clear line", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
   const { code, stderr } = await ended(["--baseurl", "http://c.example", "--port", `${first.port}`]);
   assert.equal(code, 1);
   assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
 });
 
-test("a port whose holder is about to end is waited for", {}, async () => {
+test("a port whose holder is about to end is waited for", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
   const second = start(["--baseurl", "http://d.example", "--port", `${first.port}`]);
   first.child.kill("SIGTERM");
@@ -242,7 +225,7 @@ test("a port whose holder is about to end is waited for", {}, async () => {
   );
 });
 
-test("a port that needs a privilege is one line that names the ways out", {}, async () => {
+test("a port that needs a privilege is one line that names the ways out", async () => {
   const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service", ...LEFORWARD] : LEFORWARD;
   const args = ["--baseurl", "http://c.example", "--port", "1", "--lifetime", "0.01"];
   const { code, stdout, stderr } = await ended(args, {}, by);
@@ -254,36 +237,32 @@ test("a port that needs a privilege is one line that names the ways out", {}, as
   );
 });
 
-test(
-  "leforward ends by a signal, when its lifetime is over, and when its standard input closes",
-  {},
-  async () => {
-    type Server = Awaited<ReturnType<typeof start>>;
-    const by = (signal: Deno.Signal) => ({ child }: Server) => child.kill(signal);
-    const ends: [why: string, end: (server: Server) => unknown, ...args: string[]][] = [
-      ["SIGINT", by("SIGINT")],
-      ["SIGTERM", by("SIGTERM")],
-      ["SIGHUP", by("SIGHUP")],
-      ["its lifetime is over", () => {}, "--lifetime", "0.01"],
-      ["its standard input is closed", async ({ child }) => {
-        const writer = child.stdin.getWriter();
-        await writer.write(new Uint8Array(100_000)); // which it does not mind
-        await writer.close();
-      }],
-    ];
-    await settled(ends.map(async ([why, end, ...args]) => {
-      await using server = await start(["--baseurl", "http://c.example", ...args]);
-      await end(server);
-      await untilFree(server.port);
-      assert.deepEqual([(await server.child.status).code, await server.stderr], [
-        0,
-        `leforward: ended: ${why}\n`,
-      ]);
-    }));
-  },
-);
+test("leforward ends by a signal, when its lifetime is over, and when its standard input closes", async () => {
+  type Server = Awaited<ReturnType<typeof start>>;
+  const by = (signal: Deno.Signal) => ({ child }: Server) => child.kill(signal);
+  const ends: [why: string, end: (server: Server) => unknown, ...args: string[]][] = [
+    ["SIGINT", by("SIGINT")],
+    ["SIGTERM", by("SIGTERM")],
+    ["SIGHUP", by("SIGHUP")],
+    ["its lifetime is over", () => {}, "--lifetime", "0.01"],
+    ["its standard input is closed", async ({ child }) => {
+      const writer = child.stdin.getWriter();
+      await writer.write(new Uint8Array(100_000)); // which it does not mind
+      await writer.close();
+    }],
+  ];
+  await settled(ends.map(async ([why, end, ...args]) => {
+    await using server = await start(["--baseurl", "http://c.example", ...args]);
+    await end(server);
+    await untilFree(server.port);
+    assert.deepEqual([(await server.child.status).code, await server.stderr], [
+      0,
+      `leforward: ended: ${why}\n`,
+    ]);
+  }));
+});
 
-test("leforward ends when its parent goes away, and not because its input was never open", {}, async () => {
+test("leforward ends when its parent goes away, and not because its input was never open", async () => {
   // A shell gives a command in the background /dev/null as its input.
   const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...LEFORWARD];
   await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { by }); // 0 is for ever
@@ -294,7 +273,7 @@ test("leforward ends when its parent goes away, and not because its input was ne
   assert.equal(await server.stderr, "leforward: ended: its parent is gone\n");
 });
 
-test("leforward works from a copy that stands alone, started by its first line", {}, async () => {
+test("leforward works from a copy that stands alone, started by its first line", async () => {
   const directory = await Deno.makeTempDir();
   try {
     await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);

@@ -43,7 +43,7 @@ function recipeTest(
     (program === "postgres" ? postgres : which(program)) === undefined
   );
   const none = missing.length > 0 ? `${missing.join(", ")} not installed` : undefined;
-  test(name, { lacking: lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined) }, fn);
+  test(name, fn, lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined));
 }
 
 /** A bed that any user may look into, with the directories for certificates (`/etc/ssl/lematt`). */

@@ -17,8 +17,9 @@ import { together } from "./together.ts";
 
 const CHALLENGE = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 
-const test = together("the remote half");
-const need = { lacking: missing.length === 0 ? undefined : `${missing.join(", ")} not installed` };
+const inTurn = together("the remote half");
+const lacking = missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
+const test = (name: string, fn: () => Promise<void>) => inTurn(name, fn, lacking);
 
 /** Runs a program to its end. */
 async function attempt(program: string, ...args: string[]) {
@@ -77,87 +78,79 @@ function startRelay(port: number) {
   };
 }
 
-test(
-  "a key does its one thing, whatever the client asks for: redirect challenges, or reload",
-  need,
-  async () => {
-    await using remote = await startRemote({ reload: "echo reloaded" });
-    await Promise.all([[], ["id"], ["$(id)"]].map(async (command) => {
-      const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-postfix", ...command);
-      assert.deepEqual([code, stdout], [0, "reloaded\n"]);
-    }));
-    const refused: [args: string[], code: number][] = [
-      [["mail-forward"], 2],
-      [["mail-forward", "id"], 2],
-      [["--", "mail-forward", "--help"], 2],
-      [["--", "mail-forward", `--baseurl ${CENTRAL}`], 2],
-      [["mail-forward", `${CENTRAL}; id`], 2],
-      [["mail-forward", `${CENTRAL}\nid`], 2],
-      [["mail-forward", "$(id)"], 2],
-      [["mail-forward", "http://elsewhere.example.com"], 2],
-      [["-s", "mail-forward", "sftp"], 2],
-      [["-W", "127.0.0.1:22", "mail-forward"], 255],
-    ];
-    await Promise.all(refused.map(async ([args, code]) => {
-      const found = await attempt("ssh", ...remote.ssh, ...args);
-      assert.deepEqual([found.code, found.stdout], [code, ""], `${args}: ${found.stderr}`);
-    }));
-    assert.equal(await accepts(remote.httpPort), false);
+test("a key does its one thing, whatever the client asks for: redirect challenges, or reload", async () => {
+  await using remote = await startRemote({ reload: "echo reloaded" });
+  await Promise.all([[], ["id"], ["$(id)"]].map(async (command) => {
+    const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-postfix", ...command);
+    assert.deepEqual([code, stdout], [0, "reloaded\n"]);
+  }));
+  const refused: [args: string[], code: number][] = [
+    [["mail-forward"], 2],
+    [["mail-forward", "id"], 2],
+    [["--", "mail-forward", "--help"], 2],
+    [["--", "mail-forward", `--baseurl ${CENTRAL}`], 2],
+    [["mail-forward", `${CENTRAL}; id`], 2],
+    [["mail-forward", `${CENTRAL}\nid`], 2],
+    [["mail-forward", "$(id)"], 2],
+    [["mail-forward", "http://elsewhere.example.com"], 2],
+    [["-s", "mail-forward", "sftp"], 2],
+    [["-W", "127.0.0.1:22", "mail-forward"], 255],
+  ];
+  await Promise.all(refused.map(async ([args, code]) => {
+    const found = await attempt("ssh", ...remote.ssh, ...args);
+    assert.deepEqual([found.code, found.stdout], [code, ""], `${args}: ${found.stderr}`);
+  }));
+  assert.equal(await accepts(remote.httpPort), false);
 
-    await using _session = await forward(remote);
-    const answer = await fetch(`http://127.0.0.1:${remote.httpPort}${CHALLENGE}`, { redirect: "manual" });
-    assert.deepEqual([answer.status, answer.headers.get("location")], [301, CENTRAL + CHALLENGE]);
-    const second = await attempt("ssh", ...remote.ssh, "mail-forward", CENTRAL);
-    assert.equal(second.code, 1);
-    assert.match(second.stderr, /listen on port \d+ /);
-  },
-);
+  await using _session = await forward(remote);
+  const answer = await fetch(`http://127.0.0.1:${remote.httpPort}${CHALLENGE}`, { redirect: "manual" });
+  assert.deepEqual([answer.status, answer.headers.get("location")], [301, CENTRAL + CHALLENGE]);
+  const second = await attempt("ssh", ...remote.ssh, "mail-forward", CENTRAL);
+  assert.equal(second.code, 1);
+  assert.match(second.stderr, /listen on port \d+ /);
+});
 
-test(
-  "the upload key puts files, and links between them, into its directories with their modes",
-  need,
-  async () => {
-    await using remote = await startRemote();
-    const { certificates } = remote;
-    const from = join(remote.directory, "from");
-    await Deno.mkdir(from);
-    await Deno.symlink("a.pem", `${from}/b.pem`);
-    await Deno.writeTextFile(`${from}/.hidden`, "hidden\n");
-    const scp = (...files: string[]) =>
-      attempt("scp", ...remote.ssh, "-O", "-p", ...files, `mail-upload:${certificates}`);
-    for (const [directory, mode] of [[certificates, 0o644], [`${certificates}/private`, 0o640]] as const) {
-      for (const text of ["first\n", "second\n"]) {
-        await Deno.writeTextFile(`${from}/a.pem`, text);
-        const options = ["-avz", `--chmod=F${mode.toString(8)}`, `${from}/a.pem`, `${from}/b.pem`];
-        const { code, stderr } = await rsync(remote, ...options, `mail-upload:${directory}/`);
-        assert.equal(code, 0, stderr);
-        assert.equal(Deno.readLinkSync(`${directory}/b.pem`), "a.pem");
-        assert.equal(Deno.readTextFileSync(`${directory}/b.pem`), text);
-        assert.equal(Deno.statSync(`${directory}/a.pem`).mode! & 0o7777, mode);
-        assert.deepEqual(listing(directory).filter((name) => name !== "private"), ["a.pem", "b.pem"]);
-      }
-    }
-    // S9: set-uid bits and what others may write are dropped, hidden files are not taken
-    await run("chmod", "7666", `${from}/a.pem`);
-    for (
-      const upload of [
-        () => rsync(remote, "-a", `${from}/a.pem`, `mail-upload:${certificates}/`),
-        () => scp(`${from}/a.pem`),
-      ]
-    ) {
-      await Deno.remove(`${certificates}/a.pem`);
-      const { code, stderr } = await upload();
+test("the upload key puts files, and links between them, into its directories with their modes", async () => {
+  await using remote = await startRemote();
+  const { certificates } = remote;
+  const from = join(remote.directory, "from");
+  await Deno.mkdir(from);
+  await Deno.symlink("a.pem", `${from}/b.pem`);
+  await Deno.writeTextFile(`${from}/.hidden`, "hidden\n");
+  const scp = (...files: string[]) =>
+    attempt("scp", ...remote.ssh, "-O", "-p", ...files, `mail-upload:${certificates}`);
+  for (const [directory, mode] of [[certificates, 0o644], [`${certificates}/private`, 0o640]] as const) {
+    for (const text of ["first\n", "second\n"]) {
+      await Deno.writeTextFile(`${from}/a.pem`, text);
+      const options = ["-avz", `--chmod=F${mode.toString(8)}`, `${from}/a.pem`, `${from}/b.pem`];
+      const { code, stderr } = await rsync(remote, ...options, `mail-upload:${directory}/`);
       assert.equal(code, 0, stderr);
-      assert.equal(Deno.readTextFileSync(`${certificates}/b.pem`), "second\n");
-      assert.equal(Deno.statSync(`${certificates}/a.pem`).mode! & 0o7777, 0o664);
+      assert.equal(Deno.readLinkSync(`${directory}/b.pem`), "a.pem");
+      assert.equal(Deno.readTextFileSync(`${directory}/b.pem`), text);
+      assert.equal(Deno.statSync(`${directory}/a.pem`).mode! & 0o7777, mode);
+      assert.deepEqual(listing(directory).filter((name) => name !== "private"), ["a.pem", "b.pem"]);
     }
-    assert.notEqual((await rsync(remote, "-a", `${from}/.hidden`, `mail-upload:${certificates}/`)).code, 0);
-    assert.notEqual((await scp(`${from}/.hidden`)).code, 0);
-    assert.deepEqual(listing(certificates), ["a.pem", "b.pem", "private"]);
-  },
-);
+  }
+  // S9: set-uid bits and what others may write are dropped, hidden files are not taken
+  await run("chmod", "7666", `${from}/a.pem`);
+  for (
+    const upload of [
+      () => rsync(remote, "-a", `${from}/a.pem`, `mail-upload:${certificates}/`),
+      () => scp(`${from}/a.pem`),
+    ]
+  ) {
+    await Deno.remove(`${certificates}/a.pem`);
+    const { code, stderr } = await upload();
+    assert.equal(code, 0, stderr);
+    assert.equal(Deno.readTextFileSync(`${certificates}/b.pem`), "second\n");
+    assert.equal(Deno.statSync(`${certificates}/a.pem`).mode! & 0o7777, 0o664);
+  }
+  assert.notEqual((await rsync(remote, "-a", `${from}/.hidden`, `mail-upload:${certificates}/`)).code, 0);
+  assert.notEqual((await scp(`${from}/.hidden`)).code, 0);
+  assert.deepEqual(listing(certificates), ["a.pem", "b.pem", "private"]);
+});
 
-test("the upload key cannot write elsewhere, read, delete or get a shell", need, async () => {
+test("the upload key cannot write elsewhere, read, delete or get a shell", async () => {
   await using remote = await startRemote();
   const { certificates } = remote;
   const [from, outside] = [join(remote.directory, "from"), join(remote.directory, "outside")];
@@ -240,7 +233,7 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", need,
   assert.deepEqual([...Deno.readDirSync(certificates)].filter(({ isSymlink }) => isSymlink), []);
 });
 
-test("S9: an upload is bounded: each file, and all that is in the directory", need, async () => {
+test("S9: an upload is bounded: each file, and all that is in the directory", async () => {
   await using remote = await startRemote();
   const { certificates, uploadOnly } = remote;
   const script = adapt(await Deno.readTextFile(uploadOnly), { "DIRECTORY_KIB=262144": "DIRECTORY_KIB=3000" });
@@ -266,7 +259,7 @@ test("S9: an upload is bounded: each file, and all that is in the directory", ne
   assert.equal((await upload(`${from}/a.pem`)).code, 0);
 });
 
-test("S9: nothing is left of an upload that was cut off, whoever was ended", need, async () => {
+test("S9: nothing is left of an upload that was cut off, whoever was ended", async () => {
   await using remote = await startRemote();
   const { certificates, uploadOnly } = remote;
   const from = join(remote.directory, "key.pem");
@@ -294,7 +287,7 @@ test("S9: nothing is left of an upload that was cut off, whoever was ended", nee
   assert.deepEqual(listing(certificates), ["key.pem", "private"]);
 });
 
-test("leforward never outlives its ssh session", need, async () => {
+test("leforward never outlives its ssh session", async () => {
   await using remote = await startRemote({
     keys: (text) => text.replace("restrict,command", "restrict,pty,command"), // the first, which is forward
   });
@@ -356,93 +349,88 @@ http { access_log off; ${own.join(" ")} ${servers.join("")} }\n`,
   return await startServer(command[0]!, command.slice(1), port);
 }
 
-test(
-  "certificates go the whole way, and again with new keys; a host that is down fails alone",
-  need,
-  async () => {
-    const reload = `exec ${which("nginx")} -q -s reload -c HERE/nginx/nginx.conf -e HERE/nginx/error.log`;
-    await using remote = await startRemote({ reload });
-    const { certificates, httpPort } = remote;
-    const names = ["mail.example.com", "imap.example.com", "smtp.example.com"];
-    const tls = freePort();
-    await using _nginx = await startNginx(remote, tls, names);
-    using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 }); // accepts connections and says nothing
-    const settings = "alwaysGenerateNewKeys: yes\ngenerateNewCertsAfterDays: 4\nari: no\n";
-    await using bed = await testBed({
-      domains: "mail.example.com\nimap.example.com smtp.example.com\ndown.example.com\n",
-      settings,
-    });
-    const hostname = "127.0.0.1";
-    const ports: Record<string, number> = {
-      "central.example.com": bed.web.port,
-      "down.example.com": freePort(),
-    };
-    const portOf = (name: string) => ports[name] ?? httpPort;
-    Object.assign(bed.ca.switches, {
-      resolve: (name: string) => ({ hostname, port: portOf(name) }),
-      authorizationLifetimeMs: 86_400_000, // each run is validated anew
-    });
-    const ssh = `ssh ${remote.ssh.join(" ")}`;
-    // the example in conf/actions.conf, which names what the kit makes
-    const example =
-      Deno.readTextFileSync(join(ROOT, "conf/actions.conf")).match(/^# \[mail\]\n(# .*\n)+/m)![0];
-    bed.act(`${
-      adapt(example.replaceAll(/^# /gm, ""), {
-        "domains: mail.example.com": `domains: ${names.join(" ")}`,
-        "ssh mail-": `${ssh} mail-`,
-        "rsync -a": `rsync -a -e '${ssh}'`,
-        "/etc/ssl/lematt": certificates,
-        '"mail.example.com:465", "mail.example.com:25/smtp", "mail.example.com:143/imap"': names
-          .map((name) => `"127.0.0.1:${tls}#${name}"`).join(", "),
-      })
-    }
+test("certificates go the whole way, and again with new keys; a host that is down fails alone", async () => {
+  const reload = `exec ${which("nginx")} -q -s reload -c HERE/nginx/nginx.conf -e HERE/nginx/error.log`;
+  await using remote = await startRemote({ reload });
+  const { certificates, httpPort } = remote;
+  const names = ["mail.example.com", "imap.example.com", "smtp.example.com"];
+  const tls = freePort();
+  await using _nginx = await startNginx(remote, tls, names);
+  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 }); // accepts connections and says nothing
+  const settings = "alwaysGenerateNewKeys: yes\ngenerateNewCertsAfterDays: 4\nari: no\n";
+  await using bed = await testBed({
+    domains: "mail.example.com\nimap.example.com smtp.example.com\ndown.example.com\n",
+    settings,
+  });
+  const hostname = "127.0.0.1";
+  const ports: Record<string, number> = {
+    "central.example.com": bed.web.port,
+    "down.example.com": freePort(),
+  };
+  const portOf = (name: string) => ports[name] ?? httpPort;
+  Object.assign(bed.ca.switches, {
+    resolve: (name: string) => ({ hostname, port: portOf(name) }),
+    authorizationLifetimeMs: 86_400_000, // each run is validated anew
+  });
+  const ssh = `ssh ${remote.ssh.join(" ")}`;
+  // the example in conf/actions.conf, which names what the kit makes
+  const example = Deno.readTextFileSync(join(ROOT, "conf/actions.conf")).match(/^# \[mail\]\n(# .*\n)+/m)![0];
+  bed.act(`${
+    adapt(example.replaceAll(/^# /gm, ""), {
+      "domains: mail.example.com": `domains: ${names.join(" ")}`,
+      "ssh mail-": `${ssh} mail-`,
+      "rsync -a": `rsync -a -e '${ssh}'`,
+      "/etc/ssl/lematt": certificates,
+      '"mail.example.com:465", "mail.example.com:25/smtp", "mail.example.com:143/imap"': names
+        .map((name) => `"127.0.0.1:${tls}#${name}"`).join(", "),
+    })
+  }
 [down]
 domains: down.example.com
 prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${CENTRAL}"]
 `);
-    // killed while it holds the redirect
-    bed.ca.switches.validationDelayMs = 10_000;
-    bed.configure({ settings: `${settings}preflight: no\n` });
-    const child = bed.start("--test", "--only", "mail.example.com");
-    await until("leforward answers", () => accepts(httpPort));
-    child.kill("SIGKILL");
-    await child.output();
-    await until("leforward is gone", async () => !await accepts(httpPort), 4);
-    bed.ca.switches.validationDelayMs = undefined;
-    bed.configure({ settings });
+  // killed while it holds the redirect
+  bed.ca.switches.validationDelayMs = 10_000;
+  bed.configure({ settings: `${settings}preflight: no\n` });
+  const child = bed.start("--test", "--only", "mail.example.com");
+  await until("leforward answers", () => accepts(httpPort));
+  child.kill("SIGKILL");
+  await child.output();
+  await until("leforward is gone", async () => !await accepts(httpPort), 4);
+  bed.ca.switches.validationDelayMs = undefined;
+  bed.configure({ settings });
 
-    const world = {
-      // what is remote takes its time
-      sleep: (ms: number) => delay(Math.min(ms, 50)),
-      route: (name: string, port: number) =>
-        Promise.resolve([{ address: hostname, port: name === hostname ? port : portOf(name) }]),
-    };
-    const directories: [directory: string, mode: number][] = [[certificates, 0o644], [
-      join(certificates, "private"),
-      0o640,
-    ]];
-    const textsIn = (directory: string) =>
-      listing(directory).filter((name) => /\.pem$/.test(name)).map((name) =>
-        Deno.readTextFileSync(join(directory, name))
-      );
-    let before: string[] = [];
-    for (let round = 1; round <= 2; round++) {
-      const { code, stdout, stderr } = await bed.run(world);
-      assert.equal(code, 1, stdout + stderr);
-      assert.match(stderr, /^FAILED +down\.example\.com [\s\S]*timed out during banner exchange/m);
-      assert.equal(bed.ca.issued.length, 4 * round, stderr); // 2 lines, 2 key types
-      assert.equal(stdout.match(/^verified .* serves the newest certificate/gm)?.length, 6, stdout + stderr);
-      for (const [directory, mode] of directories) {
-        for (const name of listing(directory).filter((name) => name !== "private")) {
-          assert.equal(Deno.statSync(join(directory, name)).mode! & 0o777, mode, name);
-        }
+  const world = {
+    // what is remote takes its time
+    sleep: (ms: number) => delay(Math.min(ms, 50)),
+    route: (name: string, port: number) =>
+      Promise.resolve([{ address: hostname, port: name === hostname ? port : portOf(name) }]),
+  };
+  const directories: [directory: string, mode: number][] = [[certificates, 0o644], [
+    join(certificates, "private"),
+    0o640,
+  ]];
+  const textsIn = (directory: string) =>
+    listing(directory).filter((name) => /\.pem$/.test(name)).map((name) =>
+      Deno.readTextFileSync(join(directory, name))
+    );
+  let before: string[] = [];
+  for (let round = 1; round <= 2; round++) {
+    const { code, stdout, stderr } = await bed.run(world);
+    assert.equal(code, 1, stdout + stderr);
+    assert.match(stderr, /^FAILED +down\.example\.com [\s\S]*timed out during banner exchange/m);
+    assert.equal(bed.ca.issued.length, 4 * round, stderr); // 2 lines, 2 key types
+    assert.equal(stdout.match(/^verified .* serves the newest certificate/gm)?.length, 6, stdout + stderr);
+    for (const [directory, mode] of directories) {
+      for (const name of listing(directory).filter((name) => name !== "private")) {
+        assert.equal(Deno.statSync(join(directory, name)).mode! & 0o777, mode, name);
       }
-      const after = directories.flatMap(([directory]) => textsIn(directory));
-      assert.ok(after.every((text) => !before.includes(text)), "all certificates and keys are new");
-      before = after;
-      assert.deepEqual(bed.dropped(), []);
-      await until("leforward is gone", async () => !await accepts(httpPort));
-      bed.ca.advance(5 * 86_400_000);
     }
-  },
-);
+    const after = directories.flatMap(([directory]) => textsIn(directory));
+    assert.ok(after.every((text) => !before.includes(text)), "all certificates and keys are new");
+    before = after;
+    assert.deepEqual(bed.dropped(), []);
+    await until("leforward is gone", async () => !await accepts(httpPort));
+    bed.ca.advance(5 * 86_400_000);
+  }
+});

@@ -67,7 +67,7 @@ for (const { program, starttls, seen, start } of services) {
     : Deno.uid() !== 0
     ? "root is needed"
     : undefined;
-  test(`${program} is seen to serve its certificate through ${starttls}`, { lacking }, async () => {
+  test(`${program} is seen to serve its certificate through ${starttls}`, async () => {
     const home = await Deno.makeTempDir({ prefix: "lematt-services-" });
     try {
       const { fingerprint } = await makeCertificate(home, "rsa", "rsa", ["localhost"]);
@@ -87,5 +87,5 @@ for (const { program, starttls, seen, start } of services) {
     } finally {
       await Deno.remove(home, { recursive: true });
     }
-  });
+  }, lacking);
 }

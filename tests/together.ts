@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { limit } from "../lib/context.ts";
 
-/** Like Deno.test() with options; what is not run says what it lacks. At most `most` run at once. */
+/** Returns what stands for Deno.test(); a test that is `lacking` something says so. At most `most` run at once. */
 export function together(name: string, most = 4) {
   const steps: Deno.TestStepDefinition[] = [];
   const inTurn = limit(most);
@@ -16,7 +16,7 @@ export function together(name: string, most = 4) {
       assert(passed.every((ok, index) => ok || steps[index]!.ignore));
     },
   });
-  return (name: string, { lacking }: { lacking?: string }, fn: () => Promise<void>): void => {
+  return (name: string, fn: () => Promise<void>, lacking?: string): void => {
     if (lacking !== undefined) console.log(`${name} is not tested: ${lacking}`);
     steps.push({ name, ignore: lacking !== undefined, fn: () => inTurn(fn), ...sanitizers });
   };

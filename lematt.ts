@@ -16,15 +16,27 @@ if (major < OLDEST_DENO[0] || (major === OLDEST_DENO[0] && minor < OLDEST_DENO[1
   Deno.exit(2);
 }
 // imported after the check above, so that an older Deno reaches it
-const { alertConfigError } = await import("./lib/alert.ts");
 const { ConfigError, loadConfig } = await import("./lib/config.ts");
 const { systemContext } = await import("./lib/context.ts");
+const { alertConfigError } = await import("./lib/deliver.ts");
 const { killAll } = await import("./lib/hooks.ts");
 const { checkPackages } = await import("./lib/http.ts");
 const { planJson, planText, Report } = await import("./lib/report.ts");
-const { accept, advice, preview, prunable, prune, records, revoke, rollover, run, status, tryChallenges } =
-  await import("./lib/run.ts");
-const { revocable, select } = await import("./lib/select.ts");
+const {
+  accept,
+  advice,
+  preview,
+  prunable,
+  prune,
+  records,
+  revocable,
+  revoke,
+  rollover,
+  run,
+  select,
+  status,
+  tryChallenges,
+} = await import("./lib/run.ts");
 const { exitStatus, statusJson, statusMetrics, statusTable } = await import("./lib/status.ts");
 const { count, errorText, isExpected, noticeText } = await import("./lib/text.ts");
 

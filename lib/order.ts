@@ -13,7 +13,6 @@ import type { Config, Line } from "./config.ts";
 import { type Context, settled } from "./context.ts";
 import { AcmeError, describe, isProblem } from "./http.ts";
 import type { Due, Task } from "./renewal.ts";
-import { certificateIdOf } from "./renewalinfo.ts";
 import type { Entry, Issued, Store } from "./store.ts";
 import {
   ChainError,
@@ -382,4 +381,9 @@ function validationError({ url, error }: Order, authorizations: readonly Authori
 /** Whether a refusal is permanent, as far as is known. */
 function isRefusal({ status = 0, isTransient }: AcmeError): boolean {
   return status >= 400 && status !== 429 && !isTransient;
+}
+
+/** The identifier of the certificate on disk (RFC 9773 §4.1), if it has one. */
+export function certificateIdOf({ finding }: Entry): string | undefined {
+  return "certificate" in finding ? finding.certificate.id : undefined;
 }

@@ -4,9 +4,8 @@
  * Reads no files and no network. Texts from outside have been made safe to print where they came in.
  */
 
-import type { AlertEvent } from "./alert.ts";
+import type { AlertEvent, Delivered, DeliverEvent } from "./deliver.ts";
 import type { Mode } from "./config.ts";
-import type { Delivered, DeliverEvent } from "./deliver.ts";
 import { type EndpointStatus, isGood, isRight, wrongSights } from "./endpoints.ts";
 import type { AccountEvent } from "./account.ts";
 import type { IssueEvent } from "./issue.ts";

@@ -3,8 +3,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { accept } from "../lib/run.ts";
-import { select } from "../lib/select.ts";
+import { accept, select } from "../lib/run.ts";
 import { all, type Bed, testBed, until } from "./bed.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;

@@ -5,7 +5,7 @@
 
 import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
-import { dueAlerts } from "../lib/alert.ts";
+import { dueAlerts } from "../lib/deliver.ts";
 import { recordOf } from "../lib/endpoints.ts";
 import { listsDigest, plan as planOn, planSection } from "../lib/plan.ts";
 import { adoptReceipts, forgetUnknown as forget } from "../lib/receipts.ts";

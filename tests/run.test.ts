@@ -3,8 +3,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { prunable, prune, revoke } from "../lib/run.ts";
-import { revocable, select } from "../lib/select.ts";
+import { prunable, prune, revocable, revoke, select } from "../lib/run.ts";
 import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 

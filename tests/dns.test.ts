@@ -6,7 +6,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { checkChallenges } from "../lib/challenge.ts";
 import { type Query, systemQuery } from "../lib/context.ts";
-import { all, befalling, type Ran, testBed, until } from "./bed.ts";
+import { all, type Bed, befalling, type Ran, testBed, until } from "./bed.ts";
 import { type Dns, startDns, type Switches } from "./ca.ts";
 
 const NAME = "example.com";
@@ -76,6 +76,11 @@ function asking(
     ask(name, type, server) ?? await systemQuery(name, type, { address: "127.0.0.1", port });
 }
 
+async function succeeds(bed: Bed, query: Query): Promise<void> {
+  const { code, stderr } = await bed.run({ query });
+  assert.deepEqual([code, stderr], [0, ""]);
+}
+
 const asked = ({ requests }: Ran) => requests.filter(({ resource }) => resource === "challenge").length;
 
 // ---- dns-01 ------------------------------------------------------------------------------------------------------
@@ -103,8 +108,7 @@ Deno.test("a name and its wildcard have a value each at one record at once", asy
     domains: `${NAME} *`,
     ca: { fault: () => void (most = Math.max(most, at.placed().length)) },
   });
-  const ran = await at.bed.run({ query: at.query });
-  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
+  await succeeds(at.bed, at.query);
   assert.deepEqual(at.bed.ca.validations.map(({ name }) => name).sort(), [`*.${NAME}`, NAME]);
   assert.deepEqual([most, at.placed()], [2, []]);
 });
@@ -161,8 +165,7 @@ Deno.test("two lines that need each other's records in turn do not wait for each
 
 Deno.test("a mixed line proves each name by the challenge of its section", async () => {
   await using at = await dnsBed({ domains: `${NAME} www *`, actions: dns01(`*.${NAME}`) });
-  const ran = await at.bed.run({ query: at.query });
-  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
+  await succeeds(at.bed, at.query);
   const proven = at.bed.ca.validations.map(({ type, name }) => `${name} ${type}`).sort();
   assert.deepEqual(proven, [`*.${NAME} dns-01`, `${NAME} http-01`, `www.${NAME} http-01`]);
   assert.deepEqual([at.placed(), at.bed.dropped()], [[], []]);
@@ -183,8 +186,7 @@ Deno.test("a record may be delegated by CNAME to a zone of its own, whose server
     if (server) servers.add([name, server.address].join());
     return undefined;
   });
-  const ran = await at.bed.run({ query });
-  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
+  await succeeds(at.bed, query);
   assert.deepEqual([...servers], ["acme.example.net,127.0.0.1", `${RECORD}.acme.example.net,127.0.0.1`]);
 });
 
@@ -203,21 +205,17 @@ Deno.test("the CA is not asked before every server has the value, which may take
 
 Deno.test("the CA is not asked while a name server shows something else; after dnsWait the line fails and says so", async () => {
   type Ask = (...query: Parameters<Query>) => string[] | undefined;
-  const table: [ask: Ask, told: string[]][] = [
-    [(_, type, server) => type === "TXT" && server?.address === "127.0.0.2" ? [] : undefined, [
-      `ns2.${NAME}`,
-      "no TXT record",
-    ]],
-    [(_, type, server) => type === "TXT" && server?.address === "127.0.0.1" ? ["x"] : undefined, [
-      `ns1.${NAME}`,
-      "other TXT records",
-    ]],
-    [(_, type) => type === "CNAME" ? [RECORD] : undefined, ["8 CNAMEs"]],
-    [(_, type) => type === "NS" ? ["\x1b[2J\n.example.com"] : type === "TXT" ? [] : undefined, [
-      "([2J .example.com)",
-    ]],
+  const txt = (of: string, values: string[]): Ask => (_, type, server) =>
+    type === "TXT" && server?.address === of ? values : undefined;
+  const escapes: Ask = (_, type) =>
+    type === "NS" ? ["\x1b[2J\n.example.com"] : type === "TXT" ? [] : undefined;
+  const table: [ask: Ask, ...told: string[]][] = [
+    [txt("127.0.0.2", []), `ns2.${NAME}`, "no TXT record"],
+    [txt("127.0.0.1", ["x"]), `ns1.${NAME}`, "other TXT records"],
+    [(_, type) => type === "CNAME" ? [RECORD] : undefined, "8 CNAMEs"],
+    [escapes, "([2J .example.com)"],
   ];
-  await all(table.map(async ([ask, told]) => {
+  await all(table.map(async ([ask, ...told]) => {
     await using at = await dnsBed({ settings: "dnsWait: 20" });
     const ran = await at.bed.run({ query: asking(at.dns, ask) });
     assert.deepEqual([ran.code, asked(ran), at.placed()], [1, 0, []]);
@@ -244,8 +242,7 @@ Deno.test("the servers of the zone are asked, not those of an alias on the way t
     assert(!name.includes("elsewhere") && (type !== "TXT" || server !== undefined));
     return undefined;
   });
-  const ran = await at.bed.run({ query });
-  assert.deepEqual([ran.code, ran.stderr], [0, ""]);
+  await succeeds(at.bed, query);
 });
 
 Deno.test("where no name server can be asked the system's resolver is; preflight: warn asks the CA whatever is seen", async () => {

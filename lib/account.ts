@@ -146,8 +146,8 @@ export class CaAccount {
   }
 
   /**
-   * Gives the account a new key (RFC 8555 §7.3.5). The new key is on disk before the CA gets it, so that a crash never loses
-   * the account: `open` finds out which of the two the CA has.
+   * Gives the account a new key (RFC 8555 §7.3.5). The new key is on disk before the CA gets it, so that a crash never
+   * loses the account: `open` finds out which of the two the CA has.
    */
   async rollover(): Promise<void> {
     const { config, store } = this.options;
@@ -205,8 +205,8 @@ export class CaAccount {
 }
 
 /**
- * The file of the account key. Each mode has its own: --rollover changes one of them, and a step-ca with two provisioners
- * accepts a key once.
+ * The file of the account key. Each mode has its own: --rollover changes one of them, and a step-ca with two
+ * provisioners accepts a key once.
  */
 function accountKeyPath({ accountKey, mode }: Config): string {
   return mode === "test" ? `${accountKey}.test` : accountKey;

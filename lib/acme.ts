@@ -44,7 +44,7 @@ export interface Order {
   readonly retryAfter?: Date;
 }
 
-/** RFC 8555 §7.1.4. `name` is the identifier with `*.` before it where the authorization is for a wildcard. */
+/** RFC 8555 §7.1.4. `name` is the identifier with `*.` before it if the authorization is for a wildcard. */
 export interface Authorization {
   readonly url: string;
   readonly status: "pending" | "valid" | "invalid" | "deactivated" | "expired" | "revoked";
@@ -343,8 +343,8 @@ export class AcmeClient {
   }
 
   /**
-   * RFC 8555 §7.6, signed by the account or by the certificate's own key; no error if it is revoked already. `reason` is a
-   * CRLReason (RFC 5280 §5.3.1).
+   * RFC 8555 §7.6, signed by the account or by the certificate's own key; no error if it is revoked already. `reason`
+   * is a CRLReason (RFC 5280 §5.3.1).
    */
   async revokeCertificate(der: Uint8Array, reason: number, signer: Signer = this.account): Promise<void> {
     const step = "revoke the certificate";

@@ -1,6 +1,6 @@
 /**
- * Presents challenges and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01 (§8.4) by
- * the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a permanent record.
+ * Presents challenges and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01 (§8.4)
+ * by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a permanent record.
  *
  * Whatever is published is noted in the state first, so that the next run can remove what a killed run left behind.
  */
@@ -141,8 +141,8 @@ export class Challenges {
   }
 
   /**
-   * Claims the records that are free, until the stack is disposed of; waits if none is. A line has no record while it waits,
-   * so there is no deadlock.
+   * Claims the records that are free, until the stack is disposed of; waits if none is. A line has no record while it
+   * waits, so there is no deadlock.
    */
   async #claim(all: readonly Wanted[], stack: AsyncDisposableStack): Promise<readonly Wanted[]> {
     const shared = (name: string) => dnsSections(this.config, name).every(({ dnsParallel }) => dnsParallel);
@@ -182,7 +182,9 @@ export class Challenges {
     return [];
   }
 
-  /** Returns the challenges whose value was displaced by the last one, since the provider keeps one value for a name. */
+  /**
+   * Returns the challenges whose value was displaced by the last one, since the provider keeps one value for a name.
+   */
   async #presentRecords(
     record: string,
     group: readonly Wanted[],

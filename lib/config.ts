@@ -2,8 +2,8 @@
  * The three files of a configuration directory (`lematt.conf`, `domains`, `actions.conf`) -> one validated, frozen
  * `Config` for one mode, or every error of all three at once, each with its file, line and, where it is known, a hint.
  *
- * Reads files, never writes, uses no network, shows no secret. The values of a `Config` are safe in file names, requests
- * to the CA and commands. Challenges: RFC 8555 §8.
+ * Reads files, never writes, uses no network, shows no secret. The values of a `Config` are safe in file names,
+ * requests to the CA and commands. Challenges: RFC 8555 §8.
  */
 import { basename, dirname, join, resolve } from "node:path";
 import type * as ini from "./ini.ts";
@@ -50,7 +50,9 @@ export interface Line {
   /** All key types of its sections; those of lematt.conf if only [every] delivers it. */
   readonly keyTypes: readonly KeyType[];
   readonly profile?: string; // from its sections, else [config]
-  /** The names as the Python original wrote them in file names, if different: in their case, with a repeated primary. */
+  /**
+   * The names as the Python original wrote them in file names, if different: in their case, with a repeated primary.
+   */
   readonly formerNames: readonly (readonly string[])[];
 }
 
@@ -86,9 +88,9 @@ export class ConfigError extends Error {
 }
 
 /**
- * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; the defaults are ./conf, then
- * `beside`, the conf beside the program. Relative paths in the files are relative to the directory of the real lematt.conf.
- * Throws ConfigError with every error of all three.
+ * Reads and validates all three files for one mode. `path` is lematt.conf or its directory; the defaults are ./conf,
+ * then `beside`, the conf beside the program. Relative paths in the files are relative to the directory of the real
+ * lematt.conf. Throws ConfigError with every error of all three.
  */
 export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
   const { file, passedOver } = locate(path, beside);
@@ -175,8 +177,8 @@ function locate(path?: string, beside?: string): { file: string; passedOver: Not
 }
 
 /**
- * Checks owner and mode of the configuration directory and of this mode's tree. Returns whether files in the directory can
- * be trusted.
+ * Checks owner and mode of the configuration directory and of this mode's tree. Returns whether files in the directory
+ * can be trusted.
  */
 function checkDirectories(directory: string, base: string, source: SourceFile): boolean {
   if (!/^[A-Za-z0-9/._@+,:%-]+$/.test(directory)) {

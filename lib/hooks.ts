@@ -1,9 +1,9 @@
 /**
- * Runs the commands of actions.conf in /bin/sh, each in its own process group, and shares `prepare` commands while they are
- * in use. Only this file imports zx, when there is a command to run.
+ * Runs the commands of actions.conf in /bin/sh, each in its own process group, and shares `prepare` commands while they
+ * are in use. Only this file imports zx, when there is a command to run.
  *
- * A command line is split at its placeholders, and zx inserts the values. These are host names, base64url, and paths below
- * a directory whose own path was checked. Any other value is a bug: it is refused.
+ * A command line is split at its placeholders, and zx inserts the values. These are host names, base64url, and paths
+ * below a directory whose own path was checked. Any other value is a bug: it is refused.
  */
 
 import { setTimeout as delay } from "node:timers/promises";
@@ -114,8 +114,8 @@ function half(values: Values, which: "first" | "second"): Values {
 // ---- processes ---------------------------------------------------------------------------------------------------
 
 /**
- * Put before a `prepare` command: a background process that reads the standard input and, when that closes because lematt
- * has ended, even by SIGKILL, ends the group. Otherwise the command could keep a port that the next run needs.
+ * Put before a `prepare` command: a background process that reads the standard input and, when that closes because
+ * lematt has ended, even by SIGKILL, ends the group. Otherwise the command could keep a port that the next run needs.
  */
 const GUARD = "exec 3<&0; { cat <&3; kill 0; } >/dev/null 2>&1 & exec 3<&-; ";
 
@@ -130,8 +130,8 @@ export function killAll(): void {
 }
 
 /**
- * Prepares a command; several if the line or a variable would be too long for the system. Each of these has its own part
- * of every list, in the line and as LEMATT_<NAME> in the environment.
+ * Prepares a command; several if the line or a variable would be too long for the system. Each of these has its own
+ * part of every list, in the line and as LEMATT_<NAME> in the environment.
  */
 async function make(
   template: string,
@@ -263,8 +263,8 @@ function send(group: number, name: Deno.Signal | 0): "ESRCH" | "EPERM" | undefin
 // ---- running -----------------------------------------------------------------------------------------------------
 
 /**
- * Runs a command line with `/bin/sh -c` in the working directory, and waits for its end; a line that is too long runs in
- * several parts, one after the other, each with the whole time. A daemon that it starts is left alone.
+ * Runs a command line with `/bin/sh -c` in the working directory, and waits for its end; a line that is too long runs
+ * in several parts, one after the other, each with the whole time. A daemon that it starts is left alone.
  *
  * Throws CommandError unless it exits with 0 in time, and the signal's reason when that aborts.
  */
@@ -320,8 +320,8 @@ interface Shared {
 /**
  * The `prepare` commands in use. Identical command lines share one process group, from the first user to the last; its
  * environment has only the values in the line, since other lines of `domains` use it, too. Its standard input is a pipe
- * that is never written. A command that exits with 0 has done its work (such as opening a port of a firewall). Any other
- * early end is a failure: it is reported once through `warn`, and the next user starts the command again.
+ * that is never written. A command that exits with 0 has done its work (such as opening a port of a firewall). Any
+ * other early end is a failure: it is reported once through `warn`, and the next user starts the command again.
  */
 export class PrepareCommands implements AsyncDisposable {
   readonly #shared = new Map<string, Shared>();

@@ -2,8 +2,8 @@
  * Requests to a CA, most of them signed (RFC 8555 §6): JWS, nonces, retries, problem documents. Only this file imports
  * `jose`.
  *
- * Nothing that the CA sends is trusted: bodies and headers are bounded, URLs must be https at hosts of its directory, and
- * control characters are removed from all text.
+ * Nothing that the CA sends is trusted: bodies and headers are bounded, URLs must be https at hosts of its directory,
+ * and control characters are removed from all text.
  */
 
 import defer * as nodeCrypto from "node:crypto";
@@ -87,7 +87,9 @@ const HURRY_TIMEOUT_MS = 10_000;
 /** Attempts after a broken connection, a time-out or a server error (5xx); each pause is three times the last. */
 const ATTEMPTS = 4;
 const FIRST_PAUSE_MS = 500;
-/** Attempts if a replica of the CA does not know yet what was just created (8 s in all, each pause is twice the last). */
+/**
+ * Attempts if a replica of the CA does not know yet what was just created (8 s in all, each pause is twice the last).
+ */
 export const LAG_ATTEMPTS = 6;
 /** Attempts after 404 for anything else (0.75 s). */
 const NOT_FOUND_ATTEMPTS = 3;
@@ -134,7 +136,9 @@ export async function importKey(pem: string): Promise<AccountKey> {
   };
 }
 
-/** A URL at which the CA limits requests: they go there one at a time, each after the Retry-After of the last refusal. */
+/**
+ * A URL at which the CA limits requests: they go there one at a time, each after the Retry-After of the last refusal.
+ */
 interface Limited {
   readonly turn: ReturnType<typeof limit>;
   /** Refusals in a row. */
@@ -172,8 +176,8 @@ export class Session {
   }
 
   /**
-   * A signed request (RFC 8555 §6.2), each attempt with a fresh nonce. `undefined` is the empty payload (§6.3), not the empty
-   * object. `isNew`: the resource was just created. Throws AcmeError unless the status is 2xx.
+   * A signed request (RFC 8555 §6.2), each attempt with a fresh nonce. `undefined` is the empty payload (§6.3), not the
+   * empty object. `isNew`: the resource was just created. Throws AcmeError unless the status is 2xx.
    */
   async post(
     step: string,
@@ -220,8 +224,8 @@ export class Session {
   }
 
   /**
-   * Makes a request again if that may help: when rate-limited, after a transient error, and if a replica may lag. Each has
-   * its own number of attempts.
+   * Makes a request again if that may help: when rate-limited, after a transient error, and if a replica may lag. Each
+   * has its own number of attempts.
    */
   async #retried(
     url: string,

@@ -1,6 +1,7 @@
 /**
- * Parses the dialect of Python's `configparser.ConfigParser` with its defaults (docs.python.org/3/library/configparser.html,
- * "Supported INI File Structure"): text -> sections, keys and values with their line numbers, and all problems.
+ * Parses the dialect of Python's `configparser.ConfigParser` with its defaults
+ * (docs.python.org/3/library/configparser.html, "Supported INI File Structure"): text -> sections, keys and values with
+ * their line numbers, and all problems.
  *
  * It accepts and refuses the same files as Python, except that it skips a byte order mark and limits the growth of
  * substitutions. Messages quote no line, since a line may be a secret.

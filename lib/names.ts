@@ -1,6 +1,6 @@
 /**
- * Host names, wildcards and IP addresses: text as written -> the form in which names are compared, stored, sent to the CA
- * and put in file names. And text from outside, made safe to print. Pure.
+ * Host names, wildcards and IP addresses: text as written -> the form in which names are compared, stored, sent to the
+ * CA and put in file names. And text from outside, made safe to print. Pure.
  *
  * Host names: RFC 1123 §2.1, A-labels by UTS 46; IP addresses: RFC 8738, RFC 5952.
  */

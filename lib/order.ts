@@ -1,9 +1,9 @@
 /**
- * Orders of one line of `domains`, from order to certificate (RFC 8555 §7.4): order, authorizations, challenges, finalize,
- * download.
+ * Orders of one line of `domains`, from order to certificate (RFC 8555 §7.4): order, authorizations, challenges,
+ * finalize, download.
  *
- * The names of a line are authorized once: its key types create their orders one after the other, and then go on side by
- * side. An order that the CA has not finished stays in the state, with its key on disk, for the next run.
+ * The names of a line are authorized once: its key types create their orders one after the other, and then go on side
+ * by side. An order that the CA has not finished stays in the state, with its key on disk, for the next run.
  */
 
 import { accountName, type CaAccount } from "./account.ts";
@@ -51,9 +51,9 @@ const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
 /** Let's Encrypt's orders expire after a week. */
 const ORDER_LIFE_MS = 7 * DAY_MS;
 /**
- * Pauses before the authorizations of a pending order are read, since some CAs leave it pending after a failed validation.
- * The first is for CAs that report the failure in their answer to the response (step-ca, Caddy), the third for challenges
- * for which others wait. Each next pause is twice the last, up to the longest.
+ * Pauses before the authorizations of a pending order are read, since some CAs leave it pending after a failed
+ * validation. The first is for CAs that report the failure in their answer to the response (step-ca, Caddy), the third
+ * for challenges for which others wait. Each next pause is twice the last, up to the longest.
  */
 const FAILED_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
 /** How often the CA is asked to validate a challenge that has failed: for a quarter of a minute. */
@@ -172,8 +172,8 @@ export class Orders {
     let pending: readonly Authorization[] = authorizations.filter((one) => isPending(one, line));
     let current = order;
     do {
-      // The CA is asked after all are presented. If one fails, the others are removed; a CA that is already fetching them
-      // would count failed validations.
+      // The CA is asked after all are presented. If one fails, the others are removed; a CA that is already fetching
+      // them would count failed validations.
       await using presented = await this.challenges.present(pending, this.client.account);
       const { answers, later } = presented;
       current = await this.#validate(order, answers, later.length === 0);

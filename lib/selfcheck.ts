@@ -1,6 +1,7 @@
 /**
- * Self-checks of challenges, before the CA is asked (RFC 8555 §8.3, §8.4): a file of http-01 is fetched as Let's Encrypt
- * fetches it, TXT records are looked up at the name servers of their zone. Each check ends when its signal aborts.
+ * Self-checks of challenges, before the CA is asked (RFC 8555 §8.3, §8.4): a file of http-01 is fetched as Let's
+ * Encrypt fetches it, TXT records are looked up at the name servers of their zone. Each check ends when its signal
+ * aborts.
  */
 
 import http from "node:http";
@@ -32,8 +33,8 @@ const LONGEST_BODY = 4096;
 const NAT_HINT = "if only this host cannot connect there (NAT without hairpin), set preflight: warn";
 
 /**
- * Private networks, link-local networks, and this host (RFC 6890). A name in the Internet must not redirect the check to a
- * nearer network, where a request could do harm.
+ * Private networks, link-local networks, and this host (RFC 6890). A name in the Internet must not redirect the check
+ * to a nearer network, where a request could do harm.
  */
 const NEARNESS = [
   ["10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"],
@@ -60,8 +61,8 @@ interface Answer {
 }
 
 /**
- * Checks that `url` serves `expected` at every address of its host, and of the hosts to which it redirects, since the CA
- * uses any of them. Addresses without a route from this host are skipped.
+ * Checks that `url` serves `expected` at every address of its host, and of the hosts to which it redirects, since the
+ * CA uses any of them. Addresses without a route from this host are skipped.
  */
 export async function checkFile(
   url: string,
@@ -139,8 +140,8 @@ class FileCheck {
   }
 
   /**
-   * Whether a redirect to a nearer network is followed: to a name (/etc/hosts may have this host's own at 127.0.1.1), for
-   * the challenge itself, so that nobody chooses what is requested there. CAs do not follow redirects to addresses.
+   * Whether a redirect to a nearer network is followed: to a name (/etc/hosts may have this host's own at 127.0.1.1),
+   * for the challenge itself, so that nobody chooses what is requested there. CAs do not follow redirects to addresses.
    */
   #isHarmless({ hostname, pathname, search }: URL): boolean {
     return isIP(bare(hostname)) === 0 && hostname.includes(".") &&
@@ -266,8 +267,8 @@ export async function checkRecords(
 }
 
 /**
- * Asks every name server of the zone. Those that are lame or do not answer are skipped, as a resolver does; if all are, the
- * system's resolver is asked. Throws if that does not answer either.
+ * Asks every name server of the zone. Those that are lame or do not answer are skipped, as a resolver does; if all are,
+ * the system's resolver is asked. Throws if that does not answer either.
  */
 async function findRecords(name: string, context: Context, signal: AbortSignal): Promise<Records> {
   const query: Context["query"] = (name, type) =>

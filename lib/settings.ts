@@ -1,6 +1,6 @@
 /**
- * The keys of lematt.conf and actions.conf: the two tables, with type, spelling and default of each key, and the parsers of
- * their values.
+ * The keys of lematt.conf and actions.conf: the two tables, with type, spelling and default of each key, and the
+ * parsers of their values.
  */
 
 import { dirname, join, resolve } from "node:path";

@@ -1,9 +1,9 @@
 /**
- * The files below `prod/` and `test/`: their names, their inventory, and every change to them. plan.ts decides what to do
- * about the inventory.
+ * The files below `prod/` and `test/`: their names, their inventory, and every change to them. plan.ts decides what to
+ * do about the inventory.
  *
- * File names are those of the Python original, so that its directories are taken over in place. Files are written beside
- * their target, flushed and renamed. An OS lock on `.lock` keeps a second run out.
+ * File names are those of the Python original, so that its directories are taken over in place. Files are written
+ * beside their target, flushed and renamed. An OS lock on `.lock` keeps a second run out.
  */
 
 import { basename, dirname, join } from "node:path";
@@ -134,8 +134,8 @@ function spelled(name: string): string {
 }
 
 /**
- * The line that owns the files and links of a name: the line with this name alone, else the first line that has it. Each
- * name of a line with several is a link to its bundle, if the line owns the name.
+ * The line that owns the files and links of a name: the line with this name alone, else the first line that has it.
+ * Each name of a line with several is a link to its bundle, if the line owns the name.
  */
 function linkOwners(config: Config): Map<string, Line> {
   const owners = new Map<string, Line>();
@@ -206,8 +206,8 @@ function olderSpelling(config: Config, line: Line, keyType: KeyType): string | u
   const stems = line.formerNames.map((names) => stemOf(config, names));
   const found = stems.find((stem) => exists(filesOf(config, stem, keyType).cert));
   if (found !== undefined || line.names.length < 3) return found;
-  // the original wrote names that differ in the last label only (`example.net example.org`) in random order; the link of
-  // the primary has the order
+  // the original wrote names that differ in the last label only (`example.net example.org`) in random order; the link
+  // of the primary has the order
   const target = linkTarget(ownFiles(config, line, keyType).cert) ?? "/";
   const stem = target.includes("/") ? undefined : stemIn(target, config, keyType);
   if (stem === undefined) return undefined;
@@ -497,8 +497,8 @@ export class Store implements Disposable {
   }
 
   /**
-   * Writes `state`. Calls during a write share the next one. Never fails, since deliveries and alerts go on without it: see
-   * `writeError`.
+   * Writes `state`. Calls during a write share the next one. Never fails, since deliveries and alerts go on without it:
+   * see `writeError`.
    */
   saveState(): Promise<void> {
     return this.#waiting ??= this.#writing.then(() => {
@@ -544,8 +544,9 @@ export class Store implements Disposable {
   }
 
   /**
-   * Writes and flushes a new file beside `path`, and returns its path. It gets owner, group and mode of the file that it
-   * will replace, else `mode`. A secret loses the permissions of others, and those of the group if that cannot be kept.
+   * Writes and flushes a new file beside `path`, and returns its path. It gets owner, group and mode of the file that
+   * it will replace, else `mode`. A secret loses the permissions of others, and those of the group if that cannot be
+   * kept.
    */
   async #temporary(path: string, text: string, mode: number): Promise<string> {
     const temporary = temporaryOf(path, this.config);
@@ -588,8 +589,8 @@ export class Store implements Disposable {
   }
 
   /**
-   * Completes commits of a run that was killed: a complete pair of temporaries, or a certificate for the key in place. All
-   * other temporaries are removed.
+   * Completes commits of a run that was killed: a complete pair of temporaries, or a certificate for the key in place.
+   * All other temporaries are removed.
    */
   #completeCommits(): void {
     const { config } = this;
@@ -645,8 +646,8 @@ async function takeLock(path: string, mode: string): Promise<Deno.FsFile> {
 }
 
 /**
- * The path of a temporary, always the same, so that the next run finds it. Outside the mode's directory (account keys) each
- * mode has its own, since the lock of one does not keep the other out.
+ * The path of a temporary, always the same, so that the next run finds it. Outside the mode's directory (account keys)
+ * each mode has its own, since the lock of one does not keep the other out.
  */
 function temporaryOf(path: string, { base, mode }: Config): string {
   return hidden(path, path.startsWith(`${base}/`) ? TEMPORARY : `.${mode}${TEMPORARY}`);

@@ -23,7 +23,9 @@ export function foreign(path: string): Invalid | undefined {
   return { why, hint: `run lematt as user ${uid}, or: chown root ${shellWord(path)}` };
 }
 
-/** Why no file can be made in the directory, as far as its mode shows: groups and access control lists are not known. */
+/**
+ * Why no file can be made in the directory, as far as its mode shows: groups and access control lists are not known.
+ */
 export function notWritable(directory: string): Invalid | undefined {
   const { isDirectory, mode, uid } = statOf(directory);
   if (!isDirectory) return { why: `${quote(directory)} is not a directory` };

@@ -1,9 +1,10 @@
 /**
- * Keys, certificate signing requests, and the contents of certificates. Works on text and bytes; uses no files or network.
+ * Keys, certificate signing requests, and the contents of certificates. Works on text and bytes; uses no files or
+ * network.
  *
- * A run reads all certificates and often does nothing else, so their DER is parsed here: X509Certificate of `node:crypto`
- * takes twice as long, and lacks the authority's key identifier. Signatures and keys are left to `node:crypto` and
- * `@peculiar/x509`, which no other file imports; both are loaded when first needed.
+ * A run reads all certificates and often does nothing else, so their DER is parsed here: X509Certificate of
+ * `node:crypto` takes twice as long, and lacks the authority's key identifier. Signatures and keys are left to
+ * `node:crypto` and `@peculiar/x509`, which no other file imports; both are loaded when first needed.
  *
  * RFC 5280 (certificates), RFC 2986 (CSRs), RFC 5958 (PKCS#8), RFC 9773 §4.1 (certificate identifiers).
  */
@@ -209,9 +210,9 @@ interface Link {
 }
 
 /**
- * Checks a chain from the CA, except for its root: the leaf is for exactly `names`, for `keyPem` and for TLS servers; each
- * certificate is valid now and for some more time, and issued by the next one, a CA certificate. Returns the leaf, and the
- * chain encoded anew; throws ChainError.
+ * Checks a chain from the CA, except for its root: the leaf is for exactly `names`, for `keyPem` and for TLS servers;
+ * each certificate is valid now and for some more time, and issued by the next one, a CA certificate. Returns the leaf,
+ * and the chain encoded anew; throws ChainError.
  */
 export function checkChain(
   text: string,
@@ -313,8 +314,8 @@ export function rootOf(chainPem: string): string | undefined {
  * Whether `keyPem` (PKCS#8, PKCS#1 or SEC1) is the private key of the first certificate in `certPem`. Throws if one of
  * them cannot be parsed.
  *
- * These formats normally contain the same bytes of the public key as the certificate. If they are found, the key need not
- * be imported, which costs a hundred times more.
+ * These formats normally contain the same bytes of the public key as the certificate. If they are found, the key need
+ * not be imported, which costs a hundred times more.
  */
 export function isKeyOf(keyPem: string, certPem: string): boolean {
   const der = certificateDer(certPem);
@@ -441,8 +442,8 @@ function cryptoKeys(keyPem: string): { keys: CryptoKeyPair; hash: string } {
 }
 
 /**
- * A CSR for `names` (DNS names and IP addresses) signed by `keyPem`. The first name is the common name, too, if it is a DNS
- * name of at most 64 characters (RFC 5280 A.1).
+ * A CSR for `names` (DNS names and IP addresses) signed by `keyPem`. The first name is the common name, too, if it is a
+ * DNS name of at most 64 characters (RFC 5280 A.1).
  */
 export async function createCsr(
   keyPem: string,

@@ -57,9 +57,9 @@ export interface Ran extends Ended {
   readonly requests: readonly LogEntry[];
 }
 
-/** Writes the configuration and starts the servers; `ca` are switches of the CA. HERE in actions is the bed's home. */
+/** Writes the configuration and starts the servers; `ca` are switches of the CA. */
 export async function testBed(
-  { ca = {}, actions = "", ...texts }: Texts & { ca?: Switches } = {},
+  { ca = {}, ...texts }: Texts & { ca?: Switches } = {},
 ): Promise<Bed> {
   const home = await Deno.makeTempDir({ prefix: "lematt-bed-" });
   for (const name of ["conf", "drop"]) await Deno.mkdir(join(home, name));
@@ -67,8 +67,7 @@ export async function testBed(
   const refused = new Set<string>();
   const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
   const bed = new Bed(home, web, await startCa({ httpPort: web.port, reject, ...ca }), refused);
-  bed.configure({ domains: "", settings: "", ...texts });
-  bed.act(actions);
+  bed.configure({ domains: "", actions: "", settings: "", ...texts });
   return bed;
 }
 
@@ -92,11 +91,11 @@ export class Bed implements AsyncDisposable {
     this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });
   }
 
-  /** Writes anew the files of which there is a text. */
+  /** Writes anew the files of which there is a text; HERE in actions is `home`. */
   configure({ domains, actions, settings }: Texts): void {
     const write = (name: string, text: string) => Deno.writeTextFileSync(join(this.conf, name), text);
     if (domains !== undefined) write("domains", domains);
-    if (actions !== undefined) write("actions.conf", actions);
+    if (actions !== undefined) write("actions.conf", actions.replaceAll("HERE", this.home));
     if (settings === undefined) return;
     const defaults = {
       testDirectory: this.ca.directoryUrl,
@@ -147,9 +146,8 @@ export class Bed implements AsyncDisposable {
     return JSON.parse(this.text(mode, "state.json"));
   }
 
-  /** Writes actions.conf; HERE in it is `home`. */
   act(actions: string): void {
-    this.configure({ actions: actions.replaceAll("HERE", this.home) });
+    this.configure({ actions });
   }
 
   /** The lines that commands have written into `<home>/<name>`; they are forgotten then. */

@@ -186,16 +186,10 @@ export function pem(label: string, bytes: Uint8Array): string {
   return `-----BEGIN ${label}-----\n${lines}\n-----END ${label}-----\n`;
 }
 
-/** A certificate for localhost and 127.0.0.1 under a root of its own, all PEM. */
-export interface ListenerCertificate {
-  readonly root: string;
-  readonly certificate: string;
-  readonly key: string;
-}
-let made: ListenerCertificate | undefined;
+let made: { root: string; certificate: string; key: string } | undefined;
 
-/** The same for all servers of this process. */
-export function listenerCertificate(): ListenerCertificate {
+/** A certificate for localhost and 127.0.0.1 under a root of its own, all PEM; the same for all servers of this process. */
+export function listenerCertificate(): NonNullable<typeof made> {
   if (made !== undefined) return made;
   const authority = createAuthority("lematt test listener root");
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });

@@ -555,11 +555,10 @@ for (const kind of ["truncate", "html", "repeat"] as const) {
     for (const [i, step] of STEPS.entries()) {
       bed.configure({ domains: `n${i}.example.com` });
       bed.ca.switches.fault = befalling(step as Resource, { kind });
-      await bed.run();
+      const { code } = await bed.run();
       assert.deepEqual(bed.dropped(), [], step);
       bed.ca.switches.fault = undefined;
-      const second = await bed.run({ retry: true });
-      assert.equal(second.code, 0, `${step}: ${second.stderr}`);
+      if (code !== 0) assert.equal((await bed.run({ retry: true })).code, 0, step);
       assert.equal(bed.ca.issued.at(-1)!.names[0], `n${i}.example.com`);
       await Deno.remove(bed.path("test"), { recursive: true });
     }

@@ -93,10 +93,10 @@ export class ConfigError extends Error {
  * lematt.conf. Throws ConfigError with every error of all three.
  */
 export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
-  const { file, passedOver } = locate(path, beside);
+  const { file, skipped } = locate(path, beside);
   const directory = dirname(file);
   const base = join(directory, mode);
-  const notes: Notes = { errors: [], warnings: [...passedOver], advice: [] };
+  const notes: Notes = { errors: [], warnings: [...skipped], advice: [] };
   const source = (name: string) => new SourceFile(directory, name, mode, notes);
   const sources = [source(basename(file)), source("domains"), source("actions.conf")] as const;
   const isTrusted = checkDirectories(directory, base, source(base));
@@ -149,31 +149,31 @@ export function challengeOf(config: Pick<Config, "sections">, name: string): Cha
   return sectionsOf(config, name).find(({ challenge }) => challenge)?.challenge ?? "http-01";
 }
 
-/** The real path of lematt.conf; `passedOver` warns of a ./conf that belongs to another user. */
-function locate(path?: string, beside?: string): { file: string; passedOver: Notice[] } {
+/** The real path of lematt.conf; `skipped` warns of a ./conf that belongs to another user. */
+function locate(path?: string, beside?: string): { file: string; skipped: Notice[] } {
   const reasons: string[] = [];
-  const passedOver: Notice[] = [];
+  const skipped: Notice[] = [];
   for (const place of path !== undefined ? [path] : ["conf", ...beside === undefined ? [] : [beside]]) {
     try {
       const { isDirectory, uid } = Deno.statSync(place);
       if (path === undefined && place !== beside && uid !== 0 && uid !== Deno.uid()) {
-        const text = `passed over: it belongs to user ${uid}`;
+        const text = `skipped: it belongs to user ${uid}`;
         const hint = "name it with --config if it is meant";
-        passedOver.push({ file: resolve(Deno.cwd(), place), text, hint });
+        skipped.push({ file: resolve(Deno.cwd(), place), text, hint });
         continue;
       }
       const file = isDirectory ? join(place, "lematt.conf") : place;
       // in a directory that was named, the other two files are checked even if lematt.conf is missing
       const isMissing = path !== undefined && isDirectory && !exists(file);
       const real = isMissing ? join(Deno.realPathSync(place), "lematt.conf") : Deno.realPathSync(file);
-      return { file: real, passedOver };
+      return { file: real, skipped };
     } catch (error) {
       reasons.push(`${quote(place)}: ${whyNot(error)}`);
     }
   }
   const text = `not found: ${reasons.join(", ")}`;
   const hint = "name lematt.conf, or its directory, with --config";
-  throw new ConfigError([...passedOver, { file: "lematt.conf", text, hint }]);
+  throw new ConfigError([...skipped, { file: "lematt.conf", text, hint }]);
 }
 
 /**

@@ -212,7 +212,7 @@ interface Link {
 /**
  * Checks a chain from the CA, except for its root: the leaf is for exactly `names`, for `keyPem` and for TLS servers;
  * each certificate is valid now and for some more time, and issued by the next one, a CA certificate. Returns the leaf,
- * and the chain encoded anew; throws ChainError.
+ * and the chain encoded again; throws ChainError.
  */
 export function checkChain(
   text: string,

@@ -298,16 +298,6 @@ export async function all<T>(tasks: Iterable<Promise<T>>): Promise<T[]> {
   });
 }
 
-/** Tests that wait more than they work, all at once. */
-export function sideBySide(name: string, tests: Record<string, () => Promise<void>>): void {
-  const free = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
-  const fn = async (t: Deno.TestContext) => {
-    const steps = Object.entries(tests).map(([name, fn]) => t.step({ name, fn, ...free }));
-    assert((await all(steps)).every(Boolean));
-  };
-  Deno.test({ name, fn, ...free });
-}
-
 /** Waits until `condition` holds. */
 export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 30) {
   for (const deadline = Date.now() + seconds * 1000; !await condition();) {

@@ -4,7 +4,8 @@
 import assert from "node:assert/strict";
 import process from "node:process";
 import { CommandError, type CommandOptions, PrepareCommands, runCommand, type Values } from "../lib/hooks.ts";
-import { all, sideBySide, testBed, until } from "./bed.ts";
+import { all, testBed, until } from "./bed.ts";
+import { together } from "./together.ts";
 
 async function run(template: string, values: Values = {}, options: Partial<CommandOptions> = {}) {
   return await runCommand(template, values, { mode: "test", timeoutSeconds: 20, ...options });
@@ -230,96 +231,102 @@ Deno.test("a prepare command that dies fails for all its users, is warned of onc
   assert.equal(text(log), "run\nrun\n");
 });
 
-sideBySide("what runs is ended", {
-  "what ignores TERM is killed, with everything that it started": async () => {
-    await using directory = await temporaryDirectory();
-    const { log } = directory;
-    const stubborn =
-      `sh -c 'trap "" TERM; echo $$ >> ${log}; sleep 60' & sleep 60 & echo $! >> ${log}; echo began; wait`;
-    await using prepare = new PrepareCommands(assert.fail);
-    const running = await prepare.start(`true; ${stubborn}`, {}, "test");
-    await until("the prepare command runs", () => text(log).split("\n").length === 3);
-    const [error] = await Promise.all([
-      failureOf(run(stubborn, {}, { timeoutSeconds: 0.5 })),
-      running[Symbol.asyncDispose](),
-    ]);
-    assert.match(error.message, /: timed out after 0\.5 s$/);
-    assert.equal(error.output, "began\n");
-    const pids = text(log).trim().split("\n").map(Number);
-    assert.equal(pids.length, 4);
-    await ended(...pids);
-  },
-  "what gets TERM has time to clean up, also behind a shell that ends at once": async () => {
-    await using directory = await temporaryDirectory();
-    const { log } = directory;
-    const inner =
-      `sh -c 'trap "sleep 0.2; echo closed >> ${log}; exit" TERM; echo open >> ${log}; while :; do sleep 0.05; done' >/dev/null 2>&1`;
-    for (const command of [inner, `${inner} & wait`]) {
-      await failureOf(run(command, {}, { timeoutSeconds: 0.5 }));
-      assert.equal(text(log), "open\nclosed\n");
-      Deno.removeSync(log);
-    }
-  },
-  "runCommand() ends the group when its signal aborts, and throws the signal's reason": async () => {
-    await using directory = await temporaryDirectory();
-    const { log } = directory;
-    const controller = new AbortController();
-    const { signal } = controller;
-    const running = run(`echo $$ > ${log}; exec sleep 60`, {}, { timeoutSeconds: 60, signal });
-    await until("the command runs", () => text(log).endsWith("\n"));
-    controller.abort(new Error("interrupted"));
-    await assert.rejects(running, { message: "interrupted" });
-    assert.equal(isRunning(Number(text(log))), false);
-    await assert.rejects(run(`echo again > ${log}`, {}, { signal }), { message: "interrupted" });
-    assert.notEqual(text(log), "again\n");
-  },
-  "runCommand() does not wait for a daemon that holds its output, and lets it live": async () => {
-    const { output, seconds } = await run("sleep 60 & echo $!");
-    assert.ok(seconds < 5);
-    assert.equal(isRunning(Number(output)), true);
-    process.kill(Number(output));
-  },
-  "a prepare command that is wanted while it ends is started again after that": async () => {
-    await using directory = await temporaryDirectory();
-    const { path, log } = directory;
-    // It has the "port" until it has ended, and fails where the port is taken
-    const command = `trap 'sleep 0.3; rmdir ${path}/port; exit' TERM; mkdir ${path}/port || exit 1
+const test = together("what runs is ended", 9);
+
+test("what ignores TERM is killed, with everything that it started", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const stubborn =
+    `sh -c 'trap "" TERM; echo $$ >> ${log}; sleep 60' & sleep 60 & echo $! >> ${log}; echo began; wait`;
+  await using prepare = new PrepareCommands(assert.fail);
+  const running = await prepare.start(`true; ${stubborn}`, {}, "test");
+  await until("the prepare command runs", () => text(log).split("\n").length === 3);
+  const [error] = await Promise.all([
+    failureOf(run(stubborn, {}, { timeoutSeconds: 0.5 })),
+    running[Symbol.asyncDispose](),
+  ]);
+  assert.match(error.message, /: timed out after 0\.5 s$/);
+  assert.equal(error.output, "began\n");
+  const pids = text(log).trim().split("\n").map(Number);
+  assert.equal(pids.length, 4);
+  await ended(...pids);
+});
+
+test("what gets TERM has time to clean up, also behind a shell that ends at once", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const inner =
+    `sh -c 'trap "sleep 0.2; echo closed >> ${log}; exit" TERM; echo open >> ${log}; while :; do sleep 0.05; done' >/dev/null 2>&1`;
+  for (const command of [inner, `${inner} & wait`]) {
+    await failureOf(run(command, {}, { timeoutSeconds: 0.5 }));
+    assert.equal(text(log), "open\nclosed\n");
+    Deno.removeSync(log);
+  }
+});
+
+test("runCommand() ends the group when its signal aborts, and throws the signal's reason", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  const controller = new AbortController();
+  const { signal } = controller;
+  const running = run(`echo $$ > ${log}; exec sleep 60`, {}, { timeoutSeconds: 60, signal });
+  await until("the command runs", () => text(log).endsWith("\n"));
+  controller.abort(new Error("interrupted"));
+  await assert.rejects(running, { message: "interrupted" });
+  assert.equal(isRunning(Number(text(log))), false);
+  await assert.rejects(run(`echo again > ${log}`, {}, { signal }), { message: "interrupted" });
+  assert.notEqual(text(log), "again\n");
+});
+
+test("runCommand() does not wait for a daemon that holds its output, and lets it live", async () => {
+  const { output, seconds } = await run("sleep 60 & echo $!");
+  assert.ok(seconds < 5);
+  assert.equal(isRunning(Number(output)), true);
+  process.kill(Number(output));
+});
+
+test("a prepare command that is wanted while it ends is started again after that", async () => {
+  await using directory = await temporaryDirectory();
+  const { path, log } = directory;
+  // It has the "port" until it has ended, and fails where the port is taken
+  const command = `trap 'sleep 0.3; rmdir ${path}/port; exit' TERM; mkdir ${path}/port || exit 1
     echo up >> ${log}; while :; do sleep 0.05; done`;
-    await using prepare = new PrepareCommands(assert.fail);
-    const start = () => prepare.start(command, {}, "test");
-    const first = await start();
-    await until("it runs", () => text(log) === "up\n");
-    const stopping = first[Symbol.asyncDispose]();
-    await Promise.all([start(), start()]);
-    await stopping;
-    await until("it runs again", () => text(log) === "up\nup\n");
-  },
-  "a prepare command that is done, like opening a port, is kept until its last user is done": async () => {
-    await using directory = await temporaryDirectory();
-    const { log } = directory;
-    await using prepare = new PrepareCommands(assert.fail);
-    const start = () => prepare.start(`(sleep 60 & echo $! >> ${log}); exit 0`, {}, "test");
-    const first = await start();
-    await until("it ran", () => text(log).endsWith("\n"));
-    const second = await start();
-    await first[Symbol.asyncDispose]();
-    assert.equal(isRunning(Number(text(log))), true);
-    await second[Symbol.asyncDispose]();
-    await ended(Number(text(log)));
-  },
-  "a second Ctrl-C ends a run whose clean-up command hangs": async () => {
-    await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec" });
-    const log = `${bed.home}/log`;
-    const hang = JSON.stringify([`trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done`]);
-    bed.act(`[default]\nchallenge: dns-01\ndnsPresent: ["exit 1"]\ndnsCleanup: ${hang}\n`);
-    const child = bed.start("--test");
-    await until("the clean-up command hangs", () => text(log).endsWith("\n"));
-    for (const stream of [child.stdout, child.stderr]) stream.cancel();
-    child.kill("SIGINT");
-    child.kill("SIGTERM"); // two of a kind could become one
-    const begun = performance.now();
-    assert.equal((await child.status).code, 1);
-    assert.ok(performance.now() - begun < 9000);
-    await ended(...text(log).trim().split("\n").map(Number));
-  },
+  await using prepare = new PrepareCommands(assert.fail);
+  const start = () => prepare.start(command, {}, "test");
+  const first = await start();
+  await until("it runs", () => text(log) === "up\n");
+  const stopping = first[Symbol.asyncDispose]();
+  await Promise.all([start(), start()]);
+  await stopping;
+  await until("it runs again", () => text(log) === "up\nup\n");
+});
+
+test("a prepare command that is done, like opening a port, is kept until its last user is done", async () => {
+  await using directory = await temporaryDirectory();
+  const { log } = directory;
+  await using prepare = new PrepareCommands(assert.fail);
+  const start = () => prepare.start(`(sleep 60 & echo $! >> ${log}); exit 0`, {}, "test");
+  const first = await start();
+  await until("it ran", () => text(log).endsWith("\n"));
+  const second = await start();
+  await first[Symbol.asyncDispose]();
+  assert.equal(isRunning(Number(text(log))), true);
+  await second[Symbol.asyncDispose]();
+  await ended(Number(text(log)));
+});
+
+test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
+  await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec" });
+  const log = `${bed.home}/log`;
+  const hang = JSON.stringify([`trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done`]);
+  bed.act(`[default]\nchallenge: dns-01\ndnsPresent: ["exit 1"]\ndnsCleanup: ${hang}\n`);
+  const child = bed.start("--test");
+  await until("the clean-up command hangs", () => text(log).endsWith("\n"));
+  for (const stream of [child.stdout, child.stderr]) stream.cancel();
+  child.kill("SIGINT");
+  child.kill("SIGTERM"); // two of a kind could become one
+  const begun = performance.now();
+  assert.equal((await child.status).code, 1);
+  assert.ok(performance.now() - begun < 9000);
+  await ended(...text(log).trim().split("\n").map(Number));
 });

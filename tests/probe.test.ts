@@ -11,11 +11,14 @@ import { probe, type Probed, type Target } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
 import { all } from "./bed.ts";
 import { which } from "./bench-measure.ts";
+import { together } from "./together.ts";
 import { freePort, makeCertificate, startNginx, startServer, tcpServer } from "./tls.ts";
 
 const NEEDS_NGINX = { ignore: which("nginx") === undefined };
 const hasNamespaces = Deno.uid() === 0 && which("ip") !== undefined &&
   new Deno.Command("unshare", { args: ["-n", "true"] }).outputSync().success;
+
+const test = together("what takes its time", 3);
 
 /** The certificates of these tests, made once: RSA keys take their time. */
 const directory = await Deno.makeTempDir({ prefix: "lematt-probe-" });
@@ -214,7 +217,7 @@ Deno.test("probe() speaks STARTTLS, and sees where it is not offered (nginx)", N
   }
 });
 
-Deno.test("probe() says why an endpoint cannot be reached, within its time", async () => {
+test("probe() says why an endpoint cannot be reached, within its time", async () => {
   await using http = await tcpServer((socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
   await using closing = await tcpServer((socket) => socket.end());
   await using silent = await tcpServer(() => {});
@@ -318,7 +321,7 @@ async function withOpenssl(script?: string): Promise<Record<string, string>> {
   return { PATH: script === undefined ? bin : `${bin}:${Deno.env.get("PATH")}` };
 }
 
-Deno.test("probe() says that there is no openssl, or that it is not one that will do", async () => {
+test("probe() says that there is no openssl, or that it is not one that will do", async () => {
   const script =
     `await probe(targets("127.0.0.1", 1), context()).catch((error) => console.log(error.name, error.message));`;
   const libre = "echo ' -connect host:port Who to connect to\n -no_servername  no SNI' >&2; exit 1";
@@ -345,7 +348,7 @@ console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
   assert(most > 8 && most <= 16, `${most} at once`);
 });
 
-Deno.test("an address family that this host lacks is passed over", { ignore: !hasNamespaces }, async () => {
+test("an address family that this host lacks is passed over", async () => {
   const script = `
 const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });
 (async () => { for await (const connection of server) connection.close(); })();
@@ -374,4 +377,4 @@ Deno.exit();`;
     ),
   );
   for (const [i, [setup, expected]] of worlds.entries()) assert.equal(seen[i], expected, setup);
-});
+}, hasNamespaces ? undefined : "no namespaces");

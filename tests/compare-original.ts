@@ -17,7 +17,7 @@ import { startWebroot } from "./ca.ts";
 import { randomFrom } from "./faults.ts";
 import { run } from "./install.ts";
 import { startPebble } from "./pebble.ts";
-import { LEMATT } from "./programs.ts";
+import { LEMATT, output } from "./programs.ts";
 
 const [source, count = "100", first = "1"] = Deno.args;
 if (source === undefined) {
@@ -235,22 +235,17 @@ const environment = {
 };
 
 async function outcome(root: string, mode: string, command: readonly string[], env = {}): Promise<Outcome> {
-  const [program, ...args] = command;
-  const { code, stdout, stderr } = await new Deno.Command(program!, {
-    args: [...args, `--${mode}`, "--config", "conf/lematt.conf"],
-    cwd: root,
-    env: { ...environment, ...env },
-    clearEnv: true,
-    stdin: "null",
-  }).output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  const { code, stdout, stderr } = await output(
+    [...command, `--${mode}`, "--config", "conf/lematt.conf"],
+    { cwd: root, env: { ...environment, ...env }, clearEnv: true },
+  );
   const base = join(root, "conf", mode);
   const files = new Map(tree(base));
   const contents = new Map(
     [...files].filter(([path, kind]) => /^(cert|key)\//.test(path) && kind.startsWith("file"))
       .map(([path]) => [path, Deno.readTextFileSync(join(base, path))]),
   );
-  return { code, output: text(stdout) + text(stderr), hooks: takeHooks(root), files, contents };
+  return { code, output: stdout + stderr, hooks: takeHooks(root), files, contents };
 }
 
 // ---- comparing ---------------------------------------------------------------------------------------------------

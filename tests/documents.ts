@@ -3,6 +3,7 @@
  */
 
 import { join } from "node:path";
+import { output } from "./programs.ts";
 
 export const ROOT = join(import.meta.dirname!, "..");
 
@@ -32,13 +33,7 @@ export async function shell(
   cwd: string,
   env: Record<string, string> = {},
 ): Promise<string> {
-  const { success, stdout, stderr } = await new Deno.Command("sh", {
-    args: ["-euc", commands],
-    cwd,
-    env,
-    stdin: "null",
-  }).output();
-  const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
-  if (!success) throw new Error(`${commands}\n${out}${err}`);
-  return out!;
+  const { code, stdout, stderr } = await output(["sh", "-euc", commands], { cwd, env });
+  if (code !== 0) throw new Error(`${commands}\n${stdout}${stderr}`);
+  return stdout;
 }

@@ -13,6 +13,7 @@ import { Store } from "../lib/store.ts";
 import { publicKeyHash } from "../lib/x509.ts";
 import type { Ended } from "./bed.ts";
 import { PROGRAM, Subject, textOf } from "./faults.ts";
+import { output } from "./programs.ts";
 
 /** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
 const CHANGING =
@@ -29,8 +30,8 @@ const QUICK = "--seccomp-bpf";
 export const missing = await (async () => {
   try {
     const args = ["-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"];
-    const { success, stderr } = await new Deno.Command("strace", { args }).output();
-    return success ? undefined : new TextDecoder().decode(stderr).trim();
+    const { code, stderr } = await output(["strace", ...args]);
+    return code === 0 ? undefined : stderr.trim();
   } catch (error) {
     return (error as Error).message;
   }

@@ -17,6 +17,7 @@ import { type Entry, LockedError, orphans, readInventory, readState, Store } fro
 import { isPrivateKey } from "../lib/x509.ts";
 import { type Bed, type Ended, type Ran, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
+import { output } from "./programs.ts";
 
 const WANTED = Deno.env.get("LEMATT_FAULTS");
 /** The part of the points to be tried; 0 is a few. */
@@ -157,8 +158,7 @@ ${more}`);
     const { conf } = this.bed;
     const secret = `( -path ${conf}/test/key* -o -name account.key* -o -name state.json )`.split(" ");
     const args = [conf, "-xdev", ...secret, "!", "-type", "l", "-perm", "/077"];
-    const { stdout: open } = await new Deno.Command("find", { args }).output();
-    assert.equal(new TextDecoder().decode(open), "", "open to others");
+    assert.equal((await output(["find", ...args])).stdout, "", "open to others");
   }
 
   /** One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders. */

@@ -4,6 +4,7 @@
  */
 
 import { dirname, join } from "node:path";
+import { output } from "./programs.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
 
@@ -63,9 +64,7 @@ export async function install(
 
 /** Runs a command to its end and returns its standard output; throws where it fails. */
 export async function run(command: string, ...args: readonly string[]): Promise<string> {
-  const { success, stdout, stderr } = await new Deno.Command(command, { args: [...args], stdin: "null" })
-    .output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  if (!success) throw new Error(`${command} ${args.join(" ")}: ${text(stderr)}`);
-  return text(stdout);
+  const { code, stdout, stderr } = await output([command, ...args]);
+  if (code !== 0) throw new Error(`${command} ${args.join(" ")}: ${stderr}`);
+  return stdout;
 }

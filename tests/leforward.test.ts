@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
 import { limit, settled } from "../lib/context.ts";
 import { until } from "./bed.ts";
-import { LEFORWARD, startLeforward as start, startResets } from "./programs.ts";
+import { LEFORWARD, output, startLeforward as start, startResets, temporaryDirectory } from "./programs.ts";
 import { together } from "./together.ts";
 import { which } from "./bench-measure.ts";
 
@@ -16,14 +16,8 @@ const TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
 
 /** Runs leforward to its end. */
-async function ended(args: string[], env: Record<string, string> = {}, by = LEFORWARD) {
-  const { code, stdout, stderr } = await new Deno.Command(by[0]!, {
-    args: [...by.slice(1), ...args],
-    env,
-    stdin: "null",
-  }).output();
-  return { code, stdout: new TextDecoder().decode(stdout), stderr: new TextDecoder().decode(stderr) };
-}
+const ended = (args: string[], env: Record<string, string> = {}, by = LEFORWARD) =>
+  output([...by, ...args], { env });
 
 /** Sends `request` as it stands, one byte a character, and returns all that comes back. */
 async function ask(port: number, request: string, hostname = "127.0.0.1"): Promise<string> {
@@ -274,16 +268,13 @@ test("leforward ends when its parent goes away, and not because its input was ne
 });
 
 test("leforward works from a copy that stands alone, started by its first line", async () => {
-  const directory = await Deno.makeTempDir();
-  try {
-    await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);
-    await Deno.chmod(`${directory}/leforward.ts`, 0o755);
-    const by = [`${directory}/leforward.ts`];
-    const help = await ended(["--help"], {}, by);
-    assert.deepEqual([help.code, help.stdout.includes("--baseurl"), help.stderr], [0, true, ""]);
-    await using server = await start(["--baseurl", "http://c.example"], { by });
-    assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
-  } finally {
-    await Deno.remove(directory, { recursive: true });
-  }
+  await using home = await temporaryDirectory();
+  const directory = home.path;
+  await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);
+  await Deno.chmod(`${directory}/leforward.ts`, 0o755);
+  const by = [`${directory}/leforward.ts`];
+  const help = await ended(["--help"], {}, by);
+  assert.deepEqual([help.code, help.stdout.includes("--baseurl"), help.stderr], [0, true, ""]);
+  await using server = await start(["--baseurl", "http://c.example"], { by });
+  assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
 });

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { page, type Status } from "../conf/monitoring/page.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
-import { LEMATT } from "./programs.ts";
+import { LEMATT, output, temporaryDirectory } from "./programs.ts";
 import { which } from "./bench-measure.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
@@ -78,29 +78,26 @@ Deno.test({
   name: "the commands for Prometheus put files where it finds them",
   ignore: missing.includes("promtool"),
   fn: async () => {
-    const home = await Deno.makeTempDir();
-    try {
-      const places = {
-        "/etc/systemd/system": `${home}/units`,
-        "/etc/cron.d": `${home}/cron.d`,
-        "/var/lib/lematt": `${home}/lematt`,
-        "/var/lib/prometheus/node-exporter": `${home}/collector`,
-        "/etc/prometheus": `${home}/prometheus`,
-        " -o certmaint": "",
-      };
-      for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
-        await Deno.mkdir(join(home, directory));
-      }
-      // systemd does not run everywhere: it is not tried that it takes up what was put there
-      const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
-      await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
-      await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
-      assert.equal(await Deno.readTextFile(join(home, "collector/lematt.prom")), "metrics");
-      const units = [...Deno.readDirSync(join(home, "units"))].map(({ name }) => name).sort();
-      assert.deepEqual(units, ["lematt-metrics.service", "lematt-metrics.timer"]);
-    } finally {
-      await Deno.remove(home, { recursive: true });
+    await using temporary = await temporaryDirectory();
+    const home = temporary.path;
+    const places = {
+      "/etc/systemd/system": `${home}/units`,
+      "/etc/cron.d": `${home}/cron.d`,
+      "/var/lib/lematt": `${home}/lematt`,
+      "/var/lib/prometheus/node-exporter": `${home}/collector`,
+      "/etc/prometheus": `${home}/prometheus`,
+      " -o certmaint": "",
+    };
+    for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
+      await Deno.mkdir(join(home, directory));
     }
+    // systemd does not run everywhere: it is not tried that it takes up what was put there
+    const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
+    await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
+    await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
+    assert.equal(await Deno.readTextFile(join(home, "collector/lematt.prom")), "metrics");
+    const units = [...Deno.readDirSync(join(home, "units"))].map(({ name }) => name).sort();
+    assert.deepEqual(units, ["lematt-metrics.service", "lematt-metrics.timer"]);
   },
 });
 
@@ -109,11 +106,9 @@ Deno.test({
 Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
   await using ran = await ranBed();
   const check = async (...args: string[]) => {
-    const { code, stdout } = await new Deno.Command(join(HERE, "check_lematt"), {
-      args: ["--config", ran.bed.conf, ...args],
-      env: { LEMATT: ran.lematt },
-    }).output();
-    return { code, lines: new TextDecoder().decode(stdout).trimEnd().split("\n") };
+    const command = [join(HERE, "check_lematt"), "--config", ran.bed.conf, ...args];
+    const { code, stdout } = await output(command, { env: { LEMATT: ran.lematt } });
+    return { code, lines: stdout.trimEnd().split("\n") };
   };
   assert.deepEqual(await check(), { code: 0, lines: ["LEMATT OK: no problems | problems=0"] });
 
@@ -211,10 +206,9 @@ Deno.test("page.ts refuses what is not a status, and then writes nothing", async
     const input of ["", "null", "{}", '{"command":"run","version":1}', '{"command":"status","version":2}']
   ) {
     const script = `printf %s '${input}' | ${join(HERE, "page.ts")}`;
-    const { code, stdout, stderr } = await new Deno.Command("sh", { args: ["-c", script] }).output();
-    const { length } = stdout;
-    assert.deepEqual([code, length], [1, 0], input);
-    assert.match(new TextDecoder().decode(stderr), /^page\.ts: standard input is not .*\n$/);
+    const { code, stdout, stderr } = await output(["sh", "-c", script]);
+    assert.deepEqual([code, stdout], [1, ""], input);
+    assert.match(stderr, /^page\.ts: standard input is not .*\n$/);
   }
 });
 

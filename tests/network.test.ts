@@ -10,6 +10,7 @@ import { join } from "node:path";
 import { type Context, type Route, systemContext, systemQuery } from "../lib/context.ts";
 import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
+import { output } from "./programs.ts";
 
 /** Set within the namespace, to a directory of its own. */
 const DIRECTORY = Deno.env.get("LEMATT_NAMESPACE");
@@ -36,9 +37,8 @@ const SERVERS = {
 };
 
 const run = async (command: string, env = {}) => {
-  const { success, stdout, stderr } = await new Deno.Command("sh", { args: ["-c", command], env }).output();
-  const text = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
-  if (!success) throw new Error(`${command}: ${text}`);
+  const { code, stdout, stderr } = await output(["sh", "-c", command], { env });
+  if (code !== 0) throw new Error(`${command}: ${stdout}${stderr}`);
 };
 
 const has = (command: string) => run(command).then(() => true, () => false);

@@ -8,6 +8,7 @@ import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { testBed } from "./bed.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
+import { output } from "./programs.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
@@ -21,16 +22,8 @@ const NAMESPACE = ["unshare", isRoot ? "-n" : "-rn"];
 
 /** Runs a line for /bin/sh as the user of an installation, with no variables but its own and `more`. */
 async function as({ as, env }: Installation, line: string, more: Record<string, string> = {}) {
-  const [command, ...args] = as("/bin/sh", "-c", line);
-  const { code, stdout, stderr } = await new Deno.Command(command!, {
-    args,
-    cwd: "/",
-    env: { NO_COLOR: "1", ...more, ...env },
-    clearEnv: true,
-    stdin: "null",
-  }).output();
-  const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
-  return { code, out: out!, err: err! };
+  const own = { NO_COLOR: "1", ...more, ...env };
+  return await output(as("/bin/sh", "-c", line), { cwd: "/", env: own, clearEnv: true });
 }
 
 /** All ways in which lematt is started. */
@@ -47,19 +40,17 @@ if (DIRECTORY === undefined) {
       const installation = await install(directory, UID, { packages: false });
       const { DENO_DIR: _, ...ours } = Deno.env.toObject(); // with what this host needs to reach the registry
       const fetched = await as(installation, INSTALL!.replace("/opt/lematt", installation.program), ours);
-      if (/error sending request|client error/.test(fetched.err)) {
+      if (/error sending request|client error/.test(fetched.stderr)) {
         return console.warn("offline.test.ts: no registry to fetch packages from");
       }
-      assert.equal(fetched.code, 0, fetched.err);
+      assert.equal(fetched.code, 0, fetched.stderr);
       await Deno.writeTextFile(join(directory, "installation.json"), JSON.stringify(installation));
       const script = 'ip link set lo up && exec "$0" test --no-prompt -P=tests --no-check "$1" 2>&1';
-      const { code, stdout } = await new Deno.Command(NAMESPACE[0]!, {
-        args: [NAMESPACE[1]!, "sh", "-c", script, Deno.execPath(), import.meta.filename!],
-        env: { LEMATT_OFFLINE: directory, NO_COLOR: "1" },
-      }).output();
-      const shown = new TextDecoder().decode(stdout);
-      assert.equal(code, 0, shown);
-      assert.match(shown, /4 passed/);
+      const command = [...NAMESPACE, "sh", "-c", script, Deno.execPath(), import.meta.filename!];
+      const env = { LEMATT_OFFLINE: directory, NO_COLOR: "1" };
+      const { code, stdout } = await output(command, { env });
+      assert.equal(code, 0, stdout);
+      assert.match(stdout, /4 passed/);
     } finally {
       await run("rm", "-rf", directory);
     }
@@ -92,9 +83,9 @@ function offline(directory: string) {
       [CRON!.replace("/opt/lematt", host.program), /^issued .*a\.example\.com/m],
     ];
     for (const [line, expected] of lines) {
-      const { code, out, err } = await as(host, line);
-      assert.deepEqual([code, err], [0, ""], `${line}: ${out}`);
-      assert.match(out, expected, line);
+      const { code, stdout, stderr } = await as(host, line);
+      assert.deepEqual([code, stderr], [0, ""], `${line}: ${stdout}`);
+      assert.match(stdout, expected, line);
     }
     await Deno.stat(join(bed.drop, "updated"));
     await Deno.remove(join(host.program, "conf"));
@@ -102,9 +93,9 @@ function offline(directory: string) {
 
   for (const way of ["", "deno run -q -P=leforward --cached-only --frozen "]) {
     Deno.test(`leforward needs no package, started by ${way || "its first line"}`, async () => {
-      const { code, out, err } = await as(host, `${way}${host.program}/leforward.ts --help`, empty);
-      assert.deepEqual([code, err], [0, ""]);
-      assert.match(out, /--baseurl/);
+      const { code, stdout, stderr } = await as(host, `${way}${host.program}/leforward.ts --help`, empty);
+      assert.deepEqual([code, stderr], [0, ""]);
+      assert.match(stdout, /--baseurl/);
     });
   }
 
@@ -114,10 +105,10 @@ function offline(directory: string) {
       preload,
       `Object.defineProperty(Deno, "version", { value: { deno: "2.8.3" } });\n`,
     );
-    const { code, out, err } = await as(
+    const { code, stdout, stderr } = await as(
       host,
       `deno run -q -P=lematt --preload ${preload} ${program} --check`,
     );
-    assert.deepEqual([code, out, err], [2, "", "lematt: Deno 2.9 or newer is needed; this is 2.8.3\n"]);
+    assert.deepEqual([code, stdout, stderr], [2, "", "lematt: Deno 2.9 or newer is needed; this is 2.8.3\n"]);
   });
 }

@@ -11,6 +11,19 @@ export function program(file: string, ...more: readonly string[]): readonly stri
   return [Deno.execPath(), "run", ...flags, ...more, path];
 }
 
+/** Runs a command to its end. */
+export async function output([command, ...args]: readonly string[], options: Deno.CommandOptions = {}) {
+  const ended = await new Deno.Command(command!, { stdin: "null", ...options, args }).output();
+  const [stdout, stderr] = [ended.stdout, ended.stderr].map((bytes) => new TextDecoder().decode(bytes));
+  return { code: ended.code, stdout: stdout!, stderr: stderr! };
+}
+
+/** A directory that is removed with its block. */
+export async function temporaryDirectory(): Promise<AsyncDisposable & { readonly path: string }> {
+  const path = await Deno.makeTempDir({ prefix: "lematt-test-" });
+  return { path, [Symbol.asyncDispose]: () => Deno.remove(path, { recursive: true }) };
+}
+
 export const LEMATT = program("lematt.ts");
 export const LEFORWARD = program("leforward.ts");
 

@@ -11,6 +11,7 @@ import { testBed, until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
 import { listing } from "./faults.ts";
 import { run } from "./install.ts";
+import { output } from "./programs.ts";
 import { CENTRAL, kill, missing, type Remote, startRemote } from "./sshd.ts";
 import { accepts, freePort, makeCertificate, startServer } from "./tls.ts";
 import { together } from "./together.ts";
@@ -21,11 +22,7 @@ const inTurn = together("the remote half");
 const lacking = missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
 const test = (name: string, fn: () => Promise<void>) => inTurn(name, fn, lacking);
 
-/** Runs a program to its end. */
-async function attempt(program: string, ...args: string[]) {
-  const { code, stdout, stderr } = await new Deno.Command(which(program)!, { args, stdin: "null" }).output();
-  return { code, stdout: new TextDecoder().decode(stdout), stderr: new TextDecoder().decode(stderr) };
-}
+const attempt = (program: string, ...args: string[]) => output([which(program)!, ...args]);
 
 /** rsync over the ssh of `remote`. */
 function rsync(remote: Remote, ...args: string[]) {

@@ -9,6 +9,7 @@ import type { Endpoint } from "../lib/config.ts";
 import { systemContext } from "../lib/context.ts";
 import { probe } from "../lib/probe.ts";
 import { which } from "./bench-measure.ts";
+import { temporaryDirectory } from "./programs.ts";
 import { type Running, startDovecot } from "./services.ts";
 import { freePort, makeCertificate, startServer } from "./tls.ts";
 import { together } from "./together.ts";
@@ -68,24 +69,21 @@ for (const { program, starttls, seen, start } of services) {
     ? "root is needed"
     : undefined;
   test(`${program} is seen to serve its certificate through ${starttls}`, async () => {
-    const home = await Deno.makeTempDir({ prefix: "lematt-services-" });
-    try {
-      const { fingerprint } = await makeCertificate(home, "rsa", "rsa", ["localhost"]);
-      const port = freePort();
-      await using _running = await start(home, port);
-      const { signal } = new AbortController();
-      const context = systemContext({ fetch, userAgent: "", signal, warn: assert.fail });
-      const endpoint = { text: "service", host: "127.0.0.1", port, starttls, sni: "localhost" };
-      const targets = (["rsa", "ec"] as const).map((keyType) => ({ endpoint, keyType }));
-      const sights = await probe(targets, context, 3);
-      assert.deepEqual(
-        sights.map(({ kind, certificate, detail }) =>
-          certificate?.fingerprint === fingerprint ? "rsa" : `${kind}: ${detail}`
-        ),
-        seen,
-      );
-    } finally {
-      await Deno.remove(home, { recursive: true });
-    }
+    await using temporary = await temporaryDirectory();
+    const home = temporary.path;
+    const { fingerprint } = await makeCertificate(home, "rsa", "rsa", ["localhost"]);
+    const port = freePort();
+    await using _running = await start(home, port);
+    const { signal } = new AbortController();
+    const context = systemContext({ fetch, userAgent: "", signal, warn: assert.fail });
+    const endpoint = { text: "service", host: "127.0.0.1", port, starttls, sni: "localhost" };
+    const targets = (["rsa", "ec"] as const).map((keyType) => ({ endpoint, keyType }));
+    const sights = await probe(targets, context, 3);
+    assert.deepEqual(
+      sights.map(({ kind, certificate, detail }) =>
+        certificate?.fingerprint === fingerprint ? "rsa" : `${kind}: ${detail}`
+      ),
+      seen,
+    );
   }, lacking);
 }

@@ -8,6 +8,7 @@ import type { KeyType, Mode } from "../lib/config.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
 import { type Bed, type Ran, testBed, until } from "./bed.ts";
+import { output } from "./programs.ts";
 import { freePort, startNginx, tcpServer } from "./tls.ts";
 
 /** Deno.test() where nginx is installed. */
@@ -96,8 +97,7 @@ export async function startSite({
       // a worker with the old file takes connections for 100 ms more
       const children = `cat /proc/${child.pid}/task/*/children`;
       await until("one worker", async () => {
-        const { stdout } = await new Deno.Command("/bin/sh", { args: ["-c", children] }).output();
-        return new TextDecoder().decode(stdout).trim().split(" ").length === 1;
+        return (await output(["/bin/sh", "-c", children])).stdout.trim().split(" ").length === 1;
       });
     },
     async startStale() {
@@ -129,11 +129,8 @@ export async function startBalancer(...ports: readonly number[]) {
 
 /** The fingerprint of the certificate that openssl is shown at a port of loopback; an EC one where there are two. */
 async function shown(port: number): Promise<string> {
-  const { stdout } = await new Deno.Command("openssl", {
-    args: ["s_client", "-connect", `127.0.0.1:${port}`, "-servername", "www.example.com"],
-    stdin: "null",
-    stderr: "null",
-  }).output();
-  const pem = /-----BEGIN[^-]*-----[^-]*-----END[^-]*-----/.exec(new TextDecoder().decode(stdout))?.[0];
+  const options = ["-connect", `127.0.0.1:${port}`, "-servername", "www.example.com"];
+  const { stdout } = await output(["openssl", "s_client", ...options]);
+  const pem = /-----BEGIN[^-]*-----[^-]*-----END[^-]*-----/.exec(stdout)?.[0];
   return pem === undefined ? "" : readCertificate(pem).fingerprint;
 }

@@ -11,7 +11,7 @@ import { which } from "./bench-measure.ts";
 import { testBed, until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
-import { LEMATT } from "./programs.ts";
+import { LEMATT, output, temporaryDirectory } from "./programs.ts";
 import { freePort } from "./tls.ts";
 
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
@@ -143,16 +143,13 @@ Deno.test("at a terminal leforward asks nothing and ends by Ctrl-C, whoever star
 }, async () => {
   await settled(
     starts("leforward").map(async ([uid, by]) => {
-      const home = await Deno.makeTempDir();
-      try {
-        const installation = await install(home, uid);
-        const line = `exec ${by}${installation.program}/leforward.ts --port 0 --baseurl http://c.example`;
-        const { code, seen } = await atTerminal(installation, line, { "redirects to": "\x03" });
-        assert.doesNotMatch(seen, /Deno requests/);
-        assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
-      } finally {
-        await Deno.remove(home, { recursive: true });
-      }
+      await using temporary = await temporaryDirectory();
+      const home = temporary.path;
+      const installation = await install(home, uid);
+      const line = `exec ${by}${installation.program}/leforward.ts --port 0 --baseurl http://c.example`;
+      const { code, seen } = await atTerminal(installation, line, { "redirects to": "\x03" });
+      assert.doesNotMatch(seen, /Deno requests/);
+      assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
     }),
   );
 });
@@ -217,78 +214,63 @@ Deno.test(
   "the units are ones that systemd understands, and expose little",
   { ignore: !SYSTEMD },
   async () => {
-    const directory = await Deno.makeTempDir();
-    try {
-      const places = ["conf/remote", "conf/monitoring"].map((place) => join(ROOT, place));
-      const units = places.flatMap((place) =>
-        [...Deno.readDirSync(place)].filter(({ name }) => /\.(service|timer)$/.test(name))
-          .map(({ name }) => [join(place, name), name] as const)
-      );
-      assert.equal(units.length, 6);
-      for (const [path, name] of units) {
-        const text = await Deno.readTextFile(path);
-        const programs = text.replace("/opt/lematt/lematt.ts", join(ROOT, "lematt.ts"))
-          .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
-        await Deno.writeTextFile(join(directory, name), programs);
-      }
-      // it prints what it does not understand, and exits with 0
-      const names = units.map(([, name]) => name);
-      const { stderr } = await new Deno.Command("systemd-analyze", {
-        args: ["verify", ...names],
-        cwd: directory,
-      }).output();
-      const printed = new TextDecoder().decode(stderr).split("\n")
-        .filter((line) => [directory, ...names].some((name) => line.includes(name)));
-      assert.deepEqual(printed, []);
-      for (const name of ["lematt.service", "leforward.service"]) {
-        await run("systemd-analyze", "security", "--offline=true", "--threshold=20", join(directory, name));
-      }
-    } finally {
-      await Deno.remove(directory, { recursive: true });
+    await using temporary = await temporaryDirectory();
+    const directory = temporary.path;
+    const places = ["conf/remote", "conf/monitoring"].map((place) => join(ROOT, place));
+    const units = places.flatMap((place) =>
+      [...Deno.readDirSync(place)].filter(({ name }) => /\.(service|timer)$/.test(name))
+        .map(({ name }) => [join(place, name), name] as const)
+    );
+    assert.equal(units.length, 6);
+    for (const [path, name] of units) {
+      const text = await Deno.readTextFile(path);
+      const programs = text.replace("/opt/lematt/lematt.ts", join(ROOT, "lematt.ts"))
+        .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
+      await Deno.writeTextFile(join(directory, name), programs);
+    }
+    // it prints what it does not understand, and exits with 0
+    const names = units.map(([, name]) => name);
+    const { stderr } = await output(["systemd-analyze", "verify", ...names], { cwd: directory });
+    const printed = stderr.split("\n")
+      .filter((line) => [directory, ...names].some((name) => line.includes(name)));
+    assert.deepEqual(printed, []);
+    for (const name of ["lematt.service", "leforward.service"]) {
+      await run("systemd-analyze", "security", "--offline=true", "--threshold=20", join(directory, name));
     }
   },
 );
 
 Deno.test("where packages were not fetched, lematt fetches none and says in one line how to", async () => {
   await using bed = await testBed({ domains: "a.example.com" });
-  const [command, ...args] = LEMATT;
+  const env = { DENO_DIR: join(bed.home, "empty") };
   for (const what of ["--check", "--test"]) {
-    const { code, stderr } = await new Deno.Command(command!, {
-      args: [...args, what, "--config", bed.conf],
-      env: { DENO_DIR: join(bed.home, "empty") },
-    }).output();
+    const { code, stderr } = await output([...LEMATT, what, "--config", bed.conf], { env });
     assert.equal(code, 2);
-    assert.match(new TextDecoder().decode(stderr), /^lematt: .* cd \/.* && deno install --frozen\n$/);
+    assert.match(stderr, /^lematt: .* cd \/.* && deno install --frozen\n$/);
   }
 });
 
 Deno.test("deno task compile makes programs that take in everything and never prompt", async () => {
-  const directory = await Deno.makeTempDir();
+  await using temporary = await temporaryDirectory();
+  const directory = temporary.path;
   const latin1 = new TextDecoder("latin1");
-  try {
-    const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
-    for (const name of ["lematt", "leforward"]) {
-      const command = tasks[`compile:${name}`].replace("-q ", "").replace("bin/", `${directory}/`);
-      // denort, to which the program is appended, is not at hand everywhere: any executable shows what is appended
-      const { code, stderr } = await new Deno.Command("/bin/sh", {
-        args: ["-c", command.replace(/^deno/, `'${Deno.execPath()}'`)],
-        cwd: ROOT,
-        env: { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" },
-      }).output();
-      const printed = new TextDecoder().decode(stderr);
-      assert.equal(code, 0, printed);
-      const appended = latin1.decode(await Deno.readFile(join(directory, name)));
-      assert.match(appended, /"permissions":\{[^}]*"prompt":false\}/, name);
-      if (name === "leforward") continue;
-      const { modules } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
-      for (const { local } of modules.filter(({ local }: { local?: string }) => local?.startsWith(ROOT))) {
-        assert.ok(appended.includes(latin1.decode((await Deno.readFile(local)).subarray(0, 80))), local);
-      }
-      for (const name of ["jose", "zx", "x509", "reflect-metadata"]) {
-        assert.match(printed, new RegExp(`${name}/([\\d.]+/)?\\*`), name);
-      }
+  const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
+  for (const name of ["lematt", "leforward"]) {
+    const command = tasks[`compile:${name}`].replace("-q ", "").replace("bin/", `${directory}/`);
+    // denort, to which the program is appended, is not at hand everywhere: any executable shows what is appended
+    const env = { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" };
+    const compile = command.replace(/^deno/, `'${Deno.execPath()}'`);
+    const { code, stderr: printed } = await output(["/bin/sh", "-c", compile], { cwd: ROOT, env });
+    assert.equal(code, 0, printed);
+    const appended = latin1.decode(await Deno.readFile(join(directory, name)));
+    assert.match(appended, /"permissions":\{[^}]*"prompt":false\}/, name);
+    if (name === "leforward") continue;
+    const { modules } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
+    for (const { local } of modules.filter(({ local }: { local?: string }) => local?.startsWith(ROOT))) {
+      assert.ok(appended.includes(latin1.decode((await Deno.readFile(local)).subarray(0, 80))), local);
     }
-  } finally {
-    await Deno.remove(directory, { recursive: true });
+    for (const name of ["jose", "zx", "x509", "reflect-metadata"]) {
+      assert.match(printed, new RegExp(`${name}/([\\d.]+/)?\\*`), name);
+    }
   }
 });

@@ -2,13 +2,13 @@
  * Servers with certificates on loopback: certificates made by openssl, programs that listen, and TCP servers of a few lines.
  */
 
-import assert from "node:assert/strict";
 import { once } from "node:events";
 import { createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
+import { run } from "./install.ts";
 
 /** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; what its certificate says. */
 export async function makeCertificate(
@@ -22,12 +22,18 @@ export async function makeCertificate(
   const san = names.length === 0
     ? []
     : ["-addext", `subjectAltName=${names.map((name) => `DNS:${name}`).join(",")}`];
-  const { success, stderr } = await new Deno.Command("openssl", {
-    args: ["req", "-x509", "-newkey", ...newKey, "-nodes", "-keyout", `${path}.key`, "-out", `${path}.pem`]
-      .concat("-days", "30", "-subj", "/CN=test", san),
-    stdin: "null",
-  }).output();
-  assert(success, new TextDecoder().decode(stderr));
+  const options = [
+    "-nodes",
+    "-keyout",
+    `${path}.key`,
+    "-out",
+    `${path}.pem`,
+    "-days",
+    "30",
+    "-subj",
+    "/CN=test",
+  ];
+  await run("openssl", "req", "-x509", "-newkey", ...newKey, ...options, ...san);
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 

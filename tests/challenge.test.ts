@@ -8,6 +8,9 @@ import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
 import { all, type Bed, befalling, testBed, until } from "./bed.ts";
 import { type Exchange, startWebroot, type Switches } from "./ca.ts";
+import { together } from "./together.ts";
+
+const test = together("challenges are answered");
 
 const NAME = "example.com";
 
@@ -48,7 +51,7 @@ const pidOf = ({ home }: Bed) => Number(Deno.readTextFileSync(join(home, "pid"))
 
 // ---- files -------------------------------------------------------------------------------------------------------
 
-Deno.test("a challenge file is complete and readable for all when the CA is asked, whatever the umask", async () => {
+test("a challenge file is complete and readable for all when the CA is asked, whatever the umask", async () => {
   await using bed = await bedFor();
   const { ca, drop } = bed;
   const seen: unknown[] = [];
@@ -64,7 +67,7 @@ Deno.test("a challenge file is complete and readable for all when the CA is aske
   assert.deepEqual([bed.dropped(), bed.state().published], [[], []]);
 });
 
-Deno.test("what a killed run left in the drop directory is removed by the next; its prepare commands end with it", async () => {
+test("what a killed run left in the drop directory is removed by the next; its prepare commands end with it", async () => {
   const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // which never looks at its input
   await using bed = await bedFor({ validationDelayMs: 60_000 }, { prepare, settings: "preflight: no" });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
@@ -89,7 +92,7 @@ Deno.test("what a killed run left in the drop directory is removed by the next; 
   assert(existsSync(join(bed.home, "victim")));
 });
 
-Deno.test("a file that is where the challenge belongs is replaced, a link not followed", async () => {
+test("a file that is where the challenge belongs is replaced, a link not followed", async () => {
   await using bed = await bedFor();
   const victim = join(bed.home, "victim");
   await Deno.writeTextFile(victim, "precious");
@@ -111,7 +114,7 @@ Deno.test("a file that is where the challenge belongs is replaced, a link not fo
   }
 });
 
-Deno.test("a CA that does not offer http-01 is asked nothing, and what it offers is said", async () => {
+test("a CA that does not offer http-01 is asked nothing, and what it offers is said", async () => {
   await using bed = await bedFor();
   const others = (all: { type: string }[]) => all.filter(({ type }) => type !== "http-01");
   const table: [change: typeof others, offered: string][] = [
@@ -130,7 +133,7 @@ Deno.test("a CA that does not offer http-01 is asked nothing, and what it offers
   assert(!asked(bed));
 });
 
-Deno.test("lines that are given the same pending authorization are both issued", async () => {
+test("lines that are given the same pending authorization are both issued", async () => {
   await using bed = await bedFor({ reuse: "pending", validationDelayMs: 50 }, {
     domains: "a.example.com shared.example.com\nb.example.com shared.example.com",
   });
@@ -151,7 +154,7 @@ function counted(port: number, ready = (_host: string) => true): Route & { calls
   return route;
 }
 
-Deno.test("the CA is asked when the challenge can be seen through the name, and prepare is ended then", async () => {
+test("the CA is asked when the challenge can be seen through the name, and prepare is ended then", async () => {
   await using bed = await bedFor({}, {
     prepare: ["until [ -e HERE/go ]; do sleep 0.01; done; ln -s HERE/drop HERE/site", HELD],
   });
@@ -172,7 +175,7 @@ Deno.test("the CA is asked when the challenge can be seen through the name, and 
   assert(!isRunning(pidOf(bed)));
 });
 
-Deno.test("the CA is not asked while the challenge cannot be seen, and after 30 s the line fails with the hop", async () => {
+test("the CA is not asked while the challenge cannot be seen, and after 30 s the line fails with the hop", async () => {
   await using bed = await bedFor({}, { prepare: [HELD] });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
   const ran = await bed.run({ route: counted(elsewhere.port, () => isHeld(bed)) });
@@ -186,7 +189,7 @@ Deno.test("the CA is not asked while the challenge cannot be seen, and after 30 
   assert(waited > 20_000 && waited < 31_000, `${waited}`);
 });
 
-Deno.test("preflight: warn has the CA asked though prepare does not help, and says what was seen", async () => {
+test("preflight: warn has the CA asked though prepare does not help, and says what was seen", async () => {
   await all(["exec cat", "echo oops >&2; exit 3"].map(async (command) => {
     await using bed = await bedFor({}, { prepare: [command], settings: "preflight: warn" });
     await using elsewhere = startWebroot(join(bed.home, "conf"));
@@ -196,7 +199,7 @@ Deno.test("preflight: warn has the CA asked though prepare does not help, and sa
   }));
 });
 
-Deno.test("with preflight: no, or without a prepare command, nothing is checked; a prepare that fails is reported", async () => {
+test("with preflight: no, or without a prepare command, nothing is checked; a prepare that fails is reported", async () => {
   const table: [prepare: string[], settings: string, notes: RegExp][] = [
     [[], "", /^$/],
     [["", " "], "", /^$/],
@@ -212,7 +215,7 @@ Deno.test("with preflight: no, or without a prepare command, nothing is checked;
   }));
 });
 
-Deno.test("a prepare command may end at any time, so long as what it does is done", async () => {
+test("a prepare command may end at any time, so long as what it does is done", async () => {
   const table: [command: string, moment?: Exchange["resource"]][] = [
     ["true"],
     ["exit 1"],
@@ -227,7 +230,7 @@ Deno.test("a prepare command may end at any time, so long as what it does is don
   }));
 });
 
-Deno.test("a prepare command that fails before the challenge can be seen fails its line, of which the CA hears nothing", async () => {
+test("a prepare command that fails before the challenge can be seen fails its line, of which the CA hears nothing", async () => {
   await using bed = await bedFor({}, {
     domains: `${NAME}\na.example.com bad.example.com`,
     prepare: ["if [ DOMAIN = bad.example.com ]; then echo 'no route' >&2; exit 3; fi; exec cat"],
@@ -246,7 +249,7 @@ Deno.test("a prepare command that fails before the challenge can be seen fails i
   assert.equal(elsewhere.log.length, looked, "a check went on behind the end of the run");
 });
 
-Deno.test("one prepare command serves all names and lines that have the same, and DOMAIN tells them apart", async () => {
+test("one prepare command serves all names and lines that have the same, and DOMAIN tells them apart", async () => {
   await using bed = await bedFor({}, {
     domains: "a.example.com b.example.com\nc.example.com",
     prepare: ["echo all >> HERE/log; exec cat", "echo DOMAIN >> HERE/log; exec cat"],
@@ -263,7 +266,7 @@ Deno.test("one prepare command serves all names and lines that have the same, an
   assert(all <= 2, `${all}`); // two where one line was done before the other began
 });
 
-Deno.test("an interrupted run stops checking, even at a silent server, and its prepare commands", async () => {
+test("an interrupted run stops checking, even at a silent server, and its prepare commands", async () => {
   await using bed = await bedFor({}, { prepare: [HELD] });
   using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const stop = new AbortController();
@@ -278,7 +281,7 @@ Deno.test("an interrupted run stops checking, even at a silent server, and its p
 
 // ---- --check --challenges ----------------------------------------------------------------------------------------
 
-Deno.test("checkChallenges() says which name is served from elsewhere, by which address, and leaves nothing", async () => {
+test("checkChallenges() says which name is served from elsewhere, by which address, and leaves nothing", async () => {
   await using bed = await bedFor({}, { domains: `${NAME} www.${NAME}\nremote.example.com\nbad.example.com` });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
   bed.act(

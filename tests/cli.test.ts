@@ -7,6 +7,9 @@ import process from "node:process";
 import { all, type Bed, type Ended, endOf, testBed, until } from "./bed.ts";
 import type { Fault } from "./ca.ts";
 import { LEMATT } from "./programs.ts";
+import { together } from "./together.ts";
+
+const test = together("the program as it is used");
 
 const ROOT = join(import.meta.dirname!, "..");
 
@@ -45,7 +48,7 @@ function runs(bed: Bed, name: string): boolean {
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-Deno.test("what cannot be asked for is refused in one line that names it, with exit status 2", async () => {
+test("what cannot be asked for is refused in one line that names it, with exit status 2", async () => {
   const table: [args: string, named: string][] = [
     ["", "--test or --prod"],
     ["--test --prod", "--prod"],
@@ -75,7 +78,7 @@ Deno.test("what cannot be asked for is refused in one line that names it, with e
   }));
 });
 
-Deno.test("--help fits a terminal of 80 columns and names the files that a run makes", async () => {
+test("--help fits a terminal of 80 columns and names the files that a run makes", async () => {
   const { code, stdout, stderr } = await lematt("--help");
   assert.deepEqual([code, stderr], [0, ""]);
   assert.ok(stdout.split("\n").every((line) => line.length <= 80));
@@ -85,7 +88,7 @@ Deno.test("--help fits a terminal of 80 columns and names the files that a run m
   assert.match((await lematt("--version")).stdout, /^lematt \d+\.\d+\.\d+\n$/);
 });
 
-Deno.test("the configuration is found by its file, its directory, a bare argument, or in ./conf", async () => {
+test("the configuration is found by its file, its directory, a bare argument, or in ./conf", async () => {
   await using bed = await bedOf("a.example.com");
   const ways: [string[], string][] = [
     [["--config", bed.path("lematt.conf")], "/"],
@@ -101,7 +104,7 @@ Deno.test("the configuration is found by its file, its directory, a bare argumen
   }));
 });
 
-Deno.test("errors of all three files are printed together, with exit status 2 and nothing touched; --cron alerts of them", async () => {
+test("errors of all three files are printed together, with exit status 2 and nothing touched; --cron alerts of them", async () => {
   await using bed = await testBed({
     domains: "a..example.com\n-b.example.com",
     actions: '[default]\nupdate: reload\nalert: ["{ echo SUBJECT; cat; } > alert"]\n',
@@ -132,7 +135,7 @@ Deno.test("errors of all three files are printed together, with exit status 2 an
 
 // ---- exit status and streams -----------------------------------------------------------------------------
 
-Deno.test("a run exits with 0 when all is well, with 1 on a failure or what is pending after one, with 2 for what is not there", async () => {
+test("a run exits with 0 when all is well, with 1 on a failure or what is pending after one, with 2 for what is not there", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["test -e HERE/up"]`);
   const first = await bed.lematt("--test");
   assert.equal(first.code, 1);
@@ -150,7 +153,7 @@ Deno.test("a run exits with 0 when all is well, with 1 on a failure or what is p
   }
 });
 
-Deno.test("--plan touches neither the CA nor the disk, and groups what it would do by reason", async () => {
+test("--plan touches neither the CA nor the disk, and groups what it would do by reason", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com", `[default]\nupdate: ["true"]`);
   const { code, stdout, stderr } = await bed.lematt("--test", "--plan");
   assert.deepEqual([code, stderr], [0, ""]);
@@ -162,7 +165,7 @@ Deno.test("--plan touches neither the CA nor the disk, and groups what it would 
   assert.equal(bed.ca.log.length, 0);
 });
 
-Deno.test("a reader that goes away does not stop a run", async () => {
+test("a reader that goes away does not stop a run", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[default]\nupdate: ["touch HERE/delivered"]`,
@@ -175,7 +178,7 @@ Deno.test("a reader that goes away does not stop a run", async () => {
   assert.ok(existsSync(join(bed.home, "delivered")));
 });
 
-Deno.test("--status exits with 1 where there is a problem, --metrics with 0; notices stay out of documents", async () => {
+test("--status exits with 1 where there is a problem, --metrics with 0; notices stay out of documents", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nupdate: ["false"]`);
   await bed.lematt("--test");
   const table = await bed.lematt("--test", "--status", "--offline");
@@ -194,7 +197,7 @@ Deno.test("--status exits with 1 where there is a problem, --metrics with 0; not
   assert.equal(bed.text("test", "state.json"), text, "left as it is");
 });
 
-Deno.test("--revoke and --prune do nothing without --yes where nobody can be asked", async () => {
+test("--revoke and --prune do nothing without --yes where nobody can be asked", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
   await bed.lematt("--test");
   const asked = await bed.lematt("--test", "--revoke", "A.example.com");
@@ -216,7 +219,7 @@ Deno.test("--revoke and --prune do nothing without --yes where nobody can be ask
 
 // ---- two at once, and the end of one ---------------------------------------------------------------------
 
-Deno.test("a second run is turned away with exit status 3 while one is in progress", async () => {
+test("a second run is turned away with exit status 3 while one is in progress", async () => {
   await using bed = await bedOf(
     "a.example.com",
     `[default]\nupdate: ["echo $$ > HERE/started; read word < HERE/fifo"]`,
@@ -242,7 +245,7 @@ Deno.test("a second run is turned away with exit status 3 while one is in progre
   assert.equal((await bed.lematt("--test")).code, 0);
 });
 
-Deno.test("a signal in the middle of a validation leaves nothing behind and is exit status 1", async () => {
+test("a signal in the middle of a validation leaves nothing behind and is exit status 1", async () => {
   await all((["SIGTERM", "SIGINT", "SIGHUP"] as const).map(async (signal) => {
     let hanging = true;
     const isPolled = () => bed.ca.log.at(-1)?.resource === "order";
@@ -269,7 +272,7 @@ Deno.test("a signal in the middle of a validation leaves nothing behind and is e
   }));
 });
 
-Deno.test("the demo issues, delivers, and names the files that it made", async () => {
+test("the demo issues, delivers, and names the files that it made", async () => {
   const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
   const { code, stdout, stderr } = await output(tasks.demo.replace(/^deno/, Deno.execPath()).split(" "), {
     cwd: ROOT,

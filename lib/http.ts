@@ -10,7 +10,7 @@ import defer * as nodeCrypto from "node:crypto";
 import type { CryptoKey, JWK } from "jose";
 import { type Context, limit } from "./context.ts";
 import { oneLine } from "./names.ts";
-import { CURVES, keySpecOf } from "./x509.ts";
+import { CURVES } from "./x509.ts";
 
 /** RFC 8555 §6.7, RFC 7807. `type` is without the prefix `urn:ietf:params:acme:error:`. */
 export interface Problem {
@@ -119,21 +119,14 @@ export async function checkPackages(): Promise<void> {
 
 /** Imports the key of an account or a certificate (PKCS#8, PKCS#1 or SEC1); throws if `pem` is not an RSA or EC key. */
 export async function importKey(pem: string): Promise<AccountKey> {
-  const spec = keySpecOf(pem);
-  if (typeof spec === "string") throw new Error("neither an RSA nor an EC key");
   const key = nodeCrypto.createPrivateKey(pem);
-  const alg = spec.type === "rsa" ? "RS256" : CURVES.find(({ curve }) => curve === spec.curve)!.alg;
+  const publicJwk = nodeCrypto.createPublicKey(key).export({ format: "jwk" }) as JWK;
+  const alg = publicJwk.kty === "RSA" ? "RS256" : CURVES.find(({ curve }) => curve === publicJwk.crv)?.alg;
+  if (alg === undefined) throw new Error("neither an RSA nor an EC key");
   const { calculateJwkThumbprint, importPKCS8 } = await import("jose");
-  const jwk = key.export({ format: "jwk" }) as JWK;
-  const publicJwk: JWK = jwk.kty === "RSA"
-    ? { kty: "RSA", n: jwk.n!, e: jwk.e! }
-    : { kty: "EC", crv: jwk.crv!, x: jwk.x!, y: jwk.y! };
-  return {
-    alg,
-    privateKey: await importPKCS8(key.export({ type: "pkcs8", format: "pem" }) as string, alg),
-    publicJwk,
-    thumbprint: await calculateJwkThumbprint(publicJwk),
-  };
+  const pkcs8 = key.export({ type: "pkcs8", format: "pem" }) as string;
+  const privateKey = await importPKCS8(pkcs8, alg);
+  return { alg, privateKey, publicJwk, thumbprint: await calculateJwkThumbprint(publicJwk) };
 }
 
 /**

@@ -359,8 +359,6 @@ export function isPrivateKey(pem: string): boolean {
  * used here. Throws if it cannot be parsed.
  */
 export function keySpecOf(pem: string): KeySpec | string {
-  const spec = declaredKeySpec(privateKeyDer(pem)); // node:crypto need not be loaded
-  if (spec !== undefined) return spec;
   const { asymmetricKeyType: type, asymmetricKeyDetails } = nodeCrypto.createPrivateKey(pem);
   const { modulusLength, namedCurve } = asymmetricKeyDetails ?? {};
   const curve = CURVES.find(({ names: [name] }) => name === namedCurve)?.curve;
@@ -368,43 +366,18 @@ export function keySpecOf(pem: string): KeySpec | string {
   return curve === undefined ? namedCurve ?? type! : { type: "ec", curve };
 }
 
-/** The type and size that a private key declares (RFC 5208, RFC 8017 A.1.2, RFC 5915). */
-function declaredKeySpec(der: Uint8Array): KeySpec | undefined {
-  const [, second, third] = children(der, element(der, 0));
-  if (second?.tag === 0x02) return rsaSpec(der, second);
-  if (second === undefined || third === undefined) return undefined;
-  if (second.tag === 0x04) return third.tag === 0xa0 ? ecSpec(der, children(der, third)[0]) : undefined;
-  return algorithmSpec(der, second, () => children(der, element(der, third.start))[1]);
-}
-
-/** Type and size of the key in a SubjectPublicKeyInfo. */
+/** Type and size of the key in a SubjectPublicKeyInfo (RFC 3279 §2.3). */
 function publicKeySpec(der: Uint8Array, spki: Element): KeySpec | undefined {
   const [algorithm, bits] = children(der, spki);
   if (algorithm === undefined || bits === undefined) return undefined;
-  return algorithmSpec(der, algorithm, () => children(der, element(der, bits.start + 1))[0]);
-}
-
-/** By an AlgorithmIdentifier (RFC 3279 §2.3), which has the curve of an EC key, but not the modulus of an RSA key. */
-function algorithmSpec(
-  der: Uint8Array,
-  algorithm: Element,
-  modulus: () => Element | undefined,
-): KeySpec | undefined {
-  const [id, parameters] = children(der, algorithm);
-  const hex = id && hexOf(der, id);
-  if (hex === "2a864886f70d010101") return rsaSpec(der, modulus());
-  if (hex === "2a8648ce3d0201") return ecSpec(der, parameters);
-}
-
-function rsaSpec(der: Uint8Array, modulus: Element | undefined): KeySpec | undefined {
-  if (modulus === undefined) return undefined;
-  let { start } = modulus;
-  while (der[start] === 0 && start < modulus.end) start++;
-  return { type: "rsa", bits: 8 * (modulus.end - start) + 24 - Math.clz32(der[start]!) };
-}
-
-function ecSpec(der: Uint8Array, id: Element | undefined): KeySpec | undefined {
-  const known = id && CURVES.find((one) => one.id === hexOf(der, id));
+  const [id, parameters] = children(der, algorithm).map((element) => hexOf(der, element));
+  if (id === ID_RSA) {
+    const [modulus] = children(der, element(der, bits.start + 1));
+    let { start, end } = modulus ?? bits;
+    while (der[start] === 0 && start < end) start++;
+    return { type: "rsa", bits: 8 * (end - start) + 24 - Math.clz32(der[start]!) };
+  }
+  const known = id === ID_EC ? CURVES.find(({ id }) => id === parameters) : undefined;
   return known && { type: "ec", curve: known.curve };
 }
 
@@ -487,6 +460,8 @@ function certificateFields(der: Uint8Array) {
 /** id-ce-subjectAltName, -authorityKeyIdentifier, -extKeyUsage; id-at-commonName, -organizationName; in hexadecimal. */
 const SUBJECT_ALT_NAME = "551d11", AUTHORITY_KEY_IDENTIFIER = "551d23", EXTENDED_KEY_USAGE = "551d25";
 const COMMON_NAME = "550403", ORGANIZATION = "55040a";
+/** rsaEncryption, id-ecPublicKey (RFC 3279 §2.3), in hexadecimal. */
+const ID_RSA = "2a864886f70d010101", ID_EC = "2a8648ce3d0201";
 
 /** The value of an extension. */
 function extensionOf(der: Uint8Array, extensions: Element | undefined, id: string): Element | undefined {

@@ -1,5 +1,5 @@
 /**
- * Programs of CAs that were written by others, on loopback: Pebble, step-ca, Caddy's acme_server, acme2certifier. For cas.ts,
+ * Programs of CAs that were written by others, on loopback: step-ca, Caddy's acme_server, acme2certifier. For cas.ts,
  * where names are what port 53 says and web servers have port 80; step-ca finds them elsewhere, too.
  */
 
@@ -65,27 +65,6 @@ server.serve_forever()
 `;
 
 export const SERVERS: Readonly<Record<string, Server>> = {
-  "pebble": {
-    lack: lacks("pebble"),
-    async start(directory) {
-      const { root, certificate, key } = listenerCertificate();
-      for (const [name, text] of Object.entries({ certificate, key })) {
-        await Deno.writeTextFile(join(directory, `${name}.pem`), text);
-      }
-      const pebble = {
-        listenAddress: "127.0.0.1:9440",
-        managementListenAddress: "127.0.0.1:9439",
-        certificate: "certificate.pem",
-        privateKey: "key.pem",
-        httpPort: 80,
-      };
-      await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
-      const command = [which("pebble")!, "-config", "pebble.json", "-dnsserver", "127.0.0.1:53"];
-      return await startProgram(directory, command, ["https://127.0.0.1:9440/dir"], () => root, {
-        PEBBLE_VA_NOSLEEP: "1",
-      });
-    },
-  },
   "step-ca": {
     lack: lacks("step-ca"),
     keepsKeys: true,

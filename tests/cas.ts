@@ -1,13 +1,12 @@
 /**
- * The whole life of certificates at other CAs than the test suite's: step-ca, Caddy's acme_server and acme2certifier, with
- * Pebble beside them; prints a table of what each step took.
+ * The whole life of certificates at other CAs than the test suite's: step-ca, Caddy's acme_server and acme2certifier; prints a
+ * table of what each step took.
  *
- *     deno run --no-prompt -P=tests tests/cas.ts [pebble] [step-ca] [caddy] [acme2certifier]
+ *     deno run --no-prompt -P=tests tests/cas.ts [step-ca] [caddy] [acme2certifier]
  *
  * Needs root on Linux, for it runs in a network of its own, in which names are what its DNS server says and the web server of
  * http-01 has port 80. What is not there is left out:
  *
- *     go install github.com/letsencrypt/pebble/v2/cmd/pebble@latest
  *     go install github.com/smallstep/certificates/cmd/step-ca@v0.30.2      # apt-get install libpcsclite-dev pkg-config
  *     go install github.com/caddyserver/caddy/v2/cmd/caddy@v2.11.9
  *     python3 -m venv VENV; VENV/bin/pip install acme2certifier; export ACME2CERTIFIER=VENV/bin/python

@@ -247,8 +247,6 @@ export class Ca implements AsyncDisposable {
   readonly #issuer = createAuthority("lematt test intermediate");
   readonly #listener: Listener;
   readonly #nonces = new Set<string>();
-  /** Nonces that the fault `repeat` gave out again: using them is no violation. */
-  readonly #repeatedNonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
   /** Until when a URL must not be polled again, by the CA's clock. */
@@ -319,9 +317,6 @@ export class Ca implements AsyncDisposable {
 
     const fault = this.switches.fault?.(entry);
     const previous = this.#previous.get(entry.url);
-    if (fault?.kind === "repeat" && previous) {
-      this.#repeatedNonces.add(previous.headers.get("replay-nonce") ?? "");
-    }
     const { answer, response } = await answerUnder(fault, {
       handle: () => this.#handle(request, entry, ROUTES[resource].exec(path)![1] ?? ""),
       tear: (andNext) => this.#listener.tear(connection, andNext),
@@ -439,8 +434,7 @@ export class Ca implements AsyncDisposable {
     const jws = parseObject(text) as unknown as jose.FlattenedJWSInput;
     const { nonce, url, kid, jwk } = headerOf(jws);
     if (!this.#nonces.delete(nonce!)) {
-      const refuse = this.#repeatedNonces.has(nonce!) ? refusal : violation;
-      throw refuse(400, "badNonce", "the nonce was used before, or is not from here");
+      throw violation(400, "badNonce", "the nonce was used before, or is not from here");
     }
     if (url !== entry.url) throw violation(403, "unauthorized", `the signed URL is ${url}, not ${entry.url}`);
     if ((jwk === undefined) === (kid === undefined)) throw malformed("the header needs either jwk or kid");

@@ -565,5 +565,6 @@ for (const kind of ["truncate", "html", "repeat"] as const) {
       await Deno.remove(bed.path("test"), { recursive: true });
     }
     assert(bed.ca.orders.length <= 2 * STEPS.length, "more orders than necessary plus one a line");
+    if (kind === "repeat") bed.ca.violations.splice(0); // its nonces had been used
   });
 }

@@ -228,12 +228,7 @@ function startRelay(behind: number): Listener {
 export interface Webroot extends AsyncDisposable {
   readonly port: number;
   /** The requests that it answered. */
-  readonly log: readonly {
-    readonly method: string;
-    readonly host: string;
-    readonly path: string;
-    readonly status: number;
-  }[];
+  readonly log: readonly { readonly status: number }[];
   close(): Promise<void>;
 }
 
@@ -242,12 +237,11 @@ export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } =
   const log: Webroot["log"][number][] = [];
   const stop = new AbortController();
   const server = Deno.serve({ hostname, port, signal: stop.signal, onListen: () => {} }, async (request) => {
-    const { method, url, headers } = request;
-    const { pathname: path } = new URL(url);
-    const [, token] = /^\/\.well-known\/acme-challenge\/([A-Za-z0-9_-]+)$/.exec(path) ?? [];
+    const { pathname } = new URL(request.url);
+    const [, token] = /^\/\.well-known\/acme-challenge\/([A-Za-z0-9_-]+)$/.exec(pathname) ?? [];
     const content = token && await Deno.readTextFile(`${dir}/${token}`).catch(() => undefined);
     const status = content === undefined ? 404 : 200;
-    log.push({ method, host: headers.get("host") ?? "", path, status });
+    log.push({ status });
     return new Response(content ?? "not found\n", { status, headers: { "content-type": "text/plain" } });
   });
   const close = async () => {

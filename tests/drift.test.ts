@@ -261,7 +261,7 @@ siteTest("S2: an endpoint that never answers delays no other section", async () 
   Deno.removeSync(bed.path("prod", "cert", "b.example.com-cert-combined.prime256v1.pem"));
   const stop = new AbortController();
   const running = run({ signal: stop.signal });
-  await until("[b] is delivered", () => existsSync(join(bed.home, "b")), 5); // a probe waits for 10 s
+  await until("[b] is delivered", () => existsSync(join(bed.home, "b")), 8); // a probe waits for 10 s
   stop.abort(new DOMException("interrupted", "AbortError"));
   await assert.rejects(running, { name: "AbortError" });
 });

@@ -10,6 +10,7 @@ import { settled } from "../lib/context.ts";
 import { which } from "./bench-measure.ts";
 import { testBed, until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
+import { textOf } from "./faults.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
 import { LEMATT, output, temporaryDirectory } from "./programs.ts";
 import { freePort } from "./tls.ts";
@@ -198,9 +199,9 @@ exec cron -f -L 0`;
       stdin: "null",
     }).spawn();
     try {
-      await until("the run has ended", () => existsSync(join(home, "status")));
+      await until("the run has ended", () => textOf(join(home, "status")) !== "");
       const log = await Deno.readTextFile(join(home, "log"));
-      assert.equal(await Deno.readTextFile(join(home, "status")), "0\n", log);
+      assert.equal(textOf(join(home, "status")), "0\n", log);
       assert.match(log, /^issued .*a\.example\.com/m);
       assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, NOBODY);
     } finally {

@@ -9,14 +9,13 @@ import { page, type Status } from "../conf/monitoring/page.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
 import { LEMATT, output, temporaryDirectory } from "./programs.ts";
+import { together } from "./together.ts";
 import { which } from "./bench-measure.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
 const text = (name: string) => Deno.readTextFileSync(join(HERE, name));
-const missing = ["promtool", "jq"].filter((name) => which(name) === undefined);
-for (const name of missing) {
-  console.warn(`monitoring.test.ts: ${name} is not installed, so it judges nothing`);
-}
+const test = together("conf/monitoring");
+const lackOf = (tool: string) => which(tool) === undefined ? `${tool} is not installed` : undefined;
 
 const DOMAINS = "example.com www\nmail.example.com";
 const ACTIONS = `[mail]
@@ -43,15 +42,11 @@ async function statusOf(bed: Bed): Promise<Status> {
 
 // ---- Prometheus -------------------------------------------------------------------------------------------
 
-Deno.test({
-  name: "alert rules fire when they should, and not before",
-  ignore: missing.includes("promtool"),
-  fn: async () => {
-    await shell("promtool test rules conf/monitoring/lematt.rules.test.yml", ROOT);
-  },
-});
+test("alert rules fire when they should, and not before", async () => {
+  await shell("promtool test rules conf/monitoring/lematt.rules.test.yml", ROOT);
+}, lackOf("promtool"));
 
-Deno.test("the timer's command and cron's write metrics that promtool accepts and the rules know, whole or not at all", async () => {
+test("the timer's command and cron's write metrics that promtool accepts and the rules know, whole or not at all", async () => {
   await using ran = await ranBed(ACTIONS);
   const [, unit] = /^ExecStart=\/bin\/sh -c '(.*)'$/m.exec(text("lematt-metrics.service"))!;
   const [, cron] = /^\S+ \* \* \* \* certmaint cd \/var\/lib\/lematt && (.*)$/m.exec(text("crontab"))!;
@@ -59,7 +54,7 @@ Deno.test("the timer's command and cron's write metrics that promtool accepts an
   await shell(ran.here(unit!), ran.bed.home);
   const file = join(ran.bed.home, "lematt.prom");
   const metrics = await Deno.readTextFile(file);
-  if (!missing.includes("promtool")) await shell("promtool check metrics <lematt.prom", ran.bed.home);
+  if (lackOf("promtool") === undefined) await shell("promtool check metrics <lematt.prom", ran.bed.home);
   const written = new Set(metrics.matchAll(/^lematt_\w+/gm).map(([name]) => name));
   const used = new Set(text("lematt.rules.yml").matchAll(/\blematt_\w+/g).map(([name]) => name));
   // no line fails here, nothing is served
@@ -74,36 +69,32 @@ Deno.test("the timer's command and cron's write metrics that promtool accepts an
   assert.equal(await Deno.readTextFile(file), metrics);
 });
 
-Deno.test({
-  name: "the commands for Prometheus put files where it finds them",
-  ignore: missing.includes("promtool"),
-  fn: async () => {
-    await using temporary = await temporaryDirectory();
-    const home = temporary.path;
-    const places = {
-      "/etc/systemd/system": `${home}/units`,
-      "/etc/cron.d": `${home}/cron.d`,
-      "/var/lib/lematt": `${home}/lematt`,
-      "/var/lib/prometheus/node-exporter": `${home}/collector`,
-      "/etc/prometheus": `${home}/prometheus`,
-      " -o certmaint": "",
-    };
-    for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
-      await Deno.mkdir(join(home, directory));
-    }
-    // systemd does not run everywhere: it is not tried that it takes up what was put there
-    const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
-    await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
-    await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
-    assert.equal(await Deno.readTextFile(join(home, "collector/lematt.prom")), "metrics");
-    const units = [...Deno.readDirSync(join(home, "units"))].map(({ name }) => name).sort();
-    assert.deepEqual(units, ["lematt-metrics.service", "lematt-metrics.timer"]);
-  },
-});
+test("the commands for Prometheus put files where it finds them", async () => {
+  await using temporary = await temporaryDirectory();
+  const home = temporary.path;
+  const places = {
+    "/etc/systemd/system": `${home}/units`,
+    "/etc/cron.d": `${home}/cron.d`,
+    "/var/lib/lematt": `${home}/lematt`,
+    "/var/lib/prometheus/node-exporter": `${home}/collector`,
+    "/etc/prometheus": `${home}/prometheus`,
+    " -o certmaint": "",
+  };
+  for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
+    await Deno.mkdir(join(home, directory));
+  }
+  // systemd does not run everywhere: it is not tried that it takes up what was put there
+  const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
+  await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
+  await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
+  assert.equal(await Deno.readTextFile(join(home, "collector/lematt.prom")), "metrics");
+  const units = [...Deno.readDirSync(join(home, "units"))].map(({ name }) => name).sort();
+  assert.deepEqual(units, ["lematt-metrics.service", "lematt-metrics.timer"]);
+}, lackOf("promtool"));
 
 // ---- Nagios -----------------------------------------------------------------------------------------------
 
-Deno.test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
+test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
   await using ran = await ranBed();
   const check = async (...args: string[]) => {
     const command = [join(HERE, "check_lematt"), "--config", ran.bed.conf, ...args];
@@ -139,7 +130,7 @@ function shown(html: string): string {
     .replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&quot;", '"');
 }
 
-Deno.test("the page shows the problems, certificates, endpoints and pending deliveries of a real status", async () => {
+test("the page shows the problems, certificates, endpoints and pending deliveries of a real status", async () => {
   await using ran = await ranBed(ACTIONS);
   const [command] = blocks("conf/monitoring/README.md", "A page");
   await shell(ran.here(command!), ran.bed.home);
@@ -154,7 +145,7 @@ Deno.test("the page shows the problems, certificates, endpoints and pending deli
   ) assert.match(seen, expected);
 });
 
-Deno.test("the page needs nothing from elsewhere, and nothing that it shows becomes markup", async () => {
+test("the page needs nothing from elsewhere, and nothing that it shows becomes markup", async () => {
   await using ran = await ranBed(ACTIONS);
   const hostile =
     `"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; \u202e\0\x1b[2J \ud800 javascript:`;
@@ -176,7 +167,7 @@ Deno.test("the page needs nothing from elsewhere, and nothing that it shows beco
   assert.equal(html.isWellFormed(), true);
 });
 
-Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge", async () => {
+test("the page of nothing, of 2,000 certificates, and of dates at the edge", async () => {
   await using bed = await testBed({ domains: "example.com" });
   const empty = { ...await statusOf(bed), certificates: [] };
   assert.match(shown(await page(empty)), /No problems as of /);
@@ -201,7 +192,7 @@ Deno.test("the page of nothing, of 2,000 certificates, and of dates at the edge"
   assert.doesNotMatch(odd, /NaN|Infinity|undefined|Invalid Date/);
 });
 
-Deno.test("page.ts refuses what is not a status, and then writes nothing", async () => {
+test("page.ts refuses what is not a status, and then writes nothing", async () => {
   for (
     const input of ["", "null", "{}", '{"command":"run","version":1}', '{"command":"status","version":2}']
   ) {
@@ -212,13 +203,9 @@ Deno.test("page.ts refuses what is not a status, and then writes nothing", async
   }
 });
 
-Deno.test({
-  name: "the example for jq lists what expires within two weeks",
-  ignore: missing.includes("jq"),
-  fn: async () => {
-    await using ran = await ranBed();
-    await ran.bed.plant({ mode: "prod", age: 80 });
-    const [command] = blocks("conf/monitoring/README.md", "Programs of your own");
-    assert.match(await shell(ran.here(command!), ran.bed.home), /^(\S+Z (mail\.)?example\.com\n){2}$/);
-  },
-});
+test("the example for jq lists what expires within two weeks", async () => {
+  await using ran = await ranBed();
+  await ran.bed.plant({ mode: "prod", age: 80 });
+  const [command] = blocks("conf/monitoring/README.md", "Programs of your own");
+  assert.match(await shell(ran.here(command!), ran.bed.home), /^(\S+Z (mail\.)?example\.com\n){2}$/);
+}, lackOf("jq"));

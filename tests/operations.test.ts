@@ -9,6 +9,7 @@ import { testBed, type Texts } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
 import { freePort, makeCertificate, startNginx } from "./tls.ts";
+import { together } from "./together.ts";
 
 const PAGE = "conf/operations.md";
 const LEMATT = blocks(PAGE)[0]!;
@@ -49,16 +50,14 @@ function block(heading: string, start: string): string {
 
 const DELIVERY = `[default]\nuploadCerts: ["echo delivered >> HOME/log"]\n`;
 
-const lacksNginx = which("nginx") === undefined || which("openssl") === undefined ||
-  which("rrsync") === undefined;
-if (lacksNginx) {
-  console.log("that a second host takes over is not tested: nginx, openssl or rrsync is not installed");
-}
-Deno.test(
+const lackOf = (...tools: string[]) => {
+  const missing = tools.filter((tool) => which(tool) === undefined);
+  return missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
+};
+const test = together("conf/operations.md");
+
+test(
   "a second host takes over from a copy: nothing is issued anew or delivered, and the first host does no harm",
-  {
-    ignore: lacksNginx,
-  },
   async () => {
     await using host = await startHost({ domains: "example.com" });
     const { bed, sh } = host;
@@ -111,9 +110,10 @@ verify: ["127.0.0.1:${port}#example.com"]\n`,
     assert.deepEqual([bed.ca.orders.length, deliveries()], [ours, 2]);
     bed.ca.violations.splice(0);
   },
+  lackOf("nginx", "openssl", "rrsync"),
 );
 
-Deno.test("a backup is taken between runs, and put back nothing is due", async () => {
+test("a backup is taken between runs, and put back nothing is due", async () => {
   await using host = await startHost({ domains: "example.com" });
   const { bed, sh } = host;
   bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
@@ -126,7 +126,7 @@ Deno.test("a backup is taken between runs, and put back nothing is due", async (
   assert.doesNotMatch(said, /^(issue|deliver|roll out)/m);
 });
 
-Deno.test("an upgrade and its rehearsal, what the next person needs, and the end of it", async () => {
+test("an upgrade and its rehearsal, what the next person needs, and the end of it", async () => {
   await using host = await startHost({
     domains: "example.com",
     settings: "keyTypes: ec\nreauthorizeDays: 15",
@@ -144,7 +144,7 @@ Deno.test("an upgrade and its rehearsal, what the next person needs, and the end
   for (const path of [...files, "etc/lematt", "opt/lematt"]) assert(!existsSync(join(bed.home, path)), path);
 });
 
-Deno.test("a host is removed: its certificate is revoked, its files move to orphaned/, nothing else is due", async () => {
+test("a host is removed: its certificate is revoked, its files move to orphaned/, nothing else is due", async () => {
   await using host = await startHost({ domains: "example.com\nold.example.com" });
   const { bed, sh } = host;
   await sh("lematt --prod");
@@ -158,7 +158,7 @@ Deno.test("a host is removed: its certificate is revoked, its files move to orph
   assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
 });
 
-Deno.test("a compromised key is replaced and delivered, then revoked, and never used again", async () => {
+test("a compromised key is replaced and delivered, then revoked, and never used again", async () => {
   await using host = await startHost({ domains: "www.example.com" });
   const { bed, sh } = host;
   bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
@@ -172,9 +172,7 @@ Deno.test("a compromised key is replaced and delivered, then revoked, and never 
   assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
 });
 
-Deno.test("hours of maintenance are two moments of a night, and lematt reckons with the day between", {
-  ignore: which("systemd-analyze") === undefined,
-}, async () => {
+test("hours of maintenance are two moments of a night, and lematt reckons with the day between", async () => {
   const calendar = block("Maintenance", "[Timer]").match(/(?<=OnCalendar=).+/)![0];
   const said = await shell(`systemd-analyze calendar --iterations=6 '${calendar}'`, "/");
   const runs = Array.from(
@@ -182,4 +180,4 @@ Deno.test("hours of maintenance are two moments of a night, and lematt reckons w
     ([, day, time]) => `${day}T${time}Z`,
   );
   assert.deepEqual([runs.length, usualInterval(runs.map((at) => ({ at })))], [6, 22 * 3_600_000]);
-});
+}, lackOf("systemd-analyze"));

@@ -7,8 +7,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { limit, settled } from "../lib/context.ts";
 import { until } from "./bed.ts";
 import { LEFORWARD, output, startLeforward as start, startResets, temporaryDirectory } from "./programs.ts";
-import { together } from "./together.ts";
-import { which } from "./bench-measure.ts";
+import { lackOf, together } from "./together.ts";
 
 const test = together("leforward");
 
@@ -114,7 +113,7 @@ test("connections that were reset before they were accepted hold nobody up", asy
   await using server = await start(["--baseurl", "http://c.example"]);
   await using _resets = await startResets(server.port, 1000);
   await answersAtOnce(server.port);
-}, which("python3") === undefined ? "python3 is not installed" : undefined);
+}, lackOf("python3"));
 
 test("where files run out, the oldest connection makes room", async () => {
   const by = ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", ...LEFORWARD];

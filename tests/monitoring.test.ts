@@ -9,13 +9,11 @@ import { page, type Status } from "../conf/monitoring/page.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
 import { LEMATT, output, temporaryDirectory } from "./programs.ts";
-import { together } from "./together.ts";
-import { which } from "./bench-measure.ts";
+import { lackOf, together } from "./together.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
 const text = (name: string) => Deno.readTextFileSync(join(HERE, name));
 const test = together("conf/monitoring");
-const lackOf = (tool: string) => which(tool) === undefined ? `${tool} is not installed` : undefined;
 
 const DOMAINS = "example.com www\nmail.example.com";
 const ACTIONS = `[mail]

@@ -6,10 +6,9 @@ import { join } from "node:path";
 import { usualInterval } from "../lib/renewal.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { testBed, type Texts } from "./bed.ts";
-import { which } from "./bench-measure.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
 import { freePort, makeCertificate, startNginx } from "./tls.ts";
-import { together } from "./together.ts";
+import { lackOf, together } from "./together.ts";
 
 const PAGE = "conf/operations.md";
 const LEMATT = blocks(PAGE)[0]!;
@@ -50,10 +49,6 @@ function block(heading: string, start: string): string {
 
 const DELIVERY = `[default]\nuploadCerts: ["echo delivered >> HOME/log"]\n`;
 
-const lackOf = (...tools: string[]) => {
-  const missing = tools.filter((tool) => which(tool) === undefined);
-  return missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
-};
 const test = together("conf/operations.md");
 
 test(

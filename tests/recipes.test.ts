@@ -21,7 +21,7 @@ import {
   startPostgres,
 } from "./services.ts";
 import { freePort, makeCertificate, startNginx, startServer } from "./tls.ts";
-import { together } from "./together.ts";
+import { lackOf, together } from "./together.ts";
 
 /** The block of a recipe that begins with `start`. */
 function block(file: string, start: string): string {
@@ -39,10 +39,7 @@ function recipeTest(
   fn: () => Promise<void>,
   lack?: string,
 ): void {
-  const missing = programs.filter((program) =>
-    (program === "postgres" ? postgres : which(program)) === undefined
-  );
-  const none = missing.length > 0 ? `${missing.join(", ")} not installed` : undefined;
+  const none = lackOf(...programs.filter((program) => program !== "postgres" || postgres === undefined));
   test(name, fn, lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined));
 }
 

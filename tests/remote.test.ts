@@ -12,14 +12,13 @@ import { adapt, ROOT } from "./documents.ts";
 import { listing } from "./faults.ts";
 import { run } from "./install.ts";
 import { output } from "./programs.ts";
-import { CENTRAL, kill, missing, type Remote, startRemote } from "./sshd.ts";
+import { CENTRAL, kill, lacking, type Remote, startRemote } from "./sshd.ts";
 import { accepts, freePort, makeCertificate, startServer } from "./tls.ts";
 import { together } from "./together.ts";
 
 const CHALLENGE = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
 
 const inTurn = together("the remote half");
-const lacking = missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
 const test = (name: string, fn: () => Promise<void>) => inTurn(name, fn, lacking);
 
 const attempt = (program: string, ...args: string[]) => output([which(program)!, ...args]);

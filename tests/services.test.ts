@@ -12,7 +12,7 @@ import { which } from "./bench-measure.ts";
 import { temporaryDirectory } from "./programs.ts";
 import { type Running, startDovecot } from "./services.ts";
 import { freePort, makeCertificate, startServer } from "./tls.ts";
-import { together } from "./together.ts";
+import { lackOf, together } from "./together.ts";
 
 /** A service that serves `home`/rsa.pem with `home`/rsa.key; what is seen of it, by RSA and by EC. */
 interface Service {
@@ -62,12 +62,7 @@ const services: readonly Service[] = [
 
 const test = together("services");
 for (const { program, starttls, seen, start } of services) {
-  const missing = [program, "openssl"].find((name) => which(name) === undefined);
-  const lacking = missing !== undefined
-    ? `${missing} is not installed`
-    : Deno.uid() !== 0
-    ? "root is needed"
-    : undefined;
+  const lacking = lackOf(program, "openssl") ?? (Deno.uid() !== 0 ? "root is needed" : undefined);
   test(`${program} is seen to serve its certificate through ${starttls}`, async () => {
     await using temporary = await temporaryDirectory();
     const home = temporary.path;

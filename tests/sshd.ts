@@ -10,6 +10,7 @@ import { until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
 import { run } from "./install.ts";
 import { accepts, freePort } from "./tls.ts";
+import { lackOf } from "./together.ts";
 
 const KIT = join(ROOT, "conf/remote");
 /** Changes of /etc/passwd lock it. */
@@ -17,9 +18,8 @@ const inTurn = limit(1);
 /** The URL that leforward is allowed to redirect to. */
 export const CENTRAL = "http://central.example.com";
 
-/** Programs that a remote host and its tests need and this machine lacks. */
-export const missing = ["ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "nginx", "openssl"]
-  .filter((name) => which(name) === undefined);
+/** What a remote host and its tests need and this machine lacks. */
+export const lacking = lackOf("ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "nginx", "openssl");
 
 export interface Remote extends AsyncDisposable {
   /** Everything is below it; readable for all. */

@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { limit } from "../lib/context.ts";
+import { which } from "./bench-measure.ts";
 
 /** Returns what stands for Deno.test(); a test that is `lacking` something says so. At most `most` run at once. */
 export function together(name: string, most = 4) {
@@ -20,4 +21,10 @@ export function together(name: string, most = 4) {
     if (lacking !== undefined) console.log(`${name} is not tested: ${lacking}`);
     steps.push({ name, ignore: lacking !== undefined, fn: () => inTurn(fn), ...sanitizers });
   };
+}
+
+/** What of these programs is not installed, in words. */
+export function lackOf(...programs: readonly string[]): string | undefined {
+  const missing = programs.filter((program) => which(program) === undefined);
+  return missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
 }

@@ -16,7 +16,15 @@ import { askRenewalWindows, Issuer } from "./issue.ts";
 import { quote, toIdentifier } from "./names.ts";
 import { delivers, type Plan, plan, type Problem } from "./plan.ts";
 import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
-import { type Basis, byLine, inventoryOf, type PlanOptions, RUNS, type Selection } from "./renewal.ts";
+import {
+  type Basis,
+  byLine,
+  inventoryOf,
+  LONGEST_PAUSE_MS,
+  type PlanOptions,
+  RUNS,
+  type Selection,
+} from "./renewal.ts";
 import type { Ended, Event } from "./report.ts";
 import { emptyState, type RunRecord, type State } from "./state.ts";
 import type { Status } from "./status.ts";
@@ -34,9 +42,6 @@ export interface RunOptions {
   readonly retry: boolean;
   readonly selection?: Selection;
 }
-
-/** A failure that `--cron` has printed is printed again after this time. */
-const PRINT_AGAIN_MS = 20 * 3_600_000;
 
 // ---- run ------------------------------------------------------------------------------------------------
 
@@ -136,7 +141,7 @@ async function runWith(
     ? final
     : plan({ ...basis(), options: { ...options, selection: undefined } });
   await sendAlerts(whole, config, state, context, emit);
-  const known = markPrinted(whole, state, context.now());
+  const known = markPrinted(final.problems, whole.problems, state, context.now());
   await store.saveState();
   return { plan: final, ...counts, known };
 }
@@ -224,15 +229,20 @@ function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
   return () => (found ??= { at: find() }).at;
 }
 
-/** Remembers that all present problems are printed now; returns those that were printed in the last 20 hours. */
-function markPrinted({ problems }: Plan, state: State, now: Date): Set<string> {
+/**
+ * Remembers that the problems of this run are printed now. Returns which of all problems were printed in the last 20
+ * hours, and forgets those that are no longer present.
+ */
+function markPrinted(own: readonly Problem[], all: readonly Problem[], state: State, now: Date): Set<string> {
+  const printed = new Set(own.map(({ key }) => key));
   const known = new Set<string>();
   const reported: State["reported"] = Object.create(null);
-  for (const { key } of problems) {
+  for (const { key } of all) {
     const at = state.reported[key];
-    const isRecent = at !== undefined && now.getTime() - Date.parse(at) < PRINT_AGAIN_MS;
-    if (isRecent) known.add(key);
-    reported[key] = isRecent ? at : now.toISOString();
+    if (at !== undefined && now.getTime() - Date.parse(at) < LONGEST_PAUSE_MS) {
+      known.add(key);
+      reported[key] = at;
+    } else if (printed.has(key)) reported[key] = now.toISOString();
   }
   state.reported = reported;
   return known;

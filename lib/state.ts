@@ -212,7 +212,7 @@ const RECORDS = {
   probes: recordOf(isProbeRecord),
   /** name of a section -> key of a problem -> the last alert for it, and what is printed when it is well again */
   alerts: recordOf(recordOf(shape({ at: isDate, what: isText }))),
-  /** key of a problem -> when `--cron` last printed it */
+  /** key of a problem -> when a run printed it; with `--cron`, none prints it again for 20 hours */
   reported: recordOf(isDate),
 };
 const LISTS = {

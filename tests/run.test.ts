@@ -295,3 +295,18 @@ Deno.test("--cron prints nothing unless something changed or failed, and a failu
   bed.refused.clear();
   assert.deepEqual(await printed(), [true, false]);
 });
+
+Deno.test("a restricted run does not count as one that printed the problems of other lines", async () => {
+  await using bed = await bedOf("a.example.com\nb.example.com");
+  bed.refused.add("b.example.com");
+  assert.match((await bed.run({ cron: true })).stderr, /b\.example\.com/);
+  bed.ca.advance(19 * HOUR);
+  const only = { named: { only: ["a.example.com"] } };
+  assert.equal((await bed.run(only)).stderr, "");
+  assert.equal((await bed.run({ cron: true })).stderr, "", "printed 19 hours ago");
+  bed.ca.advance(2 * HOUR);
+  assert.equal((await bed.run(only)).stderr, "");
+  assert.match((await bed.run({ cron: true })).stderr, /b\.example\.com/);
+  bed.ca.advance(2 * HOUR);
+  assert.equal((await bed.run({ cron: true })).stderr, "");
+});

@@ -60,11 +60,9 @@ function toBaseUrl(text: string): string {
   return url.href.replace(/\/+$/, "");
 }
 
-function toNumber(text: string, option: string, least: number, most: number): number {
-  const value = /^\d{1,5}(\.\d{1,3})?$/.test(text) ? Number(text) : NaN;
-  if (!(value >= least && value <= most)) {
-    exit(2, `cannot use --${option} ${quoted(text)}: not a number from ${least} to ${most}`);
-  }
+function toNumber(text: string, option: string, most: number, form = /^\d{1,5}$/): number {
+  const value = form.test(text) ? Number(text) : NaN;
+  if (!(value <= most)) exit(2, `cannot use --${option} ${quoted(text)}: not a number from 0 to ${most}`);
   return value;
 }
 
@@ -87,9 +85,10 @@ function readOptions(args: readonly string[], sshCommand: string | undefined) {
   }
   return {
     baseUrl,
-    port: toNumber(given.port!, "port", 0, 65_535),
+    port: toNumber(given.port!, "port", 65_535),
     hostname: given.host!,
-    lifetimeMs: toNumber(given.lifetime!, "lifetime", 0, 30_000) * 60_000, // setTimeout takes 35,791 minutes at most
+    // setTimeout takes 35,791 minutes at most
+    lifetimeMs: toNumber(given.lifetime!, "lifetime", 30_000, /^\d{1,5}(\.\d{1,3})?$/) * 60_000,
   };
 }
 

@@ -180,6 +180,10 @@ function parse(args: readonly string[]) {
     const names = allowed.map((one) => one === "run" ? "a run" : `--${one}`);
     throw new UsageError(`--${option} goes with ${names.join(" or ")}`);
   }
+  const restriction = (["renew", "deliver", "only"] as const).find((option) => values[option] !== undefined);
+  if (values.accept !== undefined && restriction !== undefined) { // with --plan, too
+    throw new UsageError(`--accept does not go with --${restriction}`);
+  }
   if (values["new-key"] && values.renew === undefined) throw new UsageError("--new-key goes with --renew");
   if (json && metrics) throw new UsageError("--json does not go with --metrics");
   const modes = [test, prod].filter((mode) => mode).length;
@@ -268,7 +272,7 @@ async function check(
   return findings.some(({ problem }) => problem !== undefined) ? 1 : 0;
 }
 
-/** Prints the errors of the configuration; under --cron they are alerted, too. */
+/** Prints the errors of the configuration; under --cron they are alerted, too, and both once in 20 hours. */
 async function configurationFailed(
   error: InstanceType<typeof ConfigError>,
   { cron, mode }: Arguments,
@@ -276,8 +280,9 @@ async function configurationFailed(
   const { problems, directory } = error;
   const where = directory === undefined ? "" : `${count(problems.length, "error")} in ${directory}\n`;
   const text = problems.map((problem) => `${noticeText(problem)}\n`).join("") + where;
-  err(text);
   const errors = cron ? await alertConfigError(error, text, mode!) : [];
+  if (errors === undefined) return 2;
+  err(text);
   for (const error of errors) err(`lematt: ${errorText(error)}\n`);
   return 2;
 }

@@ -79,8 +79,8 @@ export class ConfigError extends Error {
     readonly problems: readonly Notice[],
     /** The configuration directory, if found. */
     readonly directory?: string,
-    /** The `alert` commands that could be read; none if other users may write the configuration. */
-    readonly alerts: readonly { readonly section: string; readonly commands: readonly string[] }[] = [],
+    /** The `alert` commands that could be read; undefined if there is no directory, or other users may write to it. */
+    readonly alerts?: readonly { readonly section: string; readonly commands: readonly string[] }[],
   ) {
     const textOf = ({ file, line, text }: Notice) => [file, line, ` ${text}`].filter(Boolean).join(":");
     super(problems.map(textOf).join("\n"));
@@ -118,9 +118,9 @@ export function loadConfig(mode: Mode, path?: string, beside?: string): Config {
     [...new Map(notices.map((notice) => [JSON.stringify(notice), notice])).values()]
       .sort((a, b) => order.indexOf(a.file) - order.indexOf(b.file) || (a.line ?? 0) - (b.line ?? 0));
   if (notes.errors.length) {
-    const alerting = isTrusted ? sections.filter(({ alert }) => alert.length) : [];
-    const alerts = alerting.map(({ name, alert }) => ({ section: name, commands: alert }));
-    throw new ConfigError(sorted(notes.errors), directory, alerts);
+    const alerts = sections.filter(({ alert }) => alert.length)
+      .map(({ name, alert }) => ({ section: name, commands: alert }));
+    throw new ConfigError(sorted(notes.errors), directory, isTrusted ? alerts : undefined);
   }
   const { prodDirectory, testDirectory, eabKeyId: keyId, eabHmacKey: hmacKey, ...rest } = settings;
   return Object.freeze({

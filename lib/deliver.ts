@@ -6,7 +6,7 @@
 import type { Config, ConfigError, Line, Mode, Section } from "./config.ts";
 import { type Context, limit, settled } from "./context.ts";
 import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endpoints.ts";
-import { readIfPresent } from "./files.ts";
+import { giveTo, makeDirectory, removeIfPresent } from "./files.ts";
 import { CommandError, type CommandOptions, runCommand, type Values } from "./hooks.ts";
 import { type Delivery, listsOf, type Plan, planSection, type Problem } from "./plan.ts";
 import { probe, type Probed, ProbeError } from "./probe.ts";
@@ -469,28 +469,42 @@ export async function sendAlerts(
 }
 
 /**
- * Sends the errors of a configuration with the `alert` commands that could be read. The same errors are sent once in 20
- * hours: a file beside the state, which is not read then, has the last ones. Returns the errors of the commands.
+ * Sends the errors of a configuration with the `alert` commands that could be read. Returns the errors of these
+ * commands; undefined if the same text was printed and alerted in the last 20 hours. The last one is in a file beside
+ * the state, which is not read then; it is not written if no alert could be sent.
  */
 export async function alertConfigError(
   { directory, alerts }: ConfigError,
   text: string,
   mode: Mode,
-): Promise<CommandError[]> {
-  if (alerts.length === 0) return []; // as when others may write to the directory
-  const path = configErrorPath(join(directory!, mode));
-  const isSame = readIfPresent(path) === text;
-  if (isSame && Date.now() - Deno.statSync(path).mtime!.getTime() < LONGEST_PAUSE_MS) return [];
+): Promise<CommandError[] | undefined> {
+  if (directory === undefined || alerts === undefined) return [];
+  const base = join(directory, mode);
+  const path = configErrorPath(base);
+  if (isRecent(path, text)) return undefined;
   const options = { mode, timeoutSeconds: 60, stdin: text };
   const results = await Promise.all(
     alerts.map(({ commands }) => runAlertCommands(commands, ["configuration", "not", "valid"], [], options)),
   );
-  if (results.some(({ isSent }) => isSent)) {
+  if (results.length === 0 || results.some(({ isSent }) => isSent)) {
     try {
-      Deno.writeTextFileSync(path, text, { mode: 0o600 });
-    } catch { /* then the next run sends it again */ }
+      makeDirectory(base, 0o755, Deno.statSync(directory));
+      removeIfPresent(path); // it may be a link
+      Deno.writeTextFileSync(path, text, { createNew: true, mode: 0o600 });
+      giveTo(path, Deno.statSync(base));
+    } catch { /* then the next run prints and sends it again */ }
   }
   return results.flatMap(({ errors }) => errors);
+}
+
+/** Whether a file has this text since less than 20 hours. */
+function isRecent(path: string, text: string): boolean {
+  try {
+    return Deno.readTextFileSync(path) === text &&
+      Date.now() - Deno.statSync(path).mtime!.getTime() < LONGEST_PAUSE_MS;
+  } catch {
+    return false;
+  }
 }
 
 /** Subject (as words) and text of an alert. */

@@ -62,7 +62,7 @@ export interface Ended {
   readonly plan: Plan;
   readonly issued: number;
   readonly delivered: number;
-  /** Problems that `--cron` printed in the last 20 hours, and does not print again. */
+  /** Problems that were printed in the last 20 hours, which `--cron` does not print again. */
   readonly known: ReadonlySet<string>;
 }
 
@@ -296,7 +296,7 @@ export function planText(plan: Plan, records: readonly string[], now: Date, acce
     ...records.map((record) => `place     ${record}`),
     ...plan.problems.map((problem) => `problem   ${problemText(problem)}`),
   ];
-  if (lines.length === 0) lines.push(accepts ? "nothing is pending" : "nothing to do");
+  if (lines.length === 0) lines.push(accepts ? "nothing that --accept would change" : "nothing to do");
   return `${lines.join("\n")}\n`;
 }
 

@@ -318,7 +318,7 @@ function revokedPath(config: Config): string {
   return join(config.base, "revoked-keys");
 }
 
-/** The errors of the configuration that were alerted last; the first run with a valid configuration removes it. */
+/** The errors of the configuration that --cron printed last; the first run with a valid configuration removes it. */
 export function configErrorPath(base: string): string {
   return join(base, ".configuration-error");
 }

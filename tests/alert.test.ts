@@ -236,14 +236,20 @@ Deno.test(
     }),
 );
 
-Deno.test("the same errors of a configuration are alerted once in 20 hours, and again after a valid one", async () => {
+Deno.test("errors of a configuration are printed and alerted by --cron once in 20 hours, and again after a valid one", async () => {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
   const valid = bed.text("domains");
   const alertsOf = async (domains: string) => {
     Deno.writeTextFileSync(bed.path("domains"), domains);
-    await bed.lematt("--test", "--cron");
-    return takeAlerts(bed);
+    const { code, stderr } = await bed.lematt("--test", "--cron");
+    const alerts = takeAlerts(bed);
+    assert.deepEqual([code, stderr !== ""], [domains === valid ? 0 : 2, alerts !== ""]);
+    if (alerts !== "") assert.equal(alerts.split("\n").slice(1).join("\n").trim(), stderr.trim());
+    return alerts;
   };
+  // the directory of the state is not there yet
+  assert.match(await alertsOf("a_b.example.com\n"), /^configuration not valid .*\ndomains:1: /);
+  assert.equal(await alertsOf("a_b.example.com\n"), "");
   assert.equal(await alertsOf(valid), "");
   assert.match(await alertsOf("a_b.example.com\n"), /^configuration not valid .*\ndomains:1: /);
   assert.equal(await alertsOf("a_b.example.com\n"), "");

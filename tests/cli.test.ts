@@ -68,6 +68,8 @@ test("what cannot be asked for is refused in one line that names it, with exit s
     ["--test --status --renew a", "--renew"],
     ["--test --revoke a --reason boredom", "keyCompromise"],
     ["--test --revoke a --json", "--json"],
+    ["--test --accept a --plan --deliver b", "--deliver"],
+    ["--test --accept a --only b", "--only"],
     ["--test --status --json --metrics", "--metrics"],
   ];
   await all(table.map(async ([args, named]) => {
@@ -127,7 +129,11 @@ test("errors of all three files are printed together, with exit status 2 and not
   }
   const [subject, ...text] = bed.take("alert");
   assert.ok(subject !== "" && text.some((line) => line.startsWith("domains:1: ")), text.join("\n"));
-  assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"]);
+  // what --cron has printed and alerted is kept, so that the next run does neither
+  assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf", "test"]);
+  assert.deepEqual(listing(bed.path("test")), [".configuration-error"]);
+  const again = await bed.lematt("--test", "--cron");
+  assert.deepEqual([again.code, again.stderr, bed.take("alert")], [2, "", []]);
   const nowhere = await lematt("--test", "--config", join(bed.home, "nowhere"));
   assert.equal(nowhere.code, 2);
   assert.match(nowhere.stderr, /nowhere/);

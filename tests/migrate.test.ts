@@ -142,10 +142,13 @@ const acmeSh: Way = {
 
 /** Commands of README below a heading, for one program and this bed. */
 function commands(heading: string, home: string, words: Record<string, string> = {}): string {
-  const text = adapt(blocks(README, heading).join(""), words);
-  return text.replaceAll("cd /opt/lematt\n", "").replaceAll("editor", ": editor")
+  const text = adapt(blocks(README, heading).join(""), { ...words, "/etc/lematt": "conf" });
+  return text.replaceAll("cd /opt/lematt\n", "").replaceAll("/opt/lematt/", `${ROOT}/`).replaceAll(
+    "editor",
+    ": editor",
+  )
     .replaceAll("conf/migrate/", `${ROOT}/conf/migrate/`)
-    .replaceAll("./lematt.ts", `${ROOT}/lematt.ts --config conf`).replace(/^/, `cd ${home}\n`);
+    .replace(/^/, `cd ${home}\nlematt() { ${ROOT}/lematt.ts --config conf "$@"; }\n`);
 }
 
 /** Issues by the other program, moves in, and renews. */

@@ -13,7 +13,7 @@ import { output } from "./programs.ts";
 const ROOT = join(import.meta.dirname!, "..");
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
 const [, INSTALL] = /^ {4}(cd \/opt\/lematt && deno install --frozen) /m.exec(README)!;
-const [, CRON] = /^ {4}(?:\S+ +){5}(.* --cron)$/m.exec(README)!;
+const [, CRON] = /^ {4}(?:\S+ +){5}(.* --cron .*)$/m.exec(README)!;
 /** Set within the namespace, to a directory of its own. */
 const DIRECTORY = Deno.env.get("LEMATT_OFFLINE");
 const isRoot = Deno.uid() === 0;
@@ -80,7 +80,10 @@ function offline(directory: string) {
         [`${way}${program} --check`, /no errors/],
         [`${way}${program} --test --renew a.example.com`, /^issued .*a\.example\.com/m],
       ]),
-      [CRON!.replace("/opt/lematt", host.program), /^issued .*a\.example\.com/m],
+      [
+        CRON!.replace("/opt/lematt", host.program).replace("/etc/lematt", bed.conf),
+        /^issued .*a\.example\.com/m,
+      ],
     ];
     for (const [line, expected] of lines) {
       const { code, stdout, stderr } = await as(host, line);

@@ -31,7 +31,10 @@ async function startHost(texts: Texts) {
     /** Runs commands of the page, as they stand but for paths; `etc` is the configuration's parent. Returns what they print. */
     sh: (commands: string, etc = "etc") =>
       shell(
-        `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("/etc/", `${home}/${etc}/`)
+        `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("su - certmaint -c", "sh -c").replaceAll(
+          "/etc/",
+          `${home}/${etc}/`,
+        )
           .replaceAll("-C /etc ", `-C ${home}/${etc} `).replaceAll("/opt/", `${home}/opt/`)
           .replaceAll("/var/tmp", `${home}/var/tmp`),
         home,
@@ -137,6 +140,19 @@ test("an upgrade and its rehearsal, what the next person needs, and the end of i
   await shell(`rm conf && cp -r etc/lematt conf`, bed.home); // what the bed cleans up
   await sh(block("Uninstall", "systemctl"));
   for (const path of [...files, "etc/lematt", "opt/lematt"]) assert(!existsSync(join(bed.home, path)), path);
+});
+
+test("a configuration is moved out of /opt/lematt; a new version over that changes nothing then", async () => {
+  await using host = await startHost({ domains: "example.com" });
+  const { bed, sh } = host;
+  bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
+  await shell("mv etc/lematt opt/lematt/conf", bed.home);
+  await sh("/opt/lematt/lematt.ts --test; /opt/lematt/lematt.ts --prod");
+  await sh(adapt(block("Upgrade", "install -d"), { "-o certmaint ": "", "account-key.pem": "account.key" }));
+  await shell(`cp -r ${join(ROOT, "conf")} opt/lematt`, bed.home);
+  assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
+  assert.equal(bed.ca.orders.length, 2);
+  assert.equal(Deno.readTextFileSync(join(bed.home, "log")), "delivered\n".repeat(2));
 });
 
 test("a host is removed: its certificate is revoked, its files move to orphaned/, nothing else is due", async () => {

@@ -173,7 +173,7 @@ for (const [what, place, text] of CRONTABS) {
     const { bed, home } = host;
     const replacements = {
       "/opt/lematt": host.program,
-      ...(text.includes("--config") && { "/etc/lematt": bed.conf }), // else the conf beside the program
+      "/etc/lematt": bed.conf,
       "PATH=/usr/local/bin:": `PATH=${host.bin}:`,
     };
     // each line once more, for the moment when cron starts

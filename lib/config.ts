@@ -328,6 +328,10 @@ function readSection(
     const why = `dnsPresent: not used without "challenge: dns-01" in the same section`;
     source.warn(why, written.get("dnsPresent"));
   }
+  const prepare = section.entries.get("prepare"); // that of [DEFAULT] is for all sections, of [every] for all names
+  if (prepare && name !== "every" && challenge !== undefined && challenge !== "http-01") {
+    source.warn(`prepare: not used with "challenge: ${challenge}" in the same section`, prepare.line);
+  }
   named.push(...domains);
   const { keyTypes, verifyWaitSeconds } = settings;
   const own = Object.freeze([...new Set(domains.map(({ text }) => text))]);

@@ -437,6 +437,8 @@ const warned = rows`
   names of a section that a wildcard has => D: *.b.com
     => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 *.b.com
   [DEFAULT] where [default] is meant => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 [default]
+  a prepare that is never run => A: [default]⏎challenge: dns-persist-01⏎prepare: ["x"]
+    => actions.conf:3 dns-persist-01
   dnsPresent that is never run => A: [default]⏎dnsPresent: ["x"] => actions.conf:2 dns-01
   a word that update does not replace => A: [default]⏎update: ["DOMAIN DOMAINS_CN MY_DOMAIN $LEMATT_CERTS \\KEYS"]
     => actions.conf:2 update: "DOMAIN"
@@ -459,6 +461,9 @@ Deno.test("loadConfig() accepts what is harmless, with a warning at its line", a
 Deno.test("loadConfig() says nothing of what is right", () => {
   const right: Files[] = [
     { settings: "generateNewCertsAfterDays: 3.5\n", actions: "[default]\n[every]\n" },
+    // a prepare that other sections or names use
+    { actions: '[DEFAULT]\nprepare: ["x"]\n[default]\nchallenge: dns-persist-01\n' },
+    { actions: '[default]\nchallenge: http-01\n[every]\nchallenge: dns-persist-01\nprepare: ["x"]\n' },
     { actions: '[default]\nupdate: ["printf \'a\\n\' x | y\\nz", ""]\nverify: ["192.0.2.1:443"]\n' },
     // a private CA has none of Let's Encrypt's limits, whatever its profiles are called
     {

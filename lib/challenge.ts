@@ -2,7 +2,7 @@
  * Presents challenges and cleans up after them: http-01 (RFC 8555 §8.3) by files in the drop directory, dns-01 (§8.4)
  * by the commands of a section, dns-persist-01 (draft-ietf-acme-dns-persist-01) by a permanent record.
  *
- * Whatever is published is noted in the state first, so that the next run can remove what a killed run left behind.
+ * Whatever a run publishes is noted in the state first, so that the next run can remove what a killed run left behind.
  */
 
 import defer * as nodeCrypto from "node:crypto";
@@ -10,7 +10,7 @@ import { join } from "node:path";
 import { type Authorization, type Challenge, keyAuthorization } from "./acme.ts";
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
-import { removeIfPresent } from "./files.ts";
+import { listing, regularFile, removeIfPresent } from "./files.ts";
 import { PrepareCommands, runCommand } from "./hooks.ts";
 import type { AccountKey } from "./http.ts";
 import { isIP } from "./names.ts";
@@ -62,6 +62,10 @@ const DNS_PAUSE_MS = 2_000;
 const MOST_CHECKS = 20;
 /** RFC 8555 §8.3; acme.ts checks those of the CA, this is for those of the state. */
 const TOKEN = /^[A-Za-z0-9_-]+$/;
+/** Files of `--check --challenges` begin with it. */
+const CHECK_TOKEN = "lematt-check-";
+/** No check takes so long. */
+const CHECK_IS_OVER_MS = 3_600_000;
 
 /** Presents challenges as the configuration says. */
 export class Challenges {
@@ -318,6 +322,7 @@ export async function checkChallenges(
   context: Context,
   account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<ChallengeFinding[]> {
+  removeOldChecks(config, context.now());
   await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
   const check = async (name: string, challenge: ChallengeType): Promise<CheckResult> => {
     switch (challenge) {
@@ -344,13 +349,26 @@ export async function checkChallenges(
   ));
 }
 
+/** Removes the files of checks that were killed. */
+function removeOldChecks({ challengeDropDir }: Config, now: Date): void {
+  try {
+    const names = challengeDropDir === undefined ? [] : listing(challengeDropDir);
+    for (const name of names.filter((name) => name.startsWith(CHECK_TOKEN))) {
+      const path = join(challengeDropDir!, name);
+      const { uid, mtime } = regularFile(path) ?? {};
+      const isOver = now.getTime() - (mtime ?? now).getTime() > CHECK_IS_OVER_MS;
+      if (uid === Deno.uid() && isOver) removeIfPresent(path);
+    }
+  } catch { /* a directory that cannot be read; the checks report what else is wrong with it */ }
+}
+
 async function checkDropDirectory(
   name: string,
   config: Config,
   context: Context,
   prepare: PrepareCommands,
 ): Promise<CheckResult> {
-  const token = `lematt-check-${crypto.randomUUID()}`, content = crypto.randomUUID();
+  const token = CHECK_TOKEN + crypto.randomUUID(), content = crypto.randomUUID();
   const path = join(config.challengeDropDir!, token);
   await using stack = new AsyncDisposableStack();
   try {

@@ -297,7 +297,14 @@ test("checkChallenges() says which name is served from elsewhere, by which addre
     const findings = await checkChallenges(config, bed.world({ route }));
     return Object.fromEntries(findings.map(({ name, problem }) => [name, problem]));
   };
+  // a check that was killed two hours ago, one that is running, and a token
+  const kept = ["lematt-check-new", "token"];
+  for (const name of ["lematt-check-old", ...kept]) Deno.writeTextFileSync(join(bed.drop, name), "");
+  const before = new Date(bed.ca.now.getTime() - 2 * 3_600_000);
+  for (const name of ["lematt-check-old", "token"]) Deno.utimeSync(join(bed.drop, name), before, before);
   const found = await problems();
+  assert.deepEqual(bed.dropped().toSorted(), kept);
+  for (const name of kept) Deno.removeSync(join(bed.drop, name));
   assert.deepEqual([found[NAME], found["remote.example.com"]], [undefined, undefined]);
   const url = `http://www.${NAME}/.well-known/acme-challenge/`;
   for (const told of [bed.drop, url, "127.0.0.1", "404"]) {

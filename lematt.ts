@@ -48,13 +48,16 @@ const HELP = `lematt ${VERSION}: Let's Encrypt certificates for all hosts from o
                                commands in actions.conf for real
   lematt.ts --prod             issue and renew what is due, deliver what is
                                pending, check what is served
-  lematt.ts --check            validate the configuration; --challenges also
-                               fetches a file through each name, as a CA would
+  lematt.ts --check            validate the configuration of both modes, or of
+                               the one that is given; --challenges also checks
+                               that the CA will find a challenge for each name
+                               (of --prod if no mode is given)
 
 with --test or --prod, instead of a run:
   --plan [--json]              what a run would do and why; changes nothing
   --status [--offline]         certificates, endpoints, problems; --json, or
-                               --metrics for Prometheus (exit status always 0)
+                               --metrics for Prometheus (exit status 0 whatever
+                               the problems)
   --accept WHAT [--plan]       note as delivered without running commands
   --prune [--yes]              move files that belong to no line to orphaned/
   --revoke WHAT [--yes]        revoke the certificates of a line, or the one in
@@ -68,7 +71,7 @@ restrict a run, or its --plan (may be repeated):
   --deliver WHAT               deliver again now
   --only NAME                  this line alone, if it is due or pending
 
-  --retry                      ignore back-offs
+  --retry                      try now what waits after a failure or a limit
   --cron                       print nothing unless something changed or failed
   --verbose                    in a run: print the output of all commands
   --json                       one JSON document instead of lines
@@ -87,9 +90,8 @@ From the line "example.com www" --prod makes, below the configuration directory,
 the same with prime256v1 (EC) for rsa2048, and links to them by single names
 (prod/key/www.example.com-key.rsa2048.pem); --test: test/…-key.rsa2048.test.pem
 
-Exit status: 0 no problem; 1 something failed, is still pending after a failure,
-or was interrupted; 2 usage or configuration, or "no" to a question; 3 another
-run holds the lock
+Exit status: 0 no problem; 1 a problem (--status lists them), or interrupted;
+2 usage or configuration, or "no" to a question; 3 another run holds the lock
 `;
 
 /** Usage errors, in one line. */

@@ -2,7 +2,7 @@
  * The resources of a CA: directory, account, order, authorization, challenge, certificate (RFC 8555 §7.1), renewal
  * information (RFC 9773), profiles (draft-ietf-acme-profiles).
  *
- * One method for each request, from typed values to typed values; issue.ts decides their order. Each answer is checked:
+ * One method for each request, from typed values to typed values; order.ts decides their order. Each answer is checked:
  * known states, tokens in base64url, URLs of the CA, bounded lists.
  */
 

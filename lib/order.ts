@@ -3,7 +3,8 @@
  * finalize, download.
  *
  * The names of a line are authorized once: its key types create their orders one after the other, and then go on side
- * by side. An order that the CA has not finished stays in the state, with its key on disk, for the next run.
+ * by side. If the CA does not finish an order in time, the next run goes on with it: it is in the state, and its key on
+ * disk. Both are written when lematt gives up; if it is killed before, the next run makes another order.
  */
 
 import { accountName, type CaAccount } from "./account.ts";
@@ -240,7 +241,7 @@ export class Orders {
     const { file } = entry;
     const step = "issue the order";
     let [order, request] = [ready, first];
-    // from here on the CA may issue; until the certificate is in place, the order and its key are kept
+    // from here on the CA may issue; if the certificate does not get into place, the order and its key are kept
     const since = orders[file]?.url === order.url ? orders[file].since : context.now().toISOString();
     orders[file] = { url: order.url, account: this.accountName, since };
     try {

@@ -202,8 +202,8 @@ function suggested(state: State, id: string, now: Date): { at: Date; explanation
 
 /**
  * When a certificate is renewed, and by which rule: as configured, or with a third of its life left (half, below
- * ten days); but three intervals before its end, so that two more runs follow the first one that may renew it. It
- * is never renewed in the first third of its life.
+ * ten days); but three intervals before its end, so that two more runs follow the first one that may renew it: the
+ * rule "runs", which never leads to a date in the first third of its life.
  */
 export function renewal(
   config: Pick<Config, "reauthorizeDays" | "generateNewCertsAfterDays">,
@@ -263,7 +263,7 @@ export function earliest(dates: readonly (Date | undefined)[]): Date | undefined
   return dates.reduce((a, b) => a === undefined || (b !== undefined && b < a) ? b : a, undefined);
 }
 
-/** A remembered moment. It is not in the future, whatever this clock was set to: see `parseState`. */
+/** A remembered moment. `parseState` has dropped those that only a wrong clock can have set. */
 export function moment(text: string | undefined): Date | undefined {
   return text === undefined ? undefined : new Date(text);
 }

@@ -509,7 +509,7 @@ function dropDirectory(value: Value): string | Invalid {
 /** The path of the account key; the first run makes the file if it is missing. */
 function accountKeyFile(value: Value): string | Invalid {
   return ofPath(value, (path) => {
-    const keyOfTest = `${path}.test`; // see accountKeyPath() of issue.ts
+    const keyOfTest = `${path}.test`; // see accountKeyPath() of account.ts
     const found = value.source.mode === "test" && exists(keyOfTest) ? accountKey(value, keyOfTest) : path;
     if (isInvalid(found)) return found;
     if (exists(path)) return accountKey(value, path);

@@ -598,7 +598,7 @@ export class Store implements Disposable {
       listing(join(config.base, directory)).filter((name) => name.startsWith(".") && name.endsWith(TEMPORARY))
         .map((name) => join(config.base, directory, name))
     );
-    for (const end of ["", ".new", ".test", ".test.new"]) { // the account keys of issue.ts
+    for (const end of ["", ".new", ".test", ".test.new"]) { // the account keys of account.ts
       removeIfPresent(temporaryOf(config.accountKey + end, config));
     }
     this.#dropPendingKeys();

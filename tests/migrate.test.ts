@@ -143,11 +143,8 @@ const acmeSh: Way = {
 /** Commands of README below a heading, for one program and this bed. */
 function commands(heading: string, home: string, words: Record<string, string> = {}): string {
   const text = adapt(blocks(README, heading).join(""), { ...words, "/etc/lematt": "conf" });
-  return text.replaceAll("cd /opt/lematt\n", "").replaceAll("/opt/lematt/", `${ROOT}/`).replaceAll(
-    "editor",
-    ": editor",
-  )
-    .replaceAll("conf/migrate/", `${ROOT}/conf/migrate/`)
+  return text.replaceAll("cd /opt/lematt\n", "").replaceAll("editor", ": editor")
+    .replaceAll("/opt/lematt/", `${ROOT}/`).replaceAll("conf/migrate/", `${ROOT}/conf/migrate/`)
     .replace(/^/, `cd ${home}\nlematt() { ${ROOT}/lematt.ts --config conf "$@"; }\n`);
 }
 

@@ -31,11 +31,11 @@ async function startHost(texts: Texts) {
     /** Runs commands of the page, as they stand but for paths; `etc` is the configuration's parent. Returns what they print. */
     sh: (commands: string, etc = "etc") =>
       shell(
-        `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("su - certmaint -c", "sh -c").replaceAll(
-          "/etc/",
-          `${home}/${etc}/`,
-        )
-          .replaceAll("-C /etc ", `-C ${home}/${etc} `).replaceAll("/opt/", `${home}/opt/`)
+        `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("su - certmaint -c", "sh -c")
+          .replaceAll("/etc/", `${home}/${etc}/`).replaceAll("-C /etc ", `-C ${home}/${etc} `).replaceAll(
+            "/opt/",
+            `${home}/opt/`,
+          )
           .replaceAll("/var/tmp", `${home}/var/tmp`),
         home,
       ),

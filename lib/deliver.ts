@@ -40,7 +40,7 @@ export interface Delivering {
 /** What happens while sections are delivered. */
 export type DeliverEvent =
   | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
-  | { readonly kind: "delivered"; readonly delivered: Delivered };
+  | { readonly kind: "delivery"; readonly delivered: Delivered };
 
 /** Sections that are delivered side by side. */
 const MOST_SECTIONS = 8;
@@ -162,7 +162,7 @@ export class Sections {
   async #deliver(delivery: Delivery): Promise<boolean> {
     this.delivering.context.signal.throwIfAborted();
     const delivered = await deliver(delivery, this.delivering);
-    this.emit({ kind: "delivered", delivered });
+    this.emit({ kind: "delivery", delivered });
     if (delivered.errors.length === 0) this.delivered++;
     else await this.#probe(this.#plan(delivery.section).endpoints.filter(({ due }) => due));
     return delivered.errors.length === 0 && delivered.endpoints.every(isRight);

@@ -130,7 +130,7 @@ export class Report {
           this.#printChange(`drift     [${event.section}] ${endpointText(endpoints)} ${sightText(sight)}`);
         }
         break;
-      case "delivered":
+      case "delivery":
         this.#printDelivered(event.delivered);
         break;
       case "output":
@@ -210,15 +210,17 @@ export class Report {
       err(`problem   ${problemLines(problem).join("\n          ")}\n`);
     }
     const next = kept.reduce<Kept | undefined>((a, b) => a && a.renewAt <= b.renewAt ? a : b, undefined);
+    // not if only sections were selected
+    const hasLines = tasks.length + waiting.length + kept.length > 0;
     const parts = [
-      issued > 0 ? `${issued} issued` : tasks.length + waiting.length === 0 ? "nothing due" : "",
+      issued > 0 ? `${issued} issued` : hasLines && tasks.length + waiting.length === 0 ? "nothing due" : "",
       delivered > 0 ? `${count(delivered, "section")} delivered` : "",
       deliveries.length > 0 ? `${count(deliveries.length, "section")} pending` : "",
-      `${Math.max(0, kept.length - issued)} kept`,
+      hasLines ? `${Math.max(0, kept.length - issued)} kept` : "",
       problems.length > 0 ? count(problems.length, "problem") : "",
       next === undefined ? "" : `next renewal ${untilText(next.renewAt, now())} (${entryText(next.entry)})`,
     ];
-    this.#print(parts.filter((part) => part !== "").join(", "));
+    this.#print(parts.filter((part) => part !== "").join(", ") || "nothing to do");
     const isQuiet = this.#unprinted !== undefined && problems.every(({ key }) => known.has(key));
     if (json && !isQuiet) out(runJson(mode, this.#events, plan));
     return problems.length > 0 || this.#hasAlertFailed ? 1 : 0;
@@ -316,7 +318,7 @@ function stepsOf({ tasks, waiting, deliveries, endpoints, kept }: Plan, now: Dat
       { verb: "probe", what: endpointText([one]), noun: "endpoint", reason: probeReason(one) }
     )),
     ...kept.map(({ entry, renewAt, rule }) => {
-      const reason = `renewed ${untilText(renewAt, now)}, ${RULE_TEXT[rule]}`;
+      const reason = `renews ${untilText(renewAt, now)}, ${RULE_TEXT[rule]}`;
       return { verb: "keep", what: entryText(entry), noun: "certificate", reason };
     }),
   ];
@@ -476,7 +478,7 @@ function runJson(mode: Mode, events: readonly Event[], plan: Plan): string {
       keyTypes: due.map(({ entry }) => entry.keyType),
       ...errorJson(error),
     })),
-    delivered: of("delivered").map(({ delivered: { delivery, entries, commands, errors, endpoints } }) => ({
+    delivered: of("delivery").map(({ delivered: { delivery, entries, commands, errors, endpoints } }) => ({
       section: delivery.section.name,
       reasons: [...new Set(delivery.pending.map(({ reason }) => reason))],
       certificates: entries.map(certificateJson),

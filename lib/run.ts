@@ -266,7 +266,7 @@ export async function records(config: Config, context: Context): Promise<string[
   });
 }
 
-/** What `--check` prints besides errors: records to place, links that will change, warnings of the plan. */
+/** What `--check` prints besides errors: records to place, links that will change, notes of the plan. */
 export async function advice(config: Config, context: Context): Promise<string[]> {
   const { state } = readState(config, context.now());
   const account = await rememberedAccount(config, state);
@@ -286,8 +286,8 @@ export async function advice(config: Config, context: Context): Promise<string[]
   return [
     ...(await records(config, context)).map((record) => `place: ${record} ${flag}`),
     ...caa,
-    ...changingLinks(config, inventory).map((text) => `${text} ${flag}`),
-    ...plan(basis).warnings.map((warning) => `${warningText(warning)} ${flag}`),
+    ...changingLinks(config, inventory).map((text) => `note: ${text} ${flag}`),
+    ...plan(basis).warnings.map((warning) => `note: ${warningText(warning)} ${flag}`),
   ];
 }
 

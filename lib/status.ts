@@ -78,7 +78,7 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
   }
 
   for (const warning of plan.warnings) {
-    lines.push(...wrapped(`warning: ${warningText(warning)}`, columns, "", "  "));
+    lines.push(...wrapped(`note: ${warningText(warning)}`, columns, "", "  "));
   }
   const next = nextOf(plan);
   const left = (entry: Entry) => (certificateOf(entry)?.notAfter.getTime() ?? 0) - now.getTime();
@@ -86,7 +86,7 @@ export function statusTable({ plan, inventory, orphans, now }: Status, columns =
     .map((entries) => ({ entries, first: Math.min(...entries.map(left)) }))
     .sort((a, b) => a.first - b.first);
   table(
-    ["CERTIFICATE", "KEY", "EXPIRES IN", "RENEWED"],
+    ["CERTIFICATE", "KEY", "EXPIRES IN", "RENEWS"],
     byLine.flatMap(({ entries }) => entries).map((entry) => [
       nameText(entry.line.names),
       entry.keyType,

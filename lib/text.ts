@@ -94,7 +94,7 @@ export function reasonText(reason: Reason): string {
 export const RULE_TEXT: Readonly<Record<Rule, string>> = {
   "age": "by generateNewCertsAfterDays",
   "expiry": "by reauthorizeDays",
-  "expiry, capped": "by reauthorizeDays, capped",
+  "expiry, capped": "by reauthorizeDays, but not in the first third of its life",
   "life": "by its lifetime",
   "runs": "early enough for two more runs",
   "ari": "as the CA suggests",

@@ -17,7 +17,7 @@ const HOUR = 3600_000, DAY = 24 * HOUR;
 const CERT = "www.example.com.ec.pem", KEY = "www.example.com.ec.key";
 
 const kinds = ({ events }: Ran) =>
-  events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivered");
+  events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
 /** The world in which the site's port is found at these ports of 127.0.0.1 and, by `address`, of others. */
 function routed({ port }: Site, ...found: readonly { port: number; address?: string }[]) {
@@ -126,7 +126,7 @@ siteTest(
       await site.restore(files);
       bed.ca.advance(7 * HOUR);
       const ran = await run();
-      assert.deepEqual([ran.code, kinds(ran)], [0, ["drift", "delivered"]], said);
+      assert.deepEqual([ran.code, kinds(ran)], [0, ["drift", "delivery"]], said);
       assert.ok(ran.stdout.includes(said), ran.stdout);
       await site.settle();
     }
@@ -173,7 +173,7 @@ siteTest("one of two addresses that serves the old certificate is found, named a
   // its commands cannot help: they are repeated three times, then once a day, and only after another probe
   const repeated: number[] = [];
   for (let n = 0; n < 5; n++) {
-    repeated.push(kinds(await run(world)).filter((kind) => kind === "delivered").length);
+    repeated.push(kinds(await run(world)).filter((kind) => kind === "delivery").length);
   }
   assert.deepEqual(repeated, [1, 1, 1, 0, 0]);
   bed.ca.advance(20 * HOUR);

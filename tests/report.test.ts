@@ -89,6 +89,7 @@ Deno.test("--plan groups by reason, names ten of each, and says what waits until
   assert.equal((await bed.run()).code, 0);
   bed.act(sections.replaceAll("true", ":"));
   const text = planText(planned(bed), [], bed.ca.now);
+  assert.match(text, /^keep +57 certificates: renews \d{4}-\d\d-\d\d, by its lifetime$/m);
   assert.match(text, /^roll out +57 sections: commands changed\n( +\[h\d+\]\n){10} +and 47 more\n/m);
   assert.ok(text.split("\n").length < 40);
   const one = planText(planned(bed, { deliver: ["[h3]"], renew: ["host5.example.com"] }), [], bed.ca.now);

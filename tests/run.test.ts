@@ -95,8 +95,11 @@ Deno.test("a restricted run delivers only what it names, and has the problems of
   Deno.writeTextFileSync(join(bed.home, "up"), "");
   assert.equal((await bed.run({ named: { renew: ["a.example.com"] } })).code, 0);
   assert.deepEqual(bed.take(), ["a"]);
-  assert.equal((await bed.run()).code, 0);
+  const { stdout } = await bed.run({ named: { deliver: ["[b]"] } });
+  assert.match(stdout, /\n1 section delivered\n$/, "no word of certificates, which are left aside");
   assert.deepEqual(bed.take(), ["b"]);
+  assert.equal((await bed.run()).code, 0);
+  assert.deepEqual(bed.take(), []);
 });
 
 Deno.test("what an option names must exist", async () => {

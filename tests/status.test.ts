@@ -75,6 +75,7 @@ Deno.test("status finds what is missing, changed, or belongs to no line, and cha
     ...["present, with dates", "other key, with dates", "missing"],
     "missing, with dates", // the one that is in use is still shown
   ]);
+  assert.match(statusTable(found), /^CERTIFICATE +KEY +EXPIRES IN +RENEWS$[^]*^a\.example\.com .* 2\d{3}-/m);
   assert.match(statusTable(found), /^ORPHANED FILES.*\n +cert\/www\.d\.example\.com-/m);
   assert.deepEqual(listing(), before);
 });

@@ -9,7 +9,7 @@ import { dirname, join } from "node:path";
 import { settled } from "../lib/context.ts";
 import { which } from "./bench-measure.ts";
 import { testBed, until } from "./bed.ts";
-import { adapt, ROOT } from "./documents.ts";
+import { adapt, blocks, ROOT } from "./documents.ts";
 import { textOf } from "./faults.ts";
 import { install, type Installation, NOBODY, run } from "./install.ts";
 import { LEMATT, output, temporaryDirectory } from "./programs.ts";
@@ -153,6 +153,34 @@ Deno.test("at a terminal leforward asks nothing and ends by Ctrl-C, whoever star
       assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
     }),
   );
+});
+
+Deno.test("README's commands lead an ordinary user from nothing to the first certificate", async () => {
+  await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec" });
+  const uid = Deno.uid()! || NOBODY;
+  const { as, env, program } = await install(bed.home, uid);
+  const [etc, texts] = [join(bed.home, "etc"), join(bed.home, "texts")];
+  await run("cp", "-r", join(ROOT, "conf"), program);
+  await run("cp", "-r", bed.conf, texts);
+  await run("mkdir", "-m", "700", etc);
+  await run("chown", "-R", `${uid}`, etc, texts, bed.drop);
+  await run("chmod", "755", dirname(bed.ca.caBundleFile));
+  const commands = adapt(blocks("README.md", "First certificate")[0]!, {
+    "/opt/lematt": program,
+    "/etc/lematt": etc,
+    "deno install --frozen": "test -f lematt.ts", // offline.test.ts runs it
+    "editor ": `cp ${texts}/lematt.conf ${texts}/domains ${etc}; : `,
+  });
+  const { code, stdout, stderr } = await output(as("sh", "-euc", commands), {
+    cwd: "/",
+    env,
+    clearEnv: true,
+  });
+  assert.deepEqual([code, stderr], [0, ""], stdout);
+  assert.match(stdout, /no errors[^]*^issued .*a\.example\.com[^]*^issued .*a\.example\.com/m);
+  for (const name of ["cert/a.example.com-cert-combined", "key/a.example.com-key"]) {
+    assert.equal(Deno.statSync(`${etc}/prod/${name}.prime256v1.pem`).uid, uid);
+  }
 });
 
 /** Documented crontabs, and where they go. */

@@ -31,7 +31,7 @@ const DAY = 86_400_000;
 const TURNS = 5;
 const SIZES = [
   { lines: 5_000, atMostSeconds: 0.8, atMostMegabytes: 150 },
-  { lines: 50_000, atMostSeconds: 8, atMostMegabytes: 400 },
+  { lines: 50_000, atMostSeconds: 8, atMostMegabytes: 800 },
 ];
 const WAYS = [["--test", "--cron"], ["--test", "--plan"], ["--test", "--status", "--offline"]] as const;
 

@@ -7,8 +7,18 @@
  */
 import { basename, dirname, join, resolve } from "node:path";
 import type * as ini from "./ini.ts";
-import { type Invalid, isInvalid, isIP, printable, quote, shellWord, toIdentifier } from "./names.ts";
-import { changeable, exists, foreign, statOf, whyNot } from "./trust.ts";
+import {
+  covers,
+  type Invalid,
+  isInvalid,
+  isIP,
+  printable,
+  quote,
+  shellWord,
+  toIdentifier,
+  wildcardOf,
+} from "./names.ts";
+import { changeable, foreign, mayExist, statOf, whyNot } from "./trust.ts";
 import {
   type ChallengeType,
   checkUnknown,
@@ -164,7 +174,7 @@ function locate(path?: string, beside?: string): { file: string; skipped: Notice
       }
       const file = isDirectory ? join(place, "lematt.conf") : place;
       // in a directory that was named, the other two files are checked even if lematt.conf is missing
-      const isMissing = path !== undefined && isDirectory && !exists(file);
+      const isMissing = path !== undefined && isDirectory && !mayExist(file);
       const real = isMissing ? join(Deno.realPathSync(place), "lematt.conf") : Deno.realPathSync(file);
       return { file: real, skipped };
     } catch (error) {
@@ -186,7 +196,8 @@ function checkDirectories(directory: string, base: string, source: SourceFile): 
     source.error(why, undefined, "letters, digits and / . _ - @ + , : % are");
   }
   const isTrusted = source.check(directory, changeable, foreign);
-  const tree = [base, ...["key", "csr", "cert", "state.json"].map((name) => join(base, name))].filter(exists);
+  const tree = [base, ...["key", "csr", "cert", "state.json"].map((name) => join(base, name))]
+    .filter(mayExist);
   for (const path of tree) source.check(path, changeable);
   const us = Deno.uid();
   const other = tree.find((path) => statOf(path).uid !== us);
@@ -519,15 +530,6 @@ function deliverers(names: readonly string[], of: Route): readonly Section[] {
 }
 
 // --------------------------------------------------------------------------- parts of actions.conf without effect
-
-/** Whether one of these names, or its wildcard, is `name`. */
-function covers(names: ReadonlySet<string>, name: string): boolean {
-  return names.has(name) || names.has(wildcardOf(name));
-}
-
-function wildcardOf(name: string): string {
-  return name.replace(/^[^.]*/, "*");
-}
 
 /** Warns of names in `domains` of a section that no line has. */
 function checkNames(named: readonly Word[], lines: readonly Line[], source: SourceFile) {

@@ -6,7 +6,7 @@
  */
 
 import type { Config, Endpoint, Line, Section } from "./config.ts";
-import { isIP } from "./names.ts";
+import { covers, isIP, wildcardOf } from "./names.ts";
 import type { Target } from "./probe.ts";
 import { type Basis, HOUR_MS, type Selection } from "./renewal.ts";
 import type { ProbeRecord, Sight } from "./state.ts";
@@ -209,8 +209,11 @@ function verdictOn(
   if (isOurs) return "current";
   if (counterpart().some((entry) => inUse(entry)?.fingerprint === served.fingerprint)) return "staging";
   const name = endpoint.sni ?? endpoint.host;
-  const names = lines.some((line) => covers(line.names, name)) ? [name] : lines.flatMap(({ names }) => names);
-  if (!names.some((name) => covers(served.names, name))) return "mismatched";
+  const names = lines.some((line) => covers(new Set(line.names), name))
+    ? [name]
+    : lines.flatMap(({ names }) => names);
+  const covered = new Set(served.names);
+  if (!names.some((name) => covers(covered, name))) return "mismatched";
   if (served.selfSigned || new Date(served.notAfter) <= now) return "invalid";
   const isOlder = right.some((certificate) =>
     certificate.issuer === served.issuer && new Date(served.notBefore) < certificate.notBefore
@@ -221,14 +224,6 @@ function verdictOn(
 /** The certificate that may be served for an entry: not one that is revoked, for other names or without its key. */
 export function inUse({ finding, former }: Entry) {
   return finding.kind === "present" ? finding.certificate : former?.certificate;
-}
-
-function covers(names: readonly string[], name: string): boolean {
-  return names.includes(name) || names.includes(wildcardOf(name));
-}
-
-function wildcardOf(name: string): string {
-  return name.replace(/^[^.]+/, "*");
 }
 
 export function isGood({ verdict }: JudgedSight): boolean {

@@ -10,7 +10,7 @@ import { type Context, limit } from "./context.ts";
 import { CommandError, PrepareCommands } from "./hooks.ts";
 import { AcmeError, isProblem, messageOf } from "./http.ts";
 import { caTime, certificateIdOf, type OrderOptions, Orders, type Request, requestFor } from "./order.ts";
-import { type Due, expiryOf, retryLineAt, type Task } from "./renewal.ts";
+import { DAY_MS, type Due, expiryOf, HOUR_MS, retryLineAt, type Task } from "./renewal.ts";
 import type { Failure } from "./state.ts";
 import type { Entry, Issued, Store } from "./store.ts";
 
@@ -29,8 +29,6 @@ export interface IssuerOptions extends OrderOptions {
 /** Puts a certificate in place. */
 type Install = (due: Due, issued: Issued, seconds: number) => Promise<void>;
 
-const HOUR_MS = 3_600_000;
-const DAY_MS = 24 * HOUR_MS;
 /** How long no orders are made if the CA limits them without a Retry-After. */
 const UNSTATED_HOLD_MS = HOUR_MS;
 /** Characters of an error in the state, and so in alerts; a CA may write a sentence for each of a hundred names. */

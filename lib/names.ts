@@ -86,6 +86,16 @@ function toAscii(written: string): string | Invalid {
   return labels.join(".");
 }
 
+/** The wildcard that covers a host name (RFC 9525 §6.3). */
+export function wildcardOf(name: string): string {
+  return name.replace(/^[^.]*/, "*");
+}
+
+/** Whether one of these names is `name`, or the wildcard that covers it. */
+export function covers(names: ReadonlySet<string>, name: string): boolean {
+  return names.has(name) || names.has(wildcardOf(name));
+}
+
 /** 4 or 6 for an IP address, 0 for any other text. */
 export function isIP(text: string): 0 | 4 | 6 {
   return IPV4.test(text) ? 4 : toIPv6(text) === undefined ? 0 : 6;

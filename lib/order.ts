@@ -13,7 +13,7 @@ import type { Challenges, Presented } from "./challenge.ts";
 import type { Config, Line } from "./config.ts";
 import { type Context, settled } from "./context.ts";
 import { AcmeError, describe, isProblem } from "./http.ts";
-import type { Due, Task } from "./renewal.ts";
+import { DAY_MS, type Due, type Task } from "./renewal.ts";
 import type { Entry, Issued, Store } from "./store.ts";
 import {
   ChainError,
@@ -45,7 +45,7 @@ export interface OrderOptions {
 
 type Answers = Presented["answers"];
 
-const MINUTE_MS = 60_000, DAY_MS = 24 * 60 * MINUTE_MS;
+const MINUTE_MS = 60_000;
 
 /** How long an order may be validated or issued; Let's Encrypt needs seconds. */
 const ORDER_DEADLINE_MS = 3 * MINUTE_MS;
@@ -56,7 +56,7 @@ const ORDER_LIFE_MS = 7 * DAY_MS;
  * validation. The first is for CAs that report the failure in their answer to the response (step-ca, Caddy), the third
  * for challenges for which others wait. Each next pause is twice the last, up to the longest.
  */
-const FAILED_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_PAUSE_MS = 8_000;
+const FAILED_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_READ_PAUSE_MS = 8_000;
 /** How often the CA is asked to validate a challenge that has failed: for a quarter of a minute. */
 const MOST_RESPONSES = 4;
 /** After so many polls that show an order still ready, it is finalized again; the first of them take a second. */
@@ -221,7 +221,7 @@ export class Orders {
       }
       await respond(failed);
       readAt = later(pause);
-      pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
+      pause = Math.min(2 * pause, LONGEST_READ_PAUSE_MS);
     }
     const errors = errorsOf(open.map(({ authorization }) => authorization)).map(({ text }) => text);
     const text = `order still pending after ${ORDER_DEADLINE_MS / 1000} s`;

@@ -7,6 +7,7 @@
 import type { Config, Line } from "./config.ts";
 import type { Failure, RunRecord, State } from "./state.ts";
 import type { Entry, Finding } from "./store.ts";
+import { SHORT_LIFE_MS } from "./x509.ts";
 
 /** What a decision is based on. */
 export interface Basis {
@@ -118,8 +119,6 @@ export const DAY_MS = 24 * HOUR_MS;
 export const LONGEST_PAUSE_MS = 20 * HOUR_MS;
 /** As many runs are remembered as the usual interval is found from. */
 export const RUNS = 12;
-/** Shorter lives are renewed when half is left. https://letsencrypt.org/docs/integration-guide/#when-to-renew */
-const SHORT_LIFE_MS = 10 * DAY_MS;
 
 /**
  * How long it usually takes from one full run to the next: the second longest interval between the last twelve, so

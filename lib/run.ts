@@ -455,7 +455,7 @@ function linesNamed({ lines }: Config, written: string): Line[] {
   return typeof name === "string" ? lines.filter(({ names }) => names.includes(name)) : [];
 }
 
-function exists(path: string): boolean {
+function isFile(path: string): boolean {
   try {
     return Deno.statSync(path).isFile;
   } catch {
@@ -476,7 +476,7 @@ export interface Revocable {
 export function revocable(config: Config, what: string): Revocable[] {
   const named = linesNamed(config, what);
   if (named.length === 0) {
-    if (exists(what)) return [readRevocable(what, keyPathBeside(what))];
+    if (isFile(what)) return [readRevocable(what, keyPathBeside(what))];
     throw new SelectionError(
       `nothing to revoke: ${quote(what)} is neither a name in "domains" nor the path of a certificate`,
     );

@@ -16,7 +16,7 @@ import {
   toIdentifier,
   toIPv6,
 } from "./names.ts";
-import { changeable, exists, foreign, MISSING, notWritable, readText, statOf } from "./trust.ts";
+import { changeable, foreign, mayExist, MISSING, notWritable, readText, statOf } from "./trust.ts";
 import { type Curve, CURVES, type KeySpec, keySpecOf, pemBlocks, readCertificate } from "./x509.ts";
 
 export type Mode = "test" | "prod";
@@ -268,7 +268,7 @@ export class SourceFile {
     const path = join(this.directory, this.name);
     const text = readText(path);
     if (isInvalid(text)) {
-      return void this.error(text.why, undefined, exists(path) ? undefined : hintIfMissing);
+      return void this.error(text.why, undefined, mayExist(path) ? undefined : hintIfMissing);
     }
     if (!this.check(path, changeable, ...this.name === "domains" ? [] : [foreign])) return undefined;
     const lost = text.indexOf("\ufffd"); // bytes that are not UTF-8
@@ -473,11 +473,11 @@ function path(value: Value): string | Invalid {
       return { why: `no shell replaces "${text[0]}" here`, hint: "write the path in full" };
     }
     const path = resolve(value.source.directory, text);
-    if (exists(path)) return path;
+    if (mayExist(path)) return path;
     // the original took paths as relative to the working directory
     const here = resolve(Deno.cwd(), text);
     const hint = `write ${shellWord(here)} if it is meant`;
-    return path === here || !exists(here)
+    return path === here || !mayExist(here)
       ? path
       : { why: `no ${quote(text)} in ${value.source.directory}`, hint };
   });
@@ -501,7 +501,7 @@ function ofSecret<T>(value: Value, path: string, read: (text: string) => T | Inv
 /** The directory for challenges. Who can write to it can get certificates for our names; a web server's group may. */
 function dropDirectory(value: Value): string | Invalid {
   return ofPath(value, (path) => {
-    if (!exists(path)) return { why: `${quote(path)}: ${MISSING}`, hint: `mkdir -p ${shellWord(path)}` };
+    if (!mayExist(path)) return { why: `${quote(path)}: ${MISSING}`, hint: `mkdir -p ${shellWord(path)}` };
     return notWritable(path) ?? changeable(path, "o-w") ?? path;
   });
 }
@@ -510,11 +510,11 @@ function dropDirectory(value: Value): string | Invalid {
 function accountKeyFile(value: Value): string | Invalid {
   return ofPath(value, (path) => {
     const keyOfTest = `${path}.test`; // see accountKeyPath() of account.ts
-    const found = value.source.mode === "test" && exists(keyOfTest) ? accountKey(value, keyOfTest) : path;
+    const found = value.source.mode === "test" && mayExist(keyOfTest) ? accountKey(value, keyOfTest) : path;
     if (isInvalid(found)) return found;
-    if (exists(path)) return accountKey(value, path);
+    if (mayExist(path)) return accountKey(value, path);
     let parent = dirname(path);
-    while (!exists(parent)) parent = dirname(parent);
+    while (!mayExist(parent)) parent = dirname(parent);
     return notWritable(parent) ?? path;
   });
 }
@@ -547,7 +547,7 @@ function accountKey(value: Value, path: string): string | Invalid {
 function hmacKey(value: Value): Uint8Array | Invalid {
   return ofPath(value, (path) => {
     // the value is not shown: it may be the key itself
-    if (!exists(path)) {
+    if (!mayExist(path)) {
       return { why: "it names no file", hint: "write the key into a file, and its path here" };
     }
     return ofSecret(value, path, (content) => {

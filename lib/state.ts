@@ -249,7 +249,7 @@ export class StateError extends Error {
 }
 
 /** No CA keeps an order for longer than some weeks. */
-const ORDER_LIFE_MS = 30 * 86_400_000;
+const ORDER_FORGOTTEN_MS = 30 * 86_400_000;
 const NEVER = "1970-01-01T00:00:00.000Z";
 
 /** The state of a mode that never ran. */
@@ -332,7 +332,7 @@ function dropFuture(state: State, now: Date): void {
   for (const order of Object.values(state.orders)) {
     if (isFuture(order.since)) order.since = now.toISOString();
   }
-  drop(state.orders, ({ since }) => Date.parse(since) < present - ORDER_LIFE_MS);
+  drop(state.orders, ({ since }) => Date.parse(since) < present - ORDER_FORGOTTEN_MS);
   drop(state.holds, waits);
   drop(state.withoutRenewalInfo, isFuture);
   drop(state.probes, ({ at, badSince }) => isFuture(at) || isFuture(badSince));

@@ -32,6 +32,7 @@ import {
   publicKeyHash,
   readCertificate,
   sha256,
+  SHORT_LIFE_MS,
 } from "./x509.ts";
 
 /** One certificate of the configuration, and what is on disk. */
@@ -84,8 +85,6 @@ const KEY_TYPES: readonly KeyType[] = ["rsa", "ec"];
 const FILE_NAME_MAX = 255;
 const TEMPORARY = ".new";
 const PENDING = ".pending";
-/** In a shorter life, an hour of back-dating matters. */
-const SHORT_LIFE_MS = 10 * 86_400_000;
 /** Let's Encrypt back-dates by an hour. */
 const LONGEST_BACK_DATING_MS = 2 * 3_600_000;
 /** How long to wait for the lock of another run. */
@@ -191,6 +190,7 @@ function entryOf(line: Line, keyType: KeyType, stem: string, files: Files, findi
   const entry = { line, keyType, stem, files, file: basename(files.cert), finding };
   if (finding.kind !== "present") return entry;
   const { notBefore, notAfter } = finding.certificate;
+  // in a short life, an hour of back-dating matters
   if (notAfter.getTime() - notBefore.getTime() >= SHORT_LIFE_MS) return entry;
   const { mtime } = Deno.statSync(files.cert);
   if (mtime === null || mtime <= notBefore || mtime >= notAfter) return entry;

@@ -5,6 +5,7 @@
 
 import type { Notice } from "./config.ts";
 import type { EndpointStatus, JudgedSight } from "./endpoints.ts";
+import { messageOf } from "./http.ts";
 import type { Delivery, Problem, Warning } from "./plan.ts";
 import { DAY_MS, HOUR_MS, type Reason, type Rule } from "./renewal.ts";
 import type { Entry } from "./store.ts";
@@ -289,9 +290,7 @@ export function isExpected(error: Error): boolean {
 
 /** An error as a person should see it: the CA's words with their step; a bug with its stack. */
 export function errorText(error: Error): string {
-  const { name, message, stack } = error;
-  if (name === "AcmeError") return `cannot ${(error as Error & { step: string }).step}: ${message}`;
-  return isExpected(error) ? message : stack ?? String(error);
+  return isExpected(error) ? messageOf(error) : error.stack ?? String(error);
 }
 
 /** Whether the system refused something. Deno gives most of these errors a code, but not all: ENOLCK has none. */

@@ -38,12 +38,13 @@ export function notWritable(directory: string): Invalid | undefined {
 
 export const MISSING = "it does not exist";
 
-export function exists(path: string): boolean {
+/** Whether something is there, or cannot be reached. */
+export function mayExist(path: string): boolean {
   try {
     Deno.statSync(path);
     return true;
   } catch (error) {
-    return whyNot(error) !== MISSING; // it exists, but cannot be reached
+    return whyNot(error) !== MISSING;
   }
 }
 

@@ -36,6 +36,9 @@ export const CURVES = [
   { curve: "P-521", id: "2b81040023", names: ["secp521r1"], hash: "SHA-512", alg: "ES512" },
 ] as const;
 
+/** A shorter lifetime is short: https://letsencrypt.org/docs/integration-guide/#when-to-renew */
+export const SHORT_LIFE_MS = 10 * 86_400_000;
+
 /** The contents of a certificate, as far as they are used. */
 export interface Certificate {
   /** DNS names and IP addresses of the subjectAltName, lower-case, in the certificate's order. */

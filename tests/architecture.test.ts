@@ -79,7 +79,7 @@ Deno.test("leforward.ts imports nothing, so that copying it is installing it", (
 
 Deno.test("decisions are pure: they read nothing, ask nobody for the time, and import nothing that does", () => {
   const imports = {
-    renewal: [],
+    renewal: ["./x509.ts"],
     endpoints: ["./names.ts", "./renewal.ts"],
     plan: ["./endpoints.ts", "./renewal.ts", "./x509.ts"],
   };
@@ -145,4 +145,17 @@ Deno.test("the programs run with named permissions, and none has all", () => {
   for (const name of ["lematt.ts", "leforward.ts"]) {
     assert.doesNotMatch(firstLine(name), / (-A|--allow-all)\b/);
   }
+});
+
+Deno.test("what is written twice is the same: version, flags of V8, permissions of lematt and of the tests", () => {
+  const text = (name: string) => Deno.readTextFileSync(join(ROOT, name));
+  const { version, permissions, tasks } = JSON.parse(text("deno.json"));
+  assert.equal(/^const VERSION = "(.*)";$/m.exec(text("lematt.ts"))?.[1], version);
+  const flagsOf = (text: string) => text.match(/--v8-flags=\S+/g);
+  for (const name of ["lematt", "leforward"]) {
+    const [line] = text(`${name}.ts`).split("\n");
+    assert.equal(flagsOf(line!)?.length, 1);
+    assert.deepEqual(flagsOf(tasks[`compile:${name}`]), flagsOf(line!));
+  }
+  assert.deepEqual(permissions.tests, permissions.lematt);
 });

@@ -6,7 +6,7 @@
 import type { AccountOptions, CaAccount } from "./account.ts";
 import type { AcmeClient } from "./acme.ts";
 import { ChallengeError, Challenges } from "./challenge.ts";
-import { type Context, limit } from "./context.ts";
+import { type Context, limit, settled } from "./context.ts";
 import { CommandError, PrepareCommands } from "./hooks.ts";
 import { AcmeError, isProblem, messageOf } from "./http.ts";
 import { caTime, certificateIdOf, type OrderOptions, Orders, type Request, requestFor } from "./order.ts";
@@ -73,8 +73,8 @@ export class Issuer {
   async #open(prepare: PrepareCommands): Promise<Orders> {
     const { account, options } = this;
     const { config, store, context } = options;
-    // not side by side: an account key made after the end of a run would be made without the lock
-    await store.ensureWritable();
+    // both to their end: nothing goes on after a run, without the lock
+    await settled<unknown>([store.ensureWritable(), account.connect()]);
     const client = await account.open();
     if (Math.abs(client.aheadMs) > MOST_SKEW_MS) {
       const now = context.now();

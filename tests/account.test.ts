@@ -6,7 +6,7 @@ import { existsSync } from "node:fs";
 import type { Mode } from "../lib/config.ts";
 import { revocable, revoke, rollover } from "../lib/run.ts";
 import type { Context } from "../lib/context.ts";
-import { type Bed, befalling, refusing, testBed, until } from "./bed.ts";
+import { type Bed, faultAt, refusing, testBed, until } from "./bed.ts";
 import { type Ca, type Fault, startCa } from "./ca.ts";
 
 const DAY = 86_400_000;
@@ -79,7 +79,7 @@ Deno.test("a contact that has changed is sent to the CA, once; one that the CA r
   bed.configure({ settings: "keyTypes: ec\ncontact: ops@nowhere.invalid" });
   for (let night = 0; night < 2; night++) {
     discard(bed);
-    bed.ca.switches.fault = befalling("account", refusing(400, "invalidContact", "no such domain"));
+    bed.ca.switches.fault = faultAt("account", refusing(400, "invalidContact", "no such domain"));
     const ran = await bed.run();
     assert.equal(ran.code, 0, ran.stderr);
     assert.match(ran.stdout, /the CA refuses the contact: no such domain \(invalidContact\)/);
@@ -152,7 +152,7 @@ Deno.test("an account that the CA has forgotten is registered anew, once, though
   for (const wanted of [false, true]) {
     await Deno.writeTextFile(bed.path("test/state.json"), state);
     const no = refusing(403, "unauthorized", "no new accounts");
-    bed.ca.switches.fault = wanted ? undefined : befalling("newAccount", no, Infinity);
+    bed.ca.switches.fault = wanted ? undefined : faultAt("newAccount", no, Infinity);
     const ran = await bed.run();
     assert.equal(ran.code, wanted ? 0 : 1, ran.stderr);
     assert.equal(ran.requests.filter(({ resource }) => resource === "newAccount").length, 1);
@@ -194,14 +194,14 @@ Deno.test("where the CA refuses, is down or cannot do it, --rollover changes not
   const withoutKeyChange: Fault = { kind: "rewrite", rewrite: ({ keyChange: _, ...rest }) => rest };
   for (
     const [fault, message] of [
-      [befalling("keyChange", refusing(403, "unauthorized", "not today")), /^not today \(unauthorized\)$/],
+      [faultAt("keyChange", refusing(403, "unauthorized", "not today")), /^not today \(unauthorized\)$/],
       [
-        befalling("keyChange", { kind: "status", status: 409, contentType: "text/plain" }),
+        faultAt("keyChange", { kind: "status", status: 409, contentType: "text/plain" }),
         /^HTTP status 409/,
       ],
-      [befalling("keyChange", { kind: "status", status: 500 }, 9), /^HTTP status 500/],
-      [befalling("keyChange", { kind: "status", status: 501 }, 2), /^the CA does not offer it$/],
-      [befalling("directory", withoutKeyChange), /^the CA does not offer it$/],
+      [faultAt("keyChange", { kind: "status", status: 500 }, 9), /^HTTP status 500/],
+      [faultAt("keyChange", { kind: "status", status: 501 }, 2), /^the CA does not offer it$/],
+      [faultAt("directory", withoutKeyChange), /^the CA does not offer it$/],
     ] as const
   ) {
     bed.ca.switches.fault = fault;
@@ -224,7 +224,7 @@ Deno.test("where the CA has changed the key and the answer is lost, --rollover f
       refusing(400, "malformed", "what?"),
     ] as Fault[]
   ) {
-    bed.ca.switches.fault = befalling("keyChange", { kind: "after", fault });
+    bed.ca.switches.fault = faultAt("keyChange", { kind: "after", fault });
     assert.deepEqual(await roll(bed), ["changed"]);
     bed.ca.violations.splice(0); // the second try, signed with a key that is the account's no more
     assert.deepEqual([await issue(bed), keyFiles(bed)], [NOTHING, ONE_KEY]);
@@ -243,7 +243,7 @@ for (
     await using bed = await bedFor();
     await issue(bed);
     const { url, thumbprint } = only(bed.ca);
-    bed.ca.switches.fault = befalling("keyChange", fault);
+    bed.ca.switches.fault = faultAt("keyChange", fault);
     const program = bed.start("--test", "--rollover", "--yes");
     await until("the CA is asked", () => bed.ca.log.some(({ resource }) => resource === "keyChange"));
     if (fault !== SILENT) await until("it has done it", () => only(bed.ca).thumbprint !== thumbprint);

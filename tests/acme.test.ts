@@ -10,7 +10,7 @@ import { AcmeClient, keyAuthorization, type Order } from "../lib/acme.ts";
 import { AcmeError, importKey, linksOf, parseRetryAfter } from "../lib/http.ts";
 import { createCsr } from "../lib/x509.ts";
 import type { Context } from "../lib/context.ts";
-import { type Bed, befalling, refusing, testBed, until } from "./bed.ts";
+import { type Bed, faultAt, refusing, testBed, until } from "./bed.ts";
 import type { Exchange, Fault, Resource, Switches } from "./ca.ts";
 
 const ecKey = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
@@ -34,10 +34,10 @@ async function conversation(ca: Switches = {}) {
   const bed = stack.use(await testBed({ ca: { fault: () => undefined, ...ca } }));
   const client = await connect(bed);
   const open = stack.move();
-  const befall = (...of: Parameters<typeof befalling>) => {
-    bed.ca.switches.fault = befalling(...of);
+  const inject = (...fault: Parameters<typeof faultAt>) => {
+    bed.ca.switches.fault = faultAt(...fault);
   };
-  return { bed, client, befall, [Symbol.asyncDispose]: () => open.disposeAsync() };
+  return { bed, client, inject, [Symbol.asyncDispose]: () => open.disposeAsync() };
 }
 
 /** An order that is ready, its challenges answered by hand. */
@@ -155,7 +155,7 @@ Deno.test("orders are made though every nonce is refused once, or 29 in a row, w
 });
 
 Deno.test("a CA that takes no nonce at all is asked 30 times, not for ever", async () => {
-  await using bed = await testBed({ ca: { fault: befalling("newAccount", { kind: "badNonce" }, Infinity) } });
+  await using bed = await testBed({ ca: { fault: faultAt("newAccount", { kind: "badNonce" }, Infinity) } });
   assert.equal((await failure(connect(bed))).problem?.type, "badNonce");
   assert.equal(asked(bed, "newAccount"), 30);
 });
@@ -208,7 +208,7 @@ for (const [what, fault, most = 2] of PASSING) {
 }
 
 Deno.test("pauses between tries grow threefold, and the fourth failure goes up", async () => {
-  await using bed = await testBed({ ca: { fault: befalling("newOrder", status(500), Infinity) } });
+  await using bed = await testBed({ ca: { fault: faultAt("newOrder", status(500), Infinity) } });
   const error = await failure((await connect(bed, { random: () => 0.5 })).newOrder([NAME]));
   assert.deepEqual([error.step, error.message], ["create an order", "HTTP status 500 (text/plain)"]);
   assert.deepEqual([bed.waits, asked(bed, "newOrder")], [[500, 1500, 4500], 4]);
@@ -228,10 +228,10 @@ Deno.test("a replica that lags is asked again within seconds, a few times", asyn
   for (const [i, [resource, fault]] of LAGGING.entries()) {
     await using at = await conversation({ processingMs: 5 });
     const { bed, client } = at;
-    at.befall(resource, fault, 3);
+    at.inject(resource, fault, 3);
     assert.match(await obtain(bed, client), PEM, resource);
     assert(bed.waits.reduce((sum, ms) => sum + ms, 0) < 6000, resource);
-    at.befall(resource, fault, Infinity);
+    at.inject(resource, fault, Infinity);
     const before = asked(bed, resource);
     await failure(obtain(bed, client, `n${i}.example.com`));
     assert(asked(bed, resource) - before <= 6, resource);
@@ -244,7 +244,7 @@ Deno.test("an answer to a challenge that had arrived, and is refused the second 
   const faults = [after({ kind: "reset" }), refusing(400, "malformed", "the challenge is not pending")];
   bed.ca.switches.fault = ({ resource }) => resource === "challenge" ? faults.shift() : undefined;
   assert.match(await obtain(bed, client), PEM);
-  at.befall("challenge", refusing(400, "malformed", "what?"), Infinity);
+  at.inject("challenge", refusing(400, "malformed", "what?"), Infinity);
   const error = await failure(obtain(bed, client, "other.example.com"));
   assert.deepEqual([error.step, error.message], ["answer a challenge", "what? (malformed)"]);
 });
@@ -254,7 +254,7 @@ Deno.test("404 is asked again, a few times within a second, but not of what need
   const { bed, client } = at;
   const times = async (resource: Resource, ask: () => Promise<unknown>) => {
     const before = asked(bed, resource);
-    at.befall(resource, status(404), Infinity);
+    at.inject(resource, status(404), Infinity);
     assert.equal((await failure(ask())).message, "HTTP status 404 (text/plain)");
     return asked(bed, resource) - before;
   };
@@ -289,7 +289,7 @@ Deno.test("a CA that is silent is given up by the time-out, then asked again", a
     },
   });
   const silence = (times: number) => {
-    const fault = befalling("newOrder", { kind: "silence" }, times);
+    const fault = faultAt("newOrder", { kind: "silence" }, times);
     bed.ca.switches.fault = (exchange) => {
       const silent = fault(exchange);
       if (silent) timeOut.abort(new DOMException("no time left", "TimeoutError"));
@@ -349,7 +349,7 @@ Deno.test("Retry-After of a 503 is waited for up to half a minute, else left to 
     await using at = await conversation();
     const { bed, client } = at;
     const headers = { "retry-after": value };
-    at.befall("newOrder", refusing(503, "serverInternal", "busy", { headers }));
+    at.inject("newOrder", refusing(503, "serverInternal", "busy", { headers }));
     const begun = bed.ca.now;
     const until = parseRetryAfter(new Headers(headers), begun)!;
     if (until.getTime() - begun.getTime() < 31_000) {
@@ -406,7 +406,7 @@ Deno.test("a CA that limits requests for ever is asked now and then by one of ma
   for (const resource of ["newNonce", "newOrder"] as const) {
     await using at = await conversation();
     const { bed, client } = at;
-    at.befall(resource, slowDown, Infinity);
+    at.inject(resource, slowDown, Infinity);
     const before = asked(bed, resource);
     const results = await Promise.allSettled(numbered(50).map((name) => client.newOrder([name])));
     const refused = results.filter((result) => result.status === "rejected");
@@ -476,7 +476,7 @@ Deno.test("an answer that is none is an error at once, and is not asked for agai
   ];
   for (const [fault, message] of table) {
     const before = asked(bed, "newOrder");
-    at.befall("newOrder", fault, Infinity);
+    at.inject("newOrder", fault, Infinity);
     const error = await failure(client.newOrder([NAME]));
     assert.equal(error.step, "create an order");
     if (typeof message === "string") assert.equal(error.message, message);
@@ -522,7 +522,7 @@ Deno.test("what the CA says reaches the message on one line and within bounds, w
     ["[]", "no detail (about:blank)"],
   ];
   for (const [body, expected, contentType = "application/problem+json"] of table) {
-    at.befall("newOrder", status(400, contentType, body));
+    at.inject("newOrder", status(400, contentType, body));
     const { message } = await failure(at.client.newOrder([NAME]));
     if (typeof expected === "string") assert.equal(message, expected);
     else assert.match(message, expected);
@@ -561,7 +561,7 @@ Deno.test("what is no directory is an error that names its URL", async () => {
       ],
     ] as [Fault, string][]
   ) {
-    await using bed = await testBed({ ca: { fault: befalling("directory", fault, Infinity) } });
+    await using bed = await testBed({ ca: { fault: faultAt("directory", fault, Infinity) } });
     const error = await failure(connect(bed));
     const step = `read the directory ${bed.ca.directoryUrl}`;
     assert.deepEqual([error.step, error.message, asked(bed, "directory")], [step, message, 1]);
@@ -602,7 +602,7 @@ for (const [resource, what, put] of PLACES) {
     for (const [i, bad] of BAD_URLS.entries()) {
       const url = typeof bad === "function" ? bad(bed.ca.origin) : bad;
       const begun = bed.ca.log.length;
-      at.befall(resource, rewrite((body) => put(body, url)));
+      at.inject(resource, rewrite((body) => put(body, url)));
       const error = await failure(obtain(bed, client, `n${i}.example.com`));
       assert.match(error.message, /^the CA named an unusable URL "/, `${url}`);
       // deno-lint-ignore no-control-regex
@@ -617,14 +617,14 @@ Deno.test("an order with a Location that is not the CA's, or with more authoriza
   for (const location of ["http://localhost/order/1", "https://attacker.example/order/1", "order/1"]) {
     const order = { status: "ready", authorizations: [], finalize: `${at.bed.ca.origin}/order/1/finalize` };
     const fault = status(201, "application/json", JSON.stringify(order));
-    at.befall("newOrder", { ...fault, headers: { location } } as Fault);
+    at.inject("newOrder", { ...fault, headers: { location } } as Fault);
     const { message } = await failure(at.client.newOrder([NAME]));
     assert.equal(message, `the CA named an unusable URL ${JSON.stringify(location)}`);
   }
   const many = ({ authorizations, ...body }: Body) => (
     { ...body, authorizations: Array(1200).fill((authorizations as string[])[0]) }
   );
-  at.befall("newOrder", rewrite(many));
+  at.inject("newOrder", rewrite(many));
   assert.match((await failure(at.client.newOrder([NAME]))).message, /1200 authorizations/);
 });
 
@@ -635,7 +635,7 @@ Deno.test("a token that is not base64url, is too short or too long is refused", 
     .concat(`.${good}`, `$(touch ${good})`, `${good}=`, "A".repeat(21), "A".repeat(201), `Ä${good}`);
   const [url] = (await at.client.newOrder([NAME])).authorizations;
   for (const token of tokens) {
-    at.befall("authz", rewrite((body) => challenges(body, (challenge) => ({ ...challenge, token }))));
+    at.inject("authz", rewrite((body) => challenges(body, (challenge) => ({ ...challenge, token }))));
     const { message } = await failure(at.client.getAuthorization(url!));
     assert.equal(message, "the CA sent a token that is not base64url");
   }
@@ -644,7 +644,7 @@ Deno.test("a token that is not base64url, is too short or too long is refused", 
 Deno.test("challenges are read as far as they are known: types that are not, and how dns-persist-01 names CA and account", async () => {
   await using at = await conversation();
   const unknown = (one: Body) => one.type === "tls-alpn-01" ? { ...one, type: "x-02", token: "a b" } : one;
-  at.befall("authz", rewrite((body) => challenges(body, unknown)));
+  at.inject("authz", rewrite((body) => challenges(body, unknown)));
   const order = await at.client.newOrder([NAME]);
   const { challenges: offered } = await at.client.getAuthorization(order.authorizations[0]!);
   assert.deepEqual(
@@ -658,8 +658,8 @@ Deno.test("challenges are read as far as they are known: types that are not, and
 Deno.test("a certificate that is none, or that the order does not name, is an error", async () => {
   await using at = await conversation();
   const { bed, client } = at;
-  at.befall("certificate", { kind: "html" });
+  at.inject("certificate", { kind: "html" });
   assert.equal((await failure(obtain(bed, client))).message, "not a certificate but text/html");
-  at.befall("finalize", rewrite(({ certificate: _, ...body }) => body));
+  at.inject("finalize", rewrite(({ certificate: _, ...body }) => body));
   assert.equal((await failure(obtain(bed, client))).message, "the order names no certificate");
 });

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
-import { type Bed, befalling, type Ran, refusing, testBed } from "./bed.ts";
+import { type Bed, faultAt, type Ran, refusing, testBed } from "./bed.ts";
 import type { Fault, Switches } from "./ca.ts";
 
 const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
@@ -32,8 +32,8 @@ function suggest({ ca }: Bed, start: number, end: number, explanationURL?: strin
   for (const issued of ca.issued) issued.renewalWindow = { ...window(ca, start, end), explanationURL };
 }
 
-/** Answers about renewal like this. */
-function befallInfo(bed: Bed, fault: Fault | undefined) {
+/** Injects a fault into every answer about renewal. */
+function injectInfo(bed: Bed, fault: Fault | undefined) {
   bed.ca.switches.fault = ({ resource }) => resource === "renewalInfo" ? fault : undefined;
 }
 function answering(body: unknown, headers: Record<string, string> = {}): Fault {
@@ -73,7 +73,7 @@ Deno.test("the CA is asked again when it says, within a minute and a day; after 
       ["soon", 5 * HOUR],
     ] as const
   ) {
-    befallInfo(bed, answering({ suggestedWindow }, header === undefined ? {} : { "retry-after": header }));
+    injectInfo(bed, answering({ suggestedWindow }, header === undefined ? {} : { "retry-after": header }));
     assert.equal(asked(await bed.run()).length, 1, header);
     bed.ca.advance(ms - 10 * SECOND);
     assert.equal(asked(await bed.run()).length, 0, header);
@@ -107,19 +107,19 @@ Deno.test("that a CA offers no renewal information is remembered for a day", asy
 
 Deno.test("a CA that is gone keeps nobody from the rest of the run, and is not waited for", async () => {
   await using bed = await issuedBed();
-  bed.ca.switches.fault = befalling("directory", { kind: "status", status: 503 }, Infinity);
+  bed.ca.switches.fault = faultAt("directory", { kind: "status", status: 503 }, Infinity);
   bed.waits.length = 0;
   const ran = await bed.run();
   assert.deepEqual([ran.code, bed.waits, notes(ran).length], [0, [], 1]);
   bed.configure({ domains: `${NAME}\nother.example` });
-  bed.ca.switches.fault = befalling("directory", { kind: "status", status: 503 }, 3);
+  bed.ca.switches.fault = faultAt("directory", { kind: "status", status: 503 }, 3);
   assert.equal((await bed.run()).code, 0, "who depends on the CA tries harder");
 });
 
 Deno.test("a service that is down is not asked for each certificate; one answer that cannot be used leaves the others of use", async () => {
   const domains = Array.from({ length: 30 }, (_, i) => `n${i}.example`).join("\n");
   await using bed = await issuedBed({ domains });
-  befallInfo(bed, { kind: "status", status: 503 });
+  injectInfo(bed, { kind: "status", status: 503 });
   const down = await bed.run({ parallel: 3 });
   assert.deepEqual([down.code, notes(down).length], [0, 1]);
   assert(asked(down).length <= 3 * 4, `${asked(down).length} requests`);
@@ -186,7 +186,7 @@ Deno.test("what is no window is said, and the certificate's dates decide, or wha
   let moment: string | undefined;
   for (const decides of ["its dates decide", "the earlier answer decides"]) {
     for (const [fault, why] of table) {
-      befallInfo(bed, fault);
+      injectInfo(bed, fault);
       const ran = await bed.run();
       assert.equal(ran.code, 0, ran.stdout);
       assert.deepEqual(notes(ran), [`example.com (ec): cannot ask when to renew: ${why}; ${decides}`]);
@@ -194,7 +194,7 @@ Deno.test("what is no window is said, and the certificate's dates decide, or wha
       if (moment !== undefined) assert.equal(drawnAt(bed), moment);
       bed.ca.advance(6 * HOUR + MINUTE);
     }
-    befallInfo(bed, undefined);
+    injectInfo(bed, undefined);
     await bed.run();
     moment = drawnAt(bed);
     bed.ca.advance(7 * HOUR);
@@ -285,7 +285,7 @@ Deno.test("a CA that refuses a predecessor gets the same order without; a rate l
   ) {
     await using bed = await issuedBed();
     bed.ca.advance(80 * DAY);
-    bed.ca.switches.fault = befalling("newOrder", refusing(status, type, "no"), times);
+    bed.ca.switches.fault = faultAt("newOrder", refusing(status, type, "no"), times);
     assert.equal((await bed.run()).code, 0, type);
     assert.deepEqual(bed.ca.orders.slice(1).map(({ replaces }) => replaces), [undefined]);
     assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, bed.ca.issued[1]!.serial);
@@ -293,7 +293,7 @@ Deno.test("a CA that refuses a predecessor gets the same order without; a rate l
   await using bed = await issuedBed();
   bed.ca.advance(80 * DAY);
   const headers = { "retry-after": "3600" };
-  bed.ca.switches.fault = befalling("newOrder", refusing(429, "rateLimited", "no", { headers }));
+  bed.ca.switches.fault = faultAt("newOrder", refusing(429, "rateLimited", "no", { headers }));
   const { code, requests } = await bed.run();
   assert.deepEqual([code, requests.filter(({ resource }) => resource === "newOrder").length], [1, 1]);
 });

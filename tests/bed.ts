@@ -307,7 +307,7 @@ export async function until(what: string, condition: () => boolean | Promise<boo
 }
 
 /** The fault, for the first `times` exchanges with that resource. */
-export function befalling(
+export function faultAt(
   resource: Exchange["resource"],
   fault: Fault,
   times = 1,

@@ -1,5 +1,5 @@
 /**
- * What goes over the wire to and from the test CA: problems, answers, the faults that befall them, its HTTPS listener, and the
+ * What goes over the wire to and from the test CA: problems, answers, the faults injected into them, its HTTPS listener, and the
  * web server over a drop directory. Deno.serve cannot drop a connection, so where faults are wanted a relay that copies
  * bytes stands before it, and connections are torn there.
  */

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
-import { all, type Bed, befalling, testBed, until } from "./bed.ts";
+import { all, type Bed, faultAt, testBed, until } from "./bed.ts";
 import { type Exchange, startWebroot, type Switches } from "./ca.ts";
 import { together } from "./together.ts";
 
@@ -98,7 +98,7 @@ test("a file that is where the challenge belongs is replaced, a link not followe
   await Deno.writeTextFile(victim, "precious");
   let place = "";
   for (const plant of [() => Deno.symlinkSync(victim, place), () => Deno.writeTextFileSync(place, "stale")]) {
-    bed.ca.switches.fault = befalling("authz", {
+    bed.ca.switches.fault = faultAt("authz", {
       kind: "rewrite",
       rewrite(body) {
         const challenges = body.challenges as { type: string; token: string }[];
@@ -126,7 +126,7 @@ test("a CA that does not offer http-01 is asked nothing, and what it offers is s
     const rewrite = (body: Record<string, unknown>) => (
       { ...body, challenges: change(body.challenges as { type: string }[]) }
     );
-    bed.ca.switches.fault = befalling("authz", { kind: "rewrite", rewrite }, 20);
+    bed.ca.switches.fault = faultAt("authz", { kind: "rewrite", rewrite }, 20);
     const ran = await bed.run({ retry: true });
     assert(ran.stderr.includes(`${NAME}, only ${offered}\n`), ran.stderr);
   }

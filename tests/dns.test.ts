@@ -6,7 +6,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { checkChallenges } from "../lib/challenge.ts";
 import { type Query, systemQuery } from "../lib/context.ts";
-import { all, type Bed, befalling, type Ran, testBed, until } from "./bed.ts";
+import { all, type Bed, faultAt, type Ran, testBed, until } from "./bed.ts";
 import { type Dns, startDns, type Switches } from "./ca.ts";
 
 const NAME = "example.com";
@@ -392,7 +392,7 @@ Deno.test("a record of dns-persist-01 names the account that the challenge names
   const rewrite = (body: Record<string, unknown>) => (
     { ...body, challenges: (body.challenges as object[]).map((one) => ({ ...one, accounturi })) }
   );
-  at.bed.ca.switches.fault = befalling("authz", { kind: "rewrite", rewrite });
+  at.bed.ca.switches.fault = faultAt("authz", { kind: "rewrite", rewrite });
   const ran = await at.bed.run({ query: at.query });
   assert(ran.stderr.includes(`TXT "ca.example; accounturi=${accounturi}"\n`), ran.stderr);
 });

@@ -5,7 +5,7 @@ import { createPrivateKey, createPublicKey, generateKeyPairSync, X509Certificate
 import { setTimeout as delay } from "node:timers/promises";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
+import { type Bed, faultAt, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Exchange, Fault, LogEntry, Order, Switches } from "./ca.ts";
 
 const DAY = 86_400_000;
@@ -143,7 +143,7 @@ Deno.test("the second key type is not asked for where the first could not be val
 });
 
 Deno.test("the second key type is issued though the first is refused after validation", async () => {
-  const fault = befalling("finalize", refusing(400, "badCSR", "no RSA today"));
+  const fault = faultAt("finalize", refusing(400, "badCSR", "no RSA today"));
   await using bed = await testBed({ domains: NAME, ca: { fault } });
   const ran = await bed.run();
   assert.deepEqual([failures(ran), ran.code], [["no RSA today (badCSR)"], 1]);
@@ -246,7 +246,7 @@ for (const type of ["badPublicKey", "badCSR"]) {
     await using bed = await oneCertificate();
     await bed.run();
     const blocked = bed.text(KEY);
-    bed.ca.switches.fault = befalling("finalize", refusing(400, type, "the key is on a list of weak keys"));
+    bed.ca.switches.fault = faultAt("finalize", refusing(400, type, "the key is on a list of weak keys"));
     assert.equal((await reissue(bed)).code, 0);
     const second = bed.text(KEY);
     assert.deepEqual([second !== blocked, bed.ca.orders.length], [true, 2]);
@@ -260,7 +260,7 @@ Deno.test("a CSR that the CA refuses under any key costs the key nothing", async
   await using bed = await oneCertificate();
   await bed.run();
   const key = bed.text(KEY);
-  bed.ca.switches.fault = befalling("finalize", refusing(400, "badCSR", "not on a Friday"), Infinity);
+  bed.ca.switches.fault = faultAt("finalize", refusing(400, "badCSR", "not on a Friday"), Infinity);
   assert.deepEqual(failures(await reissue(bed)), ["not on a Friday (badCSR)"]);
   bed.ca.switches.fault = undefined;
   await reissue(bed);
@@ -296,7 +296,7 @@ for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["t
 
 Deno.test("what was issued and could not be fetched is fetched by the next run", async () => {
   for (const fault of [refusing(404, "malformed", "gone"), { kind: "reset" } as const]) {
-    await using bed = await oneCertificate({ fault: befalling("certificate", fault, Infinity) });
+    await using bed = await oneCertificate({ fault: faultAt("certificate", fault, Infinity) });
     assert.equal((await bed.run(leaping(bed))).code, 1);
     assert.deepEqual(unfinished(bed), [1, true]);
     bed.ca.switches.fault = undefined;
@@ -437,21 +437,21 @@ function finalizedThen(fault: Fault): Switches["fault"] {
 }
 
 const REFUSALS: readonly [string, Switches["fault"], string, string][] = [
-  ["created", befalling("newOrder", refused), "create an order", SAID],
-  ["created, and born invalid", befalling("newOrder", invalid), "issue the order", SAID],
+  ["created", faultAt("newOrder", refused), "create an order", SAID],
+  ["created, and born invalid", faultAt("newOrder", invalid), "issue the order", SAID],
   [
     "validated, for a reason that is not a challenge's",
-    befalling("order", invalid),
+    faultAt("order", invalid),
     "validate the order",
     SAID,
   ],
   [
     "validated, for no reason",
-    befalling("order", put({ status: "invalid" })),
+    faultAt("order", put({ status: "invalid" })),
     "validate the order",
     "the order became invalid, and the CA gives no reason",
   ],
-  ["finalized", befalling("finalize", refused), "finalize the order", SAID],
+  ["finalized", faultAt("finalize", refused), "finalize the order", SAID],
   ["finalized, and invalid then", finalizedThen(invalid), "issue the order", SAID],
   [
     "finalized, and ready still",
@@ -461,7 +461,7 @@ const REFUSALS: readonly [string, Switches["fault"], string, string][] = [
   ],
   [
     "downloaded",
-    befalling("certificate", refusing(404, "malformed", "gone"), Infinity),
+    faultAt("certificate", refusing(404, "malformed", "gone"), Infinity),
     "download the certificate",
     "gone (malformed)",
   ],
@@ -490,13 +490,13 @@ Deno.test("an authorization that is not for the name, or not pending, is an erro
       [{ status: "enlightened" }, "not an authorization"],
     ] as const
   ) {
-    bed.ca.switches.fault = befalling("authz", put(more));
+    bed.ca.switches.fault = faultAt("authz", put(more));
     const [said] = failures(await bed.run({ retry: true }));
     assert(said?.startsWith(message), said);
     assert.equal(counts(bed.ca.log).challenge, undefined);
     assert.deepEqual(bed.dropped(), []);
   }
-  bed.ca.switches.fault = befalling("authz", put({ identifier: { type: "dns", value: "Example.COM" } }));
+  bed.ca.switches.fault = faultAt("authz", put({ identifier: { type: "dns", value: "Example.COM" } }));
   assert.equal((await bed.run({ retry: true })).code, 0, "capitals are the ordered name");
 });
 
@@ -526,7 +526,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
   ];
   for (const [what, rewrite, message] of table) {
     ca.advance(80 * DAY);
-    ca.switches.fault = befalling("certificate", { kind: "rewrite text", rewrite });
+    ca.switches.fault = faultAt("certificate", { kind: "rewrite text", rewrite });
     const ran = await bed.run({ retry: true });
     assert.equal(ran.code, 1, what);
     assert.match(failures(ran)[0]!, message, what);
@@ -540,7 +540,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
 Deno.test("a chain that holds no issuer is taken, since that may be a root, and is said", async () => {
   const rewrite = (chain: string) => chain.slice(0, chain.indexOf("-----END") + 26);
   await using bed = await oneCertificate({
-    fault: befalling("certificate", { kind: "rewrite text", rewrite }),
+    fault: faultAt("certificate", { kind: "rewrite text", rewrite }),
   });
   const { code, stdout } = await bed.run();
   assert.equal(code, 0);
@@ -556,7 +556,7 @@ for (const kind of ["truncate", "html", "repeat"] as const) {
     await using bed = await oneCertificate();
     for (const [i, step] of STEPS.entries()) {
       bed.configure({ domains: `n${i}.example.com` });
-      bed.ca.switches.fault = befalling(step as Resource, { kind });
+      bed.ca.switches.fault = faultAt(step as Resource, { kind });
       const { code } = await bed.run();
       assert.deepEqual(bed.dropped(), [], step);
       bed.ca.switches.fault = undefined;

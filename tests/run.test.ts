@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { prunable, prune, revocable, revoke, select } from "../lib/run.ts";
-import { type Bed, befalling, type Ran, refusing, testBed, until } from "./bed.ts";
+import { type Bed, faultAt, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
@@ -43,7 +43,7 @@ Deno.test("a limit that names a line holds that line until Retry-After, and no o
   const refusal = refusing(429, "rateLimited", "too many certificates already issued for a.example.com", {
     headers,
   });
-  await using bed = await bedOf("a.example.com\nb.example.com", { fault: befalling("newOrder", refusal) });
+  await using bed = await bedOf("a.example.com\nb.example.com", { fault: faultAt("newOrder", refusal) });
   assert.equal((await bed.run({ parallel: 1 })).code, 1);
   assert.deepEqual(bed.ca.issued.map(({ names }) => names[0]), ["b.example.com"]);
   bed.ca.advance(4 * HOUR);
@@ -55,7 +55,7 @@ Deno.test("a limit that names a line holds that line until Retry-After, and no o
 Deno.test("the whole address at which a paused account goes on reaches the user, in this run and in later ones", async () => {
   const unpause = `https://portal.example.org/sfe/v1/unpause?jwt=${"x".repeat(900)}.${"y".repeat(300)}`;
   const refusal = refusing(429, "rateLimited", `paused for a.example.com. Please visit: ${unpause}`);
-  await using bed = await bedOf("a.example.com", { fault: befalling("newOrder", refusal) });
+  await using bed = await bedOf("a.example.com", { fault: faultAt("newOrder", refusal) });
   for (let run = 0; run < 2; run++) assert.ok((await bed.run()).stderr.includes(unpause));
 });
 

@@ -22,7 +22,7 @@ function bedFor(settings = ""): Promise<Bed> {
 /** Changes the account key in this process. Returns what is said of account keys. */
 async function roll(bed: Bed, mode: Mode = "test", world: Partial<Context> = {}): Promise<string[]> {
   const said: string[] = [];
-  await rollover(bed.config(mode), bed.world(world), (event) => {
+  await rollover(bed.config(mode), bed.context(world), (event) => {
     said.push(event.kind === "account key" ? event.how : event.kind);
   });
   return said;
@@ -272,7 +272,7 @@ Deno.test("a run that was cut off between the key in place and the state written
 /** Revokes the certificate of the line in this process. */
 async function revokeIt(bed: Bed): Promise<void> {
   const config = bed.config();
-  await revoke(config, revocable(config, NAME), 1, bed.world(), () => {});
+  await revoke(config, revocable(config, NAME), 1, bed.context(), () => {});
 }
 
 for (const what of ["the account that ordered it", "its own key where no account is known"]) {
@@ -304,7 +304,7 @@ Deno.test("a certificate that another account ordered is revoked by its own key;
   await Deno.rename(bed.path(KEY), bed.path(`${KEY}.aside`));
   const file = revocable(bed.config(), bed.path(CERTIFICATE));
   await assert.rejects(
-    revoke(bed.config(), file, 1, bed.world(), () => {}),
+    revoke(bed.config(), file, 1, bed.context(), () => {}),
     /neither the account that ordered the certificate/,
   );
   await Deno.rename(bed.path(`${KEY}.aside`), bed.path(KEY));

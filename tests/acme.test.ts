@@ -23,7 +23,7 @@ const PEM = /^-----BEGIN CERTIFICATE-----/;
 
 /** A conversation under a new account. */
 async function connect(bed: Bed, world: Partial<Context> = {}, key = KEY): Promise<AcmeClient> {
-  const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.world(world), 10);
+  const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.context(world), 10);
   client.account = await client.newAccount(key, { contact: [] });
   return client;
 }
@@ -269,19 +269,19 @@ Deno.test("a CA that cannot be reached is an error that says why, after four tri
   const url = `https://127.0.0.1:${listener.addr.port}/dir`;
   listener.close();
   for (const [hurry, pauses] of [[true, 0], [false, 3]] as const) {
-    const error = await failure(AcmeClient.connect(url, bed.world(), 10, { hurry }));
+    const error = await failure(AcmeClient.connect(url, bed.context(), 10, { hurry }));
     assert.equal(error.step, `read the directory ${url}`);
     assert.match(error.message, /Connection refused/);
     assert.equal(bed.waits.length, pauses);
   }
-  const error = await failure(AcmeClient.connect(bed.ca.directoryUrl, bed.world({ fetch }), 10));
+  const error = await failure(AcmeClient.connect(bed.ca.directoryUrl, bed.context({ fetch }), 10));
   assert.match(error.message, /UnknownIssuer; .* caBundle$/);
 });
 
 Deno.test("a CA that is silent is given up by the time-out, then asked again", async () => {
   let timeOut = new AbortController();
   await using bed = await testBed({ ca: { fault: () => undefined } });
-  const { fetch } = bed.world();
+  const { fetch } = bed.context();
   const client = await connect(bed, {
     fetch(url, init) {
       timeOut = new AbortController();
@@ -379,7 +379,7 @@ for (const retryAfterSeconds of [86_400, 600, undefined]) {
       async sleep(ms) {
         waits.push(ms);
         // a validation takes its time, an order that is never issued does not
-        if (bed.ca.orders.every(({ status }) => status !== "processing")) await bed.world().sleep(ms);
+        if (bed.ca.orders.every(({ status }) => status !== "processing")) await bed.context().sleep(ms);
         else bed.ca.advance(ms);
       },
     });

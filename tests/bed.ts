@@ -4,7 +4,7 @@
  *     await using bed = await testBed({ domains: "example.com www", settings: "keyTypes: ec" });
  *     const { code, stderr } = await bed.run();
  *
- * `bed.run()` is a run in this process, whose world the test can change; `bed.lematt("--test")` is the program itself.
+ * `bed.run()` is a run in this process, whose context the test can change; `bed.lematt("--test")` is the program itself.
  * Configuration, requests, commands and certificates are real; only waiting is not: in this process client and CA share a
  * clock, which leaps ahead whenever the client waits. A bed that is disposed of insists that the CA has noted no violation.
  */
@@ -166,8 +166,8 @@ export class Bed implements AsyncDisposable {
     return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
   }
 
-  /** The world as runs in this process have it; every name is found on loopback, its port 80 at `web`. */
-  world(changes: Partial<Context> = {}): Context {
+  /** The context of runs in this process. Every name resolves to 127.0.0.1, with port 80 at `web`. */
+  context(changes: Partial<Context> = {}): Context {
     const { ca, web, waits } = this;
     return {
       fetch: (url, init) => fetch(url, { ...init, client: this.#http }),
@@ -227,7 +227,7 @@ export class Bed implements AsyncDisposable {
     const summary = await run(
       config,
       { parallel: parallel ?? config.parallel, retry, selection: select(config, named) },
-      this.world({
+      this.context({
         warn: (text) => emit({ kind: "notice", text }),
         ...context,
         ...(verbose && { onOutput: (text, whose) => emit({ kind: "output", text, whose }) }),

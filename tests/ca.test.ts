@@ -28,7 +28,7 @@ const VIOLATIONS: readonly [what: string, resource: Resource, change: (jws: Jws)
 Deno.test("requests that break RFC 8555 are violations", async () => {
   for (const [what, resource, change, type] of VIOLATIONS) {
     await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec" });
-    const { fetch } = bed.world();
+    const { fetch } = bed.context();
     const path =
       { newOrder: "/new-order", newAccount: "/new-account", authz: /\/authz\/\d+$/ }[resource as string];
     const ran = await bed.run({
@@ -60,7 +60,7 @@ Deno.test("a serial without its zero octet, and haste, are violations", async ()
   const noted = () => ca.violations.splice(0).map(({ resource, type }) => `${resource} ${type}`);
   assert.deepEqual(noted(), []);
   Object.assign(ca.switches, { processingMs: Infinity });
-  const { fetch } = bed.world();
+  const { fetch } = bed.context();
   await bed.run({
     named: { renew: ["example.com"] },
     sleep: (ms) => Promise.resolve(ca.advance(ms / 2)),

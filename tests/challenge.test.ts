@@ -294,7 +294,7 @@ test("checkChallenges() says which name is served from elsewhere, by which addre
   };
   const config = bed.config();
   const problems = async () => {
-    const findings = await checkChallenges(config, bed.world({ route }));
+    const findings = await checkChallenges(config, bed.context({ route }));
     return Object.fromEntries(findings.map(({ name, problem }) => [name, problem]));
   };
   // a check that was killed two hours ago, one that is running, and a token

@@ -281,7 +281,7 @@ Deno.test("--accept notes as delivered what is already in place, and runs nothin
   await bed.plant();
   const config = bed.config();
   const selection = select(config, { accept: ["a.example.com"] })!;
-  assert.equal(await accept(config, selection, bed.world(), () => {}), 1);
+  assert.equal(await accept(config, selection, bed.context(), () => {}), 1);
   assert.deepEqual(bed.take(), []);
   await bed.run();
   assert.deepEqual(bed.take(), ["b.example.com"]);

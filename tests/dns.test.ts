@@ -404,7 +404,7 @@ Deno.test("checkChallenges() checks records of dns-persist-01 and runs no hooks"
   });
   const account = { url: "https://ca.example/account/1", issuers: ["ca.example"] };
   const check = async (known?: typeof account) => {
-    const findings = await checkChallenges(at.bed.config(), at.bed.world({ query: at.query }), known);
+    const findings = await checkChallenges(at.bed.config(), at.bed.context({ query: at.query }), known);
     assert.deepEqual(findings.map(({ name }) => name), [NAME, `*.${NAME}`]);
     return findings.map(({ problem }) => problem);
   };

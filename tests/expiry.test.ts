@@ -154,7 +154,7 @@ siteTest(
     const { bed } = site;
     await night(site);
     bed.ca.advance(29 * DAY);
-    const found = await status(bed.config("prod"), true, bed.world(), () => {});
+    const found = await status(bed.config("prod"), true, bed.context(), () => {});
     assert.equal(exitStatus(found), 1);
     assert.match(statusMetrics(found), /^lematt_problems\{.*kind="not run"\} 1$/m);
     assert.match(statusMetrics(found), /^lematt_endpoint_not_after_seconds\{/m);

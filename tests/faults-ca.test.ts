@@ -65,7 +65,7 @@ async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boo
   const { bed } = subject;
   const before = bed.ca.log.length;
   bed.ca.switches.fault = (exchange) => exchange.n === before + n ? fault : undefined;
-  const { fetch } = bed.world();
+  const { fetch } = bed.context();
   const impatient = (url: string, init: RequestInit) =>
     fetch(url, { ...init, signal: AbortSignal.any([init.signal!, AbortSignal.timeout(500)]) });
   const silent = JSON.stringify(fault).includes("silence");

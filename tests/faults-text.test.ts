@@ -97,11 +97,11 @@ async function describe({ bed }: Subject, config: Config, json: boolean): Promis
     ...{ mode: "test", cron: false, color: false, json, now: () => bed.ca.now, out: speak, err: speak },
   });
   const options = { parallel: 1, retry: false };
-  const plan = preview(config, options, bed.world(), (event) => report.emit(event));
+  const plan = preview(config, options, bed.context(), (event) => report.emit(event));
   report.finish({ plan, issued: 0, delivered: 0, known: new Set() });
   speak(planText(plan, [], bed.ca.now));
   for (const problem of plan.problems) speak(problemText(problem));
-  const found = await status(config, true, bed.world(), (event) => report.emit(event));
+  const found = await status(config, true, bed.context(), (event) => report.emit(event));
   for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
   presentable(withoutControls(said.join("")));
 }
@@ -227,7 +227,7 @@ Deno.test("whatever challenge is remembered is removed or passed over, and nothi
   Deno.writeTextFileSync(join(bed.home, "victim"), "precious");
   const token = "a-token-of-a-challenge-that-was";
   const warnings: string[] = [];
-  const context = bed.world({ warn: (text) => warnings.push(text) });
+  const context = bed.context({ warn: (text) => warnings.push(text) });
   await feed("challenges", async (random) => {
     Deno.writeTextFileSync(join(bed.drop, token), "");
     const path = `${"../".repeat(random(3))}victim`;

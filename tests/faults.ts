@@ -218,7 +218,7 @@ ${more}`);
     for (const kind of ["failures", "deliveries", "orders", "published"] as const) {
       assert.deepEqual(Object.values(state[kind]), [], kind);
     }
-    const plan = preview(config, { parallel: 1, retry: false }, bed.world(), () => {});
+    const plan = preview(config, { parallel: 1, retry: false }, bed.context(), () => {});
     assert.deepEqual([plan.tasks, plan.waiting, plan.deliveries], [[], [], []]);
   }
 

@@ -73,7 +73,7 @@ for (const [count, parallel, most] of [[1, 10, 2], [12, 3, 6], [100, 40, 20]] as
   Deno.test(`a line of ${count} names, RSA and EC, costs 2 requests a name beside 8, up to ${most} of them at once`, async () => {
     await using bed = await testBed({ domains: names(count).join(" "), ca: { processingMs: 5 } });
     let [now, peak] = [0, 0];
-    const { fetch } = bed.world();
+    const { fetch } = bed.context();
     const { requests, code, stderr } = await bed.run({
       parallel,
       ...punctual(bed),

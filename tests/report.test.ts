@@ -41,7 +41,7 @@ function printed(options: Partial<OutputOptions>, events: readonly Event[]): str
 const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}, mode: Mode = "test") => {
   const config = bed.config(mode);
   const options = { parallel: 1, retry: false, selection: select(config, named) };
-  return preview(config, options, bed.world(), () => {});
+  return preview(config, options, bed.context(), () => {});
 };
 
 // ---- for people ------------------------------------------------------------------------------------------

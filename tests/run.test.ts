@@ -192,7 +192,7 @@ Deno.test("a directory of 0.1.0 is taken over with what it had not delivered yet
 
 const revokeAll = (bed: Bed, what: string, reason = 0) => {
   const config = bed.config();
-  return revoke(config, revocable(config, what), reason, bed.world(), () => {});
+  return revoke(config, revocable(config, what), reason, bed.context(), () => {});
 };
 
 Deno.test("a revoked certificate is a problem until it is replaced, under another key though its files are gone", async () => {
@@ -216,7 +216,7 @@ Deno.test("what was shown is what is revoked, though a renewal comes in between"
   const config = bed.config();
   const shown = revocable(config, "a.example.com");
   assert.equal((await bed.run({ named: { renew: ["a.example.com"] } })).code, 0); // no lock is held
-  await revoke(config, shown, 1, bed.world(), () => {});
+  await revoke(config, shown, 1, bed.context(), () => {});
   assert.deepEqual(bed.ca.issued.map(({ revoked }) => revoked?.reason), [1, undefined]);
 });
 
@@ -261,7 +261,7 @@ Deno.test("--prune moves what belongs to no line, and what its links lead to; a 
   const text = Deno.readTextFileSync(certOf(bed, "www.a.example.com"));
   for (const domains of ["b.example.com\na.example.com www", "b.example.com"]) {
     bed.configure({ domains });
-    await prune(bed.config(), paths, bed.world(), () => {});
+    await prune(bed.config(), paths, bed.context(), () => {});
     const isBack = domains.includes("www");
     assert.equal(existsSync(certOf(bed, "www.a.example.com")), isBack);
     if (isBack) continue;

@@ -14,7 +14,7 @@ const HOUR = 3_600_000, DAY = 24 * HOUR;
 const bedOf = (domains: string, actions = "", settings = "") =>
   testBed({ domains, actions, settings: `keyTypes: ec\nari: no\n${settings}` });
 
-const statusOf = (bed: Bed, offline = true) => status(bed.config("prod"), offline, bed.world(), () => {});
+const statusOf = (bed: Bed, offline = true) => status(bed.config("prod"), offline, bed.context(), () => {});
 
 // ---- problems and exit status ----------------------------------------------------------------------------
 

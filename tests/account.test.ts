@@ -1,4 +1,4 @@
-/** Goal: one account at each CA, whatever changes, and never a moment at which a crash loses it. */
+/** Goal: lematt has one account at each CA, and a crash at any moment does not lose it. */
 
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
@@ -19,13 +19,13 @@ function bedFor(settings = ""): Promise<Bed> {
   return testBed({ domains: NAME, settings: `keyTypes: ec\n${settings}`, ca: { fault: () => undefined } });
 }
 
-/** Changes the account key in this process. Returns what is said of account keys. */
-async function roll(bed: Bed, mode: Mode = "test", world: Partial<Context> = {}): Promise<string[]> {
-  const said: string[] = [];
-  await rollover(bed.config(mode), bed.context(world), (event) => {
-    said.push(event.kind === "account key" ? event.how : event.kind);
+/** Changes the account key in this process. Returns what is reported about account keys. */
+async function roll(bed: Bed, mode: Mode = "test", context: Partial<Context> = {}): Promise<string[]> {
+  const reported: string[] = [];
+  await rollover(bed.config(mode), bed.context(context), (event) => {
+    reported.push(event.kind === "account key" ? event.how : event.kind);
   });
-  return said;
+  return reported;
 }
 
 /** Makes certificates due again. */
@@ -33,7 +33,7 @@ function discard(bed: Bed, mode: Mode = "test") {
   if (existsSync(bed.path(mode))) Deno.removeSync(bed.path(mode, "cert"), { recursive: true });
 }
 
-/** A run that is issued a certificate, whether it has one or not; returns how often it asked for which resource of accounts. */
+/** A run that orders the certificate again; returns how many requests it sent to each resource of accounts. */
 async function issue(bed: Bed, options: { mode?: Mode } & Partial<Context> = {}) {
   discard(bed, options.mode);
   const ran = await bed.run(options);
@@ -67,7 +67,7 @@ function only(ca: Ca): { url: string; thumbprint: string } {
 
 // ---- registration ------------------------------------------------------------------------------------------------
 
-Deno.test("a contact that has changed is sent to the CA, once; one that the CA refuses stops no certificate", async () => {
+Deno.test("a changed contact is sent to the CA once; if the CA refuses it, certificates are issued all the same", async () => {
   await using bed = await bedFor("contact: old@example.com");
   await issue(bed);
   bed.configure({ settings: "keyTypes: ec\ncontact: new@example.com more@example.com" });
@@ -86,7 +86,7 @@ Deno.test("a contact that has changed is sent to the CA, once; one that the CA r
   }
 });
 
-Deno.test("another CA or another key is another account, and the former one is remembered", async () => {
+Deno.test("another CA or another key means another account, and the former account is remembered", async () => {
   await using bed = await bedFor();
   await using second = await startCa({ httpPort: bed.web.port });
   const caCerts = [bed.ca.caBundle, second.caBundle];
@@ -101,8 +101,8 @@ Deno.test("another CA or another key is another account, and the former one is r
 
   bed.configure(settings(second));
   await bed.run({ fetch: fetchBoth });
-  assert.equal(second.log.length, 0, "not asked about another's certificate");
-  assert.deepEqual(await issue(bed, { fetch: fetchBoth }), NOTHING); // of the first
+  assert.equal(second.log.length, 0, "not asked about a certificate of another CA");
+  assert.deepEqual(await issue(bed, { fetch: fetchBoth }), NOTHING); // requests at the first CA
   only(second);
   assert.equal(second.issued[0]?.replaces, undefined);
 
@@ -114,7 +114,7 @@ Deno.test("another CA or another key is another account, and the former one is r
   }
 });
 
-Deno.test("each mode has a key of its own; --test goes on with that of --prod where 0.1.0 has registered it", async () => {
+Deno.test("each mode has its own account key; --test keeps using the one of --prod if 0.1.0 has registered it", async () => {
   await using bed = await bedFor();
   for (const mode of ["prod", "test"] as const) await issue(bed, { mode });
   assert.deepEqual([keyFiles(bed), bed.ca.accounts.length], [["account.key 600", ...ONE_KEY], 2]);
@@ -126,46 +126,46 @@ Deno.test("each mode has a key of its own; --test goes on with that of --prod wh
   assert.deepEqual(keyFiles(bed), ["account.key 600", ...ONE_KEY]);
 });
 
-Deno.test("--test shares a key beside which this user can write nothing", async () => {
+Deno.test("--test uses the key of --prod if its user cannot write to the directory of the key", async () => {
   await using bed = await bedFor();
   const directory = bed.path("keys"), key = bed.path("keys", "account.key");
   await Deno.mkdir(directory);
   await Deno.writeTextFile(key, newKey(), { mode: 0o600 });
   await Deno.chmod(directory, 0o555);
   bed.configure({ settings: `accountKey: ${key}\nkeyTypes: ec\npreflight: no` });
-  // root is refused nothing, unless that is taken from it
+  // root may write everywhere unless it loses this capability
   const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-dac_override"] : [];
-  for (const out of [/^issued /m, /^nothing due/m]) {
+  for (const pattern of [/^issued /m, /^nothing due/m]) {
     const { code, stdout, stderr } = await bed.lemattBy(by, "--test");
     assert.deepEqual([code, stderr], [0, ""]);
-    assert.match(stdout, out);
+    assert.match(stdout, pattern);
   }
   assert.deepEqual([bed.ca.accounts.length, [...Deno.readDirSync(directory)].length], [1, 1]);
 });
 
-Deno.test("an account that the CA has forgotten is registered anew, once, though many lines meet its loss", async () => {
+Deno.test("an account that the CA has forgotten is registered again, once for all lines", async () => {
   await using bed = await bedFor("contact: new@example.com");
   await issue(bed);
   const state = bed.text("test/state.json").replace("/account/1", "/account/99");
-  Object.assign(bed.ca.accounts[0]!.key, { thumbprint: "of nobody" });
+  Object.assign(bed.ca.accounts[0]!.key, { thumbprint: "unknown" });
   bed.configure({ domains: "a.example.com\nb.example.com\nc.example.com" });
   for (const wanted of [false, true]) {
     await Deno.writeTextFile(bed.path("test/state.json"), state);
-    const no = refusing(403, "unauthorized", "no new accounts");
-    bed.ca.switches.fault = wanted ? undefined : faultAt("newAccount", no, Infinity);
+    const refusal = refusing(403, "unauthorized", "no new accounts");
+    bed.ca.switches.fault = wanted ? undefined : faultAt("newAccount", refusal, Infinity);
     const ran = await bed.run();
     assert.equal(ran.code, wanted ? 0 : 1, ran.stderr);
     assert.equal(ran.requests.filter(({ resource }) => resource === "newAccount").length, 1);
     if (!wanted) assert.equal(ran.stderr.match(/no new accounts \(unauthorized\)/g)?.length, 3);
   }
   assert.deepEqual(bed.ca.accounts[1]!.contact, ["mailto:new@example.com"]);
-  const blamed = new Set(bed.ca.violations.splice(0).map(({ type }) => type));
-  assert.deepEqual(blamed, new Set(["accountDoesNotExist"])); // asking under the remembered URL is how it is noticed
+  const types = new Set(bed.ca.violations.splice(0).map(({ type }) => type));
+  assert.deepEqual(types, new Set(["accountDoesNotExist"])); // of the requests under the remembered URL
 });
 
-// ---- another key -------------------------------------------------------------------------------------------------
+// ---- rollover ----------------------------------------------------------------------------------------------------
 
-Deno.test("--rollover gives the account another key, and everything goes on under it", async () => {
+Deno.test("--rollover gives the account another key, which later runs use", async () => {
   await using bed = await bedFor();
   await Deno.writeTextFile(bed.path("account.key.test"), newKey(), { mode: 0o600 });
   await issue(bed);
@@ -183,10 +183,10 @@ Deno.test("--rollover gives the account another key, and everything goes on unde
 
   bed.ca.advance(80 * DAY);
   assert.equal((await bed.run()).code, 0);
-  assert.equal(bed.ca.issued[1]!.replaces, bed.ca.issued[0]!.certId, "it is the same account still");
+  assert.equal(bed.ca.issued[1]!.replaces, bed.ca.issued[0]!.certId, "still the same account");
 });
 
-Deno.test("where the CA refuses, is down or cannot do it, --rollover changes nothing and leaves nothing behind", async () => {
+Deno.test("if the CA refuses, is down or offers no key change, --rollover changes no key and leaves no file behind", async () => {
   await using bed = await bedFor();
   await issue(bed);
   const before = only(bed.ca);
@@ -213,7 +213,7 @@ Deno.test("where the CA refuses, is down or cannot do it, --rollover changes not
   assert.equal(bed.ca.log.filter(({ status }) => status === 501).length, 1);
 });
 
-Deno.test("where the CA has changed the key and the answer is lost, --rollover finds out", async () => {
+Deno.test("if the CA has changed the key and the answer is lost, --rollover finds out", async () => {
   await using bed = await bedFor();
   await issue(bed);
   for (
@@ -226,7 +226,7 @@ Deno.test("where the CA has changed the key and the answer is lost, --rollover f
   ) {
     bed.ca.switches.fault = faultAt("keyChange", { kind: "after", fault });
     assert.deepEqual(await roll(bed), ["changed"]);
-    bed.ca.violations.splice(0); // the second try, signed with a key that is the account's no more
+    bed.ca.violations.splice(0); // the second try is signed with the old key
     assert.deepEqual([await issue(bed), keyFiles(bed)], [NOTHING, ONE_KEY]);
     only(bed.ca);
   }
@@ -235,18 +235,18 @@ Deno.test("where the CA has changed the key and the answer is lost, --rollover f
 const SILENT: Fault = { kind: "silence" };
 for (
   const [what, fault] of [
-    ["before the CA hears of it", SILENT],
-    ["after the CA has done it", { kind: "after", fault: SILENT }],
+    ["before the CA has the request", SILENT],
+    ["after the CA has changed the key", { kind: "after", fault: SILENT }],
   ] as [string, Fault][]
 ) {
-  Deno.test(`--rollover killed ${what} loses no account`, async () => {
+  Deno.test(`--rollover that is killed ${what} does not lose the account`, async () => {
     await using bed = await bedFor();
     await issue(bed);
     const { url, thumbprint } = only(bed.ca);
     bed.ca.switches.fault = faultAt("keyChange", fault);
     const program = bed.start("--test", "--rollover", "--yes");
     await until("the CA is asked", () => bed.ca.log.some(({ resource }) => resource === "keyChange"));
-    if (fault !== SILENT) await until("it has done it", () => only(bed.ca).thumbprint !== thumbprint);
+    if (fault !== SILENT) await until("the key is changed", () => only(bed.ca).thumbprint !== thumbprint);
     program.kill("SIGKILL");
     await program.output();
     assert.deepEqual(keyFiles(bed), PENDING);
@@ -257,7 +257,7 @@ for (
   });
 }
 
-Deno.test("a run that was cut off between the key in place and the state written goes on under the same account", async () => {
+Deno.test("a rollover that was interrupted between writing the key and writing the state keeps the account", async () => {
   await using bed = await bedFor();
   await issue(bed);
   const state = bed.text("test/state.json");
@@ -269,14 +269,14 @@ Deno.test("a run that was cut off between the key in place and the state written
 
 // ---- revocation --------------------------------------------------------------------------------------------------
 
-/** Revokes the certificate of the line in this process. */
+/** Revokes the certificate in this process. */
 async function revokeIt(bed: Bed): Promise<void> {
   const config = bed.config();
   await revoke(config, revocable(config, NAME), 1, bed.context(), () => {});
 }
 
-for (const what of ["the account that ordered it", "its own key where no account is known"]) {
-  Deno.test(`a certificate is revoked by ${what}, and its key is never used again`, async () => {
+for (const what of ["the account that ordered it", "its own key if no account is known"]) {
+  Deno.test(`a certificate is revoked with ${what}, and its key is never used again`, async () => {
     await using bed = await bedFor();
     await issue(bed);
     const byAccount = what.startsWith("the account");
@@ -285,16 +285,16 @@ for (const what of ["the account that ordered it", "its own key where no account
     }
     await revokeIt(bed);
     assert.equal(bed.ca.issued[0]!.revoked?.reason, 1);
-    const by = bed.ca.log.find(({ resource }) => resource === "revokeCert");
-    assert.equal(by?.kid !== undefined, byAccount);
-    await revokeIt(bed); // revoked before counts as done
+    const request = bed.ca.log.find(({ resource }) => resource === "revokeCert");
+    assert.equal(request?.kid !== undefined, byAccount);
+    await revokeIt(bed); // to revoke it again is not an error
     const key = bed.text(KEY);
     assert.equal((await bed.run()).code, 0);
     assert.notEqual(bed.text(KEY), key);
   });
 }
 
-Deno.test("a certificate that another account ordered is revoked by its own key; without that the CA's words are said", async () => {
+Deno.test("a certificate of another account is revoked with its own key; without the key, the error is that of the CA", async () => {
   await using bed = await bedFor();
   await issue(bed);
   await Deno.writeTextFile(bed.path("account.key.test"), newKey());

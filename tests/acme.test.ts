@@ -1,6 +1,6 @@
 /**
- * Goal: requests reach the CA whatever the day is like; the resources of a CA are right with a good one, patient with one that
- * lags, on guard against a hostile one; and it is asked no more than it takes.
+ * Goal: requests reach the CA in spite of transient errors, and are no more than the CA accepts; the client follows RFC 8555,
+ * tolerates replicas that lag, and trusts nothing that a hostile CA sends.
  */
 
 import assert from "node:assert/strict";
@@ -21,14 +21,14 @@ const CERTIFICATE_KEY = pem(ecKey("P-256"));
 const NAME = "example.com";
 const PEM = /^-----BEGIN CERTIFICATE-----/;
 
-/** A conversation under a new account. */
-async function connect(bed: Bed, world: Partial<Context> = {}, key = KEY): Promise<AcmeClient> {
-  const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.context(world), 10);
+/** A client with a new account. */
+async function connect(bed: Bed, context: Partial<Context> = {}, key = KEY): Promise<AcmeClient> {
+  const client = await AcmeClient.connect(bed.ca.directoryUrl, bed.context(context), 10);
   client.account = await client.newAccount(key, { contact: [] });
   return client;
 }
 
-/** The same with a bed of its own, whose CA can be given faults as the test goes on. */
+/** A bed and a client with a new account; `inject()` sets the fault of the CA. */
 async function conversation(ca: Switches = {}) {
   await using stack = new AsyncDisposableStack();
   const bed = stack.use(await testBed({ ca: { fault: () => undefined, ...ca } }));
@@ -49,8 +49,8 @@ async function ready(bed: Bed, client: AcmeClient, name = NAME): Promise<Order> 
   const { token } = challenge;
   await Deno.writeTextFile(join(bed.drop, token), keyAuthorization(token, client.account.key));
   await client.respondToChallenge(authorization, challenge);
-  const isDone = () => bed.ca.validations.some((one) => one.name === name);
-  if (!bed.ca.switches.validationDelayMs) await until("the CA has validated it", isDone); // on a busy machine, too
+  const isDone = () => bed.ca.validations.some((validation) => validation.name === name);
+  if (!bed.ca.switches.validationDelayMs) await until("the CA has validated it", isDone);
   return await leaving("pending", bed, client, order);
 }
 
@@ -60,7 +60,7 @@ async function leaving(status: Order["status"], bed: Bed, client: AcmeClient, or
   for await (const current of client.watch("watch the order", order, deadline)) {
     if (current.status !== status) return current;
   }
-  assert.fail(`${status} for ever`);
+  assert.fail(`still ${status} at the deadline`);
 }
 
 const csrFor = async (name: string) => (await createCsr(CERTIFICATE_KEY, [name])).der;
@@ -74,7 +74,7 @@ async function obtain(bed: Bed, client: AcmeClient, name = NAME): Promise<string
   assert.fail("no chain");
 }
 
-/** The AcmeError with which `promise` must end. */
+/** The AcmeError with which `promise` is rejected. */
 async function failure(promise: Promise<unknown>): Promise<AcmeError> {
   const error = await promise.then(() => assert.fail("succeeded"), (error) => error);
   assert(error instanceof AcmeError, error);
@@ -94,7 +94,7 @@ const after = (fault: Fault): Fault => ({ kind: "after", fault });
 
 // ---- keys --------------------------------------------------------------------------------------------------------
 
-Deno.test("importKey() takes RSA and the three curves in each of their forms, and the CA takes what they sign", async () => {
+Deno.test("importKey() reads RSA keys and EC keys of three curves in each PEM format, and the CA accepts their signatures", async () => {
   await using bed = await testBed({});
   const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
   for (
@@ -114,7 +114,7 @@ Deno.test("importKey() takes RSA and the three curves in each of their forms, an
   }
 });
 
-Deno.test("importKey() throws where there is no key that can sign, and never shows it", async () => {
+Deno.test("importKey() rejects text without a usable private key, and the error does not quote it", async () => {
   const { privateKey, publicKey } = generateKeyPairSync("ed25519");
   const ec = ecKey("P-256");
   for (
@@ -136,7 +136,7 @@ Deno.test("importKey() throws where there is no key that can sign, and never sho
 
 // ---- nonces ------------------------------------------------------------------------------------------------------
 
-Deno.test("orders are made though every nonce is refused once, or 29 in a row, without a pause", async () => {
+Deno.test("orders succeed without a pause if every nonce is refused once, or 29 in a row", async () => {
   const badNonce: Fault = { kind: "badNonce" };
   const asJson = { ...refusing(400, "badNonce", "again"), contentType: "application/json" } as Fault;
   for (
@@ -154,13 +154,13 @@ Deno.test("orders are made though every nonce is refused once, or 29 in a row, w
   }
 });
 
-Deno.test("a CA that takes no nonce at all is asked 30 times, not for ever", async () => {
+Deno.test("a CA that accepts no nonce is asked 30 times", async () => {
   await using bed = await testBed({ ca: { fault: faultAt("newAccount", { kind: "badNonce" }, Infinity) } });
   assert.equal((await failure(connect(bed))).problem?.type, "badNonce");
   assert.equal(asked(bed, "newAccount"), 30);
 });
 
-Deno.test("nonces that come with answers are used again; answers without one cost a request each, and nothing else", async () => {
+Deno.test("the nonce of an answer signs the next request; an answer without one costs one more request", async () => {
   await using at = await conversation();
   const { bed, client } = at;
   for (let round = 0; round < 2; round++) {
@@ -175,22 +175,22 @@ Deno.test("nonces that come with answers are used again; answers without one cos
   assert.deepEqual([asked(without.bed, "newNonce"), without.bed.ca.log.length], [4, 9]);
 });
 
-// ---- a bad day ---------------------------------------------------------------------------------------------------
+// ---- transient errors --------------------------------------------------------------------------------------------
 
-/** With how often each may befall a request: a refusal takes the next connection along, and so costs two tries. */
-const PASSING: readonly [string, Fault, number?][] = [
+/** With the number of times it is injected at each step: a refusal breaks the next connection as well, so it costs two tries. */
+const TRANSIENT: readonly [string, Fault, number?][] = [
   ["a reset", { kind: "reset" }],
   ["a connection refused", { kind: "refuse" }, 1],
-  ["an answer cut short", { kind: "reset mid-body" }],
+  ["a truncated answer", { kind: "reset mid-body" }],
   ["500", status(500)],
   ["503 in HTML", status(503, "text/html", "<h1>busy</h1>")],
   ["503 with Retry-After", refusing(503, "serverInternal", "busy", { headers: { "retry-after": "1" } })],
   ["429 with Retry-After", refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "1" } })],
-  ["a request that is handled and an answer that is lost", after({ kind: "reset" })],
-  ["a request that is handled and answered with 500", after(status(500))],
+  ["a handled request whose answer is lost", after({ kind: "reset" })],
+  ["a handled request that is answered with 500", after(status(500))],
 ];
-for (const [what, fault, most = 2] of PASSING) {
-  Deno.test(`${what}, ${most === 1 ? "once" : "twice"} at every step, costs time alone`, async () => {
+for (const [what, fault, most = 2] of TRANSIENT) {
+  Deno.test(`${what}, ${most === 1 ? "once" : "twice"} at every step, delays the certificate but does not prevent it`, async () => {
     const met = new Map<string, number>();
     await using bed = await testBed({
       ca: {
@@ -207,14 +207,14 @@ for (const [what, fault, most = 2] of PASSING) {
   });
 }
 
-Deno.test("pauses between tries grow threefold, and the fourth failure goes up", async () => {
+Deno.test("each pause before a retry is three times the one before, and the fourth failure is an error", async () => {
   await using bed = await testBed({ ca: { fault: faultAt("newOrder", status(500), Infinity) } });
   const error = await failure((await connect(bed, { random: () => 0.5 })).newOrder([NAME]));
   assert.deepEqual([error.step, error.message], ["create an order", "HTTP status 500 (text/plain)"]);
   assert.deepEqual([bed.waits, asked(bed, "newOrder")], [[500, 1500, 4500], 4]);
 });
 
-Deno.test("a replica that lags is asked again within seconds, a few times", async () => {
+Deno.test("a request that a lagging replica refuses is repeated a few times within seconds", async () => {
   const LAGGING: readonly [Resource, Fault][] = [
     ["authz", refusing(404, "malformed", "no such authorization")],
     ["challenge", refusing(404, "malformed", "no such challenge")],
@@ -238,7 +238,7 @@ Deno.test("a replica that lags is asked again within seconds, a few times", asyn
   }
 });
 
-Deno.test("an answer to a challenge that had arrived, and is refused the second time, is no error; one that had not is", async () => {
+Deno.test("a refused response to a challenge is an error, unless an earlier try has reached the CA", async () => {
   await using at = await conversation();
   const { bed, client } = at;
   const faults = [after({ kind: "reset" }), refusing(400, "malformed", "the challenge is not pending")];
@@ -249,7 +249,7 @@ Deno.test("an answer to a challenge that had arrived, and is refused the second 
   assert.deepEqual([error.step, error.message], ["answer a challenge", "what? (malformed)"]);
 });
 
-Deno.test("404 is asked again, a few times within a second, but not of what need not be", async () => {
+Deno.test("a request that gets 404 is repeated a few times within a second, except for renewal information", async () => {
   await using at = await conversation();
   const { bed, client } = at;
   const times = async (resource: Resource, ask: () => Promise<unknown>) => {
@@ -263,7 +263,7 @@ Deno.test("404 is asked again, a few times within a second, but not of what need
   assert.equal(await times("renewalInfo", () => client.renewalInfo("AAAA.AAAA")), 1);
 });
 
-Deno.test("a CA that cannot be reached is an error that says why, after four tries; or after one, in a hurry", async () => {
+Deno.test("an unreachable CA is an error with its cause after four tries, or after one in a hurry", async () => {
   await using bed = await testBed({});
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const url = `https://127.0.0.1:${listener.addr.port}/dir`;
@@ -278,7 +278,7 @@ Deno.test("a CA that cannot be reached is an error that says why, after four tri
   assert.match(error.message, /UnknownIssuer; .* caBundle$/);
 });
 
-Deno.test("a CA that is silent is given up by the time-out, then asked again", async () => {
+Deno.test("a request to a silent CA times out and is repeated", async () => {
   let timeOut = new AbortController();
   await using bed = await testBed({ ca: { fault: () => undefined } });
   const { fetch } = bed.context();
@@ -289,11 +289,11 @@ Deno.test("a CA that is silent is given up by the time-out, then asked again", a
     },
   });
   const silence = (times: number) => {
-    const fault = faultAt("newOrder", { kind: "silence" }, times);
+    const silent = faultAt("newOrder", { kind: "silence" }, times);
     bed.ca.switches.fault = (exchange) => {
-      const silent = fault(exchange);
-      if (silent) timeOut.abort(new DOMException("no time left", "TimeoutError"));
-      return silent;
+      const fault = silent(exchange);
+      if (fault) timeOut.abort(new DOMException("timed out", "TimeoutError"));
+      return fault;
     };
   };
   silence(2);
@@ -303,7 +303,7 @@ Deno.test("a CA that is silent is given up by the time-out, then asked again", a
   assert.deepEqual([error.step, error.message], ["create an order", "no answer within 30 s"]);
 });
 
-Deno.test("the signal ends a conversation while a try is awaited, and while an answer is", async () => {
+Deno.test("the signal ends a pause between tries, and a wait for an answer", async () => {
   for (const fault of [status(500), { kind: "silence" } as Fault]) {
     await using bed = await testBed({ ca: { fault: () => undefined } });
     const stop = new AbortController();
@@ -321,7 +321,7 @@ Deno.test("the signal ends a conversation while a try is awaited, and while an a
 // ---- waiting -----------------------------------------------------------------------------------------------------
 
 const NOW = new Date("2026-10-18T20:00:00Z");
-Deno.test("parseRetryAfter() takes seconds and dates within a day, and nothing else", () => {
+Deno.test("parseRetryAfter() reads seconds and dates, limited to between a second and a day; anything else is undefined", () => {
   for (
     const [value, seconds] of [
       ["120", 120],
@@ -344,15 +344,15 @@ Deno.test("parseRetryAfter() takes seconds and dates within a day, and nothing e
   }
 });
 
-Deno.test("Retry-After of a 503 is waited for up to half a minute, else left to a later run", async () => {
+Deno.test("a 503 with Retry-After is retried at that time if it is at most 30 s ahead; otherwise it is an error", async () => {
   for (const value of ["2", new Date(Date.now() + 10_000).toUTCString(), "31", "99999999999"]) {
     await using at = await conversation();
     const { bed, client } = at;
     const headers = { "retry-after": value };
     at.inject("newOrder", refusing(503, "serverInternal", "busy", { headers }));
-    const begun = bed.ca.now;
-    const until = parseRetryAfter(new Headers(headers), begun)!;
-    if (until.getTime() - begun.getTime() < 31_000) {
+    const started = bed.ca.now;
+    const until = parseRetryAfter(new Headers(headers), started)!;
+    if (until.getTime() - started.getTime() < 31_000) {
       await client.newOrder([NAME]);
       assert.deepEqual([bed.ca.now >= until, bed.waits.length], [true, 1]);
     } else {
@@ -363,22 +363,22 @@ Deno.test("Retry-After of a 503 is waited for up to half a minute, else left to 
   }
 });
 
-Deno.test("an order is polled no sooner than Retry-After allows, while it is validated and while it is issued", async () => {
-  // a poll that comes too soon is a violation; the first of the issuance heeds what finalize said
+Deno.test("an order is polled no sooner than Retry-After allows, during validation and during issuance", async () => {
+  // polling too soon is a violation; Retry-After of finalize also counts for the first poll
   await using at = await conversation({ retryAfterSeconds: 3, validationDelayMs: 50, processingMs: 100 });
   await obtain(at.bed, at.client);
   assert(at.bed.waits.filter((ms) => ms > 200 && ms <= 4000).length >= 2, `${at.bed.waits}`);
 });
 
 for (const retryAfterSeconds of [86_400, 600, undefined]) {
-  Deno.test(`an order is polled in growing pauses up to the deadline, and once then, with Retry-After: ${retryAfterSeconds}`, async () => {
+  Deno.test(`an order is polled at growing intervals and once more at the deadline, with Retry-After: ${retryAfterSeconds}`, async () => {
     await using bed = await testBed({ ca: { processingMs: Infinity } });
     const waits: number[] = [];
     const client = await connect(bed, {
       random: () => 0.5,
       async sleep(ms) {
         waits.push(ms);
-        // a validation takes its time, an order that is never issued does not
+        // a validation takes real time; waiting for an order that is never issued must not
         if (bed.ca.orders.every(({ status }) => status !== "processing")) await bed.context().sleep(ms);
         else bed.ca.advance(ms);
       },
@@ -387,21 +387,21 @@ for (const retryAfterSeconds of [86_400, 600, undefined]) {
     bed.ca.switches.retryAfterSeconds = retryAfterSeconds;
     const finalized = await client.finalizeOrder(order, await csrFor(NAME));
     waits.length = 0;
-    const begun = bed.ca.now.getTime();
+    const started = bed.ca.now.getTime();
     let last = 0;
-    for await (const { status } of client.watch("wait", finalized, new Date(begun + 180_000))) {
+    for await (const { status } of client.watch("wait", finalized, new Date(started + 180_000))) {
       assert.equal(status, "processing");
-      last = bed.ca.now.getTime() - begun;
+      last = bed.ca.now.getTime() - started;
     }
     assert.deepEqual(waits.slice(0, 7), [20, 60, 180, 540, 1620, 4860, 5000]);
     assert(last >= 180_000 && last < 184_000, `the last poll was at ${last} ms`);
-    bed.ca.violations.splice(0); // it would be too late otherwise
+    bed.ca.violations.splice(0); // the last poll comes before Retry-After, which is after the deadline
   });
 }
 
 // ---- limits ------------------------------------------------------------------------------------------------------
 
-Deno.test("a CA that limits requests for ever is asked now and then by one of many who wait, not by each of them", async () => {
+Deno.test("while a CA rate-limits every request, one of the waiting requests is retried, not all of them", async () => {
   const slowDown = refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "3" } });
   for (const resource of ["newNonce", "newOrder"] as const) {
     await using at = await conversation();
@@ -417,10 +417,10 @@ Deno.test("a CA that limits requests for ever is asked now and then by one of ma
   }
 });
 
-Deno.test("who was turned away by a limit on requests a second comes back in turn", async () => {
+Deno.test("requests beyond the limit per second are retried one after the other", async () => {
   await using bed = await testBed({ ca: { limits: { requestsPerSecond: { newOrder: 5 } } } });
   const client = await connect(bed, {
-    // all who wait for the same moment share one leap of the clock
+    // requests that wait until the same time advance the clock only once
     async sleep(ms) {
       const until = bed.ca.now.getTime() + ms;
       await new Promise((resolve) => setTimeout(resolve, 2));
@@ -433,9 +433,9 @@ Deno.test("who was turned away by a limit on requests a second comes back in tur
   assert(refused <= 60 + 60 / 5, `${refused} refused: each once, then one a second`);
 });
 
-// ---- answers that are none ---------------------------------------------------------------------------------------
+// ---- invalid answers ---------------------------------------------------------------------------------------------
 
-Deno.test("an answer that is none is an error at once, and is not asked for again", async () => {
+Deno.test("an invalid answer or a refusal is an error, without a retry", async () => {
   const refused = refusing(403, "unauthorized", "go away");
   const terms = '</terms/v8>;rel="terms-of-service", </dir>;rel="index"';
   const changed = {
@@ -489,7 +489,7 @@ const ESCAPES =
   "\x1b]0;owned\x07\x1b[2J\x1b[31mred\r\n\u202efake\u2028line\0\x9b1m $(rm -rf ~) `id`; & | > <";
 const CLEAN = "]0;owned [2J [31mred fake line 1m $(rm -rf ~) `id`; & | > <";
 
-Deno.test("what the CA says reaches the message on one line and within bounds, without what could steer a terminal", async () => {
+Deno.test("the CA's problem becomes one line of limited length without control characters", async () => {
   await using at = await conversation();
   const nested = '{"subproblems":['.repeat(30_000) + "{}" + "]}".repeat(30_000);
   const many = { detail: "x".repeat(5000), subproblems: Array(1000).fill({ detail: "y".repeat(900) }) };
@@ -530,18 +530,18 @@ Deno.test("what the CA says reaches the message on one line and within bounds, w
   }
 });
 
-Deno.test("linksOf() reads a Link header, be it ever so long, in no time", () => {
+Deno.test("linksOf() reads a Link header in linear time", () => {
   const links = (link: string) =>
     linksOf({ headers: new Headers({ link }), text: "" }, "alternate", "https://ca.example/c/1");
   const two =
     '<https://ca.example/dir>;rel="index", </c/2>; rel="alternate";x=1,<https://a.example/3>;rel=alternate';
   assert.deepEqual(links(two), ["https://ca.example/c/2", "https://a.example/3"]);
   assert.deepEqual(links('</c/2>;rel="alternates", </c/3>;x="rel=alternate"'), []);
-  const begun = performance.now();
+  const started = performance.now();
   for (const piece of ["<", "<x", "<>;", "<>;;rel", ", <", "<a>;rel=alternate,"]) {
     links(piece.repeat(100_000));
   }
-  assert(performance.now() - begun < 5000); // seconds times a hundred where it looks back
+  assert(performance.now() - started < 5000); // minutes if the pattern backtracks
 });
 
 // ---- a hostile CA ------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ Deno.test("linksOf() reads a Link header, be it ever so long, in no time", () =>
 type Body = Record<string, unknown>;
 const rewrite = (rewrite: (body: Body) => unknown): Fault => ({ kind: "rewrite", rewrite });
 
-Deno.test("what is no directory is an error that names its URL", async () => {
+Deno.test("an invalid directory is an error that names its URL", async () => {
   for (
     const [fault, message] of [
       [{ kind: "html" }, "not JSON but text/html"],
@@ -596,18 +596,21 @@ const PLACES: readonly [Resource, string, (body: Body, url: unknown) => unknown]
   ["finalize", "certificate", (body, url) => ({ ...body, certificate: url })],
 ];
 for (const [resource, what, put] of PLACES) {
-  Deno.test(`a ${what} URL that is not the CA's, or no URL, is refused and not asked`, async () => {
+  Deno.test(`an invalid ${what} URL, or one of another host, is refused and not requested`, async () => {
     await using at = await conversation();
     const { bed, client } = at;
     for (const [i, bad] of BAD_URLS.entries()) {
       const url = typeof bad === "function" ? bad(bed.ca.origin) : bad;
-      const begun = bed.ca.log.length;
+      const started = bed.ca.log.length;
       at.inject(resource, rewrite((body) => put(body, url)));
       const error = await failure(obtain(bed, client, `n${i}.example.com`));
       assert.match(error.message, /^the CA named an unusable URL "/, `${url}`);
       // deno-lint-ignore no-control-regex
       assert.doesNotMatch(error.message + error.url, /[\x00-\x1f\x7f]/);
-      assert(bed.ca.log.slice(begun).every(({ resource }) => resource !== "unknown"), `${url} was asked`);
+      assert(
+        bed.ca.log.slice(started).every(({ resource }) => resource !== "unknown"),
+        `${url} was requested`,
+      );
     }
   });
 }
@@ -641,9 +644,10 @@ Deno.test("a token that is not base64url, is too short or too long is refused", 
   }
 });
 
-Deno.test("challenges are read as far as they are known: types that are not, and how dns-persist-01 names CA and account", async () => {
+Deno.test("getAuthorization() reads challenges of unknown types, and the issuer and account of dns-persist-01", async () => {
   await using at = await conversation();
-  const unknown = (one: Body) => one.type === "tls-alpn-01" ? { ...one, type: "x-02", token: "a b" } : one;
+  const unknown = (challenge: Body) =>
+    challenge.type === "tls-alpn-01" ? { ...challenge, type: "x-02", token: "a b" } : challenge;
   at.inject("authz", rewrite((body) => challenges(body, unknown)));
   const order = await at.client.newOrder([NAME]);
   const { challenges: offered } = await at.client.getAuthorization(order.authorizations[0]!);
@@ -655,7 +659,7 @@ Deno.test("challenges are read as far as they are known: types that are not, and
   assert.deepEqual([issuerDomainNames, accountUri], [["ca.example"], at.client.account.url]);
 });
 
-Deno.test("a certificate that is none, or that the order does not name, is an error", async () => {
+Deno.test("an answer that is not a certificate, or an order without a certificate URL, is an error", async () => {
   await using at = await conversation();
   const { bed, client } = at;
   at.inject("certificate", { kind: "html" });

@@ -1,4 +1,4 @@
-/** Goal: the CA is asked when it would like certificates to be renewed, as often as it likes, and nothing that it says does harm. */
+/** Goal: the CA is asked when to renew certificates (RFC 9773), no more often than it allows, and no answer does harm. */
 
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
@@ -9,7 +9,7 @@ const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const NAME = "example.com";
 const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
 
-/** A bed for one EC certificate of each line, already issued; renewal information can be given faults. */
+/** A bed with an EC certificate issued for each line, whose CA can be given faults. */
 async function issuedBed(
   { domains = NAME, ...switches }: Switches & { domains?: string } = {},
 ): Promise<Bed> {
@@ -44,22 +44,22 @@ function answering(body: unknown, headers: Record<string, string> = {}): Fault {
 const asked = ({ requests }: Ran) => requests.filter(({ resource }) => resource === "renewalInfo");
 const notes = ({ stdout }: Ran) =>
   stdout.split("\n").filter((line) => line.startsWith("note")).map((line) => line.replace(/^note +/, ""));
-/** The moment that is remembered of the one certificate. */
-const drawnAt = (bed: Bed) => Object.values(bed.state().renewals)[0]!.window!.at;
+/** The time of renewal that is remembered for the only certificate. */
+const renewalTime = (bed: Bed) => Object.values(bed.state().renewals)[0]!.window!.at;
 
 // ---- asking ------------------------------------------------------------------------------------------------------
 
-Deno.test("each certificate is asked about under the identifier that its CA knows, leading zeros included", async () => {
+Deno.test("renewal information is requested with the certificate identifier of RFC 9773, leading zeros included", async () => {
   await using bed = await issuedBed({ domains: "a.example\nb.example\nc.example\nd.example" });
   const ids = bed.ca.issued.map(({ certId }) => certId);
   const zeros = ids.filter((id) => /\.A[I-P]/.test(id));
-  assert.equal(zeros.length, 2, "serials that begin with 00 8…: half of them");
+  assert.equal(zeros.length, 2, "half of the serial numbers begin with 00 8…");
   const ran = await bed.run();
   assert.deepEqual(asked(ran).map(({ path }) => path.replace("/renewal-info/", "")).sort(), ids.toSorted());
   assert.deepEqual(asked(ran).map(({ status }) => status), [200, 200, 200, 200]);
 });
 
-Deno.test("the CA is asked again when it says, within a minute and a day; after five hours if it does not say", async () => {
+Deno.test("the CA is asked again after Retry-After, limited to between a minute and a day; without it after five hours", async () => {
   await using bed = await issuedBed();
   const suggestedWindow = window(bed.ca, 50 * DAY, 51 * DAY);
   for (
@@ -81,7 +81,7 @@ Deno.test("the CA is asked again when it says, within a minute and a day; after 
   }
 });
 
-Deno.test("nobody is asked with `ari: no`, or about what has expired", async () => {
+Deno.test("the CA is not asked with `ari: no`, nor about an expired certificate", async () => {
   await using bed = await issuedBed();
   suggest(bed, -2 * HOUR, -HOUR);
   bed.configure({ settings: "keyTypes: ec\nari: no" });
@@ -93,7 +93,7 @@ Deno.test("nobody is asked with `ari: no`, or about what has expired", async () 
   assert.deepEqual([asked(expired).length, expired.code, bed.ca.orders.length], [0, 0, 2]);
 });
 
-Deno.test("that a CA offers no renewal information is remembered for a day", async () => {
+Deno.test("a CA without renewal information is asked for it again after a day", async () => {
   await using bed = await issuedBed({ renewalInfo: false });
   const requests = async (hours: number) => {
     bed.ca.advance(hours * HOUR);
@@ -105,7 +105,7 @@ Deno.test("that a CA offers no renewal information is remembered for a day", asy
   assert.deepEqual(await requests(2), ["directory", "renewalInfo"]);
 });
 
-Deno.test("a CA that is gone keeps nobody from the rest of the run, and is not waited for", async () => {
+Deno.test("an unreachable CA is one note and no wait if no certificate is due; orders are retried", async () => {
   await using bed = await issuedBed();
   bed.ca.switches.fault = faultAt("directory", { kind: "status", status: 503 }, Infinity);
   bed.waits.length = 0;
@@ -113,10 +113,10 @@ Deno.test("a CA that is gone keeps nobody from the rest of the run, and is not w
   assert.deepEqual([ran.code, bed.waits, notes(ran).length], [0, [], 1]);
   bed.configure({ domains: `${NAME}\nother.example` });
   bed.ca.switches.fault = faultAt("directory", { kind: "status", status: 503 }, 3);
-  assert.equal((await bed.run()).code, 0, "who depends on the CA tries harder");
+  assert.equal((await bed.run()).code, 0, "a run with an order failed");
 });
 
-Deno.test("a service that is down is not asked for each certificate; one answer that cannot be used leaves the others of use", async () => {
+Deno.test("a service that is down is not asked about each certificate; one invalid answer does not affect the others", async () => {
   const domains = Array.from({ length: 30 }, (_, i) => `n${i}.example`).join("\n");
   await using bed = await issuedBed({ domains });
   injectInfo(bed, { kind: "status", status: 503 });
@@ -134,7 +134,7 @@ Deno.test("a service that is down is not asked for each certificate; one answer 
 
 // ---- answers -----------------------------------------------------------------------------------------------------
 
-Deno.test("a certificate that does not name its authority's key is said to be, and goes by its dates", async () => {
+Deno.test("a certificate without an authority key identifier is noted, and renewed by its dates", async () => {
   await using bed = await testBed({ domains: `${NAME}\nother.example`, settings: "keyTypes: ec" });
   await bed.plant();
   const config = "[req]\ndistinguished_name = dn\nx509_extensions = v3\nprompt = no\n[dn]\nCN = x\n" +
@@ -148,26 +148,26 @@ Deno.test("a certificate that does not name its authority's key is said to be, a
   assert.equal(code, 0);
   const [bare, foreign] = notes(await bed.run());
   assert.match(bare!, /^example\.com \(ec\): .* no authority key identifier; its dates decide$/);
-  assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/); // nobody ordered it
+  assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/); // of another CA
   bed.ca.violations.splice(0);
 });
 
-Deno.test("a moment is drawn once in a window, and anew in another one", async () => {
+Deno.test("a random time is chosen once for a window, and again for another window", async () => {
   await using bed = await issuedBed();
-  const begun = bed.ca.now.getTime();
-  const drawn = async (random: number) => {
+  const started = bed.ca.now.getTime();
+  const hoursUntilRenewal = async (random: number) => {
     assert.equal((await bed.run({ random: () => random })).code, 0);
     bed.ca.advance(7 * HOUR);
-    return Math.round((Date.parse(drawnAt(bed)) - begun) / HOUR);
+    return Math.round((Date.parse(renewalTime(bed)) - started) / HOUR);
   };
   suggest(bed, 40 * DAY, 50 * DAY);
-  assert.equal(await drawn(0.25), 42.5 * 24);
-  assert.equal(await drawn(0.75), 42.5 * 24, "drawn again");
-  suggest(bed, begun + 30 * DAY - bed.ca.now.getTime(), begun + 50 * DAY - bed.ca.now.getTime());
-  assert.equal(await drawn(0.75), 45 * 24);
+  assert.equal(await hoursUntilRenewal(0.25), 42.5 * 24);
+  assert.equal(await hoursUntilRenewal(0.75), 42.5 * 24, "chosen again");
+  suggest(bed, started + 30 * DAY - bed.ca.now.getTime(), started + 50 * DAY - bed.ca.now.getTime());
+  assert.equal(await hoursUntilRenewal(0.75), 45 * 24);
 });
 
-Deno.test("what is no window is said, and the certificate's dates decide, or what the CA said before", async () => {
+Deno.test("an invalid window is noted, and the certificate's dates decide, or an earlier answer of the CA", async () => {
   await using bed = await issuedBed();
   const table: [Fault, string][] = [
     [answering({ suggestedWindow: window(bed.ca, 1, 1) }), "the renewal window ends before it starts"],
@@ -183,25 +183,25 @@ Deno.test("what is no window is said, and the certificate's dates decide, or wha
     [refusing(404, "malformed", "never heard of it"), "never heard of it (malformed)"],
     [{ kind: "status", status: 500, contentType: "text/plain" }, "HTTP status 500 (text/plain)"],
   ];
-  let moment: string | undefined;
+  let earlier: string | undefined;
   for (const decides of ["its dates decide", "the earlier answer decides"]) {
     for (const [fault, why] of table) {
       injectInfo(bed, fault);
       const ran = await bed.run();
       assert.equal(ran.code, 0, ran.stdout);
       assert.deepEqual(notes(ran), [`example.com (ec): cannot ask when to renew: ${why}; ${decides}`]);
-      assert.equal(asked(await bed.run()).length, 0, `${why}: left alone for a while`);
-      if (moment !== undefined) assert.equal(drawnAt(bed), moment);
+      assert.equal(asked(await bed.run()).length, 0, `${why}: asked too soon`);
+      if (earlier !== undefined) assert.equal(renewalTime(bed), earlier);
       bed.ca.advance(6 * HOUR + MINUTE);
     }
     injectInfo(bed, undefined);
     await bed.run();
-    moment = drawnAt(bed);
+    earlier = renewalTime(bed);
     bed.ca.advance(7 * HOUR);
   }
 });
 
-Deno.test("a window may be longer than a life, or over: what is over means now", async () => {
+Deno.test("a certificate is renewed at once if its time of renewal is past, however long ago the window began", async () => {
   for (const [start, end] of [[-364, 1], [-20_000, -2000]] as const) {
     await using bed = await issuedBed();
     suggest(bed, start * DAY, end * DAY);
@@ -212,14 +212,14 @@ Deno.test("a window may be longer than a life, or over: what is over means now",
 
 // ---- renewing ----------------------------------------------------------------------------------------------------
 
-Deno.test("after a mass revocation the next run renews everything, and the runs of that day nothing more", async () => {
+Deno.test("after a mass revocation the next run renews everything, and later runs of that day renew nothing", async () => {
   await using bed = await testBed({ domains: `${NAME} www\nmail.example\nshop.example` });
   await bed.run();
   const before = bed.ca.issued.map(({ certId }) => certId);
   suggest(bed, -2 * HOUR, -HOUR, "https://ca.example/incident");
-  const drill = await bed.run();
-  assert.equal(drill.code, 0, drill.stderr);
-  assert(drill.stdout.match(/^issued .*/gm)!.every((line) => line.includes("https://ca.example/incident")));
+  const renewal = await bed.run();
+  assert.equal(renewal.code, 0, renewal.stderr);
+  assert(renewal.stdout.match(/^issued .*/gm)!.every((line) => line.includes("https://ca.example/incident")));
   assert.deepEqual(bed.ca.issued.slice(6).map(({ replaces }) => replaces).sort(), before.sort());
   for (let hour = 6; hour < 24; hour += 6) {
     suggest(bed, -2 * HOUR, -HOUR);
@@ -231,10 +231,10 @@ Deno.test("after a mass revocation the next run renews everything, and the runs 
   bed.ca.advance(7 * HOUR);
   suggest(bed, -2 * HOUR, -HOUR);
   await bed.run();
-  assert.equal(bed.ca.orders.length, 18, "a day later the CA is heeded again");
+  assert.equal(bed.ca.orders.length, 18, "a day later the window counts again");
 });
 
-Deno.test("why the CA suggests it is shown where it is a plain link, and nowhere else", async () => {
+Deno.test("the explanation of the CA is shown only if it is a plain https link", async () => {
   for (
     const [url, shown] of [
       ["https://ca.example/incident-7?id=1", true],
@@ -251,7 +251,7 @@ Deno.test("why the CA suggests it is shown where it is a plain link, and nowhere
   }
 });
 
-Deno.test("a renewal names its predecessor only where the same account ordered that", async () => {
+Deno.test("an order names the certificate that it replaces only if the same account ordered it", async () => {
   for (
     const [what, prepare, named] of [
       ["the same account", () => {}, true],
@@ -260,7 +260,11 @@ Deno.test("a renewal names its predecessor only where the same account ordered t
         await Deno.remove(bed.path("test"), { recursive: true });
         await bed.plant();
       }, false],
-      ["nobody knows: the state is lost", (bed: Bed) => Deno.remove(bed.path("test/state.json")), false],
+      [
+        "state.json is lost",
+        (bed: Bed) => Deno.remove(bed.path("test/state.json")),
+        false,
+      ],
     ] as const
   ) {
     await using bed = await issuedBed();
@@ -270,17 +274,17 @@ Deno.test("a renewal names its predecessor only where the same account ordered t
     const ran = await bed.run();
     assert.equal(ran.code, 0, ran.stderr);
     assert.equal(bed.ca.issued.at(-1)!.replaces, named ? certId : undefined, what);
-    bed.ca.violations.splice(0); // it is not to be asked for a certificate that it did not issue
+    bed.ca.violations.splice(0); // the CA is also asked about a certificate that it did not issue
   }
 });
 
-Deno.test("a CA that refuses a predecessor gets the same order without; a rate limit is one with and without", async () => {
+Deno.test("an order is repeated without `replaces` if the CA refuses it, but not if it is rate-limited", async () => {
   for (
     const [status, type, times] of [
       [409, "alreadyReplaced", 1],
       [403, "unauthorized", 1],
       [404, "malformed", 3],
-      [500, "serverInternal", 4], // Pebble's, of a certificate that it does not know
+      [500, "serverInternal", 4], // Pebble's answer for a certificate that it does not know
     ] as const
   ) {
     await using bed = await issuedBed();

@@ -1,4 +1,4 @@
-/** Goal: what the three files mean; the line of every error and warning in them; and what of the original is taken over. */
+/** Goal: the three files are read; every error and warning names its line; files of the original are accepted. */
 
 import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
@@ -21,14 +21,14 @@ write("eab-standard", "++//++//\n");
 write("not-eab", "not base64!\n");
 
 interface Files {
-  settings?: string; // lines below those that every lematt.conf needs, from line 4 on
-  conf?: string | null; // or all of lematt.conf; null: there is none
+  settings?: string; // lines after the required ones of lematt.conf, from line 4
+  conf?: string | null; // or the whole lematt.conf; null for no file
   domains?: string | null;
   actions?: string | null;
 }
 
 let count = 0;
-/** A new configuration directory of these files; what is not given is as plain as can be. */
+/** A new configuration directory with these files, or with a minimal one for each that is not given. */
 function directoryOf({ settings = "", conf, domains = "example.com\n", actions = "" }: Files = {}): string {
   const directory = join(base, `conf${count++}`);
   Deno.mkdirSync(directory);
@@ -53,22 +53,22 @@ function refusal(action: () => unknown): ConfigError {
     if (error instanceof ConfigError) return error;
     throw error;
   }
-  throw new Error("It was accepted");
+  throw new Error("the configuration was accepted");
 }
 
 /** `file:line text [hint]` of each. */
-function said(notices: readonly Notice[]): string[] {
+function printed(notices: readonly Notice[]): string[] {
   return notices.map(({ file, line = "", text, hint }) =>
     `${file}:${line} ${text}${hint ? ` [${hint}]` : ""}`.replaceAll(base, "BASE").replace(/conf\d+/g, "CONF")
   );
 }
 
 /** `file:line` of each. */
-const places = (notices: readonly Notice[]) => said(notices).map((text) => text.split(" ")[0]);
+const places = (notices: readonly Notice[]) => printed(notices).map((text) => text.split(" ")[0]);
 
-/** Each notice begins with the first word of its pattern, and contains the rest. */
+/** Throws unless each notice begins with the first word of its pattern and contains the rest. */
 function matches(notices: readonly Notice[], patterns: readonly string[]) {
-  const found = said(notices);
+  const found = printed(notices);
   const right = found.length === patterns.length && patterns.every((pattern, i) => {
     const [place, ...words] = pattern.split(" ");
     return found[i]!.startsWith(place!) && found[i]!.includes(words.join(" "));
@@ -76,7 +76,7 @@ function matches(notices: readonly Notice[], patterns: readonly string[]) {
   ok(right, `${JSON.stringify(found, null, 1)} is not ${JSON.stringify(patterns, null, 1)}`);
 }
 
-/** Rows of a table, which may go on in a line that begins with "=>": cells between " => ", in which ⏎ is a line break. */
+/** Rows of a table: cells between " => ", in which ⏎ is a line break. A line that begins with "=>" continues the row. */
 function rows({ raw }: TemplateStringsArray): string[][] {
   return raw[0]!.trim().split(/\n(?!\s*=>)/)
     .map((row) => row.trim().split(/\s+=> /).map((cell) => cell.replaceAll("⏎", "\n")));
@@ -85,7 +85,7 @@ function rows({ raw }: TemplateStringsArray): string[][] {
 /** The words of a text. */
 const list = ({ raw }: TemplateStringsArray) => raw[0]!.trim().split(/\s+/);
 
-/** The cells that are texts of files ("S: " lines of [config], "C: " lematt.conf, "D: " domains, "A: " actions.conf). */
+/** Separates the cells that are files: "S: " lines of [config], "C: " lematt.conf, "D: " domains, "A: " actions.conf. */
 function filesOf(cells: string[]): [files: Files, others: string[]] {
   const names: Record<string, string> = { S: "settings", D: "domains", A: "actions", C: "conf" };
   const isFile = (cell: string) => /^[SDAC]: /.test(cell);
@@ -93,13 +93,11 @@ function filesOf(cells: string[]): [files: Files, others: string[]] {
   return [Object.fromEntries(files), cells.filter((cell) => !isFile(cell))];
 }
 
-const some = (many: number, text: (index: number) => string) =>
-  Array.from({ length: many }, (_, i) => text(i)).join("");
-const words = (many: number) => some(many, (index) => ` w${index}`);
+const words = (count: number) => Array.from({ length: count }, (_, i) => ` w${i}`).join("");
 
-// ---- what is read ----------------------------------------------------------------------------------------
+// ---- reading ---------------------------------------------------------------------------------------------
 
-Deno.test("loadConfig() loads the three files of the original as its users have them", () => {
+Deno.test("loadConfig() reads the three files of a user of the original", () => {
   const directory = directoryOf({
     settings:
       "# days, with fractions\nreauthorizeDays: 42.42\n#generateNewCertsAfterDays: 7\ncurve: prime256v1\n",
@@ -126,11 +124,11 @@ update: ["ssh reload-postfix", "ssh reload-dovecot"]`,
   const paths = { directory, file: `${directory}/lematt.conf`, base: `${directory}/prod` };
   same(rest, { ...defaults, ...paths, challengeDropDir: `${base}/drop`, accountKey: `${base}/account.key` });
   same([places(warnings), places(advice)], [["lematt.conf:5"], ["actions.conf:1", "actions.conf:8"]]);
-  const kept = sections.map((section) =>
+  const lists = sections.map((section) =>
     list`domains prepare uploadCerts uploadKeys uploadEach update verify`
       .flatMap((key) => [section[key as keyof typeof section] as string[]].flat()).join("; ")
   );
-  same(kept, [
+  same(lists, [
     "rsync -avz --chmod=F644 CERTS /etc/ssl/; sudo service nginx reload",
     "rsync -avz --chmod=F640 KEYS manager:/srv/tls/",
     "mail.example.com; ssh -t forward http://example.com; ssh reload-postfix; ssh reload-dovecot",
@@ -172,16 +170,16 @@ Deno.test("loadConfig() reads each setting", () => {
   }
 });
 
-Deno.test("loadConfig() reads the key of an external account in either base64, and no reauthorizeDays where there is none", () => {
+Deno.test("loadConfig() reads eabHmacKey in base64 and base64url, and reauthorizeDays has no default", () => {
   const eab = (file: string) => load({ settings: `eabKeyId: kid-1\neabHmacKey: ../${file}` }).eab;
   same(eab("eab"), { keyId: "kid-1", hmacKey: new TextEncoder().encode("secret-secret") });
   same(eab("eab-standard")!.hmacKey, new Uint8Array([251, 239, 255, 251, 239, 255]));
   same(load({}).reauthorizeDays, undefined);
 });
 
-Deno.test("loadConfig() takes names as people write them, each once, and refuses a name or a line that is too long", () => {
+Deno.test("loadConfig() normalizes names, removes duplicates, and rejects names and lines that are too long", () => {
   const long = `${"a".repeat(49)}.`.repeat(5) + "com";
-  const taken: [line: string, names: string][] = [
+  const accepted: [line: string, names: string][] = [
     ["Example.COM WWW", "example.com www.example.com"],
     ["example.com www www.example.com example.com www", "example.com www.example.com"],
     ["b.org z.a.com a.org c.b.org b.a.com a.com a.net", "b.org a.com a.net a.org b.a.com z.a.com c.b.org"],
@@ -193,7 +191,7 @@ Deno.test("loadConfig() takes names as people write them, each once, and refuses
     [`${"a".repeat(63)}.com`, `${"a".repeat(63)}.com`],
     [long, long],
   ];
-  for (const [line, names] of taken) {
+  for (const [line, names] of accepted) {
     same(load({ domains: line }).lines.map(({ names }) => names.join(" ")), [names]);
   }
   for (const line of [`${"a".repeat(64)}.com`, `${"a.".repeat(126)}com`, `a.com${words(100)}`]) {
@@ -201,7 +199,7 @@ Deno.test("loadConfig() takes names as people write them, each once, and refuses
   }
 });
 
-Deno.test("a line knows the names under which the original has its files, where they differ", () => {
+Deno.test("formerNames of a line are the file names of the original, if they differ", () => {
   const former = rows`
     example.com www⏎b.example.com
     Example.com => Example.com
@@ -210,14 +208,14 @@ Deno.test("a line knows the names under which the original has its files, where 
     example.com www example.com => example.com example.com www.example.com
     a.com B b => a.com B.a.com b.a.com
     a.com b⏎A.com b => A.com b.A.com
-    BÜCHER.de`; // which the original could not have
+    BÜCHER.de`; // not possible in the original
   for (const [domains, names] of former) {
     const found = load({ domains: domains! }).lines.flatMap(({ formerNames }) => formerNames);
     same(found.map((names) => names.join(" ")), names ? [names] : []);
   }
 });
 
-Deno.test("keyTypes of sections are those of their lines, and [every] widens nothing", () => {
+Deno.test("a line has the keyTypes of its sections, and those of [every] add none", () => {
   const { lines, sections } = load({
     settings: "keyTypes: ec\nverifyWait: 7\n",
     domains: "a.com\nb.com a.b.com\nc.com\n",
@@ -231,7 +229,7 @@ Deno.test("keyTypes of sections are those of their lines, and [every] widens not
   same(sections.map(({ rehearse, dnsParallel }) => rehearse && dnsParallel), [false, true, false]);
 });
 
-Deno.test("loadConfig() takes a line's profile from its sections, then [every], then [config]", () => {
+Deno.test("the profile of a line is that of its sections, otherwise of [every], otherwise of [config]", () => {
   const { lines } = load({
     settings: "profile: of-config\n",
     domains: "a.com\nb.com\nc.com a.com\nd.com\n",
@@ -242,7 +240,7 @@ Deno.test("loadConfig() takes a line's profile from its sections, then [every], 
   ok(!("profile" in load({}).lines[0]!));
 });
 
-Deno.test("sectionsOf() finds the overrides of a name, else default; every comes last; names of Object's own are no trap", () => {
+Deno.test("sectionsOf() returns the sections of a name, or [default], then [every]; sections may be named like members of Object", () => {
   const config = load({
     domains: "b.com a.com d.com\na.com\nd.com\n*.a.com\n",
     actions: '[every]\nchallenge: dns-01\ndnsPresent: ["x"]\n[constructor]\ndomains: A.com b.com\n' +
@@ -260,8 +258,8 @@ Deno.test("sectionsOf() finds the overrides of a name, else default; every comes
   same([sectionsOf(load({}), "a.com"), challengeOf(load({}), "a.com")], [[], "http-01"]);
 });
 
-Deno.test("loadConfig() reads endpoints of verify, and refuses what is none", () => {
-  const taken = rows`
+Deno.test("loadConfig() reads the endpoints of verify, and rejects invalid ones", () => {
+  const valid = rows`
     mail.Example.com:465 => {"host":"mail.example.com","port":465}
     mail.example.com:25/smtp => {"host":"mail.example.com","port":25,"starttls":"smtp"}
     [2001:DB8::7]:443#www.example.com => {"host":"2001:db8::7","port":443,"sni":"www.example.com"}
@@ -270,21 +268,21 @@ Deno.test("loadConfig() reads endpoints of verify, and refuses what is none", ()
     mailhost:993 => {"host":"mailhost","port":993}`;
   const verifying = (texts: string[]) =>
     `[default]\nverify: ["a.com:1",\n  ${texts.map((text) => JSON.stringify(text)).join(",\n  ")}]\n`;
-  const { verify } = load({ actions: verifying(taken.map(([text]) => text!)) }).sections[0]!;
-  same(verify.slice(1), taken.map(([text, expected]) => ({ text, ...JSON.parse(expected!) })));
-  const wrong = list`
+  const { verify } = load({ actions: verifying(valid.map(([text]) => text!)) }).sections[0]!;
+  same(verify.slice(1), valid.map(([text, expected]) => ({ text, ...JSON.parse(expected!) })));
+  const invalid = list`
     mail.example.com mail.example.com/smtp 2001:db8::7:443 mail.example.com:smtp mail.example.com:65536
     mail.example.com:465/smtps [x]:443 *.example.com:443 -oProxy:22 mail.example.com:443#
     mail.example.com:443#192.0.2.1`;
-  for (const text of [...wrong, "a b:22"]) {
+  for (const text of [...invalid, "a b:22"]) {
     const { problems } = refusal(() => load({ actions: verifying([text]) }));
     matches(problems, [`actions.conf:3 ${JSON.stringify(text)}`]);
   }
 });
 
-// ---- what is refused -------------------------------------------------------------------------------------
+// ---- errors ----------------------------------------------------------------------------------------------
 
-const settingsRefused = rows`
+const invalidSettings = rows`
   reauthorizeDays => soon => -1 => inf => 15 # days => 15⏎ curve: P-256
   keyBitsRSA => 2049 => 512 => 8200
   curve => secp256k1
@@ -298,15 +296,15 @@ const settingsRefused = rows`
   contact => a@example.com, b@example.com
   profile => a b
   caBundle => nowhere.pem => ../account.key => ~/ca.pem`;
-Deno.test("loadConfig() refuses a wrong value of a setting, at its line", () => {
-  for (const [key, ...values] of settingsRefused) {
+Deno.test("loadConfig() rejects an invalid value, with its line", () => {
+  for (const [key, ...values] of invalidSettings) {
     for (const value of values) {
       matches(refusal(() => load({ settings: `${key}: ${value}` })).problems, [`lematt.conf:4 ${key}`]);
     }
   }
 });
 
-Deno.test("loadConfig() refuses each invalid name, at its line and with its words", () => {
+Deno.test("loadConfig() rejects each invalid name, with its line and the name", () => {
   const invalid = list`
     $(reboot).example.com a.example.com,b.example.com https://example.com ../example.com example.com:443
     -rf.example.com a.example-.com a_b.example.com example.com. a..b.com .example.com localhost example.123
@@ -316,52 +314,53 @@ Deno.test("loadConfig() refuses each invalid name, at its line and with its word
     invalid.map((name, index) => `domains:${index + 1} ${name}`),
   );
   const more = "exam\u200dple.com\n\x1b[31mexample.com\n192.0.2.1 www\nexample.com # mine\na.com *\n";
-  const told = "domains:1 u{200d}|domains:2 u{1b}|domains:3|domains:4 comment|domains:5 dns-01";
-  matches(refusal(() => load({ domains: more })).problems, told.split("|"));
+  const expected = "domains:1 u{200d}|domains:2 u{1b}|domains:3|domains:4 comment|domains:5 dns-01";
+  matches(refusal(() => load({ domains: more })).problems, expected.split("|"));
 });
 
-/** What is refused, the files (what is without a letter is of actions.conf), and the place and a word of each problem. */
-const refused = rows`
+/** The behaviour, the files, and the place and a part of each problem. */
+const invalid = rows`
   a setting without a value => S: reauthorizeDays: => lematt.conf:4 reauthorizeDays
-  two tags that are one => S: rsaTag: x⏎curveTag: X => lematt.conf:5
-  half of an external account => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
-  a key of an external account that is no base64 => S: eabKeyId: kid⏎eabHmacKey: ../not-eab => lematt.conf:5 BASE/not-eab
+  rsaTag and curveTag that differ only in case => S: rsaTag: x⏎curveTag: X => lematt.conf:5
+  eabKeyId without eabHmacKey => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
+  an eabHmacKey that is not base64 => S: eabKeyId: kid⏎eabHmacKey: ../not-eab
+    => lematt.conf:5 BASE/not-eab
   a mistyped setting => S: reautorizeDays: 15 => lematt.conf:4 did you mean reauthorizeDays
-  a setting that is there twice => S: parallel: 1⏎Parallel: 2 => lematt.conf:5 line 4
-  a line that is nothing => S: what => lematt.conf:4
+  a duplicate setting => S: parallel: 1⏎Parallel: 2 => lematt.conf:5 line 4
+  a line that is neither section nor setting => S: what => lematt.conf:4
   keys without a section => C: # nothing => lematt.conf: [config]
   a section without domains => A: [a]⏎update: [] => actions.conf:1 "domains"
   a section that is almost [default] => A: [Default]⏎update: [] => actions.conf:1 did you mean [default]
-  a percent sign of the shell => A: [default]⏎update: ["date +%Y"] => actions.conf:2 "%%"
-  stapling, which CAs have ended => A: [DEFAULT]⏎ocspStapleRequired: yes⏎[default]⏎[every] => actions.conf:2 ocspStapleRequired
+  a percent sign for the shell => A: [default]⏎update: ["date +%Y"] => actions.conf:2 "%%"
+  ocspStapleRequired, which CAs no longer support => A: [DEFAULT]⏎ocspStapleRequired: yes⏎[default]⏎[every] => actions.conf:2 ocspStapleRequired
   an unknown challenge => A: [default]⏎challenge: dns => actions.conf:2 dns-persist-01
   dns-01 without its commands => A: [default]⏎challenge: dns-01 => actions.conf:2 "dnsPresent"
   conflicting challenges => A: [a]⏎domains: x.com⏎challenge: http-01⏎[b]⏎domains: x.com⏎challenge: dns-persist-01
     => actions.conf:4 http-01 in [a]
   a mistyped key => A: [default]⏎updat: [] => actions.conf:2 did you mean update
-  a section that is there twice => A: [a]⏎domains: example.com⏎[a]⏎domains: x.com => actions.conf:3 line 1
-  a section that would act on a terminal => A: [a\u{1b}[2J]⏎domains: example.com => actions.conf:1 control character
+  a duplicate section => A: [a]⏎domains: example.com⏎[a]⏎domains: x.com => actions.conf:3 line 1
+  a section name with a control character => A: [a\u{1b}[2J]⏎domains: example.com => actions.conf:1 control character
   more names than a profile allows => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p
     => S: profile: tlsserver => domains:1 26 names
-  sections that want different profiles => D: a.com b.com
+  sections with different profiles => D: a.com b.com
     => A: [a]⏎domains: a.com⏎profile: one⏎[b]⏎domains: b.com⏎profile: two⏎[every]⏎profile: three
     => domains:1 one in [a], two in [b]
-  a wildcard that only its parent's section would prove => D: example.com *
+  a wildcard whose parent alone is in a section with a DNS challenge => D: example.com *
     => A: [dns]⏎domains: example.com⏎challenge: dns-persist-01 => domains:1 "domains" of [dns]
-  an IP address that is proven through the DNS => D: 192.0.2.1 => A: [every]⏎challenge: dns-persist-01
+  an IP address with a DNS challenge => D: 192.0.2.1 => A: [every]⏎challenge: dns-persist-01
     => domains:1 http-01
-  a name that is proven by http-01 without a drop directory => C: [config]⏎accountKey: ../account.key
+  a name with http-01 but without a drop directory => C: [config]⏎accountKey: ../account.key
     => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01 => lematt.conf:1 http://b.com/
-  a drop directory that is none => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
+  a drop directory that does not exist => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
     => lematt.conf:3 mkdir -p 'BASE/it'\''s'`;
-Deno.test("loadConfig() refuses what cannot be meant, at its line", async (t) => {
-  for (const [behaviour, ...cells] of refused) {
+Deno.test("loadConfig() rejects errors, with their lines", async (t) => {
+  for (const [behaviour, ...cells] of invalid) {
     const [files, problems] = filesOf(cells.map((cell) => cell.replace("\\u{1b}", "\x1b")));
     await t.step(behaviour!, () => matches(refusal(() => load(files)).problems, problems));
   }
 });
 
-Deno.test("loadConfig() takes lists as JSON has them, and refuses others at the line of the fault, with the list that is meant", () => {
+Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of the error and a corrected list", () => {
   const actions = '[default]\nupdate: ["printf \'a\\nb\'", "", " ", "\\u00e9 \\"x\\" \\\\"]\n';
   same(load({ actions }).sections[0]!.update, ["printf 'a\nb'", "", " ", 'é "x" \\']);
   const lists = rows`
@@ -378,23 +377,23 @@ Deno.test("loadConfig() takes lists as JSON has them, and refuses others at the 
     ["a"] # why => 2
     ["b",⏎ "\u0000"] => 3
     ["b",⏎ "\ud800"] => 3`;
-  for (const [list, line, meant] of lists) {
+  for (const [list, line, corrected] of lists) {
     const { problems } = refusal(() => load({ actions: `[default]\nupdate: ${list}\n` }));
     same(places(problems), [`actions.conf:${line}`]);
-    if (!meant) continue;
+    if (!corrected) continue;
     const [, hint] = /write (\[.*\])/.exec(problems[0]!.hint!)!;
-    same(load({ actions: `[default]\nupdate: ${hint}\n` }).sections[0]!.update, JSON.parse(meant));
+    same(load({ actions: `[default]\nupdate: ${hint}\n` }).sections[0]!.update, JSON.parse(corrected));
   }
 });
 
-Deno.test("loadConfig() tells which of the three files are missing, and how to begin", () => {
+Deno.test("loadConfig() reports which of the three files are missing, with a hint how to begin", () => {
   matches(refusal(() => load({ conf: null, domains: null, actions: null })).problems, [
     ...["lematt.conf: BASE/CONF/lematt.conf", "domains: BASE/CONF/domains"],
     "actions.conf: touch BASE/CONF/actions.conf",
   ]);
 });
 
-Deno.test("no message shows a secret that was written into a file", () => {
+Deno.test("no message contains a secret from a file", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
   const texts = [
     ...[
@@ -411,87 +410,88 @@ Deno.test("no message shows a secret that was written into a file", () => {
   }
 });
 
-// ---- what is accepted, and warned of ---------------------------------------------------------------------
+// ---- warnings --------------------------------------------------------------------------------------------
 
 const warned = rows`
   rotation beyond the weekly limit of a pair => S: generateNewCertsAfterDays: 3.4 => lematt.conf:4 3.5
   rotation beyond the limit of one key type => S: generateNewCertsAfterDays: 1.3⏎keyTypes: ec => lematt.conf:4 1.4
-  two rules of renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60 => lematt.conf:5 generateNewCertsAfterDays
+  two settings for renewal => S: generateNewCertsAfterDays: 7⏎reauthorizeDays: 60 => lematt.conf:5 generateNewCertsAfterDays
   renewal after expiry => S: reauthorizeDays: 0 => lematt.conf:4 expired
   keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 => lematt.conf:5
-  RSA that is not safe => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/ => lematt.conf:4 1024
-  a private CA whose names --test would show to Let's Encrypt => S: directory: https://ca.test/
+  RSA keys that are too short => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/ => lematt.conf:4 1024
+  a private CA without testDirectory, so --test would send its names to Let's Encrypt => S: directory: https://ca.test/
     => lematt.conf:4 testDirectory
-  IP addresses in a profile that has none => D: a.com⏎192.0.2.1 ::1 => domains:2 profile: shortlived
-  a name that is alone and among others => D: a.com⏎b.com a.com => domains:2 line 1
+  IP addresses with a profile without IP addresses => D: a.com⏎192.0.2.1 ::1 => domains:2 profile: shortlived
+  a name that is also in another line => D: a.com⏎b.com a.com => domains:2 line 1
   an unknown key => S: nonsense: 1⏎[DEFAULT]⏎what: 2 => lematt.conf:4 "nonsense" => lematt.conf:6 "what"
   keys of the other file => S: update: [] => A: [every]⏎parallel: 5 => lematt.conf:4 actions.conf
     => actions.conf:2 lematt.conf
   an unknown section => S: [default]⏎x: 1 => lematt.conf:4 [default]
-  a line that is there twice => D: a.com b⏎A.com b.a.com => domains:2 line 1
+  a duplicate line => D: a.com b⏎A.com b.a.com => domains:2 line 1
   the same names in another order => D: a.com b⏎b.a.com a.com => domains:2 line 1 in another order
   a comma and a short name in a section => A: [a]⏎domains: example.com, www
     => actions.conf:2 "example.com," => actions.conf:2 "www"
   a section without names => A: [a]⏎domains: => actions.conf:2
-  names of a section that no line has => D: a.com => A: [x]⏎domains: a.com⏎  ww.a.com => actions.conf:3 "ww.a.com"
-  names of a section that a wildcard has => D: *.b.com
+  a name of a section that is in no line => D: a.com => A: [x]⏎domains: a.com⏎  ww.a.com => actions.conf:3 "ww.a.com"
+  a name of a section that only a wildcard covers => D: *.b.com
     => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 *.b.com
-  [DEFAULT] where [default] is meant => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 [default]
+  [DEFAULT] instead of [default] => A: [DEFAULT]⏎update: ["true"] => actions.conf:1 [default]
   a prepare that is never run => A: [default]⏎challenge: dns-persist-01⏎prepare: ["x"]
     => actions.conf:3 dns-persist-01
   dnsPresent that is never run => A: [default]⏎dnsPresent: ["x"] => actions.conf:2 dns-01
   a word that update does not replace => A: [default]⏎update: ["DOMAIN DOMAINS_CN MY_DOMAIN $LEMATT_CERTS \\KEYS"]
     => actions.conf:2 update: "DOMAIN"
-  a word that is the shell's => A: [default]⏎uploadCerts: ["a CERTS",⏎  "b $CERTS KEYS"]
+  a placeholder written as a shell variable, and one of other commands
+    => A: [default]⏎uploadCerts: ["a CERTS",⏎  "b $CERTS KEYS"]
     => actions.conf:3 $LEMATT_CERTS => actions.conf:3 "KEYS"
-  an endpoint with the name of no line => D: a.com⏎b.com
+  an endpoint whose name is in no line => D: a.com⏎b.com
     => A: [every]⏎verify: ["192.0.2.1:443", "192.0.2.1:443#a.com", "DOMAIN:443", "web1:443#DOMAIN"]
     => actions.conf:1 192.0.2.1:443#a.com
-  an endpoint by the first name of a line that has wildcards alone => D: *.b.com
+  DOMAIN in an endpoint for a line of wildcards alone => D: *.b.com
     => A: [every]⏎challenge: dns-persist-01⏎verify: ["DOMAIN:443", "lb:443#DOMAIN"] => actions.conf:1 www.b.com:443
   a name for which the prepare of its line does not run => D: a.com b.a.com c.a.com
     => A: [x]⏎domains: a.com⏎prepare: ["x"]⏎[y]⏎domains: c.a.com => actions.conf:1 "b.a.com"`;
-Deno.test("loadConfig() accepts what is harmless, with a warning at its line", async (t) => {
+Deno.test("loadConfig() accepts harmless mistakes, with a warning that names the line", async (t) => {
   for (const [behaviour, ...cells] of warned) {
     const [files, warnings] = filesOf(cells);
     await t.step(behaviour!, () => matches(load(files).warnings, warnings));
   }
 });
 
-Deno.test("loadConfig() says nothing of what is right", () => {
-  const right: Files[] = [
+Deno.test("a correct configuration has no warnings", () => {
+  const correct: Files[] = [
     { settings: "generateNewCertsAfterDays: 3.5\n", actions: "[default]\n[every]\n" },
-    // a prepare that other sections or names use
+    // prepare is used by other sections or names
     { actions: '[DEFAULT]\nprepare: ["x"]\n[default]\nchallenge: dns-persist-01\n' },
     { actions: '[default]\nchallenge: http-01\n[every]\nchallenge: dns-persist-01\nprepare: ["x"]\n' },
     { actions: '[default]\nupdate: ["printf \'a\\n\' x | y\\nz", ""]\nverify: ["192.0.2.1:443"]\n' },
-    // a private CA has none of Let's Encrypt's limits, whatever its profiles are called
+    // the limits of Let's Encrypt do not apply to a private CA, even with the same profile names
     {
       settings: "directory: https://a\ntestDirectory: https://a\nkeyBitsRSA: 8192\nprofile: tlsserver\n" +
         "generateNewCertsAfterDays: 0.25\n",
       domains: `a.com${words(60)}\n192.0.2.1\n`,
     },
   ];
-  for (const files of right) {
+  for (const files of correct) {
     const { warnings, advice } = load(files);
-    same(said([...warnings, ...advice]), []);
+    same(printed([...warnings, ...advice]), []);
   }
 });
 
 // ---- files and their owners ------------------------------------------------------------------------------
 
-Deno.test("loadConfig() takes an account key in each format, and refuses one that the CA or lematt could not use", () => {
+Deno.test("loadConfig() accepts an account key in each format, and rejects one that the CA or lematt cannot use", () => {
   const rsa = generateKeyPairSync("rsa", { modulusLength: 2048 }).privateKey;
   const small = generateKeyPairSync("rsa", { modulusLength: 1024 }).privateKey;
   const ec = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
   const sec1 = ec("secp384r1").export({ type: "sec1", format: "pem" });
   const begin = (label: string, body: string) =>
     `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
-  const keys: [text: string | Uint8Array, taken: boolean][] = [
+  const keys: [text: string | Uint8Array, accepted: boolean][] = [
     [rsa.export(pem), true],
     [rsa.export({ type: "pkcs1", format: "pem" }), true],
     [ec("secp384r1").export(pem), true],
-    [begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1, true], // as openssl ecparam writes it
+    [begin("EC PARAMETERS", "BgUrgQQAIg==") + sec1, true], // written by openssl ecparam
     ["", false],
     [begin("PUBLIC KEY", "c2VjcmV0"), false],
     [generateKeyPairSync("ed25519").privateKey.export(pem), false],
@@ -503,14 +503,14 @@ Deno.test("loadConfig() takes an account key in each format, and refuses one tha
     [begin("PRIVATE KEY", "c2VjcmV0"), false],
   ];
   const files = { conf: "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n" };
-  for (const [text, taken] of keys) {
+  for (const [text, accepted] of keys) {
     write("key", String(text));
-    if (taken) same(load(files).accountKey, join(base, "key"));
+    if (accepted) same(load(files).accountKey, join(base, "key"));
     else matches(refusal(() => load(files)).problems, ["lematt.conf:2 BASE/key"]);
   }
 });
 
-Deno.test("loadConfig() reads the account key of --test beside the configured one, for --test alone", () => {
+Deno.test("loadConfig() checks the account key of --test only with --test", () => {
   const directory = directoryOf({ conf: "[config]\naccountKey: ../shared.key\nchallengeDropDir: ../drop\n" });
   write("shared.key", accountKey);
   write("shared.key.test", "");
@@ -518,7 +518,7 @@ Deno.test("loadConfig() reads the account key of --test beside the configured on
   loadConfig("prod", directory);
 });
 
-Deno.test("loadConfig() takes only the certificates of caBundle", () => {
+Deno.test("loadConfig() reads only the certificates of caBundle", () => {
   const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -";
   const { stdout } = new Deno.Command("openssl", { args: args.split(" "), stderr: "null" }).outputSync();
   const text = new TextDecoder().decode(stdout);
@@ -532,7 +532,7 @@ Deno.test("loadConfig() takes only the certificates of caBundle", () => {
   ]);
 });
 
-Deno.test("a path that only made sense where the original was started is refused, with the path that is meant", () => {
+Deno.test("a path relative to the working directory, as in the original, is rejected with the correct path", () => {
   const here = Deno.cwd();
   try {
     Deno.chdir(base);
@@ -545,51 +545,52 @@ Deno.test("a path that only made sense where the original was started is refused
   }
 });
 
-/** What loadConfig() says to another user, who may read everything, so that Deno and this file are found. */
-function saidToNobody(conf: string): string[] {
+/** The notices of loadConfig() for another user. This user may read all files, since it needs Deno and this file. */
+function noticesForOtherUser(conf: string): string[] {
   const url = new URL("../lib/config.ts", import.meta.url);
   const code =
     `try { console.log(JSON.stringify((await import("${url}")).loadConfig("prod", "${conf}").warnings)); }
     catch (error) { console.log(JSON.stringify(error.problems)); }`;
-  const nobody =
+  const otherUser =
     "--reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
-  const as = Deno.uid() === 0 ? ["setpriv", ...nobody.split(" ")] : [];
+  const as = Deno.uid() === 0 ? ["setpriv", ...otherUser.split(" ")] : [];
   const [command, ...args] = [...as, Deno.execPath(), "eval", "--no-check", code];
   const { stdout } = new Deno.Command(command!, { args, stderr: "inherit" }).outputSync();
-  return said(JSON.parse(new TextDecoder().decode(stdout)));
+  return printed(JSON.parse(new TextDecoder().decode(stdout)));
 }
 
-Deno.test("loadConfig() refuses directories that its user cannot write to", () => {
+Deno.test("loadConfig() rejects directories that its user cannot write to", () => {
   const closed = join(base, "closed");
   Deno.mkdirSync(closed);
   Deno.chmodSync(closed, 0o555);
   const conf = directoryOf({ conf: `[config]\naccountKey: ${closed}/x/key\nchallengeDropDir: ${closed}\n` });
-  const found = saidToNobody(conf);
+  const found = noticesForOtherUser(conf);
   same(found.map((text) => text.split(/[ :]+/).slice(0, 4).join(" ")), [
     'lematt.conf 2 accountKey "BASE/closed"',
     'lematt.conf 3 challengeDropDir "BASE/closed"',
   ]);
 });
 
-/** What is changed, its path, mode and owner, and what is said of it, unless that is nobody's business. */
+/** What is changed; its path, mode, user and group; and the expected notice, if any. */
 const open = rows`
-  actions.conf that all may change => conf/actions.conf 646 0 0 => actions.conf: chmod go-w
-  actions.conf that a group may change => conf/actions.conf 664 0 1234 => actions.conf: others may write
-  actions.conf that root's group may change => conf/actions.conf 664 0 0
+  actions.conf writable by all => conf/actions.conf 646 0 0 => actions.conf: chmod go-w
+  actions.conf writable by a group => conf/actions.conf 664 0 1234 => actions.conf: others may write
+  actions.conf writable by the group of root => conf/actions.conf 664 0 0
   actions.conf of another user => conf/actions.conf 664 1234 1234 => actions.conf: user 1234
   lematt.conf of another user => conf/lematt.conf 644 1234 1234 => lematt.conf: chown root
   domains of another user => conf/domains 644 1234 1234
-  domains that all may change => conf/domains 666 0 0 => domains: others may write
+  domains writable by all => conf/domains 666 0 0 => domains: others may write
   a directory of another user => conf 755 1234 1234 => BASE/CONF/prod: user 1234
-  a directory that all may change => conf 1777 0 0 => BASE/CONF/prod: 1777
-  a tree that all may change => conf/prod/key 777 0 0 => BASE/CONF/prod: CONF/prod/key
+  a directory writable by all => conf 1777 0 0 => BASE/CONF/prod: 1777
+  a tree writable by all => conf/prod/key 777 0 0 => BASE/CONF/prod: CONF/prod/key
   a tree of another user => conf/prod/state.json 600 1234 1234 => BASE/CONF/prod: user 1234
-  a drop directory that all may write to => drop 1777 33 33 => lematt.conf:3 chmod o-w
-  a drop directory that its group may write to => drop 2775 33 33
-  an account key that all may change => key 602 0 0 => lematt.conf:2 others may write
-  an account key that others may read => key 640 0 0 => lematt.conf:2 chmod 600`;
+  a drop directory writable by all => drop 1777 33 33 => lematt.conf:3 chmod o-w
+  a drop directory writable by its group => drop 2775 33 33
+  an account key writable by all => key 602 0 0 => lematt.conf:2 others may write
+  an account key readable by others => key 640 0 0 => lematt.conf:2 chmod 600`;
 Deno.test({
-  name: "loadConfig() tells root of what others may change, and runs no command of it",
+  name:
+    "loadConfig() reports to root which files others may change, and takes no alert commands from such files",
   ignore: Deno.uid() !== 0,
   async fn(t) {
     for (const [what, change, ...expected] of open) {
@@ -622,7 +623,8 @@ Deno.test({
 });
 
 Deno.test({
-  name: "loadConfig() tells a user of a tree that belongs to root, and of no group of the user's own",
+  name:
+    "loadConfig() reports a tree that belongs to root to another user, but not files of the user's own group",
   ignore: Deno.uid() !== 0,
   fn() {
     const conf = directoryOf({ conf: "[config]\naccountKey: key\nchallengeDropDir: ../drop\n" });
@@ -632,9 +634,9 @@ Deno.test({
     }
     Deno.chmodSync(join(base, "drop"), 0o775);
     Deno.chownSync(join(base, "drop"), 0, 65534);
-    same(saidToNobody(conf), []);
+    same(noticesForOtherUser(conf), []);
     Deno.mkdirSync(join(conf, "prod"));
-    const [text, ...more] = saidToNobody(conf);
+    const [text, ...more] = noticesForOtherUser(conf);
     ok(text!.startsWith("BASE/CONF/prod:") && text!.includes("chown -R 65534 BASE/CONF/prod"), text);
     same(more, []);
     Deno.chownSync(join(base, "drop"), 0, 0);
@@ -642,7 +644,7 @@ Deno.test({
   },
 });
 
-Deno.test("loadConfig() refuses a directory whose path a command could not have", () => {
+Deno.test("loadConfig() rejects a directory whose path has characters special to the shell", () => {
   for (const name of ["with blank", "it's", "ünicode", "$HOME", "a*"]) {
     const directory = join(base, name);
     Deno.renameSync(directoryOf(), directory);
@@ -653,7 +655,7 @@ Deno.test("loadConfig() refuses a directory whose path a command could not have"
   same(loadConfig("prod", directory).directory, directory);
 });
 
-Deno.test("loadConfig() refuses what is no text file, without waiting for it", () => {
+Deno.test("loadConfig() rejects directories, FIFOs and binary files, without blocking", () => {
   const directory = directoryOf({ domains: null, actions: null });
   Deno.mkdirSync(join(directory, "domains"));
   new Deno.Command("mkfifo", { args: [join(directory, "actions.conf")] }).outputSync();
@@ -663,7 +665,9 @@ Deno.test("loadConfig() refuses what is no text file, without waiting for it", (
   Deno.removeSync(join(directory, "domains"));
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
   ok(
-    said(refusal(() => loadConfig("prod", directory)).problems).some((text) => text.startsWith("domains:2 ")),
+    printed(refusal(() => loadConfig("prod", directory)).problems).some((text) =>
+      text.startsWith("domains:2 ")
+    ),
   );
 });
 
@@ -676,7 +680,7 @@ Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
   same(sections[0]!.update, ["true"]);
 });
 
-Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a ./conf that is ours, else the one beside", () => {
+Deno.test("loadConfig() accepts lematt.conf, its directory or a link; by default ./conf of the same user, else conf beside lematt", () => {
   const directory = directoryOf();
   const here = Deno.cwd();
   const home = join(base, "home");
@@ -710,7 +714,7 @@ Deno.test("loadConfig() takes lematt.conf, its directory or a link to it; else a
     same(beside.directory, directory);
     matches(beside.warnings, ["BASE/home/conf: user 65534"]);
     Deno.writeTextFileSync(join(directory, "domains"), "");
-    ok(said(refusal(() => loadConfig("prod", undefined, directory)).problems).join().includes("--config"));
+    ok(printed(refusal(() => loadConfig("prod", undefined, directory)).problems).join().includes("--config"));
   } finally {
     Deno.chdir(here);
   }
@@ -727,17 +731,17 @@ Deno.test("the samples in conf/ have every key", () => {
   }
 });
 
-Deno.test("the samples in conf/ lack only names and the drop directory, and their examples are right", () => {
+Deno.test("the samples in conf/ need only names and the drop directory, and their examples are valid", () => {
   const read = (name: string) => Deno.readTextFileSync(new URL(`../conf/${name}`, import.meta.url));
   const directory = join(base, "samples");
   Deno.mkdirSync(directory);
   const put = (name: string, text: string) => write(`samples/${name}`, text);
   for (const name of ["lematt.conf", "domains", "actions.conf"]) put(name, read(name));
-  const problems = said(refusal(() => loadConfig("prod", directory)).problems);
+  const problems = printed(refusal(() => loadConfig("prod", directory)).problems);
   ok(problems.at(-1)!.startsWith("domains: no names"));
   ok(problems.slice(0, -1).every((text) => text.includes("challengeDropDir")), problems.join());
 
-  // All examples at once, but for files that only their owner has.
+  // all examples at once, except for files that do not exist here
   const settings = read("lematt.conf").replace(/^# (?=[a-zA-Z]+: \S+( \S+ \S+)?$)/gm, "")
     .replace(/^(caBundle|eabKeyId|eabHmacKey):/gm, "# $1:");
   put("lematt.conf", settings.replaceAll("/srv/web/challenges/", join(base, "drop")));
@@ -754,14 +758,14 @@ Deno.test("the samples in conf/ lack only names and the drop directory, and thei
   );
   same([config.preferredChain, config.dnsWaitSeconds, config.profile], ["ISRG Root X1", 120, "tlsserver"]);
   ok(
-    !said(config.warnings).some((text) => /unknown|not replaced/.test(text)),
-    said(config.warnings).join("\n"),
+    !printed(config.warnings).some((text) => /unknown|not replaced/.test(text)),
+    printed(config.warnings).join("\n"),
   );
 });
 
-// ---- much, and anything ----------------------------------------------------------------------------------
+// ---- hostile input ---------------------------------------------------------------------------------------
 
-Deno.test("loadConfig() takes time in proportion to a hostile value", () => {
+Deno.test("loadConfig() reads hostile values in linear time", () => {
   const long = (unit: string) => unit.repeat(200_000);
   const units = '9 a - . _ 1_ " \\ \\" "", [ DOMAIN $ a@ ::';
   for (const unit of [" ", ...units.split(" ")]) {
@@ -775,7 +779,7 @@ Deno.test("loadConfig() takes time in proportion to a hostile value", () => {
   }
 });
 
-Deno.test("isIP() tells addresses from all else as node:net does, but for zones", () => {
+Deno.test("isIP() agrees with node:net, except for zone identifiers", () => {
   const parts = ["", ..."0 1 09 255 256 ffff g 00000 1.2.3.4 :: : . %1".split(" "), " "];
   const texts = "1.2.3.4.5 01.2.3.4 1.2.3.256 ::1.2.3.04 1:2:3:4:5:6:7:8 1:2:3:4:5:6:7:8:9".split(" ");
   for (const a of parts) {

@@ -1,4 +1,4 @@
-/** Goal: a line of domains becomes its certificates in few requests, or fails alone and says why. */
+/** Goal: the certificates of a line are issued with few requests; a failure affects that line alone, and its cause is reported. */
 
 import assert from "node:assert/strict";
 import { createPrivateKey, createPublicKey, generateKeyPairSync, X509Certificate } from "node:crypto";
@@ -16,7 +16,7 @@ const PENDING_KEY = `test/key/.${NAME}-key.prime256v1.test.pem.pending`;
 
 type Resource = Exchange["resource"];
 
-/** How often each resource was asked for. */
+/** How many requests each resource got. */
 function counts(requests: readonly LogEntry[]): Partial<Record<Resource, number>> {
   const counted: Partial<Record<Resource, number>> = {};
   for (const { resource } of requests) counted[resource] = (counted[resource] ?? 0) + 1;
@@ -26,15 +26,15 @@ function counts(requests: readonly LogEntry[]): Partial<Record<Resource, number>
 const isValidating = ({ authorizations }: Order) =>
   authorizations.some(({ challenges }) => challenges.some(({ status }) => status === "processing"));
 
-/** Waits that end when the CA has done what it is at, so that everything takes exactly one poll. */
-function punctual({ ca }: Bed) {
+/** Replaces each wait by one for the CA to finish, so that everything takes exactly one poll. */
+function waitingForCa({ ca }: Bed) {
   const isBusy = (order: Order) =>
     order.status === "processing" ? performance.now() < order.doneAt! : isValidating(order);
   return { sleep: () => until("the CA is done", () => !ca.orders.some(isBusy)) };
 }
 
-/** Waits that cost no time, unless a validation needs some; for a CA that comes to no end. */
-function leaping({ ca }: Bed) {
+/** Advances the clock instead of waiting, except for 25 ms during a validation; for a CA that never finishes. */
+function skippingWaits({ ca }: Bed) {
   return {
     async sleep(ms: number) {
       await delay(ca.orders.some(isValidating) ? 25 : 0);
@@ -43,7 +43,7 @@ function leaping({ ca }: Bed) {
   };
 }
 
-/** What a run said of failures: the messages of its events. */
+/** The messages of the failures of a run. */
 function failures({ events }: Ran): string[] {
   return events.flatMap((event) => event.kind === "failed" ? [event.error.message] : []);
 }
@@ -57,9 +57,9 @@ const names = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.
 
 // ---- requests ----------------------------------------------------------------------------------------------------
 
-Deno.test("a new certificate takes the requests that RFC 8555 demands, in its order, and no more", async () => {
+Deno.test("a new certificate takes the requests of RFC 8555, in that order, and no more", async () => {
   await using bed = await oneCertificate({ processingMs: 5 });
-  const { requests, code } = await bed.run(punctual(bed));
+  const { requests, code } = await bed.run(waitingForCa(bed));
   assert.equal(code, 0);
   assert.equal(
     requests.map(({ resource }) => resource).join(" "),
@@ -68,15 +68,15 @@ Deno.test("a new certificate takes the requests that RFC 8555 demands, in its or
   assert.equal(new Set(requests.map(({ connection }) => connection)).size, 1);
 });
 
-// at once are 20, but no more than twice as many as there are lines at once
+// at most 20 requests at once, and at most twice the number of lines at once
 for (const [count, parallel, most] of [[1, 10, 2], [12, 3, 6], [100, 40, 20]] as const) {
-  Deno.test(`a line of ${count} names, RSA and EC, costs 2 requests a name beside 8, up to ${most} of them at once`, async () => {
+  Deno.test(`a line of ${count} names, RSA and EC, takes 2 requests per name and 9 per line, up to ${most} at once`, async () => {
     await using bed = await testBed({ domains: names(count).join(" "), ca: { processingMs: 5 } });
     let [now, peak] = [0, 0];
     const { fetch } = bed.context();
     const { requests, code, stderr } = await bed.run({
       parallel,
-      ...punctual(bed),
+      ...waitingForCa(bed),
       fetch: (url, init) => {
         peak = Math.max(peak, ++now);
         return fetch(url, init).finally(() => now--);
@@ -99,7 +99,7 @@ for (const [count, parallel, most] of [[1, 10, 2], [12, 3, 6], [100, 40, 20]] as
   });
 }
 
-Deno.test("many lines share directory, account and connection, and nonces", async () => {
+Deno.test("all lines share the directory, the account, the connection and the nonces", async () => {
   await using bed = await testBed({ domains: names(12).join("\n"), settings: "keyTypes: ec" });
   const { requests, code } = await bed.run({ parallel: 4 });
   const { directory, newNonce, newAccount } = counts(requests);
@@ -108,7 +108,7 @@ Deno.test("many lines share directory, account and connection, and nonces", asyn
   assert.equal(bed.ca.issued.length, 12);
 });
 
-Deno.test("a later run asks for no account, and for no validation of names that the CA remembers", async () => {
+Deno.test("a later run registers no account, and validates no name whose authorization is still valid", async () => {
   await using bed = await testBed({ domains: NAME, settings: "keyTypes: ec" });
   const prepared = join(bed.home, "prepared");
   bed.configure({ actions: `[default]\nprepare: ["touch ${prepared}; exec cat"]` });
@@ -128,13 +128,13 @@ Deno.test("a later run asks for no account, and for no validation of names that 
 
 // ---- key types ---------------------------------------------------------------------------------------------------
 
-Deno.test("RSA and EC are both issued by a CA that wants each order validated", async () => {
+Deno.test("RSA and EC certificates are issued by a CA that reuses no authorization", async () => {
   await using bed = await testBed({ domains: NAME, ca: { reuse: "none" } });
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual([bed.ca.validations.length, bed.dropped()], [2, []]);
 });
 
-Deno.test("the second key type is not asked for where the first could not be validated, and the error is reported once", async () => {
+Deno.test("the second key type is not ordered if validation failed for the first, and the error is reported once", async () => {
   await using bed = await testBed({ domains: NAME, ca: { resolve: lost } });
   const ran = await bed.run();
   assert.deepEqual([ran.code, counts(ran.requests).newOrder], [1, 1]);
@@ -142,7 +142,7 @@ Deno.test("the second key type is not asked for where the first could not be val
   assert.match(ran.stderr, /^FAILED +example\.com \((rsa, ec|ec, rsa)\)\n/);
 });
 
-Deno.test("the second key type is issued though the first is refused after validation", async () => {
+Deno.test("the second key type is issued even if the first is refused after validation", async () => {
   const fault = faultAt("finalize", refusing(400, "badCSR", "no RSA today"));
   await using bed = await testBed({ domains: NAME, ca: { fault } });
   const ran = await bed.run();
@@ -152,7 +152,7 @@ Deno.test("the second key type is issued though the first is refused after valid
 
 // ---- profiles and addresses --------------------------------------------------------------------------------------
 
-Deno.test("a line is ordered under the profile of its section, else of [config], else of the CA's choice", async () => {
+Deno.test("a line is ordered with the profile of its section, else of [config], else the default of the CA", async () => {
   const actions = "[a]\ndomains: a.example\nprofile: tlsserver\n";
   await using bed = await testBed({ domains: "a.example\nb.example", actions });
   for (const [settings, expected] of [["", "classic"], ["profile: shortlived", "shortlived"]] as const) {
@@ -169,13 +169,13 @@ Deno.test("a line is ordered under the profile of its section, else of [config],
     assert.deepEqual([ran.code, failures(ran)], [1, [
       `the CA has no profile "tlsclient"; it offers: ${offered}`,
     ]]);
-    assert.equal(bed.ca.orders.at(-1)!.identifiers[0]!.value, "b.example", "the other line goes on");
+    assert.equal(bed.ca.orders.at(-1)!.identifiers[0]!.value, "b.example", "the other line is ordered");
     bed.configure({ actions: "" });
-    assert.equal((await bed.run()).code, 0, "it need not wait: the CA was not bothered");
+    assert.equal((await bed.run()).code, 0, "no back-off, since the CA was not asked");
   }
 });
 
-Deno.test("addresses are self-checked and certified as addresses, without a common name, and found in place then", async () => {
+Deno.test("IP addresses are self-checked and certified, without a common name, and kept by the next run", async () => {
   const domains = "192.0.2.1 2001:DB8:0::7\nmail.example 192.0.2.2";
   await using bed = await testBed({ domains, settings: "keyTypes: ec\nprofile: shortlived" });
   const log = join(bed.home, "log");
@@ -209,10 +209,10 @@ Deno.test("addresses are self-checked and certified as addresses, without a comm
 
 // ---- keys --------------------------------------------------------------------------------------------------------
 
-/** Has every certificate of the bed issued anew. */
+/** Renews the certificate. */
 const reissue = (bed: Bed) => bed.run({ named: { renew: [NAME] } });
 
-Deno.test("a key is used again where it is of the wanted kind, and alwaysGenerateNewKeys does not say otherwise", async () => {
+Deno.test("a key of the configured type is used again, unless alwaysGenerateNewKeys is set", async () => {
   await using bed = await oneCertificate();
   const keyOf = async (settings: string) => {
     bed.configure({ settings });
@@ -230,10 +230,10 @@ Deno.test("a key is used again where it is of the wanted kind, and alwaysGenerat
   bed.configure({ settings: "keyTypes: rsa" });
   await bed.run();
   const { asymmetricKeyType } = createPrivateKey(Deno.readTextFileSync(rsa));
-  assert.equal(asymmetricKeyType, "rsa", "whatever stood in its place");
+  assert.equal(asymmetricKeyType, "rsa", "a key of another type is replaced");
 });
 
-Deno.test("an RSA key that cannot be read stops no EC certificate", async () => {
+Deno.test("an unreadable RSA key does not prevent the EC certificate", async () => {
   await using bed = await testBed({ domains: NAME });
   await Deno.mkdir(bed.path(`test/key/${NAME}-key.rsa2048.test.pem`), { recursive: true });
   const ran = await bed.run();
@@ -256,7 +256,7 @@ for (const type of ["badPublicKey", "badCSR"]) {
   });
 }
 
-Deno.test("a CSR that the CA refuses under any key costs the key nothing", async () => {
+Deno.test("a key is kept if the CA refuses the CSR with every key", async () => {
   await using bed = await oneCertificate();
   await bed.run();
   const key = bed.text(KEY);
@@ -269,18 +269,18 @@ Deno.test("a CSR that the CA refuses under any key costs the key nothing", async
 
 // ---- orders that the CA does not finish --------------------------------------------------------------------------
 
-/** The orders that are remembered, and whether the key of one stands beside the live one. */
+/** The number of unfinished orders in state.json, and whether there is a pending key. */
 function unfinished(bed: Bed): [orders: number, key: boolean] {
   return [Object.keys(bed.state().orders).length, existsSync(bed.path(PENDING_KEY))];
 }
 
-for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["the live key", ""]] as const) {
-  Deno.test(`an order that the CA has not finished in time is taken up by the next run, under ${what}`, async () => {
+for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["the same key", ""]] as const) {
+  Deno.test(`an order that the CA has not finished in time is continued by the next run, with ${what}`, async () => {
     await using bed = await testBed({ domains: NAME, settings: `keyTypes: ec\n${settings}` });
     await bed.run();
     const live = bed.text(KEY);
     bed.ca.switches.processingMs = Infinity;
-    const slow = await bed.run({ named: { renew: [NAME] }, ...leaping(bed) });
+    const slow = await bed.run({ named: { renew: [NAME] }, ...skippingWaits(bed) });
     assert.deepEqual(failures(slow), ["order still processing after 180 s; the next run goes on with it"]);
     assert.deepEqual([unfinished(bed), bed.text(KEY)], [[1, settings !== ""], live]);
 
@@ -294,10 +294,10 @@ for (const [what, settings] of [["a new key", "alwaysGenerateNewKeys: yes"], ["t
   });
 }
 
-Deno.test("what was issued and could not be fetched is fetched by the next run", async () => {
+Deno.test("a certificate whose download failed is downloaded by the next run", async () => {
   for (const fault of [refusing(404, "malformed", "gone"), { kind: "reset" } as const]) {
     await using bed = await oneCertificate({ fault: faultAt("certificate", fault, Infinity) });
-    assert.equal((await bed.run(leaping(bed))).code, 1);
+    assert.equal((await bed.run(skippingWaits(bed))).code, 1);
     assert.deepEqual(unfinished(bed), [1, true]);
     bed.ca.switches.fault = undefined;
     assert.equal((await bed.run({ retry: true })).code, 0);
@@ -305,11 +305,11 @@ Deno.test("what was issued and could not be fetched is fetched by the next run",
   }
 });
 
-Deno.test("an order that was interrupted while the CA was at it is taken up by the next run", async () => {
+Deno.test("an order that was interrupted while the CA processed it is continued by the next run", async () => {
   const stop = new AbortController();
   await using bed = await oneCertificate({ processingMs: Infinity });
   bed.ca.switches.fault = ({ resource }) => {
-    // the answer comes first, and the interruption while it is waited for the order
+    // the interruption comes during the wait after this answer
     if (resource === "order" && bed.ca.orders[0]!.status === "processing") {
       stop.abort(new DOMException("interrupted", "AbortError"));
     }
@@ -322,20 +322,20 @@ Deno.test("an order that was interrupted while the CA was at it is taken up by t
   assert.deepEqual([unfinished(bed), bed.ca.orders.length], [[0, false], 1]);
 });
 
-Deno.test("an order is given up where the CA does, where it is a week old, or where its key or account is lost", async () => {
+Deno.test("an unfinished order is replaced if it is invalid, unknown to the CA or a week old, or its key or account is lost", async () => {
   const table: [string, (bed: Bed) => unknown][] = [
-    ["the CA calls it invalid", ({ ca }) => ca.orders[0]!.status = "invalid"],
-    ["the CA knows nothing of it", ({ ca }) => {
+    ["it is invalid", ({ ca }) => ca.orders[0]!.status = "invalid"],
+    ["it is unknown to the CA", ({ ca }) => {
       const gone = refusing(404, "malformed", "no such order");
       ca.switches.fault = ({ url }) => url === ca.orders[0]!.url ? gone : undefined;
     }],
     ["it is a week old", ({ ca }) => ca.advance(8 * DAY)],
     ["its key is lost", (bed) => Deno.remove(bed.path(PENDING_KEY))],
-    ["its account is another's", (bed) => Deno.remove(bed.path("account.key.test"))],
+    ["its account is lost", (bed) => Deno.remove(bed.path("account.key.test"))],
   ];
   for (const [what, lose] of table) {
     await using bed = await oneCertificate({ processingMs: Infinity });
-    await bed.run(leaping(bed));
+    await bed.run(skippingWaits(bed));
     bed.ca.switches.processingMs = 0;
     bed.ca.orders[0]!.doneAt = 0;
     await lose(bed);
@@ -345,7 +345,7 @@ Deno.test("an order is given up where the CA does, where it is a week old, or wh
   }
 });
 
-Deno.test("a certificate that cannot be put in its place is not ordered again, but fetched again", async () => {
+Deno.test("a certificate that cannot be written is not ordered again, but downloaded again", async () => {
   await using bed = await oneCertificate();
   await Deno.mkdir(bed.path(CERT, "x"), { recursive: true });
   const codes = [(await bed.run()).code, (await bed.run()).code, (await bed.run({ retry: true })).code];
@@ -355,8 +355,8 @@ Deno.test("a certificate that cannot be put in its place is not ordered again, b
   assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, bed.ca.issued[0]!.serial);
 });
 
-Deno.test("an order that a replica took for finalized, and that is ready still, is finalized again", async () => {
-  const lies: [Resource, Fault][] = [
+Deno.test("an order that is still ready although a lagging replica reported it as processing is finalized again", async () => {
+  const wrongAnswers: [Resource, Fault][] = [
     ["finalize", refusing(403, "orderNotReady", "a replica lags")],
     ["order", put({ status: "processing" })],
   ];
@@ -364,34 +364,34 @@ Deno.test("an order that a replica took for finalized, and that is ready still, 
   await using bed = await oneCertificate({
     fault: ({ resource }) => {
       ready ||= resource === "finalize";
-      return ready && lies[0]?.[0] === resource ? lies.shift()![1] : undefined;
+      return ready && wrongAnswers[0]?.[0] === resource ? wrongAnswers.shift()![1] : undefined;
     },
   });
   const { code, stderr, requests } = await bed.run();
-  assert.deepEqual([code, stderr, lies.length], [0, "", 0]);
+  assert.deepEqual([code, stderr, wrongAnswers.length], [0, "", 0]);
   assert.equal(counts(requests).finalize, 2);
 });
 
-// ---- validations that fail ---------------------------------------------------------------------------------------
+// ---- failed validations ------------------------------------------------------------------------------------------
 
 function lost(): never {
   throw new Error("NXDOMAIN");
 }
 
 for (const failure of ["order", "authorization", "challenge"] as const) {
-  Deno.test(`a validation that fails is known soon, with its cause, where the CA shows it in the ${failure}`, async () => {
+  Deno.test(`a failed validation is reported soon and with its cause by a CA that shows it in the ${failure}`, async () => {
     await using bed = await oneCertificate({ resolve: lost, failure }, `${NAME} www`);
-    const begun = bed.ca.now.getTime();
+    const started = bed.ca.now.getTime();
     const ran = await bed.run();
     const all = [`${NAME}`, `www.${NAME}`].map((name) => `${name}: cannot look up ${name}: NXDOMAIN (dns)`);
     assert.deepEqual([ran.code, failures(ran)], [1, [all.join("; ")]]);
-    const seconds = (bed.ca.now.getTime() - begun) / 1000;
+    const seconds = (bed.ca.now.getTime() - started) / 1000;
     assert(seconds < { order: 5, authorization: 15, challenge: 60 }[failure], `${seconds} s`);
     assert.deepEqual(bed.dropped(), []);
   });
 }
 
-Deno.test("a challenge that the CA has found wrong and left pending is responded to again, until it is right", async () => {
+Deno.test("a challenge that is still pending after a failed validation is responded to again until it is valid", async () => {
   let misses = 3;
   const resolve = () => misses-- > 0 ? lost() : { hostname: "127.0.0.1", port: bed.web.port };
   await using bed: Bed = await oneCertificate({ resolve, failure: "challenge" });
@@ -399,9 +399,9 @@ Deno.test("a challenge that the CA has found wrong and left pending is responded
   assert.deepEqual([code, counts(requests).challenge], [0, 4]);
 });
 
-Deno.test("an order that stays pending is given up after three minutes, with what is known of its challenges", async () => {
+Deno.test("an order that stays pending fails after three minutes", async () => {
   await using bed = await oneCertificate({ validationDelayMs: 600_000 });
-  assert.deepEqual(failures(await bed.run(leaping(bed))), ["order still pending after 180 s"]);
+  assert.deepEqual(failures(await bed.run(skippingWaits(bed))), ["order still pending after 180 s"]);
   assert.deepEqual([bed.dropped(), unfinished(bed)], [[], [0, false]]);
 });
 
@@ -412,7 +412,7 @@ const SUBPROBLEMS = ["a.example.com", "b.example.com"].map((value) => ({
   detail: `forbidden by the CAA of ${value}`,
   identifier: { type: "dns", value },
 }));
-const SAID = "two names (compound); a.example.com: forbidden by the CAA of a.example.com (caa); " +
+const MESSAGE = "two names (compound); a.example.com: forbidden by the CAA of a.example.com (caa); " +
   "b.example.com: forbidden by the CAA of b.example.com (caa)";
 const COMPOUND = {
   type: "urn:ietf:params:acme:error:compound",
@@ -421,13 +421,13 @@ const COMPOUND = {
 };
 const refused = refusing(403, "compound", "two names", { subproblems: SUBPROBLEMS });
 
-/** Answers as the CA does, but with these members. */
+/** Replaces members of the answer. */
 function put(more: Record<string, unknown>): Fault {
   return { kind: "rewrite", rewrite: (body) => ({ ...body, ...more }) };
 }
 const invalid = put({ status: "invalid", error: COMPOUND });
 
-/** The fault, for finalize and for polls of an order that has been finalized. */
+/** The fault, injected into finalize and later polls of the order. */
 function finalizedThen(fault: Fault): Switches["fault"] {
   let finalized = false;
   return ({ resource }) => {
@@ -437,24 +437,24 @@ function finalizedThen(fault: Fault): Switches["fault"] {
 }
 
 const REFUSALS: readonly [string, Switches["fault"], string, string][] = [
-  ["created", faultAt("newOrder", refused), "create an order", SAID],
-  ["created, and born invalid", faultAt("newOrder", invalid), "issue the order", SAID],
+  ["created", faultAt("newOrder", refused), "create an order", MESSAGE],
+  ["created, and is invalid at once", faultAt("newOrder", invalid), "issue the order", MESSAGE],
   [
-    "validated, for a reason that is not a challenge's",
+    "validated, for a reason other than a challenge",
     faultAt("order", invalid),
     "validate the order",
-    SAID,
+    MESSAGE,
   ],
   [
-    "validated, for no reason",
+    "validated, without a reason",
     faultAt("order", put({ status: "invalid" })),
     "validate the order",
     "the order became invalid, and the CA gives no reason",
   ],
-  ["finalized", faultAt("finalize", refused), "finalize the order", SAID],
-  ["finalized, and invalid then", finalizedThen(invalid), "issue the order", SAID],
+  ["finalized", faultAt("finalize", refused), "finalize the order", MESSAGE],
+  ["finalized, and becomes invalid", finalizedThen(invalid), "issue the order", MESSAGE],
   [
-    "finalized, and ready still",
+    "finalized, and stays ready",
     finalizedThen(put({ status: "ready", certificate: undefined })),
     "issue the order",
     "order still ready after 180 s; the next run goes on with it",
@@ -467,16 +467,16 @@ const REFUSALS: readonly [string, Switches["fault"], string, string][] = [
   ],
 ];
 for (const [what, fault, step, message] of REFUSALS) {
-  Deno.test(`an order that cannot be ${what} fails with what the CA says of it, and leaves nothing behind`, async () => {
+  Deno.test(`an order that cannot be ${what}, fails with the message of the CA and leaves no challenge file`, async () => {
     await using bed = await oneCertificate({ fault }, "a.example.com b.example.com");
-    const ran = await bed.run(leaping(bed));
+    const ran = await bed.run(skippingWaits(bed));
     assert.deepEqual([ran.code, failures(ran)], [1, [message]]);
     assert(ran.stderr.includes(`cannot ${step}: ${message}`), ran.stderr);
     assert.deepEqual(bed.dropped(), []);
   });
 }
 
-Deno.test("an authorization that is not for the name, or not pending, is an error and not answered", async () => {
+Deno.test("an authorization for another name, or one that is not pending, is an error, and its challenge gets no response", async () => {
   await using bed = await oneCertificate();
   for (
     const [more, message] of [
@@ -491,18 +491,18 @@ Deno.test("an authorization that is not for the name, or not pending, is an erro
     ] as const
   ) {
     bed.ca.switches.fault = faultAt("authz", put(more));
-    const [said] = failures(await bed.run({ retry: true }));
-    assert(said?.startsWith(message), said);
+    const [found] = failures(await bed.run({ retry: true }));
+    assert(found?.startsWith(message), found);
     assert.equal(counts(bed.ca.log).challenge, undefined);
     assert.deepEqual(bed.dropped(), []);
   }
   bed.ca.switches.fault = faultAt("authz", put({ identifier: { type: "dns", value: "Example.COM" } }));
-  assert.equal((await bed.run({ retry: true })).code, 0, "capitals are the ordered name");
+  assert.equal((await bed.run({ retry: true })).code, 0, "capital letters do not matter");
 });
 
-// ---- certificates that are not what was asked for ----------------------------------------------------------------
+// ---- certificates that do not match the order --------------------------------------------------------------------
 
-Deno.test("a certificate that is not what was asked for is not taken, and the old one and its key stay", async () => {
+Deno.test("a certificate that does not match the order is rejected, and the old certificate and key stay", async () => {
   await using bed = await oneCertificate();
   const { ca } = bed;
   await bed.run();
@@ -520,7 +520,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
   // what else can be wrong with a chain is in x509.test.ts
   const table: [string, (chain: string) => string, RegExp][] = [
     ["another key", forge({ publicKey: stranger }), /another key/],
-    ["thirty seconds of life", forge({}, 30_000), /this host's clock says \S+, the CA's \S+$/],
+    ["thirty seconds of validity", forge({}, 30_000), /this host's clock says \S+, the CA's \S+$/],
     ["half a certificate", (chain) => chain.slice(0, chain.length / 4), /no certificate in the answer/],
     ["megabytes", (chain) => chain.repeat(1000), /more than 1048576 bytes/],
   ];
@@ -537,7 +537,7 @@ Deno.test("a certificate that is not what was asked for is not taken, and the ol
   assert.equal(new X509Certificate(bed.text(CERT)).serialNumber, ca.issued.at(-1)!.serial);
 });
 
-Deno.test("a chain that holds no issuer is taken, since that may be a root, and is said", async () => {
+Deno.test("a chain without an issuer is accepted, since the issuer may be a root, and noted", async () => {
   const rewrite = (chain: string) => chain.slice(0, chain.indexOf("-----END") + 26);
   await using bed = await oneCertificate({
     fault: faultAt("certificate", { kind: "rewrite text", rewrite }),
@@ -550,9 +550,9 @@ Deno.test("a chain that holds no issuer is taken, since that may be a root, and 
 // ---- faults ------------------------------------------------------------------------------------------------------
 
 const STEPS = "directory newNonce newAccount newOrder authz challenge order finalize certificate".split(" ");
-// connections that break are in acme.test.ts
+// broken connections are in acme.test.ts
 for (const kind of ["truncate", "html", "repeat"] as const) {
-  Deno.test(`after one fault (${kind}) at any step, and one run without, the certificate is there`, async () => {
+  Deno.test(`after one fault (${kind}) at any step and a run without faults, the certificate is issued`, async () => {
     await using bed = await oneCertificate();
     for (const [i, step] of STEPS.entries()) {
       bed.configure({ domains: `n${i}.example.com` });
@@ -564,7 +564,7 @@ for (const kind of ["truncate", "html", "repeat"] as const) {
       assert.equal(bed.ca.issued.at(-1)!.names[0], `n${i}.example.com`);
       await Deno.remove(bed.path("test"), { recursive: true });
     }
-    assert(bed.ca.orders.length <= 2 * STEPS.length, "more orders than necessary plus one a line");
-    if (kind === "repeat") bed.ca.violations.splice(0); // its nonces had been used
+    assert(bed.ca.orders.length <= 2 * STEPS.length, "more than one superfluous order per line");
+    if (kind === "repeat") bed.ca.violations.splice(0); // repeated answers bring nonces that were used before
   });
 }

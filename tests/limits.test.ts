@@ -1,4 +1,4 @@
-/** Goal: a CA that limits its users is asked no more than it takes, and many lines are issued over several runs. */
+/** Goal: with rate limits at the CA, many lines are issued over several runs, and the limits are respected. */
 
 import assert from "node:assert/strict";
 import { testBed } from "./bed.ts";
@@ -8,13 +8,13 @@ const LINES = 80;
 const ORDERS = 20;
 const PARALLEL = 15;
 
-Deno.test("80 lines at 20 orders in three hours take four runs, no order too many, soonest expiry first", async () => {
+Deno.test("80 lines at 20 orders in three hours take four runs without a superfluous order, the soonest expiry first", async () => {
   await using bed = await testBed({
     settings: "keyTypes: ec\nari: no",
     ca: { limits: likeLetsEncrypt(ORDERS) },
   });
   const lines = (from: number, to: number) => range(from, to).map((i) => `n${i}.example.com\n`).join("");
-  // as they stand in the file: 40 new ones, 20 that expire in ten days, 20 that expire in five
+  // in the order of the file: 40 new lines, 20 that expire in ten days, 20 that expire in five
   for (const [from, to, age] of [[40, 60, 80], [60, 80, 85]] as const) {
     bed.configure({ domains: lines(from, to) });
     await bed.plant({ age });
@@ -32,8 +32,8 @@ Deno.test("80 lines at 20 orders in three hours take four runs, no order too man
   const expected = [...range(60, 80), ...range(40, 60), ...range(0, 40)];
   for (const [at, line] of order.entries()) {
     const shift = Math.abs(expected.indexOf(line) - at);
-    // those of a run overtake each other; in the order of the file it would be up to 60
-    assert(shift < ORDERS + PARALLEL, `line ${line} came ${shift} places from its turn`);
+    // lines of one run may change places; in the order of the file the shift would be up to 60
+    assert(shift < ORDERS + PARALLEL, `line ${line} is ${shift} places off`);
   }
 });
 

@@ -1,6 +1,6 @@
 /**
- * lematt before Pebble, which nobody here wrote: with the moods that it has by default and on request, with a relay that errs
- * between them, and with what CAs offer since RFC 8555. What it issues is judged by openssl and by node:crypto.
+ * lematt with Pebble, an independent CA: with the random errors that Pebble injects, with a relay that changes answers, and
+ * with protocols newer than RFC 8555. The certificates are checked with openssl and node:crypto.
  */
 import assert from "node:assert/strict";
 import { createPrivateKey, generateKeyPairSync, X509Certificate } from "node:crypto";
@@ -18,8 +18,8 @@ const NAME = "example.com";
 const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
 
 /**
- * A bed whose CA is a Pebble, which finds all names of `domains`. In actions HOME is the bed's home and ZONE a directory of
- * files `<record>/<TXT value>`, which Pebble's resolver serves.
+ * A bed with Pebble as the CA, which resolves all names of `domains`. In actions, HOME is the home of the bed and ZONE a
+ * directory of files `<record>/<TXT value>`, which are served to Pebble by DNS.
  */
 async function pebbleBed(
   { domains, settings = "", actions = "", ...options }:
@@ -40,14 +40,14 @@ async function pebbleBed(
   set(settings);
   act(actions);
 
-  /** What the program says on both streams, and its exit status where that is not 0; no challenge is left behind. */
+  /** Output and errors of the program, and its exit status if that is not 0. Throws if it leaves a challenge file. */
   async function lematt(...args: string[]): Promise<string> {
     const { code, stdout, stderr } = await bed.lematt("--test", ...args);
     assert.deepEqual(bed.dropped(), []);
     return stdout + stderr + (code === 0 ? "" : `exit status ${code}\n`);
   }
 
-  /** The certificates, each found sound: chain, names and key. */
+  /** The certificates; throws unless chain and key of each are valid. */
   async function certificates(): Promise<Certificate[]> {
     const root = join(bed.home, "root.pem");
     await Deno.writeTextFile(root, await pebble.rootPem());
@@ -55,7 +55,7 @@ async function pebbleBed(
     return await Promise.all(files.map(({ name }) => inspect(bed.path("test/cert", name), root)));
   }
 
-  /** `certificates` has to hold each line, in any order. */
+  /** Throws unless there is a certificate of each line and key type, and no other. */
   async function assertIssued(lines: readonly string[], keyTypes = ["ec", "rsa"]) {
     const shown = (await certificates()).map(({ names, keyType }) => `${keyType} ${names.join(" ")}`);
     const sorted = lines.map((line) => line.split(" ").sort().join(" "));
@@ -71,7 +71,7 @@ async function pebbleBed(
 interface Certificate {
   readonly names: readonly string[];
   readonly keyType: string;
-  /** How many certificates the file holds. */
+  /** The number of certificates in the file. */
   readonly length: number;
   readonly leaf: X509Certificate;
 }
@@ -102,7 +102,7 @@ const ecKey = () =>
 // ---- RFC 8555 ----------------------------------------------------------------------------------------------------
 
 pebbleTest(
-  "lematt issues though every second nonce is refused, some authorizations are reused, and answers come later",
+  "certificates are issued if every second nonce is refused, some authorizations are reused, and answers have Retry-After",
   async () => {
     const many = Array.from({ length: 40 }, (_, i) => `many${i}.example.com`).join(" ");
     const lines = ["mail.example.com", "example.com www.example.com shop.example.com", many];
@@ -118,18 +118,18 @@ pebbleTest(
   },
 );
 
-pebbleTest("a name that Pebble refuses, and one that it cannot find, leave the others issued", async () => {
+pebbleTest("other lines are issued if Pebble refuses a name and cannot resolve another one", async () => {
   const domains = "a.example.com\nb.example.com blocked.example.com\nlost.example.com";
   await using ca = await pebbleBed({ domains, config: { domainBlocklist: ["blocked.example.com"] } });
   ca.pebble.dns.set("lost.example.com", "A");
   await Deno.writeTextFile(ca.bed.path("account.key"), rsaKey().toString());
-  const said = await ca.lematt();
-  assert.match(said, /"blocked\.example\.com" \(rejectedIdentifier\)[^]*exit status 1$/m);
-  assert.match(said, /lost\.example\.com: .* \(connection\)/);
+  const output = await ca.lematt();
+  assert.match(output, /"blocked\.example\.com" \(rejectedIdentifier\)[^]*exit status 1$/m);
+  assert.match(output, /lost\.example\.com: .* \(connection\)/);
   await ca.assertIssued(["a.example.com"]);
 });
 
-/** Kinds of requests by Pebble's paths. */
+/** The paths of Pebble for each kind of request. */
 const KINDS = {
   directory: /^\/dir$/,
   newNonce: /^\/nonce-plz$/,
@@ -156,7 +156,7 @@ const notFound = problem(404, "malformed", "application/problem+json");
 const badNonce = problem(400, "badNonce");
 
 pebbleTest(
-  "no line fails where each kind of request is answered once by a replica that lags, by a Retry-After of a day, and by a problem as application/json",
+  "no line fails if requests meet a lagging replica, a Retry-After of a day, and a problem as application/json",
   async () => {
     const lines = ["a.example.com", "b.example.com c.example.com"];
     const env = { PEBBLE_WFE_NONCEREJECT: "0", PEBBLE_AUTHZREUSE: "100" };
@@ -187,7 +187,7 @@ pebbleTest(
 );
 
 pebbleTest(
-  "the default chain is taken unless an alternate leads to the root that is wished for",
+  "the default chain is used unless an alternate chain leads to the preferred root",
   async () => {
     await using ca = await pebbleBed({ domains: NAME, env: { PEBBLE_ALTERNATE_ROOTS: "2" } });
     const roots = await Promise.all([0, 1, 2].map(async (chain) => rootOf(await ca.pebble.rootPem(chain))!));
@@ -195,7 +195,7 @@ pebbleTest(
       ...answer,
       headers: { ...answer.headers, link: '<https://elsewhere.example/chain>;rel="alternate"' },
     });
-    const garbage: Change = (answer) => ({
+    const invalid: Change = (answer) => ({
       ...answer,
       body: "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
     });
@@ -214,28 +214,28 @@ pebbleTest(
       ["ISRG Root X9", notFound, /^$/, roots[0]!, true],
       [roots[2]!.slice(0, -1), notFound, /^$/, roots[0]!, true], // half the name
       [roots[2], notFound, ALTERNATE, roots[0]!, true],
-      [roots[2], garbage, ALTERNATE, roots[0]!, true],
+      [roots[2], invalid, ALTERNATE, roots[0]!, true],
       [roots[2], elsewhere, /\/certZ\//, roots[0]!, true],
     ];
-    for (const [wish, changing, where, expected, noted] of table) {
-      [change, changed] = [changing, where];
-      const preferred = wish === undefined ? "" : `\npreferredChain: ${wish}`;
+    for (const [wanted, newChange, paths, expected, noted] of table) {
+      [change, changed] = [newChange, paths];
+      const preferred = wanted === undefined ? "" : `\npreferredChain: ${wanted}`;
       ca.set(`ari: no\nkeyTypes: ec${preferred}`, { ...ca.pebble, directoryUrl: `${relay.origin}/dir` });
       await Deno.remove(ca.bed.path("test/cert"), { recursive: true }).catch(() => {});
       const { code, stdout, stderr } = await runAt(relay.root, ca.bed);
       assert.deepEqual([code, stderr], [0, ""]);
-      assert.equal(rootOf(ca.bed.text(CERT)), expected, wish);
-      assert.equal(new RegExp(`^note .*"${wish}"`, "m").test(stdout), noted, `${wish}: ${stdout}`);
+      assert.equal(rootOf(ca.bed.text(CERT)), expected, wanted);
+      assert.equal(new RegExp(`^note .*"${wanted}"`, "m").test(stdout), noted, `${wanted}: ${stdout}`);
     }
   },
 );
 
-// ---- since RFC 8555 ----------------------------------------------------------------------------------------------
+// ---- newer than RFC 8555 -----------------------------------------------------------------------------------------
 
 const MODERN = { modern: true };
 
 pebbleTest(
-  "Pebble's suggestions are heeded, unless they make no sense; a drill renews and delivers everything",
+  "the renewal windows of Pebble are respected unless they are invalid; a mass revocation renews and delivers everything",
   async () => {
     await using ca = await pebbleBed({
       domains: "a.example.com\nb.example.com www.b.example.com",
@@ -251,7 +251,7 @@ pebbleTest(
         suggestedWindow: { start: new Date(Date.now() + start), end: new Date(Date.now() + end) },
         explanationURL: "https://pebble.example/incident",
       });
-    /** Suggests this of each certificate, and has it asked about again. */
+    /** Sets the renewal information of each certificate, and makes the next run ask for it. */
     const suggest = async (...answers: string[]) => {
       for (const [i, ARIResponse] of answers.entries()) {
         await pebble.manage("/set-renewal-info/", { Certificate: before[i]!.toString(), ARIResponse });
@@ -262,15 +262,15 @@ pebbleTest(
     };
 
     await suggest(window(DAY, -DAY), `{"suggested`);
-    const odd = await ca.lematt();
-    assert.equal(odd.match(/^note .*its dates decide$/gm)?.length, 2, odd);
-    assert.match(odd, /^nothing due, 2 kept/m);
+    const kept = await ca.lematt();
+    assert.equal(kept.match(/^note .*its dates decide$/gm)?.length, 2, kept);
+    assert.match(kept, /^nothing due, 2 kept/m);
     await suggest(window(40 * DAY, 41 * DAY), window(40 * DAY, 41 * DAY));
     await ca.lematt();
     assert.match(await ca.lematt("--plan"), /^keep .*as the CA suggests/m);
     await suggest(window(-2 * HOUR, -HOUR), window(-2 * HOUR, -HOUR));
-    const drill = await ca.lematt();
-    assert.equal(drill.match(/^issued .*https:\/\/pebble\.example\/incident/gm)?.length, 2, drill);
+    const renewed = await ca.lematt();
+    assert.equal(renewed.match(/^issued .*https:\/\/pebble\.example\/incident/gm)?.length, 2, renewed);
     assert.deepEqual(bed.take().join(" ").split(" ").sort(), ["a.example.com", "b.example.com"]);
     const after = (await ca.certificates()).map(({ leaf }) => leaf.serialNumber);
     assert(before.every(({ serialNumber }) => !after.includes(serialNumber)));
@@ -279,7 +279,7 @@ pebbleTest(
   MODERN,
 );
 
-pebbleTest("Pebble issues for addresses under a profile of six days", async () => {
+pebbleTest("certificates for IP addresses are issued with a profile of six days", async () => {
   const profiles = { shortlived: { description: "six days", validityPeriod: 6 * 86_400 } };
   await using ca = await pebbleBed({
     domains: "127.0.0.1 ::1",
@@ -295,33 +295,33 @@ pebbleTest("Pebble issues for addresses under a profile of six days", async () =
 }, MODERN);
 
 const DNS = `[dns]\ndomains: ${NAME} *.${NAME}\nchallenge: dns-01\n` +
-  // a provider that keeps one value for each name
+  // as at a provider with one value per name
   `dnsPresent: ["rm -rf ZONE/RECORD; mkdir -p ZONE/RECORD; touch ZONE/RECORD/VALUE"]\n` +
   `dnsCleanup: ["rm -f ZONE/RECORD/VALUE"]\n` +
   "[persistent]\ndomains: *.example.org\nchallenge: dns-persist-01\n";
 
 pebbleTest(
-  "Pebble finds the values of dns-01, one a record and behind a CNAME, and a persistent record of dns-persist-01",
+  "dns-01 with one value per record and behind a CNAME, and dns-persist-01, are validated",
   async () => {
     await using ca = await pebbleBed({
       domains: `${NAME} *.${NAME}\n*.example.org www.example.org`,
       actions: DNS,
-      settings: "keyTypes: ec\npreflight: no", // which would ask this host's resolver
+      settings: "keyTypes: ec\npreflight: no", // the self-check would ask the resolver of this host
       config: { caaIdentities: ["pebble.example"] },
       env: { PEBBLE_AUTHZREUSE: "0" },
     });
     const { bed, pebble: { dns, caBundleFile } } = ca;
     await Deno.writeTextFile(bed.path("account.key"), ecKey().toString());
-    const refused = await ca.lematt();
-    assert.match(refused, new RegExp(`^issued +${NAME} \\+1 `, "m"));
-    assert.match(refused, /^FAILED +\*\.example\.org \+1 /m);
+    const output = await ca.lematt();
+    assert.match(output, new RegExp(`^issued +${NAME} \\+1 `, "m"));
+    assert.match(output, /^FAILED +\*\.example\.org \+1 /m);
     const [, record, value] = /^place +(\S+)\. IN TXT "(.*)"$/m.exec(await ca.lematt("--plan"))!;
     assert.match(value!, /^pebble\.example; accounturi=https:\/\/\S+; policy=wildcard$/);
     dns.set(record!, "TXT", value!);
     assert.match(await ca.lematt("--retry"), /^issued +\*\.example\.org \+1/m);
     await ca.assertIssued([`${NAME} *.${NAME}`, "*.example.org www.example.org"], ["ec"]);
 
-    // and again with a self-check at the zone's servers before, which is possible in this process only
+    // again with a self-check at the name servers of the zone, which is possible in this process only
     await Deno.remove(bed.path("test/cert"), { recursive: true });
     for (const zone of [NAME, "example.org", "acme.example.net"]) dns.set(zone, "NS", "ns.example.net");
     dns.set("ns.example.net", "A", "127.0.0.1");
@@ -338,7 +338,7 @@ pebbleTest(
   MODERN,
 );
 
-pebbleTest("Pebble binds an account, changes its contact and key, and revokes", async () => {
+pebbleTest("an account is bound, its contact and key are changed, and a certificate is revoked", async () => {
   const mac = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W";
   await using ca = await pebbleBed({
     domains: NAME,
@@ -350,11 +350,11 @@ pebbleTest("Pebble binds an account, changes its contact and key, and revokes", 
   const eab = "keyTypes: ec\neabKeyId: kid-1\neabHmacKey: eab\n";
   const other = "YW5vdGhlciBrZXkgb2YgdGhlIHJpZ2h0IGxlbmd0aA";
   await Deno.writeTextFile(bed.path("eab"), other, { mode: 0o600 });
-  for (const settings of [eab.replace("kid-1", "kid-2"), eab]) { // an unknown account, and the wrong key
+  for (const settings of [eab.replace("kid-1", "kid-2"), eab]) { // an unknown key identifier, then a wrong key
     ca.set(settings);
-    const said = await ca.lematt("--retry");
-    assert.match(said, /cannot register the account: .*\nexit status 1/);
-    assert(!said.includes(other), said);
+    const output = await ca.lematt("--retry");
+    assert.match(output, /cannot register the account: .*\nexit status 1/);
+    assert(!output.includes(other), output);
   }
   await Deno.writeTextFile(bed.path("eab"), mac);
   assert.match(await ca.lematt("--retry"), /^issued /m);

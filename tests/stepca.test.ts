@@ -1,6 +1,6 @@
 /**
- * step-ca where it is on PATH: a CA that leaves orders pending when a validation has failed, changes no account keys, says nothing
- * of renewal, and issues for a day. tests/cas.ts has the whole life, there and at others.
+ * lematt with step-ca: a CA that leaves orders pending after a failed validation, offers neither key change nor renewal
+ * information, and issues for a day. tests/cas.ts runs the whole life cycle at this and other CAs.
  */
 
 import assert from "node:assert/strict";
@@ -15,7 +15,9 @@ const NAME = "one.example.com";
 const CERT = `test/cert/${NAME}_two.example.com-cert-combined.prime256v1.test.pem`;
 
 Deno.test({
-  name: `step-ca issues, renews, revokes, and says why it does not${lack === undefined ? "" : ` (${lack})`}`,
+  name: `certificates are issued, renewed and revoked by step-ca, and failures are reported${
+    lack === undefined ? "" : ` (${lack})`
+  }`,
   ignore: lack !== undefined,
   async fn() {
     await using stack = new AsyncDisposableStack();
@@ -29,7 +31,7 @@ Deno.test({
     bed.configure({ settings: `testDirectory: ${ca.directoryUrl}\ncaBundle: root.pem\nkeyTypes: ec\n` });
     const serials = new Set<string>();
     for (
-      const [args, code, says] of [
+      const [args, code, expected] of [
         [[], 0, /^issued /m],
         [[], 0, /^nothing due, 1 kept/m],
         [["--renew", NAME], 0, /^issued /m],
@@ -40,14 +42,14 @@ Deno.test({
     ) {
       const ended = await bed.lematt("--test", ...args);
       assert.equal(ended.code, code, ended.stderr);
-      assert.match(ended.stdout + ended.stderr, says);
+      assert.match(ended.stdout + ended.stderr, expected);
       serials.add(new X509Certificate(bed.text(CERT)).serialNumber);
     }
     assert.equal(serials.size, 3);
     const keys = [...Deno.readDirSync(bed.conf)].filter(({ name }) => name.startsWith("account"));
     assert.deepEqual(keys.map(({ name }) => name), ["account.key.test"]);
 
-    // in this process, where waiting is short
+    // in this process, where waits are short
     bed.configure({ domains: `${NAME} two.example.com\nlost.example.com` });
     const ran = await runAt(ca.root, bed);
     assert.equal(ran.code, 1);

@@ -1,4 +1,4 @@
-/** Goal: keys and CSRs that openssl agrees with, and a chain that is refused for whatever is wrong with it. */
+/** Goal: keys and CSRs are accepted by openssl, and an invalid chain is rejected with its fault. */
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
@@ -34,7 +34,7 @@ const openssl = (args: string, input = "") =>
   execFileSync("openssl", args.split(" "), { input, encoding: "utf8", stdio: "pipe" });
 const publicKeyOf = (keyPem: string) => createPublicKey(createPrivateKey(keyPem));
 const life = { notBefore: new Date(NOW.getTime() - DAY), notAfter: new Date(NOW.getTime() + DAY) };
-/** A chain for this key and these names from the test CA. */
+/** A chain for the key and the names, signed by the test CA. */
 const forge = (keyPem: string, names: string[], dates = life) =>
   ca.forge({
     publicKey: publicKeyOf(keyPem),
@@ -42,7 +42,7 @@ const forge = (keyPem: string, names: string[], dates = life) =>
     ...dates,
   });
 
-Deno.test("createCsr() makes what openssl verifies: every kind of key, names and addresses, the primary as common name", async () => {
+Deno.test("openssl verifies the CSRs of createCsr(): every key type, names and IP addresses, the first name as common name", async () => {
   for (const [index, keyPem] of keys.entries()) {
     const { pem } = await createCsr(keyPem, ["example.com", "*.example.com", "192.0.2.1", "2001:db8::7"]);
     const text = openssl("req -noout -verify -text", pem);
@@ -55,12 +55,12 @@ Deno.test("createCsr() makes what openssl verifies: every kind of key, names and
   }
   const hundred = Array.from({ length: 100 }, (_, i) => `n${i}.example.com`);
   assert.equal(openssl("req -noout -text", (await createCsr(key, hundred)).pem).match(/DNS:/g)!.length, 100);
-  for (const name of [`${"a".repeat(60)}.example.com`, "192.0.2.1"]) { // which cannot be a common name
+  for (const name of [`${"a".repeat(60)}.example.com`, "192.0.2.1"]) { // too long, or no name
     assert.match(openssl("req -noout -subject", (await createCsr(key, [name])).pem), /subject=\s*$/);
   }
 });
 
-Deno.test("a key is known in PKCS#8, PKCS#1 and SEC1, with its parameters before it or its public half left out", () => {
+Deno.test("keys are read in PKCS#8, PKCS#1 and SEC1, also after EC PARAMETERS, or without the public key", () => {
   for (const [index, keyPem] of keys.entries()) {
     const chain = forge(keyPem, ["example.com"]);
     const forms = [keyPem, openssl("pkey -traditional", keyPem)];
@@ -90,7 +90,7 @@ Deno.test("a key is known in PKCS#8, PKCS#1 and SEC1, with its parameters before
   assert.equal(keySpecOf(openssl("ecparam -name secp256k1 -genkey -noout")), "secp256k1");
 });
 
-Deno.test("readCertificate() states what node:crypto does, whatever the names and whenever, and takes nothing that is cut short", () => {
+Deno.test("readCertificate() agrees with node:crypto about names, dates and fingerprint, and rejects truncated certificates", () => {
   const names = ["*.example.com", "xn--bcher-kva.example", "192.0.2.255", "::", "2001:db8:0:1::"];
   const lives = [
     ["1999-12-31T23:59:59Z", "2049-12-31T23:59:59Z"],
@@ -98,25 +98,25 @@ Deno.test("readCertificate() states what node:crypto does, whatever the names an
   ];
   for (const [from, to] of lives) {
     const chain = forge(key, names, { notBefore: new Date(from!), notAfter: new Date(to!) });
-    const [judge, read] = [new X509Certificate(chain), readCertificate(chain)];
+    const [reference, read] = [new X509Certificate(chain), readCertificate(chain)];
     assert.deepEqual(read.names, names);
-    assert.equal(read.notBefore.getTime(), Date.parse(judge.validFrom));
-    assert.equal(read.notAfter.getTime(), Date.parse(judge.validTo));
-    assert.equal(read.fingerprint, judge.fingerprint256.replaceAll(":", "").toLowerCase());
+    assert.equal(read.notBefore.getTime(), Date.parse(reference.validFrom));
+    assert.equal(read.notAfter.getTime(), Date.parse(reference.validTo));
+    assert.equal(read.fingerprint, reference.fingerprint256.replaceAll(":", "").toLowerCase());
     assert.deepEqual([read.issuer, read.selfSigned], ["lematt test intermediate", false]);
     assert(coversExactly(read, names.toReversed()));
     assert(!coversExactly(read, names.slice(1)) && !coversExactly(read, [...names, "www.example.com"]));
-    for (let length = 1; length < judge.raw.length; length++) {
-      const cut = pem("CERTIFICATE", judge.raw.subarray(0, length));
-      assert.throws(() => readCertificate(cut), `${length} of ${judge.raw.length} bytes`);
+    for (let length = 1; length < reference.raw.length; length++) {
+      const cut = pem("CERTIFICATE", reference.raw.subarray(0, length));
+      assert.throws(() => readCertificate(cut), `${length} of ${reference.raw.length} bytes`);
     }
   }
   const own = readCertificate(ca.rootPem);
   assert.deepEqual([own.issuer, own.selfSigned], ["lematt test root 1", true]);
 });
 
-Deno.test("checkChain() refuses a chain for whatever is wrong with it", async () => {
-  await using stranger = await startCa();
+Deno.test("checkChain() rejects invalid chains, with the reason", async () => {
+  await using otherCa = await startCa();
   const names = ["example.com", "www.example.com"];
   const good = forge(key, names);
   const leaf = good.slice(0, good.indexOf("-----END") + 26);
@@ -126,28 +126,28 @@ Deno.test("checkChain() refuses a chain for whatever is wrong with it", async ()
   const table: [what: string, chain: string, message: RegExp, names?: string[], key?: string][] = [
     ["no certificate at all", "<html>", /no certificate/],
     ["a private key before it", other + good, /PRIVATE KEY/],
-    ["a private key behind it", good + other, /PRIVATE KEY/],
+    ["a private key after it", good + other, /PRIVATE KEY/],
     ["a request within it", `${leaf}${request.pem}${good}`, /CERTIFICATE REQUEST/],
     ["text before it", `subject=CN = x\n${good}`, /^text /],
     ["text within it", `${leaf}x${good}`, /^text /],
-    ["text behind it", `${good}-----BEGIN PRIVATE`, /^text /],
-    ["garbage in the armour", good.replace(/MII/, "AAA"), /parsed/],
+    ["text after it", `${good}-----BEGIN PRIVATE`, /^text /],
+    ["invalid DER in the PEM", good.replace(/MII/, "AAA"), /parsed/],
     ["another key", good, /another key/, names, other],
-    ["a name more", good, /other names: example.com www.example.com/, ["example.com"]],
-    ["a name less", good, /other names/, [...names, "x.example.com"]],
-    ["another CA's intermediate", leaf + stranger.intermediatePem, /broken chain/],
+    ["an additional name", good, /other names: example.com www.example.com/, ["example.com"]],
+    ["a missing name", good, /other names/, [...names, "x.example.com"]],
+    ["another CA's intermediate", leaf + otherCa.intermediatePem, /broken chain/],
     ["the leaf twice", leaf + good, /broken chain/],
     ["expired", forge(key, names, past), /expired at/],
     ["not valid yet", forge(key, names, future), /not valid before/],
   ];
   const checked = checkChain(good.replaceAll("\n", "\r\n\r\n") + " ", names.toReversed(), key, NOW);
-  assert.deepEqual([checked.leaf.names, checked.chainPem], [names, good], "written anew");
+  assert.deepEqual([checked.leaf.names, checked.chainPem], [names, good], "line ends are normalized");
   for (const [what, chain, message, expected = names, keyPem = key] of table) {
     assert.throws(() => checkChain(chain, expected, keyPem, NOW), { name: "ChainError", message }, what);
   }
 });
 
-Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and issuers that are none", async () => {
+Deno.test("checkChain() rejects leaves that are not for servers, weak signatures, and invalid issuers", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lematt-x509-" });
   try {
     const root = createAuthority("root");
@@ -160,7 +160,7 @@ Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and
       return join(directory, name);
     };
     const signer = middle.privateKey.export({ type: "pkcs8", format: "pem" }) as string;
-    /** A leaf that openssl makes, with these extensions and this digest. */
+    /** A leaf made by openssl. */
     const leaf = (extensions: string, digest = "-sha256") =>
       openssl(
         `x509 -req -in ${file("csr", openssl(`req -new -key ${file("key", key)} -subj /CN=example.com`))} ` +
@@ -169,18 +169,20 @@ Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and
       );
     const good = leaf("extendedKeyUsage=serverAuth,clientAuth");
     const check = (chain: string) => checkChain(chain, ["example.com"], key, NOW);
-    for (const fine of ["", "extendedKeyUsage=anyExtendedKeyUsage", "basicConstraints=critical,CA:FALSE"]) {
-      assert.deepEqual(check(leaf(fine) + intermediate()).leaf.names, ["example.com"], fine);
+    for (
+      const extension of ["", "extendedKeyUsage=anyExtendedKeyUsage", "basicConstraints=critical,CA:FALSE"]
+    ) {
+      assert.deepEqual(check(leaf(extension) + intermediate()).leaf.names, ["example.com"], extension);
     }
     assert.deepEqual(check(good).leaf.keySpec, { type: "ec", curve: "P-256" }, "the issuer may be a root");
     const table: [what: string, chain: string, message: RegExp][] = [
       ["CA:TRUE", leaf("basicConstraints=CA:TRUE"), /CA/],
       ["for mail", leaf("extendedKeyUsage=emailProtection"), /not for TLS servers/],
       ["SHA-1", leaf("", "-sha1"), /SHA-1/],
-      ["an issuer that is no authority", good + intermediate({ authority: false }), /CA|broken chain/],
+      ["an issuer that is not a CA", good + intermediate({ authority: false }), /CA|broken chain/],
       ["an issuer that has expired", good + intermediate({ notAfter: NOW }), /certificate 2 .*expired at /],
-      ["an issuer of another name", good + intermediate({ commonName: "other" }), /broken chain/],
-      ["a chain without end", good + intermediate().repeat(1300), /1301 certificates/],
+      ["an issuer with another name", good + intermediate({ commonName: "other" }), /broken chain/],
+      ["an endless chain", good + intermediate().repeat(1300), /1301 certificates/],
     ];
     for (const [what, chain, message] of table) {
       assert.throws(() => check(chain), { name: "ChainError", message }, what);
@@ -190,7 +192,7 @@ Deno.test("checkChain() refuses a leaf that is no server's, weak signatures, and
   }
 });
 
-Deno.test("an empty public key is nobody's", () => {
+Deno.test("an empty public key matches no private key", () => {
   const seq = (tag: number, ...parts: Uint8Array[]): Uint8Array => {
     const content = Buffer.concat(parts);
     return Buffer.concat([Uint8Array.of(tag, content.length), content]);

@@ -1,11 +1,11 @@
 /**
- * Delivery: what a command costs besides its shell, for 200 sections with `cp` as upload and `true` as update; and how long
- * a section waits whose lines are done, while another line waits for a silent host.
+ * Delivery: the processor time per command, apart from its shell, for 200 sections with `cp` as upload and `true` as update;
+ * and the delay before a delivery while another line waits for a silent host.
  */
 
 import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
-import { inTurns, measure, median, need, seconds, tell } from "./bench-measure.ts";
+import { inTurns, measure, median, need, printFigure, seconds } from "./bench-measure.ts";
 import { type Bed, testBed, until } from "./bed.ts";
 import { LEMATT } from "./programs.ts";
 
@@ -23,9 +23,9 @@ async function commands(): Promise<void> {
   await using bed = await testBed({ domains: names.join("\n"), settings: "keyTypes: ec\nari: no" });
   await bed.plant();
   mkdirSync(join(bed.home, "out"));
-  const nothing = names.map((name) => `[${name}]\ndomains: ${name}\n`).join("");
+  const withoutCommands = names.map((name) => `[${name}]\ndomains: ${name}\n`).join("");
   const lists = `uploadCerts: ["cp CERTS ${bed.home}/out/"]\nupdate: ["true"]\n`;
-  const full = names.map((name) => `[${name}]\ndomains: ${name}\n${lists}`).join("");
+  const withCommands = names.map((name) => `[${name}]\ndomains: ${name}\n${lists}`).join("");
   const lematt = [...LEMATT, "--test", "--config", bed.conf];
   const shell = `for i in $(seq ${SECTIONS}); do /bin/sh -c 'cp ${bed.path("domains")} ${bed.home}/out/'; ` +
     "/bin/sh -c true; done";
@@ -33,23 +33,23 @@ async function commands(): Promise<void> {
   const [delivering, idle, shells] = await inTurns(
     TURNS,
     async () => {
-      bed.configure({ actions: full });
+      bed.configure({ actions: withCommands });
       await Deno.remove(bed.path("test/state.json")).catch(() => {});
       return await cpu(lematt);
     },
     async () => {
-      bed.configure({ actions: nothing });
+      bed.configure({ actions: withoutCommands });
       return await cpu(lematt);
     },
     () => cpu(["/bin/sh", "-c", shell]),
   ) as [number[], number[], number[]];
   const own = median(delivering.map((all, i) => (all - idle[i]! - shells[i]!) / (2 * SECTIONS) * 1000));
-  tell(
+  printFigure(
     `${2 * SECTIONS} commands, processor time`,
     seconds(median(delivering)),
     `shells ${seconds(median(shells))}`,
   );
-  tell("of lematt's own, a command", `${own.toFixed(2)} ms`, "", { found: own, atMost: 2 });
+  printFigure("lematt's own time per command", `${own.toFixed(2)} ms`, "", { found: own, atMost: 2 });
 }
 
 async function waiting(): Promise<void> {
@@ -62,10 +62,13 @@ async function waiting(): Promise<void> {
       `[slow]\ndomains: slow.example.com\nprepare: ["sleep 60"]\n`,
   });
   const done = await issuedAndDelivered(bed);
-  tell("from issued to delivered", seconds(done), "beside a line that waits", { found: done, atMost: 0.2 });
+  printFigure("from issuance to delivery", seconds(done), "while another line waits", {
+    found: done,
+    atMost: 0.2,
+  });
 }
 
-/** Seconds between the certificate of the quick line and its delivery, while the other line waits for nothing. */
+/** Seconds between the certificate of the quick line and its delivery, while the self-check of the other line hangs. */
 async function issuedAndDelivered(bed: Bed): Promise<number> {
   const stop = new AbortController();
   const silent = () =>
@@ -75,7 +78,7 @@ async function issuedAndDelivered(bed: Bed): Promise<number> {
   const route = (host: string) =>
     host.startsWith("slow") ? silent() : Promise.resolve([{ address: "127.0.0.1", port: bed.web.port }]);
   const run = bed.run({ route, signal: stop.signal });
-  run.catch(() => {}); // interrupted
+  run.catch(() => {}); // it is interrupted below
   const marker = join(bed.home, "delivered");
   const mtime = (path: string) => Deno.statSync(path).mtime!.getTime();
   await until("the delivery is made", () => existsSync(marker), 60);

@@ -1,9 +1,9 @@
 /**
- * leforward beside nginx doing the same: one connection a request, as a CA asks.
+ * leforward compared with an nginx that sends the same redirects: one connection per request, as from a CA.
  */
 
 import { join } from "node:path";
-import { median, megabytes, need, ratio, tell, times, which } from "./bench-measure.ts";
+import { median, megabytes, need, printFigure, ratio, times, which } from "./bench-measure.ts";
 import { startLeforward, startResets } from "./programs.ts";
 
 const PATH = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
@@ -11,52 +11,56 @@ const TO = "http://central.example.com";
 const TURNS = 5;
 const SECONDS = 2;
 const SILENT = 500;
-/** A second. */
-const RESETS = 1000;
+const RESETS_PER_SECOND = 1000;
 
 export async function forward(): Promise<void> {
   need("wrk");
   await using ours = await startLeforward(["--baseurl", TO, "--host", "127.0.0.1"], { stdin: "null" });
-  const turns: number[] = [], rival: number[] = [];
+  const turns: number[] = [], nginxTurns: number[] = [];
   await using nginx = which("nginx") === undefined ? undefined : await startNginx();
   for (let i = 0; i < TURNS; i++) {
     turns.push((await load(ours.port, 50)).perSecond);
-    if (nginx !== undefined) rival.push((await load(nginx.port, 50)).perSecond);
+    if (nginx !== undefined) nginxTurns.push((await load(nginx.port, 50)).perSecond);
   }
   const milliseconds = (values: readonly number[]) => `${median(values).toFixed(2)} ms`;
   const perSecond = (values: readonly number[]) => `${(median(values) / 1000).toFixed(1)}k/s`;
-  if (nginx === undefined) tell("leforward", perSecond(turns), "nginx is not installed");
+  if (nginx === undefined) printFigure("leforward", perSecond(turns), "nginx is not installed");
   else {
-    const found = ratio(turns, rival);
-    tell("leforward", perSecond(turns), `${times(found)} nginx`, { found, atLeast: 0.9 });
-    tell("nginx, one worker", perSecond(rival));
+    const found = ratio(turns, nginxTurns);
+    printFigure("leforward", perSecond(turns), `${times(found)} nginx`, { found, atLeast: 0.9 });
+    printFigure("nginx, one worker", perSecond(nginxTurns));
   }
 
-  // Few at a time, as a CA asks: with many, this would be the queue that wrk itself makes.
+  // few connections at once, as from a CA: with many, wrk would measure its own queue
   if (nginx !== undefined && which("python3") !== undefined) {
-    const [flooded, rivalFlooded]: number[][] = [[], []];
+    const [flooded, nginxFlooded]: number[][] = [[], []];
     for (let i = 0; i < TURNS; i++) {
-      for (const [port, found] of [[ours.port, flooded!], [nginx.port, rivalFlooded!]] as const) {
-        await using _resets = await startResets(port, RESETS);
+      for (const [port, found] of [[ours.port, flooded!], [nginx.port, nginxFlooded!]] as const) {
+        await using _resets = await startResets(port, RESETS_PER_SECOND);
         found.push((await load(port, 4)).p99Ms);
       }
     }
-    const found = ratio(flooded!, rivalFlooded!);
-    tell(`99 of 100, beside ${RESETS} resets a second`, milliseconds(flooded!), `${times(found)} nginx`, {
-      found,
-      atMost: 2,
-    });
-  } else tell("99 of 100, beside a flood of resets", "", "nginx or python3 is not installed");
+    const found = ratio(flooded!, nginxFlooded!);
+    printFigure(
+      `p99 at ${RESETS_PER_SECOND} resets per second`,
+      milliseconds(flooded!),
+      `${times(found)} nginx`,
+      {
+        found,
+        atMost: 2,
+      },
+    );
+  } else printFigure("p99 during a flood of resets", "", "nginx or python3 is not installed");
 
   const p99: number[] = [];
   for (let i = 0; i < TURNS; i++) {
-    using _silent = await silence(ours.port);
+    using _silent = await openSilentConnections(ours.port);
     p99.push((await load(ours.port, 4)).p99Ms);
   }
   const found = median(p99);
-  tell(`99 of 100, ${SILENT} silent connections`, milliseconds(p99), "", { found, atMost: 5 });
+  printFigure(`p99 with ${SILENT} silent connections`, milliseconds(p99), "", { found, atMost: 5 });
   const peak = await peakMegabytes(ours.child.pid);
-  tell("leforward's largest resident set", megabytes(peak), "after all that", { found: peak, atMost: 80 });
+  printFigure("largest resident set of leforward", megabytes(peak), "", { found: peak, atMost: 80 });
 }
 
 async function startNginx() {
@@ -99,21 +103,21 @@ http { access_log off; keepalive_timeout 0; ${temporary}
   };
 }
 
-/** Asks for as much as there is to have, on a new connection each time. Throws where an answer is no redirect. */
+/** Sends as many requests as possible, each on a new connection. Throws if an answer is not a redirect. */
 async function load(port: number, atOnce: number): Promise<{ perSecond: number; p99Ms: number }> {
   const { stdout } = await new Deno.Command("wrk", {
     args: ["-t1", `-c${atOnce}`, `-d${SECONDS}s`, "--latency", "-H", "Connection: close"]
       .concat(`http://127.0.0.1:${port}${PATH}`),
   }).output();
-  const said = new TextDecoder().decode(stdout);
-  const [, p99, unit] = /99%\s+([\d.]+)(us|ms|s)/.exec(said) ?? [];
-  const perSecond = Number(/Requests\/sec:\s+([\d.]+)/.exec(said)?.[1]);
-  if (!(perSecond > 0) || said.includes("Non-2xx")) throw new Error(`Cannot measure redirects: ${said}`);
+  const output = new TextDecoder().decode(stdout);
+  const [, p99, unit] = /99%\s+([\d.]+)(us|ms|s)/.exec(output) ?? [];
+  const perSecond = Number(/Requests\/sec:\s+([\d.]+)/.exec(output)?.[1]);
+  if (!(perSecond > 0) || output.includes("Non-2xx")) throw new Error(`Cannot measure redirects: ${output}`);
   return { perSecond, p99Ms: Number(p99) * ({ us: 0.001, ms: 1, s: 1000 }[unit!]!) };
 }
 
-/** Connections that never say anything. */
-async function silence(port: number): Promise<Disposable> {
+/** Connections on which nothing is sent. */
+async function openSilentConnections(port: number): Promise<Disposable> {
   const connections = await Promise.all(
     Array.from({ length: SILENT }, () => Deno.connect({ hostname: "127.0.0.1", port })),
   );
@@ -124,7 +128,7 @@ async function silence(port: number): Promise<Disposable> {
   };
 }
 
-/** The largest resident set so far; read by a program, as Deno wants every permission for /proc. */
+/** The largest resident set so far. Read by grep, since Deno needs all permissions for /proc. */
 async function peakMegabytes(pid: number): Promise<number> {
   const { stdout } = await new Deno.Command("grep", { args: ["^VmHWM:", `/proc/${pid}/status`] }).output();
   return Number(/(\d+) kB/.exec(new TextDecoder().decode(stdout))![1]) / 1024;

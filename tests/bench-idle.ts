@@ -1,9 +1,8 @@
 /**
- * Nothing due: what it costs to find that out, for one line, 5,000 and 50,000 of them.
+ * The cost of a run with nothing due, for 1, 5,000 and 50,000 lines.
  *
- * The trees are as runs would have left them: two certificates a line with their chains and keys, and the CA's
- * renewal windows remembered from an hour ago, so that nobody is asked. Keys are the same everywhere; the names
- * differ, and are checked.
+ * The files are as after a run: for each line two certificates with their chains and keys, and renewal windows in state.json, so
+ * that the CA is not asked. All lines have the same keys but different names, which are checked.
  */
 
 import { generateKeyPairSync, type KeyObject } from "node:crypto";
@@ -20,9 +19,9 @@ import {
   measure,
   median,
   megabytes,
+  printFigure,
   ratio,
   seconds,
-  tell,
   times,
 } from "./bench-measure.ts";
 import { LEMATT } from "./programs.ts";
@@ -42,7 +41,10 @@ export async function idle(): Promise<void> {
     const walls: number[] = [];
     for (const size of SIZES) walls.push(await many(home, size));
     const [few, lots] = walls as [number, number];
-    tell("10 times as many take", times(lots / few), "the time of --cron", { found: lots / few, atMost: 11 });
+    printFigure("--cron with 10 times as many lines", times(lots / few), "the time", {
+      found: lots / few,
+      atMost: 11,
+    });
   } finally {
     await Deno.remove(home, { recursive: true });
   }
@@ -59,13 +61,15 @@ async function oneLine(home: string): Promise<void> {
     ...WAYS.map((way) => () => measure([...LEMATT, ...way, conf])),
   ) as [Cost[], Cost[], ...Cost[][]];
   const walls = (cost: readonly Cost[]) => cost.map(({ wallSeconds }) => wallSeconds);
-  tell("deno run of an empty file", seconds(median(walls(nothing))));
-  const against = (what: string, cost: readonly Cost[]) => {
+  printFigure("deno run of an empty file", seconds(median(walls(nothing))));
+  const printRatio = (what: string, cost: readonly Cost[]) => {
     const found = ratio(walls(cost), walls(nothing));
-    tell(what, seconds(median(walls(cost))), `${times(found)} the empty file`, { found, atMost: 3.5 });
+    printFigure(what, seconds(median(walls(cost))), `${times(found)} the empty file`, { found, atMost: 3.5 });
   };
-  against("lematt.ts --help", help);
-  for (const [i, way] of WAYS.entries()) against(`1 line, nothing due, ${way.slice(1).join(" ")}`, costs[i]!);
+  printRatio("lematt.ts --help", help);
+  for (const [i, way] of WAYS.entries()) {
+    printRatio(`1 line, nothing due, ${way.slice(1).join(" ")}`, costs[i]!);
+  }
 }
 
 /** Returns the wall time of --cron. */
@@ -80,8 +84,11 @@ async function many(
     const wall = median(costs[i]!.map(({ wallSeconds }) => wallSeconds));
     const cpu = median(costs[i]!.map(({ cpuSeconds }) => cpuSeconds));
     const peak = median(costs[i]!.map(({ peakMegabytes }) => peakMegabytes));
-    tell(what, seconds(wall), `${seconds(cpu)} of processor time`, { found: wall, atMost: atMostSeconds });
-    tell("", megabytes(peak), `${(peak * 1024 / lines).toFixed(1)} KB a line`, {
+    printFigure(what, seconds(wall), `${seconds(cpu)} of processor time`, {
+      found: wall,
+      atMost: atMostSeconds,
+    });
+    printFigure("", megabytes(peak), `${(peak * 1024 / lines).toFixed(1)} KB per line`, {
       found: peak,
       atMost: atMostMegabytes,
     });
@@ -89,7 +96,7 @@ async function many(
   return median(costs[0]!.map(({ wallSeconds }) => wallSeconds));
 }
 
-/** A configuration directory of `lines` lines with all certificates in place; returns its path. */
+/** Makes a configuration directory with `lines` lines and all their certificates; returns its path. */
 function makeTree(conf: string, lines: number): string {
   mkdirSync(conf);
   writeFileSync(
@@ -121,12 +128,12 @@ function makeTree(conf: string, lines: number): string {
 const ACCOUNT = "https://localhost:1/dir NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs";
 const at = (ms: number) => new Date(ms).toISOString();
 
-/** Stands in a certificate for the first label of its name, which is also its serial number. */
+/** Placeholder in a certificate for the first label of its name and for its serial number. */
 const PLACE = "host0000000";
 
 /**
- * Makes certificates with chain and key at twenty times the speed of signing them: all but the first of a key type have
- * its signature. That does not verify, but whoever issued what is on disk is not looked into; only names and key are.
+ * Makes certificates with chain and key twenty times faster than by signing: all certificates of a key type have the signature
+ * of the first. It is invalid, but lematt checks names and key of a certificate on disk, not the signature.
  */
 function forger(valid: { readonly notBefore: Date; readonly notAfter: Date }) {
   const [root, issuer] = [createAuthority("lematt bench root"), createAuthority("lematt bench intermediate")];

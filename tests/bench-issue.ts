@@ -1,9 +1,8 @@
 /**
- * Certificates from Pebble: how long they take when the CA is far away, and what they cost when it is near; beside lego
- * where that is installed.
+ * Certificates from Pebble: the time with a distant CA, and the cost with a CA on this host; compared with lego if it is
+ * installed.
  *
- * Both have an account from before. lego is started once for each certificate, as many at a time as lematt works on
- * lines.
+ * Both have an account already. lego is started once for each certificate, as many processes at once as lematt handles lines.
  */
 
 import { join } from "node:path";
@@ -13,9 +12,9 @@ import {
   measure,
   median,
   need,
+  printFigure,
   ratio,
   seconds,
-  tell,
   times,
   which,
 } from "./bench-measure.ts";
@@ -28,8 +27,8 @@ const AT_ONCE = 10;
 const ROUND_TRIP_MS = 150;
 
 /**
- * The exchanges of which none can begin before the one before it has ended, for one line and two key types at a CA that
- * has each order polled once: what no client can be faster than.
+ * The exchanges that each need the result of the one before, for one line and two key types with one poll per order: the
+ * minimum for any client.
  */
 const IN_SEQUENCE = [
   "directory",
@@ -38,93 +37,96 @@ const IN_SEQUENCE = [
   "authorization",
   "challenge",
   "order",
-  // the second key type: only now is its order born ready
+  // the second key type: its order is ready at once only after the validation for the first
   "newOrder",
   "finalize",
   "order",
   "certificate",
 ];
-/** With so many names, those of each name come in as many rounds as there are requests at once (20). */
-const inSequence = (names: number) => IN_SEQUENCE.length + 2 * (Math.ceil(names / 20) - 1);
 
-/** Ten lines of a name, and a line of a hundred; both key types, 150 ms of round trip added. */
+/** Ten lines of one name, and one line of 100 names; both key types, with a round trip of 150 ms. */
 export async function latency(): Promise<void> {
   await using bed = await issuingBed();
   await using relay = await startRelay(bed.port, ROUND_TRIP_MS / 2);
   const server = `https://127.0.0.1:${relay.port}/dir`;
-  // TCP and TLS take two round trips, or three where the CA wants a key exchange of which Deno sent no share at first
+  // TCP and TLS take two round trips, or three if the CA asks for another key share
   const connecting = await bed.roundTrips(server, ROUND_TRIP_MS) - 1;
   for (
     const { what, lines, names, turns, floorRatio, legoRatio } of [
       { what: "10 names", lines: 10, names: 1, turns: 5, floorRatio: 1.35, legoRatio: 0.62 },
-      // lego takes minutes for that, and is not waited for more than once
+      // only one turn, since lego takes minutes
       { what: "one line of 100 names", lines: 1, names: 100, turns: 1, floorRatio: 1.5, legoRatio: 0.62 },
     ]
   ) {
-    const exchanges = inSequence(names);
+    // with more than 20 names, the two requests of each name take several rounds of 20 at once
+    const exchanges = IN_SEQUENCE.length + 2 * (Math.ceil(names / 20) - 1);
     const floor = (connecting + exchanges) * ROUND_TRIP_MS / 1000;
-    tell(`${what}: floor`, seconds(floor), `${connecting} round trips to connect, ${exchanges} exchanges`);
+    printFigure(
+      `${what}: floor`,
+      seconds(floor),
+      `${connecting} round trips to connect, ${exchanges} exchanges`,
+    );
     const connections = async (work: () => Promise<Cost>) => {
       const before = relay.connections;
       const { wallSeconds } = await work();
       return { wallSeconds, connections: relay.connections - before };
     };
-    const rivals = bed.clients.map((client) => () => connections(() => client.issue(lines, server, names)));
-    const found = await inTurns(turns, ...rivals);
-    const [ours, theirs] = found.map((costs) => costs.map(({ wallSeconds }) => wallSeconds));
-    const [own, legos] = found.map((costs) => costs.at(-1)!.connections);
+    const clients = bed.clients.map((client) => () => connections(() => client.issue(lines, server, names)));
+    const costs = await inTurns(turns, ...clients);
+    const [ours, theirs] = costs.map((turn) => turn.map(({ wallSeconds }) => wallSeconds));
+    const [ourConnections, legoConnections] = costs.map((turn) => turn.at(-1)!.connections);
     const floors = median(ours!) / floor;
-    tell("lematt", seconds(median(ours!)), `${times(floors)} the floor`, {
+    printFigure("lematt", seconds(median(ours!)), `${times(floors)} the floor`, {
       found: floors,
       atMost: floorRatio,
     });
-    tell("its connections", `${own}`);
+    printFigure("lematt: connections", `${ourConnections}`);
     if (theirs === undefined) {
-      tell("lego", "not installed");
+      printFigure("lego", "not installed");
       continue;
     }
-    const than = ratio(ours!, theirs);
-    const target = { found: than, atMost: legoRatio };
-    tell("lego", seconds(median(theirs)), `lematt takes ${times(than)} that`, target);
-    tell("its connections", `${legos}`);
+    const found = ratio(ours!, theirs);
+    const target = { found, atMost: legoRatio };
+    printFigure("lego", seconds(median(theirs)), `lematt takes ${times(found)} that`, target);
+    printFigure("lego: connections", `${legoConnections}`);
   }
 }
 
-/** 20 names, both key types, the CA at hand. */
+/** 20 names, both key types, the CA on this host. */
 export async function throughput(): Promise<void> {
   await using bed = await issuingBed();
   const server = `https://127.0.0.1:${bed.port}/dir`;
   const names = 20, certificates = 2 * names;
   const turns = await inTurns(3, ...bed.clients.map((client) => () => client.issue(names, server)));
   const [ours, theirs] = turns.map((costs) => costs.map(({ wallSeconds }) => wallSeconds));
-  tell(
+  printFigure(
     "lematt",
     seconds(median(ours!)),
-    `${(certificates / median(ours!)).toFixed(1)} certificates a second`,
+    `${(certificates / median(ours!)).toFixed(1)} certificates per second`,
   );
-  if (theirs === undefined) tell("lego", "not installed");
+  if (theirs === undefined) printFigure("lego", "not installed");
   else {
     const found = ratio(ours!, theirs);
-    tell("lego", seconds(median(theirs)), `lematt takes ${times(found)} that`, { found, atMost: 1 });
+    printFigure("lego", seconds(median(theirs)), `lematt takes ${times(found)} that`, { found, atMost: 1 });
   }
 
-  // To make an RSA key takes now half, now twice the time, so the rest is measured where the keys are there.
+  // the time to make an RSA key varies by a factor of four, so this is measured with existing keys
   const cpuOf = (costs: readonly Cost[]) => median(costs.map(({ cpuSeconds }) => cpuSeconds)) / certificates;
   const [again] = await inTurns(3, () => bed.reissue());
   const found = cpuOf(again!) * 1000;
-  tell("processor time a certificate", `${found.toFixed(1)} ms`, "its key aside, start-up included", {
+  printFigure("processor time per certificate", `${found.toFixed(1)} ms`, "without its key, with start-up", {
     found,
     atMost: 30,
   });
-  tell("", seconds(cpuOf(turns[0]!)), "with the keys, half of them RSA");
+  printFigure("", seconds(cpuOf(turns[0]!)), "with its key, half of them RSA");
 }
 
-/** Issues two certificates of each of so many new lines of so many names at a server, and tells what that cost. */
 interface Client {
+  /** Issues two certificates for each of `lines` new lines with `names` names at a server; returns the cost. */
   issue(lines: number, server: string, names?: number): Promise<Cost>;
 }
 
-/** A Pebble without moods, a web server, lematt, and lego where it is installed. */
+/** Pebble without random errors, a web server, lematt, and lego if it is installed. */
 async function issuingBed() {
   need("pebble");
   await using stack = new AsyncDisposableStack();
@@ -152,12 +154,12 @@ async function issuingBed() {
       ? [lematt]
       : [lematt, new Lego(home, pebble.caBundleFile, newLines)] as Client[],
     reissue: () => lematt.reissue(),
-    /** How many round trips of so many milliseconds go by until a new connection has brought the directory. */
+    /** The number of round trips until a new connection has returned the directory. */
     async roundTrips(server: string, roundTripMs: number): Promise<number> {
       using client = Deno.createHttpClient({ caCerts: [await Deno.readTextFile(pebble.caBundleFile)] });
-      const begun = performance.now();
+      const started = performance.now();
       await (await fetch(server, { client })).text();
-      return Math.floor((performance.now() - begun) / roundTripMs);
+      return Math.floor((performance.now() - started) / roundTripMs);
     },
     [Symbol.asyncDispose]: () => open.disposeAsync(),
   };
@@ -187,7 +189,7 @@ class Lematt implements Client {
     return await this.#run(this.#last);
   }
 
-  /** The last job once more by a new account, which has to prove every name, but with the keys that there are. */
+  /** Issues the last certificates again with a new account, which has to validate every name, and with the existing keys. */
   async reissue(): Promise<Cost> {
     for (const what of ["test/cert", "test/state.json", "account.key.test"]) {
       await Deno.remove(join(this.#last, what), { recursive: true });
@@ -199,7 +201,7 @@ class Lematt implements Client {
     return measure([...LEMATT, "--test", "--parallel", `${AT_ONCE}`, conf]);
   }
 
-  /** A configuration directory, with the account of another one. */
+  /** Makes a configuration directory, with the account of another one if there is one. */
   async #configure(lines: number, names: number, server: string, account?: string): Promise<string> {
     const conf = await Deno.makeTempDir({ dir: this.home, prefix: "lematt-" });
     const write = (name: string, lines: readonly string[]) =>
@@ -231,7 +233,7 @@ class Lego implements Client {
     private readonly newLines: NewLines,
   ) {}
 
-  /** The certificates of a name one after the other, each key type in a directory of its own, as lego needs it. */
+  /** One certificate of a line after the other; lego needs its own directory for each key type. */
   async issue(lines: number, server: string, names = 1): Promise<Cost> {
     if (!this.#accounts.has(server)) {
       const first = await Deno.makeTempDir({ dir: this.home, prefix: "lego-" });
@@ -247,7 +249,7 @@ class Lego implements Client {
     }
     const queue = this.newLines(lines, names).values();
     const costs: Cost[] = [];
-    const begun = performance.now();
+    const started = performance.now();
     await Promise.all(Array.from({ length: AT_ONCE }, async () => {
       for (const line of queue) {
         for (const [keyType, directory] of directories) {
@@ -256,7 +258,7 @@ class Lego implements Client {
       }
     }));
     return {
-      wallSeconds: (performance.now() - begun) / 1000,
+      wallSeconds: (performance.now() - started) / 1000,
       cpuSeconds: costs.reduce((sum, { cpuSeconds }) => sum + cpuSeconds, 0),
       peakMegabytes: Math.max(...costs.map(({ peakMegabytes }) => peakMegabytes)),
     };

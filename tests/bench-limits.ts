@@ -1,21 +1,21 @@
 /**
- * Many lines at a CA that limits its users as Let's Encrypt does: run after run until all have their
- * certificate. limits.test.ts asserts of fewer lines what is told of many here.
+ * Many lines at a CA with the rate limits of Let's Encrypt: runs until all certificates are issued. limits.test.ts checks the
+ * same with fewer lines.
  */
 
 import { type Bed, type Ran, testBed } from "./bed.ts";
-import { type Cost, measure, megabytes, seconds, tell } from "./bench-measure.ts";
+import { type Cost, measure, megabytes, printFigure, seconds } from "./bench-measure.ts";
 import type { Switches } from "./ca.ts";
 import { program } from "./programs.ts";
 
 const WINDOW_MS = 3 * 3600_000;
 
-/** https://letsencrypt.org/docs/rate-limits/, where nonces are the endpoint that the fewest requests a second exhaust. */
+/** https://letsencrypt.org/docs/rate-limits/; of the limits per second, the one for nonces is the lowest. */
 export function likeLetsEncrypt(orders: number): NonNullable<Switches["limits"]> {
   return { newOrder: { count: orders, windowMs: WINDOW_MS }, requestsPerSecond: { newNonce: 20 } };
 }
 
-/** Runs every three hours until all is issued. Throws where a run ends for another reason than the limit. */
+/** Runs every three hours until all certificates are issued. Throws if a run fails for another reason than a rate limit. */
 export async function runUntilDone(bed: Bed, parallel: number): Promise<Ran[]> {
   const runs: Ran[] = [];
   for (;;) {
@@ -23,12 +23,12 @@ export async function runUntilDone(bed: Bed, parallel: number): Promise<Ran[]> {
     runs.push(ran);
     if (ran.code === 0) return runs;
     const { holds } = JSON.parse(bed.text("test", "state.json"));
-    if (!(bed.ca.directoryUrl in holds)) throw new Error(`Cannot go on: ${ran.stderr}`);
+    if (!(bed.ca.directoryUrl in holds)) throw new Error(`the run failed: ${ran.stderr}`);
     bed.ca.advance(WINDOW_MS);
   }
 }
 
-/** How many orders a run was refused. */
+/** The number of orders of a run that were refused. */
 export function refused({ requests }: Ran): number {
   return requests.filter(({ resource, status }) => resource === "newOrder" && status === 429).length;
 }
@@ -37,7 +37,7 @@ const LINES = 2_000;
 const ORDERS = 300;
 const PARALLEL = 30;
 
-/** Some megabytes more than a run with one line needs. */
+/** A few megabytes more than a run with one line needs. */
 const HEAP_MB = 24;
 
 export async function limits(): Promise<void> {
@@ -47,13 +47,13 @@ export async function limits(): Promise<void> {
       settings: "keyTypes: ec",
       ca: { limits: likeLetsEncrypt(ORDERS) },
     });
-    const begun = performance.now();
+    const started = performance.now();
     const from = bed.ca.now.getTime();
     const runs = await runUntilDone(bed, PARALLEL);
-    const took = (performance.now() - begun) / 1000;
+    const took = (performance.now() - started) / 1000;
     const hours = (bed.ca.now.getTime() - from) / 3600_000;
     const least = Math.ceil(LINES / ORDERS);
-    tell(
+    printFigure(
       `${LINES} lines`,
       `${runs.length} runs`,
       `in ${hours.toFixed(1)} h of the CA's time, ${seconds(took)} here`,
@@ -62,28 +62,28 @@ export async function limits(): Promise<void> {
         atMost: least,
       },
     );
-    tell("orders", `${bed.ca.orders.length}`, "", { found: bed.ca.orders.length, atMost: LINES });
+    printFigure("orders", `${bed.ca.orders.length}`, "", { found: bed.ca.orders.length, atMost: LINES });
     const most = Math.max(...runs.map(refused));
-    tell("orders refused a run", `${most}`, `with ${PARALLEL} lines at once`, {
+    printFigure("orders refused per run", `${most}`, `with ${PARALLEL} lines at once`, {
       found: most,
       atMost: PARALLEL,
     });
     const wait = Math.max(...bed.waits) / 1000;
-    tell("longest wait within a run", seconds(wait), "", { found: wait, atMost: 30 });
+    printFigure("longest wait within a run", seconds(wait), "", { found: wait, atMost: 30 });
   }
 
-  // With room for as much garbage as it likes, the heap tells nothing of what is kept; so both fill a small one.
+  // a large heap contains mostly garbage, so the heap is limited to a size that both runs fill
   const few = await issueAtOnce(LINES / 8, HEAP_MB), many = await issueAtOnce(LINES / 2, HEAP_MB);
-  tell(
+  printFigure(
     `${LINES / 8} lines in one run`,
     megabytes(few.peakMegabytes),
-    `as a program, V8 held to ${HEAP_MB} MB`,
+    `as a program, heap limited to ${HEAP_MB} MB`,
   );
   const kilobytes = (many.peakMegabytes - few.peakMegabytes) * 1024 / (LINES / 2 - LINES / 8);
-  tell(
+  printFigure(
     `${LINES / 2} lines in one run`,
     megabytes(many.peakMegabytes),
-    `${kilobytes.toFixed(1)} KB for each line more`,
+    `${kilobytes.toFixed(1)} KB per additional line`,
     {
       found: kilobytes,
       atMost: 20,
@@ -91,7 +91,7 @@ export async function limits(): Promise<void> {
   );
 }
 
-/** What the program takes for the first issuance of so many lines in so large a heap. */
+/** The cost of the program for the first certificates of `lines` lines. */
 async function issueAtOnce(lines: number, heapMegabytes: number): Promise<Cost> {
   await using bed = await testBed({ domains: domains(lines), settings: "keyTypes: ec" });
   const heap = `--v8-flags=--max-old-space-size=${heapMegabytes}`;

@@ -1,8 +1,8 @@
 /**
- * What a program costs, and how a figure is told: beside what it is compared with.
+ * Measures the time and the memory of programs, and prints figures with their comparison and target.
  *
- * Wall time is taken here, processor time and peak memory by GNU time. Single figures mean little on a machine that does
- * other things too, so everything that is compared runs in turns, and the ratio told is the median of the turns' ratios.
+ * Processor time and peak memory are from GNU time. Single figures vary on a machine that is not idle, so programs that are
+ * compared run in turns, and a ratio is the median of the ratios of all turns.
  */
 
 import { existsSync } from "node:fs";
@@ -13,30 +13,30 @@ const GNU_TIME = "/usr/bin/time";
 /** One run of a program to its end. */
 export interface Cost {
   readonly wallSeconds: number;
-  /** User and system, of the program and all whose end it has awaited. */
+  /** User and system time of the program and the children that it has waited for. */
   readonly cpuSeconds: number;
   /** The largest resident set. */
   readonly peakMegabytes: number;
 }
 
-/** Why a part cannot be measured here; the other parts can. */
+/** A part cannot be measured on this host. The message says what is missing. */
 export class Lacking extends Error {
   override readonly name = "Lacking";
 }
 
-/** Throws Lacking where one of the programs is not installed. */
+/** Throws Lacking if one of the programs is not installed. */
 export function need(...programs: readonly string[]): void {
   const missing = programs.filter((name) => which(name) === undefined);
   if (missing.length > 0) throw new Lacking(`not installed: ${missing.join(", ")}`);
 }
 
-/** The path of an installed program; administrators' directories are searched whatever PATH says. */
+/** The path of an installed program. The directories of system programs are searched as well as PATH. */
 export function which(name: string): string | undefined {
   const directories = [...(Deno.env.get("PATH") ?? "").split(delimiter), "/usr/sbin", "/sbin"];
   return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
 }
 
-/** Runs a program and says what it cost. Throws where it fails, with what it said. */
+/** Runs a program and returns its cost. Throws if it fails, with its output. */
 export async function measure(
   command: readonly string[],
   env: Readonly<Record<string, string>> = {},
@@ -44,16 +44,16 @@ export async function measure(
   if (!existsSync(GNU_TIME)) throw new Lacking("GNU time is not installed");
   const report = await Deno.makeTempFile({ prefix: "lematt-bench-" });
   try {
-    const begun = performance.now();
+    const started = performance.now();
     const { code, stdout, stderr } = await new Deno.Command(GNU_TIME, {
       args: ["-q", "-o", report, "-f", "%U %S %M", ...command],
       env: { DENO_NO_UPDATE_CHECK: "1", ...env },
       stdin: "null",
     }).output();
-    const wallSeconds = (performance.now() - begun) / 1000;
+    const wallSeconds = (performance.now() - started) / 1000;
     if (code !== 0) {
-      const said = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes)).join("");
-      throw new Error(`Cannot measure ${command.join(" ")}: status ${code}\n${said}`);
+      const output = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes)).join("");
+      throw new Error(`Cannot measure ${command.join(" ")}: status ${code}\n${output}`);
     }
     const [user, system, kilobytes] = (await Deno.readTextFile(report)).split(" ").map(Number);
     return { wallSeconds, cpuSeconds: user! + system!, peakMegabytes: kilobytes! / 1024 };
@@ -62,11 +62,11 @@ export async function measure(
   }
 }
 
-/** Runs things in turns: `times` results of each, in the order of `rivals`. */
-export async function inTurns<T>(times: number, ...rivals: readonly (() => Promise<T>)[]): Promise<T[][]> {
-  const results: T[][] = rivals.map(() => []);
+/** Runs the functions in turns; returns `times` results of each. */
+export async function inTurns<T>(times: number, ...functions: readonly (() => Promise<T>)[]): Promise<T[][]> {
+  const results: T[][] = functions.map(() => []);
   for (let i = 0; i < times; i++) {
-    for (const [index, rival] of rivals.entries()) results[index]!.push(await rival());
+    for (const [index, run] of functions.entries()) results[index]!.push(await run());
   }
   return results;
 }
@@ -77,12 +77,12 @@ export function median(values: readonly number[]): number {
   return sorted.length % 2 === 1 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }
 
-/** The median over the turns of how many times `ours` is of `theirs`. */
+/** The median of the ratios `ours / theirs` of all turns. */
 export function ratio(ours: readonly number[], theirs: readonly number[]): number {
   return median(ours.map((value, i) => value / theirs[i]!));
 }
 
-/** A bound and what was found. */
+/** A figure and its bound. */
 export interface Target {
   readonly found: number;
   readonly atMost?: number;
@@ -91,13 +91,13 @@ export interface Target {
 
 let missed = 0;
 
-/** How many targets were missed so far. */
+/** The number of targets missed so far. */
 export function missedTargets(): number {
   return missed;
 }
 
-/** Prints a figure: what, how much, compared with what, and whether that is what is aimed at. */
-export function tell(what: string, value: string, compared = "", target?: Target): void {
+/** Prints a line: what was measured, the value, a comparison, and whether the target is met. */
+export function printFigure(what: string, value: string, compared = "", target?: Target): void {
   let verdict = "";
   if (target !== undefined) {
     const { found, atMost = Infinity, atLeast = -Infinity } = target;

@@ -1,19 +1,19 @@
 /**
- * Probes of 500 endpoints beside the same number of bare `openssl s_client`, and what 50 silent ones among them cost.
+ * Probes of 500 endpoints, compared with the same number of plain `openssl s_client`, and with 50 silent endpoints among them.
  */
 
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { systemContext } from "../lib/context.ts";
 import { probe, type Target } from "../lib/probe.ts";
-import { megabytes, need, seconds, tell, times } from "./bench-measure.ts";
+import { megabytes, need, printFigure, seconds, times } from "./bench-measure.ts";
 import { program } from "./programs.ts";
 import { freePort, makeCertificate, startNginx, tcpServer } from "./tls.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
 const ENDPOINTS = 500;
 const SILENT = 50;
-/** As after a delivery. */
+/** The number of probes per endpoint and key type, as after a delivery. */
 const TIMES = 3;
 const TIMEOUT_SECONDS = 10;
 
@@ -25,7 +25,7 @@ export async function probes(): Promise<void> {
       await makeCertificate(home, keyType, keyType, ["www.example.com"]);
     }
     const port = freePort();
-    // every address of 127.0.0.0/8 is an endpoint
+    // all addresses of 127.0.0.0/8 reach it
     await using _nginx = await startNginx(
       home,
       port,
@@ -33,26 +33,26 @@ export async function probes(): Promise<void> {
     );
     await using silent = await tcpServer(() => {}, "0.0.0.0");
 
-    const bare = await bareOpenssl(port);
-    const right = await round(port, port);
-    tell(
-      `${ENDPOINTS} right ones, ${TIMES} times`,
-      seconds(right.took),
-      `${times(right.took / bare)} bare openssl`,
+    const openssl = await plainOpenssl(port);
+    const fast = await round(port, port);
+    printFigure(
+      `${ENDPOINTS} endpoints, ${TIMES} times`,
+      seconds(fast.took),
+      `${times(fast.took / openssl)} openssl alone`,
       {
-        found: right.took,
+        found: fast.took,
         atMost: 20,
       },
     );
-    tell("openssl alone, 16 at once", seconds(bare));
-    tell("processes at once", `${right.processes}`, "", { found: right.processes, atMost: 16 });
-    tell("resident sets at once, our own included", megabytes(right.peak), "", {
-      found: right.peak,
+    printFigure("openssl alone, 16 at once", seconds(openssl));
+    printFigure("openssl processes at once", `${fast.processes}`, "", { found: fast.processes, atMost: 16 });
+    printFigure("resident sets, with that of lematt", megabytes(fast.peak), "", {
+      found: fast.peak,
       atMost: 250,
     });
     const slow = await round(port, silent.port);
-    const longer = slow.took - right.took;
-    tell(`${SILENT} of them silent`, seconds(slow.took), `${seconds(longer)} longer`, {
+    const longer = slow.took - fast.took;
+    printFigure(`${SILENT} of them silent`, seconds(slow.took), `${seconds(longer)} longer`, {
       found: longer,
       atMost: TIMEOUT_SECONDS,
     });
@@ -74,7 +74,7 @@ function targets(port: number, other: number): Target[] {
   }).flat();
 }
 
-/** Probes in a process like lematt's: seconds, the most openssl processes and the most megabytes, theirs and its own, at once. */
+/** Probes in a process with the permissions of lematt; returns the seconds, and the peaks of openssl processes and megabytes. */
 async function round(port: number, other: number) {
   const [command, ...rest] = program("lematt.ts").slice(0, -1);
   const child = new Deno.Command(command!, {
@@ -88,10 +88,10 @@ async function round(port: number, other: number) {
       const args = ["--pid", `${child.pid}`, "--ppid", `${child.pid}`, "-o", "pid=,rss=,comm="];
       const { stdout } = await new Deno.Command("ps", { args }).output();
       const all = [...new TextDecoder().decode(stdout).matchAll(/(\d+) +(\d+) (\w+)/g)];
-      // a child that is not openssl yet still shares the memory of its parent
-      const those = all.filter(([, pid, , name]) => Number(pid) === child.pid || name === "openssl");
-      processes = Math.max(processes, those.length - 1);
-      peak = Math.max(peak, those.reduce((sum, [, , size]) => sum + Number(size) / 1024, 0));
+      // a forked child shares the memory of its parent until it executes openssl
+      const counted = all.filter(([, pid, , name]) => Number(pid) === child.pid || name === "openssl");
+      processes = Math.max(processes, counted.length - 1);
+      peak = Math.max(peak, counted.reduce((sum, [, , size]) => sum + Number(size) / 1024, 0));
       await delay(100);
     }
   })();
@@ -109,21 +109,21 @@ if (import.meta.main) {
   const [port, other] = Deno.args.map(Number);
   const signal = new AbortController().signal;
   const context = systemContext({ fetch, userAgent: "", signal, warn: console.error });
-  const begun = performance.now();
+  const started = performance.now();
   const sights = await probe(targets(port!, other!), context, TIMES, TIMEOUT_SECONDS);
-  const took = (performance.now() - begun) / 1000;
+  const took = (performance.now() - started) / 1000;
   const wrong = sights.filter(({ kind, detail }) =>
     kind !== "served" && detail !== `silent for ${TIMEOUT_SECONDS} s`
   );
   console.log(JSON.stringify({ took, sights: sights.length, wrong: wrong.map(({ detail }) => detail) }));
 }
 
-async function bareOpenssl(port: number): Promise<number> {
+async function plainOpenssl(port: number): Promise<number> {
   const command =
     "seq $1 | xargs -P 16 -I N openssl s_client -no-CAfile -no-CApath -no-CAstore -connect 127.0.0.1:$2 " +
     "-servername www.example.com >/dev/null 2>&1";
-  const begun = performance.now();
+  const started = performance.now();
   await new Deno.Command("sh", { args: ["-c", command, "sh", `${ENDPOINTS * 2 * TIMES}`, `${port}`] })
     .output();
-  return (performance.now() - begun) / 1000;
+  return (performance.now() - started) / 1000;
 }

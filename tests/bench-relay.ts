@@ -1,10 +1,9 @@
 /**
- * Distance: a relay to a port on loopback over which everything takes as long as over a far network. A worker of its own,
- * so that what is measured does not hold it up.
+ * A relay to a port on loopback that adds the latency of a distant network. It runs in its own worker, so that the measured
+ * program does not delay it.
  *
- * Each piece of data arrives `oneWayMs` after it was sent. A connection costs a round trip before its first data passes:
- * the handshake of TCP, which loopback gives for nothing. Nothing else of a network is imitated, neither its width nor
- * its losses.
+ * Each piece of data arrives `oneWayMs` after it was sent. The first data of a connection also waits for a round trip, for the TCP
+ * handshake. Bandwidth and packet loss are not simulated.
  */
 
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
@@ -12,11 +11,11 @@ import { isMainThread, parentPort, Worker, workerData } from "node:worker_thread
 /** A running relay. */
 export interface Relay extends AsyncDisposable {
   readonly port: number;
-  /** How many connections it has taken so far. */
+  /** The number of connections so far. */
   readonly connections: number;
 }
 
-/** Starts a relay on a free port of 127.0.0.1 to another one there. */
+/** Starts a relay on a free port of 127.0.0.1 to another port of it. */
 export async function startRelay(to: number, oneWayMs: number): Promise<Relay> {
   const worker = new Worker(new URL(import.meta.url), { workerData: { to, oneWayMs } });
   let connections = 0;
@@ -38,35 +37,35 @@ export async function startRelay(to: number, oneWayMs: number): Promise<Relay> {
   };
 }
 
-/** Tells its port, then of each connection that it takes. */
+/** Posts its port, then a message for each connection. */
 async function serve(to: number, oneWayMs: number): Promise<void> {
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   parentPort!.postMessage(listener.addr.port);
   for await (const near of listener) {
     parentPort!.postMessage("connection");
-    carry(near, to, oneWayMs).catch(() => {}); // whichever end broke it, the other one notices
+    relay(near, to, oneWayMs).catch(() => {}); // closed by one end; the other end notices
   }
 }
 
-async function carry(near: Deno.TcpConn, to: number, oneWayMs: number): Promise<void> {
-  const shaken = performance.now() + 2 * oneWayMs;
+async function relay(near: Deno.TcpConn, to: number, oneWayMs: number): Promise<void> {
+  const connected = performance.now() + 2 * oneWayMs;
   const far = await Deno.connect({ hostname: "127.0.0.1", port: to });
   near.setNoDelay();
   far.setNoDelay();
-  await Promise.all([delayed(near, far, shaken, oneWayMs), delayed(far, near, shaken, oneWayMs)]);
+  await Promise.all([delayed(near, far, connected, oneWayMs), delayed(far, near, connected, oneWayMs)]);
 }
 
-/** Copies until the end, each piece after its time; reading goes on meanwhile. */
+/** Copies each piece after its delay, and continues to read meanwhile. */
 async function delayed(
   from: Deno.TcpConn,
   to: Deno.TcpConn,
-  shaken: number,
+  connected: number,
   oneWayMs: number,
 ): Promise<void> {
   const writer = to.writable.getWriter();
   let written: Promise<void> = Promise.resolve();
   for await (const piece of from.readable) {
-    const due = Math.max(performance.now(), shaken) + oneWayMs;
+    const due = Math.max(performance.now(), connected) + oneWayMs;
     written = written.then(() => until(due)).then(() => writer.write(piece));
     written.catch(() => {}); // awaited below
   }

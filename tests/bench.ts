@@ -1,8 +1,8 @@
 /**
- * `deno task bench [PART]…`: how fast lematt is, each figure beside what it is compared with. Exit status 1 where a target is
- * missed.
+ * `deno task bench [PART]…`: measures lematt, and prints each figure with its comparison and its target. Exit status 1 if a
+ * target is missed.
  *
- * Everything runs on loopback and is gone afterwards. A part that needs what is not installed says so and is passed over.
+ * Everything runs on loopback and is removed afterwards. A part whose programs are not installed is skipped, with a message.
  */
 
 import { deliveries } from "./bench-deliver.ts";
@@ -15,24 +15,24 @@ import { probes } from "./bench-probe.ts";
 
 const PARTS: Readonly<Record<string, { readonly what: string; readonly run: () => Promise<void> }>> = {
   latency: { what: "10 names and a line of 100, RSA and EC, a CA 150 ms away", run: latency },
-  throughput: { what: "20 names, RSA and EC, 10 at once, the CA at hand", run: throughput },
+  throughput: { what: "20 names, RSA and EC, 10 at once, a CA on this host", run: throughput },
   idle: { what: "nothing due", run: idle },
   limits: { what: "2,000 new lines at a CA with limits", run: limits },
   deliver: { what: "200 sections with an upload and an update", run: deliveries },
   probe: { what: "500 endpoints with RSA and EC certificates", run: probes },
-  forward: { what: "leforward, a connection a request", run: forward },
+  forward: { what: "leforward, one connection per request", run: forward },
 };
 
-/** What is compared: each program with its version, as itself or Debian's packages have it. */
+/** The versions of the programs: that of the Debian package if the program does not print it. */
 async function versions(): Promise<string> {
-  const asked = { lego: "--version", pebble: "-version", nginx: "-v", wrk: "-v", openssl: "version" };
+  const flags = { lego: "--version", pebble: "-version", nginx: "-v", wrk: "-v", openssl: "version" };
   const found = [`deno ${Deno.version.deno}`];
-  for (const [name, flag] of Object.entries(asked)) {
+  for (const [name, flag] of Object.entries(flags)) {
     const path = which(name);
     if (path === undefined) continue;
-    const said = await output(path, flag) +
+    const text = await output(path, flag) +
       (which("dpkg-query") ? await output("dpkg-query", "-W", name) : "");
-    found.push(`${name} ${/\d+\.\d+[\w.+-]*/.exec(said)?.[0] ?? "of unknown version"}`);
+    found.push(`${name} ${/\d+\.\d+[\w.+-]*/.exec(text)?.[0] ?? "of unknown version"}`);
   }
   return found.join(", ");
 }
@@ -45,7 +45,7 @@ async function output(command: string, ...args: string[]): Promise<string> {
 const wanted = Deno.args.length === 0 ? Object.keys(PARTS) : Deno.args;
 const unknown = wanted.find((name) => !Object.hasOwn(PARTS, name));
 if (unknown !== undefined) {
-  console.error(`bench: no part ${JSON.stringify(unknown)}; there are: ${Object.keys(PARTS).join(", ")}`);
+  console.error(`bench: unknown part ${JSON.stringify(unknown)}; known: ${Object.keys(PARTS).join(", ")}`);
   Deno.exit(2);
 }
 const processors = `${navigator.hardwareConcurrency} processors`;

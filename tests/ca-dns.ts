@@ -1,6 +1,6 @@
 /**
- * A DNS server on loopback (RFC 1035), for dns-01. It answers over UDP and TCP from a table that tests change, and
- * authoritatively for every name; what it does not understand it ignores.
+ * A DNS server on loopback (RFC 1035), for dns-01. It answers over UDP and TCP from a table that tests change, and is
+ * authoritative for every name. It ignores messages that it cannot read.
  */
 import { Buffer } from "node:buffer";
 import { createSocket } from "node:dgram";
@@ -9,7 +9,7 @@ import { ipOctets } from "./ca-x509.ts";
 
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16, AAAA: 28 } as const;
 const IN = 1, NXDOMAIN = 3, RESPONSE = 0x8000, AUTHORITATIVE = 0x0400, TRUNCATED = 0x0200;
-/** Longer answers are truncated, so that they are asked for again over TCP (dnsflagday.net/2020). */
+/** Longer answers are truncated, and the client asks again over TCP (dnsflagday.net/2020). */
 const MAX_UDP_BYTES = 1232;
 
 export type RecordType = keyof typeof TYPES;
@@ -17,15 +17,15 @@ export type RecordType = keyof typeof TYPES;
 /** A running DNS server. `txt` and `cname` fit the switches of the test CA. */
 export interface Dns extends AsyncDisposable {
   readonly port: number;
-  /** The questions asked, `TXT _acme-challenge.example.com`. */
+  /** The questions: `TXT _acme-challenge.example.com`. */
   readonly log: readonly string[];
-  /** Replaces the records of one type at a name; without values they are gone. SOA takes the primary's name. */
+  /** Replaces the records of one type at a name, or removes them if there are no values. The value of SOA is the primary. */
   set(name: string, type: RecordType, ...values: string[]): void;
   txt(name: string): Promise<readonly string[]>;
   cname(name: string): Promise<string | undefined>;
 }
 
-/** Further records: what a hook command has put into a file, say. Asked anew with every question. */
+/** Further records, for example from files that a hook command writes. Called for every question. */
 export type Further = (name: string, type: RecordType) => readonly string[];
 
 /** Starts a DNS server on 127.0.0.1; port 0 takes a free one. */
@@ -38,7 +38,7 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
     ...further(key(name), type),
   ];
 
-  /** The answer to a message, without records where it would be longer; undefined if it cannot be answered. */
+  /** The answer to a message, truncated to no records if it is longer than `maxBytes`; undefined for an unreadable message. */
   function answer(message: Buffer, maxBytes = Infinity): Buffer | undefined {
     const question = readQuestion(message);
     if (question === undefined) return undefined;
@@ -72,9 +72,9 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
 
   const listener = Deno.listen({ hostname: "127.0.0.1", port: wanted });
   const { port } = listener.addr;
-  const conversations = new Set<Promise<void>>();
+  const serving = new Set<Promise<void>>();
   const open = new Set<Deno.Conn>();
-  async function converse(connection: Deno.Conn): Promise<void> {
+  async function serve(connection: Deno.Conn): Promise<void> {
     open.add(connection);
     let received = Buffer.alloc(0);
     try {
@@ -87,14 +87,14 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
         }
       }
     } catch {
-      // A client that went away in the middle, or the end of the server.
+      // the client has closed the connection, or the server is closing
     }
     open.delete(connection);
   }
   const accepting = (async () => {
     for await (const connection of listener) {
-      const done = converse(connection).finally(() => conversations.delete(done));
-      conversations.add(done);
+      const done = serve(connection).finally(() => serving.delete(done));
+      serving.add(done);
     }
   })();
 
@@ -120,12 +120,12 @@ export async function startDns(further: Further = () => [], wanted = 0): Promise
       socket.close();
       listener.close();
       for (const connection of open) connection.close();
-      await Promise.all([accepting, ...conversations, once(socket, "close")]);
+      await Promise.all([accepting, ...serving, once(socket, "close")]);
     },
   };
 }
 
-/** The name, the type, and both as they stand in the message. */
+/** The name, the type, and the bytes of the question in the message. */
 function readQuestion(message: Buffer): { name: string; type: RecordType; text: Buffer } | undefined {
   const labels: string[] = [];
   let at = 12;
@@ -138,7 +138,7 @@ function readQuestion(message: Buffer): { name: string; type: RecordType; text: 
   return type && { name: labels.join("."), type, text: message.subarray(12, at + 5) };
 }
 
-/** Of 16 bits each. */
+/** Big-endian, 16 bits each. */
 const numbers = (...values: number[]) => Buffer.from(values.flatMap((value) => [value >> 8, value & 0xff]));
 
 function writeName(name: string): Buffer {
@@ -149,7 +149,7 @@ function writeName(name: string): Buffer {
   );
 }
 
-/** With a time to live of 0, so that nobody remembers what a test changes. */
+/** With a time to live of 0, since tests change records. */
 function writeRecord(name: string, type: RecordType, value: string): Buffer {
   const data = writeData(type, value);
   return Buffer.concat([writeName(name), numbers(TYPES[type], IN, 0, 0, data.length), data]);

@@ -1,11 +1,11 @@
-/** How the test CA validates: it looks for the proof where a CA would (RFC 8555 §8), and never leaves loopback. */
+/** How the test CA validates challenges (RFC 8555 §8), on loopback only. */
 import { createHash } from "node:crypto";
 import { isIP } from "node:net";
 import type { Switches } from "./ca.ts";
 import { refusal } from "./ca-wire.ts";
 import type { Identifier } from "./ca-x509.ts";
 
-/** What has to be proven. */
+/** The challenge to validate. */
 export interface Proof {
   readonly type: string;
   readonly identifier: Identifier;
@@ -14,18 +14,18 @@ export interface Proof {
   /** `<token>.<thumbprint>` (RFC 8555 §8.1). */
   readonly keyAuthorization: string;
   readonly accountUrl: string;
-  /** The issuer domain name that a dns-persist-01 record has to name. */
+  /** The issuer domain name in a dns-persist-01 record. */
   readonly issuer: string;
 }
 
 const TIMEOUT_MS = 10_000;
-const MAX_REDIRECTS = 10; // as Boulder has it
+const MAX_REDIRECTS = 10; // as in Boulder
 const MAX_CNAMES = 10;
 
 const unauthorized = (detail: string) => refusal(403, "unauthorized", detail);
 const noConnection = (detail: string) => refusal(400, "connection", detail);
 
-/** Throws the problem of the challenge where the proof does not hold; `closing` ends it. */
+/** Throws the problem of the challenge if validation fails; `closing` aborts it. */
 export async function validate(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
   if (proof.type === "http-01") return await validateHttp(proof, switches, closing);
   const persistent = proof.type === "dns-persist-01";
@@ -36,7 +36,7 @@ export async function validate(proof: Proof, switches: Switches, closing: AbortS
   throw unauthorized(`none of the ${records.length} TXT records at ${name} proves it`);
 }
 
-/** RFC 8555 §8.3: redirects are followed, and trailing whitespace is forgiven. */
+/** RFC 8555 §8.3: follows redirects, and ignores trailing whitespace. */
 async function validateHttp(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
   const { value } = proof.identifier;
   let url = new URL(
@@ -77,7 +77,7 @@ function whereIs(url: URL, { resolve, httpPort = 80 }: Switches): { hostname: st
   }
 }
 
-/** The TXT values at `name`, at the end of its CNAMEs. */
+/** The TXT values at `name`, after following its CNAMEs. */
 async function lookUp(name: string, { txt, cname }: Switches): Promise<readonly string[]> {
   for (let links = 0; links < MAX_CNAMES; links++) {
     const target = await cname?.(name);
@@ -87,7 +87,7 @@ async function lookUp(name: string, { txt, cname }: Switches): Promise<readonly 
   throw refusal(400, "dns", `too many CNAMEs, the last at ${name}`);
 }
 
-/** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble judges the form more strictly. */
+/** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble checks the syntax more strictly. */
 function isPersistent(record: string, { issuer, accountUrl, wildcard }: Proof): boolean {
   const [named, ...parameters] = record.split(";").map((part) => part.trim());
   const values = new Map(parameters.map((parameter) => {

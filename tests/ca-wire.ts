@@ -1,7 +1,7 @@
 /**
- * What goes over the wire to and from the test CA: problems, answers, the faults injected into them, its HTTPS listener, and the
- * web server over a drop directory. Deno.serve cannot drop a connection, so where faults are wanted a relay that copies
- * bytes stands before it, and connections are torn there.
+ * The HTTP side of the test CA: problems, answers, the faults injected into them, the HTTPS listener, and the web server for a
+ * drop directory. Deno.serve cannot break a connection; so with faults, clients connect to a relay that copies bytes, and the
+ * relay breaks connections.
  */
 import type { Identifier } from "./ca-x509.ts";
 
@@ -14,14 +14,14 @@ export interface ProblemDocument {
   subproblems?: ProblemDocument[];
 }
 
-/** A refusal on its way to the client; `type` without the URN prefix. */
+/** Thrown to answer with a problem; `type` without the URN prefix. */
 export class Problem extends Error {
   readonly document: ProblemDocument;
   constructor(
     readonly status: number,
     readonly type: string,
     detail: string,
-    /** Whether a correct client never provokes it: it is noted in `ca.violations` then. */
+    /** Whether a correct client never causes it; then it is added to `ca.violations`. */
     readonly isViolation: boolean,
     readonly headers: Readonly<Record<string, string>> = {},
     extra: Partial<ProblemDocument> = {},
@@ -31,11 +31,11 @@ export class Problem extends Error {
   }
 }
 
-/** What a correct client never provokes. */
+/** A problem that a correct client never causes. */
 export const violation = (status: number, type: string, detail: string) =>
   new Problem(status, type, detail, true);
 export const malformed = (detail: string) => violation(400, "malformed", detail);
-/** The CA's own decision (limits, a name that does not validate), which correct clients meet as well. */
+/** A problem that correct clients get as well: limits, failed validations. */
 export const refusal = (
   status: number,
   type: string,
@@ -44,7 +44,7 @@ export const refusal = (
   headers?: Record<string, string>,
 ) => new Problem(status, type, detail, false, headers, extra);
 
-/** An answer before it is sent. `body` is JSON text, PEM, or absent. */
+/** An answer before it is sent. `body` is JSON, PEM, or undefined. */
 export interface Answer {
   readonly status: number;
   readonly headers: Headers;
@@ -52,14 +52,13 @@ export interface Answer {
 }
 
 /**
- * What goes wrong in one exchange.
+ * A fault in one exchange.
  *
- * Never handled by the CA: `reset` (torn before an answer), `refuse` (the same, and the next connection is torn as
- * well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the last answer given
- * to the same URL; handled if there was none).
- * Handled first: `reset mid-body`, `truncate` (JSON or PEM cut in half, well framed), `drop header`, `rewrite` and
- * `rewrite text` (the parsed JSON or the text is changed), and `after`: the CA's state changes, then its answer is lost
- * to the fault within.
+ * Instead of handling the request: `reset` (breaks the connection before an answer), `refuse` (breaks the next connection as
+ * well), `silence` (no answer until the CA closes), `status`, `html` (200), `badNonce`, `repeat` (the previous answer for the
+ * same URL; handles the request if there is none).
+ * After handling the request: `reset mid-body`, `truncate` (half of the JSON or PEM, with a valid content length), `drop header`,
+ * `rewrite` (changes the parsed JSON), `rewrite text`, and `after` (the other fault, although the request was handled).
  */
 export type Fault =
   | { kind: "reset" | "refuse" | "silence" | "reset mid-body" | "badNonce" | "truncate" | "html" | "repeat" }
@@ -69,19 +68,19 @@ export type Fault =
   | { kind: "rewrite text"; rewrite: (body: string) => string }
   | { kind: "after"; fault: Fault };
 
-/** What a fault needs of the CA and of the connection. */
+/** What a fault uses of the CA and the connection. */
 export interface Scene {
-  /** Handles the request as if nothing were wrong. */
+  /** Handles the request without a fault. */
   handle(): Promise<Answer>;
-  /** Tears the connection; `andNext`: the next one too. */
-  tear(andNext: boolean): void;
+  /** Breaks the connection, and the next one too if `alsoNext`. */
+  break(alsoNext: boolean): void;
   readonly closing: AbortSignal;
   badNonce(): Answer;
-  /** The last answer given to this URL. */
+  /** The previous answer for this URL. */
   readonly previous: Answer | undefined;
 }
 
-/** Answers an exchange under `fault`: the answer that was made or pretended, and the response that is sent. */
+/** Answers an exchange with `fault`. `answer` is for the log, `response` is sent. */
 export async function answerUnder(
   fault: Fault | undefined,
   scene: Scene,
@@ -99,8 +98,8 @@ export async function answerUnder(
       return sent(await scene.handle());
     case "reset":
     case "refuse":
-      scene.tear(fault.kind === "refuse");
-      return { response: new Response(null, { status: 500 }) }; // goes nowhere
+      scene.break(fault.kind === "refuse");
+      return { response: new Response(null, { status: 500 }) }; // never sent: the connection is broken
     case "silence":
       await new Promise((resolve) => scene.closing.addEventListener("abort", resolve, { once: true }));
       return { response: new Response(null, { status: 503 }) };
@@ -129,7 +128,7 @@ export async function answerUnder(
     case "rewrite text":
       return await changed(({ body = "" }) => ({ body: fault.rewrite(body) }));
     case "reset mid-body": {
-      // HTTP/1.1 closes the connection there, HTTP/2 breaks the stream; Deno.serve would print a stream that errors
+      // too short a body closes an HTTP/1.1 connection or resets an HTTP/2 stream; Deno.serve would print the error of a failing stream
       const answer = await scene.handle();
       const bytes = new TextEncoder().encode(answer.body);
       const headers = new Headers([...answer.headers, ["content-length", `${bytes.length}`]]);
@@ -150,14 +149,14 @@ export async function answerUnder(
 /** A listening HTTPS server on loopback. */
 export interface Listener {
   readonly port: number;
-  /** Tears the connection that `handler` knows under this number; only where `tearable`. */
-  tear(connection: number, andNext: boolean): void;
+  /** Breaks the connection with the number that `handler` got; only if `breakable`. */
+  break(connection: number, alsoNext: boolean): void;
   close(): Promise<void>;
 }
 
 /** Serves HTTP/2 and HTTP/1.1 on 127.0.0.1; `handler` gets the same number for all requests of one connection. */
 export function listen(
-  { cert, key, tearable }: { cert: string; key: string; tearable: boolean },
+  { cert, key, breakable }: { cert: string; key: string; breakable: boolean },
   handler: (request: Request, connection: number) => Promise<Response>,
 ): Listener {
   const stop = new AbortController();
@@ -165,25 +164,25 @@ export function listen(
     { hostname: "127.0.0.1", port: 0, cert, key, signal: stop.signal, onListen: () => {} },
     (request, info) => handler(request, info.remoteAddr.port),
   );
-  const relay = tearable ? startRelay(server.addr.port) : undefined;
+  const relay = breakable ? startRelay(server.addr.port) : undefined;
   return {
     port: relay?.port ?? server.addr.port,
-    tear(connection, andNext) {
+    break(connection, alsoNext) {
       if (relay === undefined) {
-        throw new Error("a CA that was started without `fault` cannot tear connections");
+        throw new Error("a CA that was started without `fault` cannot break connections");
       }
-      relay.tear(connection, andNext);
+      relay.break(connection, alsoNext);
     },
     async close() {
       await relay?.close();
-      stop.abort(); // not shutdown(), which waits for clients that never say anything
+      stop.abort(); // not shutdown(), which waits for idle clients
       await server.finished;
     },
   };
 }
 
-/** Copies bytes between clients and the server behind; connections are numbered by its ports there. */
-function startRelay(behind: number): Listener {
+/** Copies bytes between clients and the server on a port. The number of a connection is its port towards the server. */
+function startRelay(serverPort: number): Listener {
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const open = new Map<number, AbortController>();
   let refusals = 0;
@@ -193,8 +192,8 @@ function startRelay(behind: number): Listener {
       refusals--;
       return client.close();
     }
-    const server = await Deno.connect({ hostname: "127.0.0.1", port: behind }).catch(() => undefined);
-    if (server === undefined) return client.close(); // it is closing
+    const server = await Deno.connect({ hostname: "127.0.0.1", port: serverPort }).catch(() => undefined);
+    if (server === undefined) return client.close(); // the server is closing
     const stop = new AbortController();
     open.set(server.localAddr.port, stop);
     const copy = (from: Deno.TcpConn, to: Deno.TcpConn) =>
@@ -212,8 +211,8 @@ function startRelay(behind: number): Listener {
   })();
   return {
     port: listener.addr.port,
-    tear(connection, andNext) {
-      if (andNext) refusals++;
+    break(connection, alsoNext) {
+      if (alsoNext) refusals++;
       open.get(connection)?.abort();
     },
     async close() {
@@ -224,15 +223,15 @@ function startRelay(behind: number): Listener {
   };
 }
 
-/** A web server over a drop directory. */
+/** A web server for a drop directory. */
 export interface Webroot extends AsyncDisposable {
   readonly port: number;
-  /** The requests that it answered. */
+  /** The requests. */
   readonly log: readonly { readonly status: number }[];
   close(): Promise<void>;
 }
 
-/** Serves `dir` on loopback below /.well-known/acme-challenge/, as a site's own server would; all else is 404. */
+/** Serves `dir` on loopback below /.well-known/acme-challenge/, and 404 for all other paths. */
 export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } = {}): Webroot {
   const log: Webroot["log"][number][] = [];
   const stop = new AbortController();

@@ -1,6 +1,6 @@
 /**
- * X.509 for the test CA: reads certificate requests (RFC 2986), writes certificates (RFC 5280). The latter by hand, because what
- * @peculiar/x509 signs has to be awaited, and certificates are forged in the middle of expressions.
+ * X.509 for the test CA: reads certificate requests (RFC 2986), writes certificates (RFC 5280). The latter without
+ * @peculiar/x509, which signs asynchronously.
  */
 import { Buffer } from "node:buffer";
 import {
@@ -21,7 +21,7 @@ export interface Identifier {
 
 // ---- requests ----------------------------------------------------------------------------------------------------
 
-/** What a CSR asks for. */
+/** The contents of a CSR. */
 export interface Request {
   readonly identifiers: readonly Identifier[];
   readonly commonNames: readonly string[];
@@ -34,7 +34,9 @@ export async function readRequest(der: Uint8Array<ArrayBuffer>): Promise<Request
   const { Pkcs10CertificateRequest, SubjectAlternativeNameExtension } = await import("@peculiar/x509");
   const request = new Pkcs10CertificateRequest(der);
   if (!await request.verify()) throw new Error("the signature does not verify");
-  const { names } = request.extensions.find((one) => one instanceof SubjectAlternativeNameExtension)!;
+  const { names } = request.extensions.find((extension) =>
+    extension instanceof SubjectAlternativeNameExtension
+  )!;
   return {
     identifiers: names.toJSON().map(({ type, value }) => {
       if (type === "ip") return { type, value: canonicalIp(value) };
@@ -50,7 +52,7 @@ export async function readRequest(der: Uint8Array<ArrayBuffer>): Promise<Request
   };
 }
 
-/** An IP address in the one form that identifiers use: dotted decimal, or RFC 5952. */
+/** An IP address in the form of identifiers: dotted decimal, or RFC 5952. */
 const canonicalIp = (address: string) =>
   isIP(address) === 6 ? new URL(`http://[${address}]/`).hostname.slice(1, -1) : address;
 
@@ -80,14 +82,14 @@ export function createAuthority(commonName: string): Authority {
   return { commonName, privateKey, publicKey, keyId: keyIdOf(publicKey) };
 }
 
-/** What a certificate says. Without `serial` it gets a random one; `authority: true` makes it a CA's. */
+/** The contents of a certificate. The default `serial` is random; `authority: true` is for a CA certificate. */
 export interface Contents {
   readonly publicKey: KeyObject;
   readonly commonName?: string;
   readonly identifiers?: readonly Identifier[];
   readonly notBefore: Date;
   readonly notAfter: Date;
-  /** A positive big-endian integer, without the zero octet that DER may need before it. */
+  /** A positive big-endian integer without a leading zero octet. */
   readonly serial?: Uint8Array;
   readonly authority?: boolean;
 }
@@ -133,14 +135,14 @@ export function certify(contents: Contents, issuer: Authority): string {
   return pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der(BIT_STRING, Uint8Array.of(0), signature)));
 }
 
-/** A random serial number, whose first octet is neither zero nor, in DER, in need of a zero before it. */
+/** A random serial number; its first octet is between 0x40 and 0x7f, so DER needs no zero octet before it. */
 export function newSerial(): Buffer {
   const serial = randomBytes(16);
   serial[0] = serial[0]! & 0x3f | 0x40;
   return serial;
 }
 
-/** The content of a serial number as DER INTEGER: a first octet of 0x80 or more gets a zero octet before it. */
+/** The content octets of a serial number as a DER INTEGER: with a zero octet before a first octet of 0x80 or more. */
 export const derSerial = (serial: Uint8Array): Buffer =>
   Buffer.from(serial[0]! >= 0x80 ? [0, ...serial] : serial);
 
@@ -176,7 +178,7 @@ function time(instant: Date): Buffer {
 
 const spkiOf = (key: KeyObject) => key.export({ format: "der", type: "spki" });
 
-/** Of a P-256 key, whose point is the last 65 octets. */
+/** The key identifier of a P-256 key; the point is the last 65 octets. */
 const keyIdOf = (publicKey: KeyObject) =>
   createHash("sha256").update(spkiOf(publicKey).subarray(-65)).digest().subarray(0, 20);
 
@@ -186,17 +188,17 @@ export function pem(label: string, bytes: Uint8Array): string {
   return `-----BEGIN ${label}-----\n${lines}\n-----END ${label}-----\n`;
 }
 
-let made: { root: string; certificate: string; key: string } | undefined;
+let listener: { root: string; certificate: string; key: string } | undefined;
 
-/** A certificate for localhost and 127.0.0.1 under a root of its own, all PEM; the same for all servers of this process. */
-export function listenerCertificate(): NonNullable<typeof made> {
-  if (made !== undefined) return made;
+/** A certificate for localhost and 127.0.0.1 with its own root, as PEM; the same for all servers of this process. */
+export function listenerCertificate(): NonNullable<typeof listener> {
+  if (listener !== undefined) return listener;
   const authority = createAuthority("lematt test listener root");
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
   const valid = { notBefore: new Date(Date.now() - 86_400_000), notAfter: new Date(Date.now() + 1e12) };
   const { commonName } = authority;
   const identifiers = [{ type: "dns", value: "localhost" }, { type: "ip", value: "127.0.0.1" }] as const;
-  return made = {
+  return listener = {
     root: certify({ commonName, publicKey: authority.publicKey, authority: true, ...valid }, authority),
     certificate: certify({ publicKey, identifiers, ...valid }, authority),
     key: privateKey.export({ format: "pem", type: "pkcs8" }) as string,

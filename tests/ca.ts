@@ -1,9 +1,10 @@
 /**
- * An ACME CA in this process, for the tests, `deno task demo` and the benchmarks: RFC 8555 (and 8738, 9773, profiles,
- * dns-persist-01) as far as lematt speaks it, with a clock and with any fault that a test wants. It imports nothing of lib/.
+ * An ACME CA in this process, for the tests, `deno task demo` and the benchmarks: those parts of RFC 8555 (and 8738, 9773,
+ * profiles, dns-persist-01) that lematt uses, with a clock that tests can advance, and with faults that tests inject. It imports
+ * nothing from lib/.
  *
- * Every exchange is in `ca.log`; what a correct client never does is in `ca.violations`, which tests expect to be empty. Pebble
- * (pebble.ts) is the stricter judge, but has neither this clock nor these faults. State lives in memory.
+ * Every exchange is in `ca.log`; requests that a correct client never sends are in `ca.violations`, which tests expect to be
+ * empty. Pebble (pebble.ts) is stricter, but has neither this clock nor these faults. State is in memory.
  */
 import { Buffer } from "node:buffer";
 import { randomBytes, X509Certificate } from "node:crypto";
@@ -41,12 +42,12 @@ export { type Fault, startWebroot, type Webroot } from "./ca-wire.ts";
 const HOUR = 3600_000, DAY = 24 * HOUR;
 /** The issuer domain name, for dns-persist-01. */
 const ISSUER = "ca.example";
-/** The profiles on offer and their lifetimes, the first being the default, as at Let's Encrypt in 2026. */
+/** The profiles and their lifetimes, as at Let's Encrypt in 2026. The first one is the default. */
 const LETS_ENCRYPT = { classic: 90 * DAY, tlsserver: 45 * DAY, shortlived: 160 * HOUR };
 
 // ---- what a test can set -----------------------------------------------------------------------------------------
 
-/** The resource of a path, and the part of the URL that names the thing. */
+/** The path of each resource; the group is the part of the path that identifies an object. */
 const ROUTES = {
   directory: /^\/dir$/,
   newNonce: /^\/new-nonce$/,
@@ -65,7 +66,7 @@ const ROUTES = {
 };
 export type Resource = keyof typeof ROUTES;
 
-/** A request: the n-th of the CA's life, n = 1, 2, … */
+/** A request; `n` counts the requests to this CA, from 1. */
 export interface Exchange {
   readonly n: number;
   readonly method: string;
@@ -83,43 +84,43 @@ interface Limit {
 export interface Switches {
   /** Port on which http-01 is fetched instead of 80. */
   httpPort?: number;
-  /** Where a name is found on loopback; throws if it does not resolve. Default: 127.0.0.1 and `httpPort`. */
+  /** The address of a name on loopback; throws if it does not resolve. Default: 127.0.0.1 and `httpPort`. */
   resolve?: (hostname: string) => { hostname: string; port: number };
   /** The TXT records at a name, for dns-01 and dns-persist-01, and the target of its CNAME. */
   txt?: (name: string) => Promise<readonly string[]>;
   cname?: (name: string) => Promise<string | undefined>;
-  /** Wait before each validation. */
+  /** The delay before each validation. */
   validationDelayMs?: number;
   /**
-   * How far a failed validation goes: to the order (default), to the authorization and no further (acme2certifier), or
-   * to the challenge, which stays pending with its error and may be responded to again (step-ca, Caddy).
+   * What becomes invalid after a failed validation: the order too (default), only the authorization (acme2certifier), or
+   * nothing: the challenge stays pending with its error and may be responded to again (step-ca, Caddy).
    */
   failure?: "order" | "authorization" | "challenge";
-  /** Which authorizations of the account a new order takes over: none, valid ones (default), or pending ones too. */
+  /** Which authorizations of the account a new order reuses: none, valid ones (default), or pending ones too. */
   reuse?: "none" | "valid" | "pending";
-  /** How long a valid authorization can be taken over. Default 30 days. */
+  /** How long a valid authorization can be reused. Default 30 days. */
   authorizationLifetimeMs?: number;
   /** How long an order is `processing` after finalize. Default 0: finalize answers `valid`. */
   processingMs?: number;
-  /** Retry-After of what is being worked on; polling sooner is a violation. Default: not sent. */
+  /** Retry-After while the CA is busy with an object; polling sooner is a violation. Default: not sent. */
   retryAfterSeconds?: number;
-  /** The profiles on offer, with the lifetime of each in milliseconds; {} for none. */
+  /** The profiles, with the lifetime of each in milliseconds; {} for none. */
   profiles?: Readonly<Record<string, number>>;
   /** Whether the directory offers renewalInfo. Default true. */
   renewalInfo?: boolean;
-  /** The CA's policy about a name: the reason why it is rejected, or undefined. */
+  /** The reason why a name is rejected, or undefined. */
   reject?: (name: string) => string | undefined;
   limits?: {
     /** Orders of an account. */
     newOrder?: Limit;
-    /** Requests to a resource within a second, from everybody together. */
+    /** Requests to a resource within a second, from all clients together. */
     requestsPerSecond?: Partial<Record<Resource, number>>;
   };
-  /** Asked about every exchange before it is handled. Whether there is one is fixed at start. */
+  /** Returns the fault to inject into an exchange. A CA that is started without this function cannot break connections. */
   fault?: (exchange: Exchange) => Fault | undefined;
 }
 
-// ---- what it has written down ------------------------------------------------------------------------------------
+// ---- its objects -------------------------------------------------------------------------------------------------
 
 /** RFC 8555 §7.1.2. */
 interface Account {
@@ -146,7 +147,7 @@ export interface Order {
   readonly replaces?: string;
   status: "pending" | "ready" | "processing" | "valid" | "invalid";
   error?: ProblemDocument;
-  /** The CSR that finalize accepted: as it came, and read. */
+  /** The CSR that finalize accepted, in base64url and parsed. */
   csr?: string;
   request?: CertificateRequest;
   /** When `processing` ends, by performance.now(). */
@@ -191,26 +192,26 @@ interface Issued {
   /** The leaf alone. */
   readonly pem: string;
   revoked?: { readonly at: Date; readonly reason: number };
-  /** What renewalInfo suggests (RFC 9773 §4.2) where a test has set it. */
+  /** The renewal information (RFC 9773 §4.2), if a test has set it. */
   renewalWindow?: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
 }
 
-/** A line of the log. */
+/** An entry of the log. */
 export interface LogEntry extends Exchange {
   readonly path: string;
   /** The same number for all requests of one connection. */
   readonly connection: number;
-  /** The account that signed, once that is verified. */
+  /** The account that signed the request, after verification. */
   kid?: string;
-  /** The status that was answered; 0 while there is no answer, and for ever if the request was torn unhandled. */
+  /** The status of the answer; 0 if there is none, or not yet. */
   status: number;
 }
 
-/** A request whose signature holds. */
+/** A request with a valid signature. */
 interface Signed {
   readonly payload: string;
   readonly key: SigningKey;
-  /** Where it was signed by `kid`. */
+  /** Only if it was signed with `kid`. */
   readonly account?: Account;
 }
 
@@ -223,11 +224,11 @@ export async function startCa(switches: Switches = {}): Promise<Ca> {
 
 /** A running CA. */
 export class Ca implements AsyncDisposable {
-  /** PEM of the root of the HTTPS listener: what a client must trust to talk to this CA. */
+  /** PEM of the root certificate of the HTTPS listener. */
   readonly caBundle: string;
-  /** A file that holds `caBundle` as long as the CA runs. */
+  /** A file with `caBundle`, removed when the CA is closed. */
   readonly caBundleFile: string;
-  /** PEM of the root of issued certificates, and of the intermediate below it. */
+  /** PEM of the root and the intermediate certificate of issued certificates. */
   readonly rootPem: string;
   readonly intermediatePem: string;
   /** `https://localhost:PORT` */
@@ -235,12 +236,12 @@ export class Ca implements AsyncDisposable {
   readonly directoryUrl: string;
 
   readonly log: LogEntry[] = [];
-  /** What a correct client does not do; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
+  /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
   readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
   readonly accounts: Account[] = [];
   readonly orders: Order[] = [];
   readonly issued: Issued[] = [];
-  /** The validations that were made; `name` with `*.` for a wildcard, `error` if it failed. */
+  /** The validations; `name` begins with `*.` for a wildcard, `error` is set if it failed. */
   readonly validations: { readonly type: string; readonly name: string; readonly error?: ProblemDocument }[] =
     [];
 
@@ -249,10 +250,10 @@ export class Ca implements AsyncDisposable {
   readonly #nonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
-  /** Until when a URL must not be polled again, by the CA's clock. */
+  /** The earliest time of the next poll of each URL, by the CA's clock. */
   readonly #retryAfter = new Map<string, number>();
   readonly #byUrl = new Map<string, Order | Authorization | Issued>();
-  /** When a limited thing happened, by the CA's clock. */
+  /** The times of the requests that count for each limit, by the CA's clock. */
   readonly #uses = new Map<string, number[]>();
   readonly #validating = new Set<Promise<void>>();
   readonly #closing = new AbortController();
@@ -270,16 +271,16 @@ export class Ca implements AsyncDisposable {
     this.caBundle = caBundle;
     this.caBundleFile = `${directory}/ca-bundle.pem`;
     Deno.writeTextFileSync(this.caBundleFile, caBundle);
-    const tearable = switches.fault !== undefined;
+    const breakable = switches.fault !== undefined;
     this.#listener = listen(
-      { cert: certificate, key, tearable },
+      { cert: certificate, key, breakable },
       (request, connection) => this.#serve(request, connection),
     );
     this.origin = `https://localhost:${this.#listener.port}`;
     this.directoryUrl = `${this.origin}/dir`;
   }
 
-  /** The CA's clock, which certificates, expiries and limits follow. */
+  /** The CA's clock, used for certificates, expiry and limits. */
   get now(): Date {
     return new Date(Date.now() + this.#offsetMs);
   }
@@ -289,7 +290,7 @@ export class Ca implements AsyncDisposable {
     this.#offsetMs += ms;
   }
 
-  /** A certificate that nobody ordered, signed by this CA, and the chain (PEM). */
+  /** A certificate without an order, signed by this CA, with its chain (PEM). */
   forge(contents: Contents): string {
     return certify(contents, this.#issuer) + this.intermediatePem;
   }
@@ -319,9 +320,9 @@ export class Ca implements AsyncDisposable {
     const previous = this.#previous.get(entry.url);
     const { answer, response } = await answerUnder(fault, {
       handle: () => this.#handle(request, entry, ROUTES[resource].exec(path)![1] ?? ""),
-      tear: (andNext) => this.#listener.tear(connection, andNext),
+      break: (alsoNext) => this.#listener.break(connection, alsoNext),
       closing: this.#closing.signal,
-      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "refused on purpose")), method),
+      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "injected")), method),
       previous,
     });
     entry.status = answer?.status ?? 0;
@@ -335,7 +336,7 @@ export class Ca implements AsyncDisposable {
       answer = await this.#answer(request, entry, part);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      if (error.isViolation) this.#blame(entry, error.type, error.message);
+      if (error.isViolation) this.#addViolation(entry, error.type, error.message);
       answer = problem(error);
     }
     this.#finish(answer, entry.method);
@@ -345,11 +346,11 @@ export class Ca implements AsyncDisposable {
     return answer;
   }
 
-  #blame({ n, method, url, resource }: LogEntry, type: string, detail: string): void {
+  #addViolation({ n, method, url, resource }: LogEntry, type: string, detail: string): void {
     this.violations.push({ n, method, url, resource, type, detail });
   }
 
-  /** Adds what every answer has (RFC 8555 §6.5, §7.1). */
+  /** Adds the headers of every answer (RFC 8555 §6.5, §7.1). */
   #finish(answer: Answer, method: string): Answer {
     answer.headers.append("link", `<${this.directoryUrl}>;rel="index"`);
     if (method !== "GET") answer.headers.set("replay-nonce", this.#newNonce());
@@ -406,11 +407,11 @@ export class Ca implements AsyncDisposable {
     switch (resource) {
       case "authz": {
         const authorization = this.#find<Authorization>(url, account);
-        return this.#askLater(
+        return this.#withRetryAfter(
           json(200, showAuthorization(authorization)),
           entry,
           url,
-          isUnderWay(authorization),
+          isValidating(authorization),
         );
       }
       case "order":
@@ -448,7 +449,7 @@ export class Ca implements AsyncDisposable {
     return { payload, key, account };
   }
 
-  /** Notes that a limited thing happens; throws `rateLimited` if it has happened too often. */
+  /** Counts a request for a limit; throws `rateLimited` if the limit is exceeded. */
   #use(subject: string, { count, windowMs }: Limit): void {
     const now = this.now.getTime();
     const uses = (this.#uses.get(subject) ?? []).filter((at) => at > now - windowMs);
@@ -459,7 +460,7 @@ export class Ca implements AsyncDisposable {
     throw refusal(429, "rateLimited", `too many ${subject} (${count})`, {}, headers);
   }
 
-  /** What is at a URL, which must be the account's; the route says of what kind it is. */
+  /** The object at a URL, which must belong to the account; its kind follows from the route. */
   #find<Kind extends Order | Authorization | Issued>(url: string, account: Account): Kind {
     const found = this.#byUrl.get(url);
     if (found === undefined) throw violation(404, "malformed", `there is nothing at ${url}`);
@@ -467,8 +468,8 @@ export class Ca implements AsyncDisposable {
     return found as Kind;
   }
 
-  /** Adds a Retry-After where something is being worked on, and notes who comes back too soon. */
-  #askLater(
+  /** Adds Retry-After to the answer if the CA is busy with the object. Polling too soon is a violation. */
+  #withRetryAfter(
     answer: Answer,
     entry: LogEntry,
     url: string,
@@ -479,7 +480,7 @@ export class Ca implements AsyncDisposable {
     const until = this.#retryAfter.get(url) ?? 0;
     this.#retryAfter.delete(url);
     if (entry.url === url && now < until) {
-      this.#blame(entry, "tooSoon", `${until - now} ms before Retry-After`);
+      this.#addViolation(entry, "tooSoon", `${until - now} ms before Retry-After`);
     }
     if (!isBusy || seconds === undefined) return answer;
     answer.headers.set("retry-after", `${seconds}`);
@@ -525,7 +526,7 @@ export class Ca implements AsyncDisposable {
     return showAccount(created, 201);
   }
 
-  /** §7.3.5: the outer message is signed with the old key, the inner one with the new. */
+  /** §7.3.5: the outer JWS is signed with the old key, the inner JWS with the new one. */
   async #changeKey(account: Account, payload: string): Promise<Answer> {
     const inner = await verified(parseObject(payload) as unknown as jose.FlattenedJWSInput);
     const change = parseObject(inner.payload);
@@ -539,10 +540,10 @@ export class Ca implements AsyncDisposable {
 
   // ---- orders (§7.4) -----------------------------------------------------------------------------------------------
 
-  #createOrder(account: Account, wish: Record<string, unknown>): Order {
-    const identifiers = wish.identifiers as Identifier[];
+  #createOrder(account: Account, request: Record<string, unknown>): Order {
+    const identifiers = request.identifiers as Identifier[];
     const { limits, profiles = LETS_ENCRYPT, reject } = this.switches;
-    const profile = (wish.profile ?? Object.keys(profiles)[0]) as string | undefined;
+    const profile = (request.profile ?? Object.keys(profiles)[0]) as string | undefined;
     if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
       throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
     }
@@ -552,11 +553,11 @@ export class Ca implements AsyncDisposable {
       const subproblems = rejected.map(({ document }) => document);
       throw refusal(400, "rejectedIdentifier", "the policy forbids it", { subproblems });
     }
-    const replaces = wish.replaces as string | undefined;
+    const replaces = request.replaces as string | undefined;
     if (replaces !== undefined && this.#findByCertId(replaces).account !== account) {
       throw violation(403, "unauthorized", "the certificate to be replaced belongs to another account");
     }
-    // renewals that keep to renewalInfo are exempt, as at Let's Encrypt
+    // orders with `replaces` are exempt, as at Let's Encrypt
     if (replaces === undefined && limits?.newOrder) {
       this.#use(`new orders of ${account.url}`, limits.newOrder);
     }
@@ -572,11 +573,11 @@ export class Ca implements AsyncDisposable {
     };
     this.orders.push(order);
     this.#byUrl.set(order.url, order);
-    this.#settle(order);
+    this.#update(order);
     return order;
   }
 
-  /** The authorization that a new order gets for a name: an old one, if `reuse` allows, or a new one. */
+  /** The authorization of a new order for a name: an existing one if `reuse` allows it, otherwise a new one. */
   #authorize(account: Account, { type, value }: Identifier): Authorization {
     const last = account.authorizations.get(value);
     const { reuse = "valid" } = this.switches;
@@ -608,13 +609,13 @@ export class Ca implements AsyncDisposable {
   }
 
   /**
-   * Brings an order's status up to date with its authorizations and the clock (RFC 8555 §7.1.6). It turns invalid only
-   * when no validation is under way any more, so that its error names every failure.
+   * Updates the status of an order from its authorizations and the clock (RFC 8555 §7.1.6). It becomes invalid only after
+   * the last validation, so that its error contains every failure.
    */
-  #settle(order: Order): void {
+  #update(order: Order): void {
     const { status, authorizations } = order;
     if (status === "processing" && performance.now() >= order.doneAt!) this.#issue(order);
-    if (status !== "pending" || authorizations.some(isUnderWay)) return;
+    if (status !== "pending" || authorizations.some(isValidating)) return;
     const failed = authorizations.filter(({ status }) => status === "invalid");
     if (failed.length > 0 && this.switches.failure !== "authorization") {
       order.status = "invalid";
@@ -625,12 +626,12 @@ export class Ca implements AsyncDisposable {
   }
 
   #order(order: Order, entry: LogEntry): Answer {
-    this.#settle(order);
-    // where the order is, after finalize as well (Boulder says so, and clients may rely on it)
+    this.#update(order);
+    // Boulder sends Location after finalize as well
     const answer = json(200, showOrder(order), entry.resource === "finalize" ? { location: order.url } : {});
     const isBusy = order.status === "processing" ||
-      order.status === "pending" && order.authorizations.some(isUnderWay);
-    return this.#askLater(answer, entry, order.url, isBusy);
+      order.status === "pending" && order.authorizations.some(isValidating);
+    return this.#withRetryAfter(answer, entry, order.url, isBusy);
   }
 
   // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
@@ -640,8 +641,8 @@ export class Ca implements AsyncDisposable {
     if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.path}`);
     if (payload !== "{}") throw malformed("the answer to a challenge is {}");
     if (challenge.status === "pending") {
-      if (authorization.status !== "pending" || isUnderWay(authorization)) {
-        throw malformed(`the authorization is ${authorization.status} and waits for no challenge`);
+      if (authorization.status !== "pending" || isValidating(authorization)) {
+        throw malformed(`the authorization is ${authorization.status} and no challenge is expected`);
       }
       challenge.status = "processing";
       const done = this.#validate(authorization, challenge).finally(() => this.#validating.delete(done));
@@ -649,7 +650,7 @@ export class Ca implements AsyncDisposable {
     }
     const shown = showChallenge(challenge, authorization);
     const answer = json(200, shown, { link: `<${authorization.url}>;rel="up"` });
-    return this.#askLater(answer, entry, challenge.url, challenge.status === "processing");
+    return this.#withRetryAfter(answer, entry, challenge.url, challenge.status === "processing");
   }
 
   async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
@@ -680,13 +681,13 @@ export class Ca implements AsyncDisposable {
 
   // ---- certificates (§7.4, §7.6, RFC 9773) -------------------------------------------------------------------------
 
-  /** Takes the CSR (base64url) of an order that is ready: for exactly the order's names. */
+  /** Accepts the CSR (base64url) of an order that is ready; it must have exactly the names of the order. */
   async #finalize(order: Order, csr: string): Promise<void> {
-    this.#settle(order);
+    this.#update(order);
     if (order.status !== "ready") {
-      // repeating a finalize whose answer was lost is no violation
-      const refuse = order.csr === csr ? refusal : violation;
-      throw refuse(403, "orderNotReady", `the order is ${order.status}`);
+      // a correct client repeats finalize if the answer is lost
+      const problemOf = order.csr === csr ? refusal : violation;
+      throw problemOf(403, "orderNotReady", `the order is ${order.status}`);
     }
     const request = await readRequest(new Uint8Array(Buffer.from(csr, "base64url"))).catch((error) => {
       throw violation(400, "badCSR", `the CSR cannot be read: ${error.message}`);
@@ -705,10 +706,10 @@ export class Ca implements AsyncDisposable {
     const { account, identifiers, profile, replaces, request } = order;
     const { commonNames, publicKey } = request!;
     const profiles: Readonly<Record<string, number>> = this.switches.profiles ?? LETS_ENCRYPT;
-    // backdated by an hour, as everywhere; both ends belong to the lifetime
+    // backdated by an hour, as at other CAs; the first and the last second belong to the lifetime
     const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
     const notAfter = new Date(notBefore.getTime() + (profiles[profile ?? ""] ?? 90 * DAY) - 1000);
-    // every other serial begins with a set bit: its DER form needs the zero octet that a certID must keep
+    // every second serial begins with a set bit: in DER, and so in the certID, it needs a zero octet before it
     const serial = newSerial();
     if (this.issued.length % 2 === 0) serial[0]! |= 0x80;
     const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
@@ -732,19 +733,19 @@ export class Ca implements AsyncDisposable {
     order.status = "valid";
   }
 
-  /** The certificate that a certID names (RFC 9773 §4.1). */
+  /** The certificate with a certID (RFC 9773 §4.1). */
   #findByCertId(certId: string): Issued {
-    const issued = this.issued.find((one) => one.certId === certId);
+    const issued = this.issued.find((issued) => issued.certId === certId);
     if (issued !== undefined) return issued;
-    // under this CA's key the client wrote the serial wrongly; under another it comes from another CA
+    // with the key identifier of this CA, the client has encoded the serial wrongly; otherwise the certificate is of another CA
     const isOwn = certId.startsWith(this.#issuer.keyId.toString("base64url"));
     throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
   }
 
-  /** The window in which to renew: what was set, the past for a revoked certificate, else by its lifetime. */
+  /** The renewal window: the one that was set; in the past for a revoked certificate; otherwise by lifetime. */
   #renewalInfo(entry: LogEntry, certId: string): Answer {
     const { renewalWindow, revoked, notBefore, notAfter } = this.#findByCertId(certId);
-    // in its middle a third of the lifetime is left, or a half of a short one (Let's Encrypt's advice)
+    // around a third of the lifetime before expiry, or a half for short lifetimes, as Let's Encrypt recommends
     const lifetime = notAfter.getTime() - notBefore.getTime();
     const middle = notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
     const [start, end] = revoked
@@ -753,10 +754,10 @@ export class Ca implements AsyncDisposable {
     const { explanationURL, ...suggestedWindow }: NonNullable<Issued["renewalWindow"]> = renewalWindow ??
       { start: new Date(start), end: new Date(end) };
     const answer = json(200, { suggestedWindow, explanationURL });
-    return this.#askLater(answer, entry, entry.url, true, 6 * 3600); // as Let's Encrypt
+    return this.#withRetryAfter(answer, entry, entry.url, true, 6 * 3600); // as Let's Encrypt
   }
 
-  /** RFC 8555 §7.6: the account that ordered the certificate may, and the certificate's own key. */
+  /** RFC 8555 §7.6: signed by the account that ordered the certificate, or with the certificate's own key. */
   async #revoke({ account, payload, key }: Signed): Promise<Answer> {
     const { certificate, reason = 0 } = parseObject(payload) as { certificate: string; reason?: number };
     const text = pem("CERTIFICATE", Buffer.from(certificate, "base64url"));
@@ -804,7 +805,7 @@ const keyOf = async (jwk: jose.JWK): Promise<SigningKey> => ({
   thumbprint: await jose.calculateJwkThumbprint(jwk),
 });
 
-/** Verifies a signature by the account's key, else by that in its header. */
+/** Verifies a signature with the account's key, or with the key in the header. */
 async function verified(jws: jose.FlattenedJWSInput, key?: SigningKey): Promise<Omit<Signed, "account">> {
   try {
     const { payload, protectedHeader } = key === undefined
@@ -844,7 +845,7 @@ const showOrder = ({ url, authorizations, certificate, status, identifiers, prof
 
 function showAuthorization(authorization: Authorization) {
   const { status, expires, identifier, wildcard, challenges } = authorization;
-  // what was not used to prove a valid authorization is not shown (§7.1.4)
+  // a valid authorization shows only the challenge that was validated (§7.1.4)
   const shown = challenges.filter((challenge) => status === "pending" || challenge.status !== "pending");
   return {
     status,
@@ -865,11 +866,11 @@ function showChallenge({ type, url, status, token, error }: Challenge, { account
 const byValue = (identifiers: readonly Identifier[]) =>
   identifiers.map(({ type, value }) => `${type}:${value}`).sort().join();
 
-/** Whether it is being validated. */
-const isUnderWay = ({ challenges }: Authorization): boolean =>
+/** Whether a validation is running. */
+const isValidating = ({ challenges }: Authorization): boolean =>
   challenges.some(({ status }) => status === "processing");
 
-/** The error of an order: the one failure's, or a compound of several (RFC 8555 §6.7.1). */
+/** The error of an order: that of its only failure, or a compound of several (RFC 8555 §6.7.1). */
 function summary(failed: readonly Authorization[]): ProblemDocument {
   const subproblems = failed.map(({ challenges, identifier }): ProblemDocument => ({
     ...challenges.find(({ error }) => error !== undefined)!.error!,

@@ -1,6 +1,6 @@
 /**
- * Programs of CAs that were written by others, on loopback: step-ca, Caddy's acme_server, acme2certifier. For cas.ts,
- * where names are what port 53 says and web servers have port 80; step-ca finds them elsewhere, too.
+ * Other CA programs on loopback: step-ca, Caddy's acme_server, acme2certifier. For cas.ts, where DNS is on port 53 and web
+ * servers are on port 80; step-ca can use other ports.
  */
 
 import { existsSync } from "node:fs";
@@ -10,24 +10,24 @@ import { type Running, startProgram } from "./pebble.ts";
 import { freePort } from "./tls.ts";
 
 export interface Server {
-  /** Why it cannot be started here. */
+  /** Why it cannot be started on this host. */
   readonly lack?: string;
-  /** Whether it changes no account keys. */
+  /** Whether it offers no key change. */
   readonly keepsKeys?: boolean;
   /** Lines for `[config]`. */
   readonly settings?: string;
   start(directory: string, network?: Network): Promise<Running>;
 }
 
-/** Where a CA finds names and their web servers. */
+/** The ports for validation. */
 export interface Network {
-  /** Of 127.0.0.1. */
+  /** The DNS server, on 127.0.0.1. */
   readonly dnsPort: number;
   readonly httpPort: number;
 }
 const STANDARD: Network = { dnsPort: 53, httpPort: 80 };
 
-/** Makes `root.pem`, and `intermediate.pem` with its `key.pem`, in a directory; by openssl, whose key identifiers all agree on. */
+/** Makes `root.pem`, and `intermediate.pem` with its `key.pem`, in a directory. By openssl: all three CAs accept its key identifiers. */
 async function makeAuthority(directory: string): Promise<void> {
   const usage = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n";
   await Deno.writeTextFile(join(directory, "extensions"), usage);
@@ -47,7 +47,7 @@ const lacks = (name: string) => which(name) === undefined ? `no ${name} on PATH`
 const read = (...path: string[]) => Deno.readTextFileSync(join(...path));
 
 const PYTHON = Deno.env.get("ACME2CERTIFIER");
-/** acme2certifier as a server with TLS, a thread for each connection. */
+/** acme2certifier as a TLS server with a thread for each connection. */
 const WSGI = `
 import os, ssl, sys, socketserver
 config, port, cert, key = sys.argv[1:]
@@ -113,7 +113,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
   },
   "acme2certifier": {
     lack: PYTHON === undefined ? "ACME2CERTIFIER is not set" : undefined,
-    settings: "parallel: 1\n", // over SQLite it fails validations when many are made at once
+    settings: "parallel: 1\n", // with SQLite, simultaneous validations fail
     async start(directory) {
       if (!existsSync(join(directory, "root.pem"))) await makeAuthority(directory);
       const { root, certificate, key } = listenerCertificate();

@@ -1,11 +1,10 @@
 /**
- * The whole life of certificates at other CAs than the test suite's: step-ca, Caddy's acme_server and acme2certifier; prints a
- * table of what each step took.
+ * The life cycle of certificates at step-ca, Caddy's acme_server and acme2certifier; prints a table with the time of each step.
  *
  *     deno run --no-prompt -P=tests tests/cas.ts [step-ca] [caddy] [acme2certifier]
  *
- * Needs root on Linux, for it runs in a network of its own, in which names are what its DNS server says and the web server of
- * http-01 has port 80. What is not there is left out:
+ * Needs root on Linux, since it runs in its own network namespace, with its own DNS server and the web server of http-01 on
+ * port 80. CAs that are not installed are skipped:
  *
  *     go install github.com/smallstep/certificates/cmd/step-ca@v0.30.2      # apt-get install libpcsclite-dev pkg-config
  *     go install github.com/caddyserver/caddy/v2/cmd/caddy@v2.11.9
@@ -23,13 +22,13 @@ import { startRelay } from "./relay.ts";
 
 const INSIDE = "--inside";
 
-/** One step of the life: what the configuration is then, how lematt is started, what has to come of it. */
+/** One step of the life cycle: the configuration, the options of lematt, and the expected result. */
 interface Step {
   readonly what: string;
   readonly domains?: string;
   readonly args?: readonly string[];
   readonly code?: number;
-  readonly says?: RegExp;
+  readonly prints?: RegExp;
 }
 
 const ONE = "one.example.com";
@@ -37,26 +36,26 @@ const HUNDRED = Array.from({ length: 100 }, (_, i) => `h${i}.example.com`).join(
 const LINES = `${ONE}\n${HUNDRED}\n*.wild.example.com wild.example.com\n`;
 const CHANGED = LINES.replace(ONE, `${ONE} two.example.com`);
 
-function life({ keepsKeys = false }: Server): Step[] {
+function lifeCycle({ keepsKeys = false }: Server): Step[] {
   return [
-    { what: "first issue, one name", domains: `${ONE}\n`, says: /^issued /m },
-    { what: "first issue, 100 names", domains: `${ONE}\n${HUNDRED}\n`, says: /^issued /m },
-    { what: "first issue, wildcard by dns-01", domains: LINES, says: /^issued /m },
-    { what: "nothing due", says: /^nothing due/m },
-    { what: "renewal", args: ["--renew", ONE], says: /^issued /m },
-    { what: "changed names", domains: CHANGED, says: /^issued /m },
+    { what: "first issue, one name", domains: `${ONE}\n`, prints: /^issued /m },
+    { what: "first issue, 100 names", domains: `${ONE}\n${HUNDRED}\n`, prints: /^issued /m },
+    { what: "first issue, wildcard by dns-01", domains: LINES, prints: /^issued /m },
+    { what: "nothing due", prints: /^nothing due/m },
+    { what: "renewal", args: ["--renew", ONE], prints: /^issued /m },
+    { what: "changed names", domains: CHANGED, prints: /^issued /m },
     {
       what: "a failed validation",
       domains: `${CHANGED}lost.example.com\n`,
       code: 1,
-      says: /cannot validate the order: lost\.example\.com: .+/,
+      prints: /cannot validate the order: lost\.example\.com: .+/,
     },
     { what: "revocation", domains: CHANGED, args: ["--revoke", ONE, "--yes"] },
-    { what: "replaced after it", says: /^issued /m },
+    { what: "replacement after revocation", prints: /^issued /m },
     keepsKeys
-      ? { what: "rollover", args: ["--rollover", "--yes"], code: 1, says: /the CA does not offer it/ }
-      : { what: "rollover", args: ["--rollover", "--yes"], says: /^changed /m },
-    { what: "renewal after it", args: ["--renew", ONE], says: /^issued /m },
+      ? { what: "rollover", args: ["--rollover", "--yes"], code: 1, prints: /the CA does not offer it/ }
+      : { what: "rollover", args: ["--rollover", "--yes"], prints: /^changed /m },
+    { what: "renewal after rollover", args: ["--renew", ONE], prints: /^issued /m },
   ];
 }
 
@@ -79,34 +78,34 @@ async function configure(conf: string, home: string, url: string, root: string, 
   );
 }
 
-/** Lives at a CA; prints a line for each step. Returns how many went wrong. */
-async function live(name: string, server: Server, home: string): Promise<number> {
+/** Runs the life cycle at a CA and prints a line for each step. Returns the number of failed steps. */
+async function runLifeCycle(name: string, server: Server, home: string): Promise<number> {
   const directory = join(home, name);
   for (const path of [directory, join(directory, "ca")]) Deno.mkdirSync(path);
-  let wrong = 0;
-  const step = async (conf: string, { what, domains, args = [], code = 0, says = /^/ }: Step) => {
+  let failed = 0;
+  const step = async (conf: string, { what, domains, args = [], code = 0, prints = /^/ }: Step) => {
     if (domains !== undefined) await Deno.writeTextFile(join(conf, "domains"), domains);
     const [program, ...rest] = LEMATT;
-    const begun = performance.now();
+    const started = performance.now();
     const options: Deno.CommandOptions = { args: [...rest, "--test", ...args, conf], stdin: "null" };
     const ended = await new Deno.Command(program!, options).output();
-    const seconds = ((performance.now() - begun) / 1000).toFixed(1);
-    const said = new TextDecoder().decode(ended.stdout) + new TextDecoder().decode(ended.stderr);
-    const isRight = ended.code === code && says.test(said);
+    const seconds = ((performance.now() - started) / 1000).toFixed(1);
+    const output = new TextDecoder().decode(ended.stdout) + new TextDecoder().decode(ended.stderr);
+    const passed = ended.code === code && prints.test(output);
     console.log(
-      `${name.padEnd(15)} ${what.padEnd(34)} ${seconds.padStart(6)} s  ${isRight ? "ok" : "WRONG"}`,
+      `${name.padEnd(15)} ${what.padEnd(34)} ${seconds.padStart(6)} s  ${passed ? "ok" : "FAILED"}`,
     );
-    if (isRight) return;
-    wrong++;
-    console.log(said.replace(/^/gm, "    "));
+    if (passed) return;
+    failed++;
+    console.log(output.replace(/^/gm, "    "));
   };
 
   let ca = await server.start(join(directory, "ca"));
-  const own = join(directory, "conf");
-  await configure(own, home, ca.directoryUrl, ca.root, server.settings);
-  for (const each of life(server)) await step(own, each);
+  const conf = join(directory, "conf");
+  await configure(conf, home, ca.directoryUrl, ca.root, server.settings);
+  for (const each of lifeCycle(server)) await step(conf, each);
   {
-    // every answer comes a second later, from another address; so to another account
+    // every answer comes a second later; the relay has another URL, so this is another account
     await using relay = startRelay(new URL(ca.directoryUrl).origin, ca.root, async (_, ask) => {
       await delay(1000);
       return await ask();
@@ -114,16 +113,20 @@ async function live(name: string, server: Server, home: string): Promise<number>
     const slow = join(directory, "slow");
     const url = relay.origin + new URL(ca.directoryUrl).pathname;
     await configure(slow, home, url, relay.root, server.settings);
-    await step(slow, { what: "a slow CA (1 s an answer)", domains: "slow.example.com\n", says: /^issued /m });
+    await step(slow, {
+      what: "a slow CA (1 s an answer)",
+      domains: "slow.example.com\n",
+      prints: /^issued /m,
+    });
   }
   await ca.stop();
-  await step(own, { what: "nothing due, the CA stopped", domains: CHANGED, says: /^nothing due/m });
-  const stopped = { domains: `${CHANGED}later.example.com\n`, code: 1, says: /Connection refused/ };
-  await step(own, { what: "something due, the CA stopped", ...stopped });
+  await step(conf, { what: "nothing due, the CA stopped", domains: CHANGED, prints: /^nothing due/m });
+  const stopped = { domains: `${CHANGED}later.example.com\n`, code: 1, prints: /Connection refused/ };
+  await step(conf, { what: "something due, the CA stopped", ...stopped });
   ca = await server.start(join(directory, "ca"));
-  await step(own, { what: "the CA is back", args: ["--retry"], says: /^issued .*later/m });
+  await step(conf, { what: "the CA is back", args: ["--retry"], prints: /^issued .*later/m });
   await ca.stop();
-  return wrong;
+  return failed;
 }
 
 async function main(): Promise<number> {
@@ -148,13 +151,13 @@ async function main(): Promise<number> {
     dns.set("example.com", "NS", "ns.example.com");
     dns.set("example.com", "SOA", "ns.example.com");
     const wanted = Deno.args.filter((arg) => arg in SERVERS);
-    let wrong = 0;
+    let failed = 0;
     for (const name of wanted.length > 0 ? wanted : Object.keys(SERVERS)) {
       const server = SERVERS[name]!;
-      if (server.lack !== undefined) console.log(`${name.padEnd(15)} left out: ${server.lack}`);
-      else wrong += await live(name, server, home);
+      if (server.lack !== undefined) console.log(`${name.padEnd(15)} skipped: ${server.lack}`);
+      else failed += await runLifeCycle(name, server, home);
     }
-    return wrong;
+    return failed;
   } finally {
     await new Deno.Command("umount", { args: ["/etc/resolv.conf"] }).output();
     await Deno.remove(home, { recursive: true });

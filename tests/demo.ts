@@ -1,15 +1,14 @@
 /**
- * `deno task demo`: the whole of lematt on this machine alone. Starts the CA of ca.ts and a web server over a drop
- * directory, runs the real lematt.ts against them twice, and shows what it made and which commands it ran.
+ * `deno task demo`: lematt on this host alone. Starts the CA of ca.ts and a web server for a drop directory, runs lematt.ts
+ * with them twice, and shows the files that it wrote and the commands that it ran.
  */
 
 import { join, relative } from "node:path";
 import { startCa, startWebroot } from "./ca.ts";
 
 const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
-const say = (text = "") => console.log(text);
 const headline = (text: string) =>
-  say(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
+  console.log(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
 
 const home = await Deno.makeTempDir({ prefix: "lematt-demo-" });
 const conf = join(home, "conf");
@@ -28,7 +27,7 @@ challengeDropDir: ${join(home, "challenges")}
 accountKey: account.key
 testDirectory: ${ca.directoryUrl}
 caBundle: ${ca.caBundleFile}
-# nobody but the CA of this demo knows where these names live
+# these names exist only for the CA of this demo
 preflight: no
 `,
   "domains": `mail.example.com
@@ -52,7 +51,7 @@ uploadCerts: ["cp -P CERTS ${hosts}/manager/"]
 };
 for (const [name, text] of Object.entries(files)) {
   headline(`conf/${name}`);
-  say(text.trimEnd().replaceAll(home, "~"));
+  console.log(text.trimEnd().replaceAll(home, "~"));
   await Deno.writeTextFile(join(conf, name), text);
 }
 
@@ -63,7 +62,7 @@ async function lematt(...args: string[]): Promise<number> {
     cwd: home,
   }).output();
   for (const text of [stdout, stderr]) {
-    if (text.length > 0) say(new TextDecoder().decode(text).trimEnd().replaceAll(home, "~"));
+    if (text.length > 0) console.log(new TextDecoder().decode(text).trimEnd().replaceAll(home, "~"));
   }
   return code;
 }
@@ -85,24 +84,24 @@ function* tree(directory: string): Iterable<string> {
 }
 
 const first = await lematt("--test");
-headline("The files that it made");
-for (const line of tree(join(conf, "test"))) say(`  ${line}`);
-headline("What the commands carried to the three hosts");
+headline("The files");
+for (const line of tree(join(conf, "test"))) console.log(`  ${line}`);
+headline("The files that commands have delivered to the three hosts");
 for (const { name } of Deno.readDirSync(hosts)) {
-  say(`  ${name}: ${[...tree(join(hosts, name))].length} files`);
+  console.log(`  ${name}: ${[...tree(join(hosts, name))].length} files`);
 }
-headline("What the commands did");
-say((await Deno.readTextFile(join(home, "reloads"))).trimEnd());
+headline("What the commands have written");
+console.log((await Deno.readTextFile(join(home, "reloads"))).trimEnd());
 const second = await lematt("--test");
-headline("What it will do next");
+headline("The plan for the next run");
 await lematt("--test", "--plan");
 
 await Deno.remove(home, { recursive: true });
-const sound = first === 0 && second === 0 && ca.issued.length === 4 && ca.violations.length === 0;
-say(
-  sound
-    ? "\nThe CA issued 4 certificates and found no fault with any request. All of it is gone again.\n" +
-      "Next: the samples in conf/ explain every setting; README.md tells how to begin; lematt.ts --help."
-    : `\nThe demo went wrong: ${JSON.stringify(ca.violations)}`,
+const ok = first === 0 && second === 0 && ca.issued.length === 4 && ca.violations.length === 0;
+console.log(
+  ok
+    ? "\nThe CA has issued 4 certificates, and every request was correct. All files are removed.\n" +
+      "Next: README.md explains how to begin, the samples in conf/ explain every setting; lematt.ts --help."
+    : `\nThe demo failed: ${JSON.stringify(ca.violations)}`,
 );
-Deno.exit(sound ? 0 : 1);
+Deno.exit(ok ? 0 : 1);

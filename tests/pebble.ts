@@ -1,9 +1,8 @@
 /**
- * Pebble, Let's Encrypt's own test CA (https://github.com/letsencrypt/pebble), as a process on loopback: the judge that
- * nobody here wrote. It resolves names by the DNS server of ca-dns.ts, where a name exists once a test has put it.
+ * Pebble, Let's Encrypt's own test CA (https://github.com/letsencrypt/pebble), as a process on loopback: an independent
+ * implementation. It resolves names with the DNS server of ca-dns.ts, where a name exists after a test has set it.
  *
- * It runs the `pebble` on PATH, whichever that is: the newest (`go install`), or Debian's 2.4, which knows RFC 8555 and
- * nothing that came after it.
+ * It runs the `pebble` on PATH: the newest (`go install`), or Debian's 2.4, which implements RFC 8555 and nothing later.
  */
 import { existsSync, readFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
@@ -14,41 +13,41 @@ import { type Dns, type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
 import { freePort } from "./tls.ts";
 
-/** How a Pebble is to behave. */
+/** How Pebble behaves. */
 export interface PebbleOptions {
   /** Port on which http-01 is fetched instead of 80. */
   readonly httpPort: number;
   /**
-   * Members of the object "pebble" of its configuration file. An old Pebble passes over what it does not know. With
+   * Members of the object "pebble" of its configuration file. An old Pebble ignores unknown members. With
    * `domainBlocklist` it breaks the connection on names with fewer labels.
    */
   readonly config?: Readonly<Record<string, unknown>>;
   /** PEBBLE_VA_NOSLEEP is 1 here, which is not its own default. */
   readonly env?: Readonly<Record<string, string>>;
-  /** Records that it can resolve beside those of `dns`. */
+  /** Records in addition to those of `dns`. */
   readonly records?: Further;
 }
 
 /** A running Pebble. */
 export interface Pebble extends AsyncDisposable {
   readonly directoryUrl: string;
-  /** A file with the root of its listeners: what a client must trust to talk to it. */
+  /** A file with the root certificate of its listeners. */
   readonly caBundleFile: string;
-  /** All that it can resolve; names have no address until `dns.set(name, "A", "127.0.0.1")`. */
+  /** Its name server; names have no address until `dns.set(name, "A", "127.0.0.1")`. */
   readonly dns: Dns;
   /** PEM of the root of issued certificates; `chain` counts PEBBLE_ALTERNATE_ROOTS. */
   rootPem(chain?: number): Promise<string>;
-  /** Asks its management interface, by POST where there is a body. Throws what is not 200. */
+  /** Sends a request to its management interface, a POST if there is a body. Throws if the status is not 2xx. */
   manage(path: string, body?: unknown): Promise<string>;
 }
 
 const BINARY = (Deno.env.get("PATH") ?? "").split(delimiter)
   .map((directory) => join(directory, "pebble")).find((path) => existsSync(path));
-/** A binary cannot be asked what it can do; but the newest challenge that it knows is named in it. */
+/** A Pebble newer than RFC 8555 contains the name of this challenge; no option prints what it supports. */
 const MODERN = BINARY !== undefined && readFileSync(BINARY).includes("dns-persist-01");
 const READY_WITHIN_MS = 30_000;
 
-/** Deno.test() for what needs Pebble, `modern` if by more than RFC 8555; a test that cannot run says why in its name. */
+/** Deno.test() with Pebble; `modern` needs more than RFC 8555. The name of a skipped test contains the reason. */
 export function pebbleTest(name: string, body: () => Promise<void>, { modern = false } = {}): void {
   const lack = BINARY === undefined
     ? "no pebble on PATH"
@@ -58,7 +57,7 @@ export function pebbleTest(name: string, body: () => Promise<void>, { modern = f
   Deno.test({ name: lack ? `${name} (${lack})` : name, ignore: lack !== undefined, fn: body });
 }
 
-/** Starts Pebble on free loopback ports; it answers when this returns. Throws, with its log, if it does not. */
+/** Starts Pebble on free loopback ports and waits until it answers. Throws with its log if it does not. */
 export async function startPebble({ httpPort, config, env, records }: PebbleOptions): Promise<Pebble> {
   await using stack = new AsyncDisposableStack();
   const dns = stack.use(await startDns(records));
@@ -78,7 +77,7 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
       certificate: "listener.pem",
       privateKey: "listener.key",
       httpPort,
-      keyAlgorithm: "ecdsa", // for a start in no time
+      keyAlgorithm: "ecdsa", // starts faster
       ...config,
     };
     await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
@@ -89,7 +88,7 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
       return { management, ...await startProgram(directory, command, urls, () => root, variables) };
     } catch (error) {
       if (tries === 1 || !(error as Error).message.includes("address already in use")) throw error;
-      return await launch(tries - 1); // another process has taken a port in between
+      return await launch(tries - 1); // another process has taken a port meanwhile
     }
   };
   const { management, directoryUrl, stop } = await launch(3);
@@ -115,10 +114,10 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
 }
 
 /**
- * A run in this process at a CA that is another one, whose listener has this root (PEM). Its waits are cut to a twentieth: that CA
- * needs some of them.
+ * A run in this process with another CA, whose listener has this root certificate (PEM). Waits are cut to a twentieth, since
+ * that CA needs some real time.
  */
-export async function runAt(root: string, bed: Bed, world: Partial<Context> = {}): Promise<Ran> {
+export async function runAt(root: string, bed: Bed, context: Partial<Context> = {}): Promise<Ran> {
   using client = Deno.createHttpClient({ caCerts: [root] });
   return await bed.run({
     retry: true,
@@ -127,19 +126,19 @@ export async function runAt(root: string, bed: Bed, world: Partial<Context> = {}
       await delay(ms / 20);
       bed.ca.advance(ms);
     },
-    ...world,
+    ...context,
   });
 }
 
-/** A program of a CA. */
+/** A running CA program. */
 export interface Running {
   readonly directoryUrl: string;
-  /** PEM of what its own certificate is issued by. */
+  /** PEM of the root certificate of its listener. */
   readonly root: string;
   stop(): Promise<void>;
 }
 
-/** Starts the program of a CA, which answers at all URLs when this returns; the first is that of its directory. */
+/** Starts a CA program and waits until it answers at all URLs, of which the first is the directory. */
 export async function startProgram(
   directory: string,
   [program, ...args]: readonly string[],
@@ -165,7 +164,7 @@ export async function startProgram(
   for (const deadline = Date.now() + READY_WITHIN_MS;;) {
     try {
       using client = Deno.createHttpClient({ caCerts: [root()] });
-      const signal = AbortSignal.any([ended.signal, AbortSignal.timeout(5000)]); // it may be another's port
+      const signal = AbortSignal.any([ended.signal, AbortSignal.timeout(5000)]); // another program may have the port
       for (const url of urls) await (await fetch(url, { client, signal })).text();
       return { directoryUrl: urls[0]!, root: root(), stop };
     } catch (error) {

@@ -1,11 +1,11 @@
 /**
- * An HTTPS relay to a CA on loopback, on which answers can be changed on their way. The CA takes it for itself: it builds its
- * URLs from the name under which it is asked.
+ * An HTTPS relay to a CA on loopback that can change answers. The CA puts the address of the relay into its URLs, since it
+ * builds them from the Host header.
  */
 
 import { listenerCertificate } from "./ca-x509.ts";
 
-/** An answer on its way. */
+/** An answer of the CA, or the one that replaces it. */
 export interface Answer {
   readonly status: number;
   readonly headers: Readonly<Record<string, string>>;
@@ -16,13 +16,13 @@ export interface Answer {
 export interface Relay extends AsyncDisposable {
   /** `https://127.0.0.1:PORT`. */
   readonly origin: string;
-  /** PEM of the root of its listener. */
+  /** PEM of the root certificate of its listener. */
   readonly root: string;
 }
 
 /**
- * Starts a relay to `origin`, whose listener has the root `ca` (PEM). `change` is asked what the client gets instead of what
- * `ask` gets from the CA.
+ * Starts a relay to `origin`, whose listener has the root certificate `ca` (PEM). `ask()` gets the answer of the CA; the client
+ * gets what `change()` returns.
  */
 export function startRelay(
   origin: string,
@@ -40,8 +40,8 @@ export function startRelay(
       const ask = async () => {
         const init = { client, method, headers: { ...Object.fromEntries(headers), host }, body: sent };
         const answer = await fetch(origin + pathname + search, { ...init, redirect: "manual" });
-        const { "content-length": _, ...passed } = Object.fromEntries(answer.headers);
-        return { status: answer.status, headers: passed, body: await answer.text() };
+        const { "content-length": _, ...forwarded } = Object.fromEntries(answer.headers);
+        return { status: answer.status, headers: forwarded, body: await answer.text() };
       };
       const { status, headers: changed, body: text } = await change(pathname, ask);
       return new Response(text === "" ? null : text, { status, headers: changed });

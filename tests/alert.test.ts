@@ -1,4 +1,4 @@
-/** Goal: a person hears of what needs one: soon enough, once in 20 hours, with what helps, and once more when it is well again. */
+/** Goal: a problem that needs a person causes an alert, early, with the facts, once in 20 hours, and one when it is over. */
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
@@ -19,7 +19,7 @@ const bedOf = (domains: string, actions: string, settings = "") =>
 const ALERT = `alert: ["{ echo 'SUBJECT (DOMAINS_ALL)'; cat; } >> HERE/alerts"]`;
 const takeAlerts = (bed: Bed) => bed.take("alerts").join("\n");
 
-Deno.test("a line that failed in three runs is alerted, again after 20 hours, and once when it is well", async () => {
+Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com", `[a]\ndomains: a.example.com\n${ALERT}`);
   await bed.plant({ age: 61 });
   bed.refused.add("www.a.example.com");
@@ -27,7 +27,7 @@ Deno.test("a line that failed in three runs is alerted, again after 20 hours, an
   assert.deepEqual([await alerts(), await alerts()], ["", ""]);
   const [subject, text] = (await alerts()).split("\n");
   assert.equal(subject, "1 problem: a.example.com (a.example.com www.a.example.com)");
-  for (const told of ["3 times", "not this one", "expires 20"]) assert.ok(text!.includes(told), text);
+  for (const part of ["3 times", "not this one", "expires 20"]) assert.ok(text!.includes(part), text);
   bed.ca.advance(19 * HOUR);
   assert.equal(await alerts(), "");
   bed.ca.advance(HOUR + MINUTE);
@@ -40,7 +40,7 @@ Deno.test("a line that failed in three runs is alerted, again after 20 hours, an
   assert.equal(await alerts(), "");
 });
 
-Deno.test("a CA that is down for three runs is one cause, in one alert for each section and for [every]", async () => {
+Deno.test("a CA that is down for three runs causes one alert for each section and one for [every]", async () => {
   const each = (name: string) =>
     `[${name}]\n${name === "every" ? "" : `domains: ${name}.example.com\n`}${ALERT}\n`;
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", each("a") + each("every"));
@@ -56,7 +56,7 @@ Deno.test("a CA that is down for three runs is one cause, in one alert for each 
   assert.equal(takeAlerts(bed).match(/^well again /gm)?.length, 2);
 });
 
-Deno.test("a delivery that is pending for 20 hours is alerted with command, output, and until when the old one lives", async () => {
+Deno.test("an alert for a delivery pending for 20 hours has the command, its output and the old certificate's expiry", async () => {
   const command = "echo connecting to mail1.example.net; echo no route to host >&2; test -e HERE/up";
   await using bed = await bedOf(
     "a.example.com",
@@ -74,8 +74,8 @@ Deno.test("a delivery that is pending for 20 hours is alerted with command, outp
   await bed.run({ retry: true });
   const [subject, what, ...output] = takeAlerts(bed).split("\n");
   assert.equal(subject, "1 problem: a.example.com (a.example.com)");
-  for (const told of ["[mail]", "echo connecting", "exit status 1", `expires ${expiry}`]) {
-    assert.ok(what!.includes(told), what);
+  for (const part of ["[mail]", "echo connecting", "exit status 1", `expires ${expiry}`]) {
+    assert.ok(what!.includes(part), what);
   }
   assert.deepEqual(output.slice(0, 2), ["  | connecting to mail1.example.net", "  | no route to host"]);
   Deno.writeTextFileSync(join(bed.home, "up"), "");
@@ -83,7 +83,7 @@ Deno.test("a delivery that is pending for 20 hours is alerted with command, outp
   assert.match(takeAlerts(bed), /^well again .*\nwell again: \[mail\]/);
 });
 
-Deno.test("a delivery that fails every night is alerted though there is another certificate every night", async () => {
+Deno.test("a delivery that fails every night causes an alert although each night adds another certificate", async () => {
   await using bed = await bedOf("", `[default]\nuploadCerts: ["exit 1"]\n${ALERT}`);
   const names = ["a.example.com", "b.example.com", "c.example.com"];
   for (const nights of [1, 2, 3]) {
@@ -93,7 +93,7 @@ Deno.test("a delivery that fails every night is alerted though there is another 
     bed.ca.advance(12 * HOUR);
   }
   assert.match(takeAlerts(bed), /^1 problem: .*\n\[default\] .*3 certificates pending since /);
-  // a part that is delivered is not the end of it
+  // delivering one of the certificates does not end the problem
   bed.act(`[default]\nuploadCerts: ["test DOMAINS_CN = a.example.com"]\n${ALERT}`);
   bed.ca.advance(DAY);
   await bed.run({ named: { deliver: ["a.example.com"] } });
@@ -101,7 +101,7 @@ Deno.test("a delivery that fails every night is alerted though there is another 
   assert.doesNotMatch(takeAlerts(bed), /well again/);
 });
 
-Deno.test("a run that is restricted finds nothing well that it has left aside", async () => {
+Deno.test("a restricted run reports no recovery of the lines that it leaves aside", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com", `[default]\n${ALERT}`);
   bed.refused.add("a.example.com");
   for (let run = 0; run < 3; run++) await bed.run({ retry: true });
@@ -115,7 +115,7 @@ Deno.test("a run that is restricted finds nothing well that it has left aside", 
 
 // ---- the commands ----------------------------------------------------------------------------------------
 
-Deno.test("an alert that fails one way is a failure, is still sent the other, and not repeated for the first", async () => {
+Deno.test("a failed alert command is a failure; the other commands still run, and the alert is not repeated", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nalert: ["exit 5", "cat >> HERE/alerts"]`);
   bed.refused.add("a.example.com");
   for (let run = 0; run < 2; run++) await bed.run({ retry: true });
@@ -126,7 +126,7 @@ Deno.test("an alert that fails one way is a failure, is still sent the other, an
   assert.equal((await bed.run({ retry: true }), takeAlerts(bed)), "");
 });
 
-Deno.test("alerts have a subject that is never empty, as word and in the environment, wildcards included", async () => {
+Deno.test("the subject of an alert is never empty, as SUBJECT and in the environment, also for wildcards", async () => {
   await using bed = await bedOf(
     "*.a.example.com",
     `[a]\ndomains: *.a.example.com\nchallenge: dns-01\ndnsPresent: ["true"]
@@ -139,35 +139,39 @@ alert: ["printf '%%s\\\\n' 'lematt: SUBJECT' \\"$LEMATT_SUBJECT\\" >> HERE/alert
 
 // ---- endpoints -------------------------------------------------------------------------------------------
 
-Deno.test("what breaks clients, or our delivery broke, is alerted at once", NEEDS_NGINX, async () => {
-  const port = freePort();
-  await using bed = await bedOf("www.example.com", "", "verifyWait: 0");
-  await bed.plant({ mode: "prod" });
-  const web = join(bed.home, "web");
-  await Deno.mkdir(web);
-  Deno.copyFileSync(
-    bed.path("prod", "cert", "www.example.com-cert-combined.prime256v1.pem"),
-    join(web, "right.pem"),
-  );
-  Deno.copyFileSync(bed.path("prod", "key", "www.example.com-key.prime256v1.pem"), join(web, "right.key"));
-  await makeCertificate(web, "other", "ec", ["other.example.com"]);
-  const start = (file: string) =>
-    startNginx(web, port, (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair(file)} }`);
-  const verify = `verify: ["127.0.0.1:${port}#DOMAIN"]\n${ALERT}`;
-  const alerts = async () => (await bed.run({ mode: "prod" }), takeAlerts(bed));
-  bed.act(`[default]\n${verify}`);
-  {
-    await using _ = await start("other");
-    assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
-  }
-  await using nginx = await start("right");
-  assert.match(await alerts(), /^well again .*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
-  const end = `kill ${nginx.child.pid}; while kill -0 ${nginx.child.pid}; do sleep 0.01; done`;
-  bed.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
-  assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
-});
+Deno.test(
+  "an endpoint that fails its clients, or that a delivery broke, causes an alert at once",
+  NEEDS_NGINX,
+  async () => {
+    const port = freePort();
+    await using bed = await bedOf("www.example.com", "", "verifyWait: 0");
+    await bed.plant({ mode: "prod" });
+    const web = join(bed.home, "web");
+    await Deno.mkdir(web);
+    Deno.copyFileSync(
+      bed.path("prod", "cert", "www.example.com-cert-combined.prime256v1.pem"),
+      join(web, "right.pem"),
+    );
+    Deno.copyFileSync(bed.path("prod", "key", "www.example.com-key.prime256v1.pem"), join(web, "right.key"));
+    await makeCertificate(web, "other", "ec", ["other.example.com"]);
+    const start = (file: string) =>
+      startNginx(web, port, (pair) => `server { listen 127.0.0.1:${port} ssl; ${pair(file)} }`);
+    const verify = `verify: ["127.0.0.1:${port}#DOMAIN"]\n${ALERT}`;
+    const alerts = async () => (await bed.run({ mode: "prod" }), takeAlerts(bed));
+    bed.act(`[default]\n${verify}`);
+    {
+      await using _ = await start("other");
+      assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
+    }
+    await using nginx = await start("right");
+    assert.match(await alerts(), /^well again .*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
+    const end = `kill ${nginx.child.pid}; while kill -0 ${nginx.child.pid}; do sleep 0.01; done`;
+    bed.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
+    assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
+  },
+);
 
-Deno.test("an error that ends a run is alerted, once in 20 hours", async () => {
+Deno.test("an error that ends a run causes an alert, once in 20 hours", async () => {
   await using bed = await bedOf(
     "a.example.com",
     `[default]\nupdate: ["true"]\nverify: ["127.0.0.1:1"]\n${ALERT}`,
@@ -185,7 +189,7 @@ Deno.test("an error that ends a run is alerted, once in 20 hours", async () => {
 
 // ---- when nothing can be written -------------------------------------------------------------------------
 
-/** Does something with a bed whose tree of --prod is a file system of its own. */
+/** Calls `use` with a bed whose directory of --prod is a file system of its own. */
 async function onDisk(options: string, use: (bed: Bed, mount: (...args: string[]) => void) => Promise<void>) {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
   const path = bed.path("prod");
@@ -199,32 +203,36 @@ async function onDisk(options: string, use: (bed: Bed, mount: (...args: string[]
   }
 }
 
-Deno.test("a full disk is alerted, with what it prevents", AS_ROOT, () =>
-  onDisk("size=512k", async (bed) => {
-    await bed.plant({ mode: "prod", age: 88 });
-    const filler = Deno.openSync(bed.path("prod", "filler"), { write: true, create: true });
-    try {
-      for (;;) filler.writeSync(new Uint8Array(4096));
-    } catch {
-      filler.close();
-    }
-    const { code, stderr } = await bed.run({ mode: "prod" });
-    assert.equal(code, 1);
-    assert.match(stderr, /No space left on device/);
-    const text = takeAlerts(bed);
-    assert.match(text, /No space left on device/);
-    assert.match(text, /expires \d{4}-\d\d-\d\d/);
-    Deno.removeSync(bed.path("prod", "filler"));
-    const resources = new Set(bed.ca.log.map(({ resource }) => resource));
-    assert.ok(
-      !resources.has("newAccount") && !resources.has("newOrder"),
-      "what could not be kept is not ordered",
-    );
-    assert.equal((await bed.run({ mode: "prod" })).code, 0);
-  }));
+Deno.test(
+  "a full disk causes an alert that says what it prevents",
+  AS_ROOT,
+  () =>
+    onDisk("size=512k", async (bed) => {
+      await bed.plant({ mode: "prod", age: 88 });
+      const filler = Deno.openSync(bed.path("prod", "filler"), { write: true, create: true });
+      try {
+        for (;;) filler.writeSync(new Uint8Array(4096));
+      } catch {
+        filler.close();
+      }
+      const { code, stderr } = await bed.run({ mode: "prod" });
+      assert.equal(code, 1);
+      assert.match(stderr, /No space left on device/);
+      const text = takeAlerts(bed);
+      assert.match(text, /No space left on device/);
+      assert.match(text, /expires \d{4}-\d\d-\d\d/);
+      Deno.removeSync(bed.path("prod", "filler"));
+      const resources = new Set(bed.ca.log.map(({ resource }) => resource));
+      assert.ok(
+        !resources.has("newAccount") && !resources.has("newOrder"),
+        "no order for a certificate that could not be stored",
+      );
+      assert.equal((await bed.run({ mode: "prod" })).code, 0);
+    }),
+);
 
 Deno.test(
-  "a read-only disk, or a newer state, is alerted",
+  "a read-only disk or a state of a newer version causes an alert",
   AS_ROOT,
   () =>
     onDisk("size=1m", async (bed, mount) => {
@@ -240,7 +248,7 @@ Deno.test(
     }),
 );
 
-Deno.test("errors of a configuration are printed and alerted by --cron once in 20 hours, and again after a valid one", async () => {
+Deno.test("configuration errors cause output and an alert of --cron once in 20 hours, and again after a valid configuration", async () => {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
   const valid = bed.text("domains");
   const alertsOf = async (domains: string) => {
@@ -251,7 +259,7 @@ Deno.test("errors of a configuration are printed and alerted by --cron once in 2
     if (alerts !== "") assert.equal(alerts.split("\n").slice(1).join("\n").trim(), stderr.trim());
     return alerts;
   };
-  // the directory of the state is not there yet
+  // the directory of the state does not exist yet
   assert.match(await alertsOf("a_b.example.com\n"), /^configuration not valid .*\ndomains:1: /);
   assert.equal(await alertsOf("a_b.example.com\n"), "");
   assert.equal(await alertsOf(valid), "");

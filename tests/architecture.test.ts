@@ -1,12 +1,12 @@
-/** Goal: the picture of the house stays legible: arrows point downwards, and each effect and each package has one owner. */
+/** Goal: the structure stays simple: imports point downwards, and each side effect and each package belongs to one file. */
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
 
 const ROOT = join(import.meta.dirname!, "..");
 
-/** From the ground up; a file may import files of lower floors only, their types included. */
-const FLOORS = [
+/** From the lowest layer to the highest; a file may import only from lower layers, also when it imports only types. */
+const LAYERS = [
   "names",
   "ini trust files",
   "context",
@@ -27,7 +27,7 @@ const FLOORS = [
   "status",
   "run",
   "lematt",
-].map((floor) => floor.split(" "));
+].map((layer) => layer.split(" "));
 
 /** Base name without its ending -> its text without comments. */
 const sources = new Map(
@@ -56,28 +56,23 @@ function importsOf(source: string): { from: string; typesOnly: boolean }[] {
   ];
 }
 
-/** The files in which `pattern` is found. */
-function filesWith(pattern: RegExp): string[] {
-  return [...sources].filter(([, source]) => pattern.test(source)).map(([name]) => name).sort();
-}
-
-Deno.test("arrows point downwards only", () => {
-  const floorOf = (name: string) => FLOORS.findIndex((floor) => floor.includes(name));
+Deno.test("a file imports only from lower layers", () => {
+  const layerOf = (name: string) => LAYERS.findIndex((layer) => layer.includes(name));
   for (const [name, source] of sources) {
     if (name === "leforward") continue;
-    assert.notEqual(floorOf(name), -1, `${name}.ts has no floor yet`);
+    assert.notEqual(layerOf(name), -1, `${name}.ts has no layer yet`);
     for (const { from } of importsOf(source).filter(({ from }) => from.startsWith("."))) {
       const target = basename(from, ".ts");
-      assert.ok(floorOf(target) < floorOf(name), `${name}.ts must not import ${target}.ts`);
+      assert.ok(layerOf(target) < layerOf(name), `${name}.ts must not import ${target}.ts`);
     }
   }
 });
 
-Deno.test("leforward.ts imports nothing, so that copying it is installing it", () => {
+Deno.test("leforward.ts imports nothing, so it is installed by copying one file", () => {
   assert.deepEqual(importsOf(sources.get("leforward")!), []);
 });
 
-Deno.test("decisions are pure: they read nothing, ask nobody for the time, and import nothing that does", () => {
+Deno.test("modules that decide are pure: they read no files and no clock, and import nothing that does", () => {
   const imports = {
     renewal: ["./x509.ts"],
     endpoints: ["./names.ts", "./renewal.ts"],
@@ -111,20 +106,20 @@ Deno.test("each package is imported by one file", () => {
   assert.deepEqual([...new Set(outside)].sort(), Object.keys(imports).sort());
 });
 
-Deno.test("what is expensive to load is loaded when it is needed", () => {
+Deno.test("modules that are slow to load are loaded only when they are needed", () => {
   for (const source of sources.values()) {
     assert.doesNotMatch(source, /^import (?!type )[^;]*from "(jose|zx|@peculiar\/x509|reflect-metadata)";/m);
   }
 });
 
-Deno.test("lematt.ts can be read by an older Deno, which then says that it is one", () => {
+Deno.test("an older Deno can parse lematt.ts, which then reports that Deno is too old", () => {
   const values = importsOf(sources.get("lematt")!.replace(/\bimport\(.*/g, "")).filter(({ typesOnly }) =>
     !typesOnly
   );
   assert.ok(values.every(({ from }) => from.startsWith("node:")));
 });
 
-Deno.test("each effect has its owners", () => {
+Deno.test("each side effect occurs only in the files that own it", () => {
   const owners: [what: string, pattern: RegExp, files: string[]][] = [
     ["arguments and the end of the process", /\bDeno\.(args|exit)\b|\bprocess\./, ["leforward", "lematt"]],
     ["standard streams", /\bconsole\.|\bDeno\.std(in|out|err)\b/, ["leforward", "lematt"]],
@@ -132,10 +127,13 @@ Deno.test("each effect has its owners", () => {
     ["other processes", /\bDeno\.(Command|kill)\b|child_process/, ["hooks", "probe"]],
     ["randomness", /\bMath\.random\b/, ["context"]],
   ];
-  for (const [what, pattern, files] of owners) assert.deepEqual(filesWith(pattern), files, what);
+  for (const [what, pattern, files] of owners) {
+    const found = [...sources].filter(([, source]) => pattern.test(source)).map(([name]) => name);
+    assert.deepEqual(found.sort(), files, what);
+  }
 });
 
-Deno.test("the programs run with named permissions, and none has all", () => {
+Deno.test("the programs name their permissions, and none has all of them", () => {
   const { permissions } = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json")));
   assert.deepEqual(Object.keys(permissions.lematt).sort(), ["env", "net", "read", "run", "sys", "write"]);
   assert.deepEqual(Object.keys(permissions.leforward).sort(), ["env", "net"]);
@@ -147,7 +145,7 @@ Deno.test("the programs run with named permissions, and none has all", () => {
   }
 });
 
-Deno.test("what is written twice is the same: version, flags of V8, permissions of lematt and of the tests", () => {
+Deno.test("values written in two places agree: version, V8 flags, permissions of lematt and of the tests", () => {
   const text = (name: string) => Deno.readTextFileSync(join(ROOT, name));
   const { version, permissions, tasks } = JSON.parse(text("deno.json"));
   assert.equal(/^const VERSION = "(.*)";$/m.exec(text("lematt.ts"))?.[1], version);

@@ -6,7 +6,7 @@
  *
  * `bed.run()` is a run in this process, whose context the test can change; `bed.lematt("--test")` is the program itself.
  * Configuration, requests, commands and certificates are real; only waiting is not: in this process client and CA share a
- * clock, which leaps ahead whenever the client waits. A bed that is disposed of insists that the CA has noted no violation.
+ * clock, which jumps ahead whenever the client waits. Disposing of a bed fails if the CA has recorded a violation.
  */
 
 import assert from "node:assert/strict";
@@ -34,8 +34,8 @@ import {
 import { LEMATT } from "./programs.ts";
 
 const DAY = 86_400_000;
-/** Waits of the client are cut to this part of what they are. */
-const HASTE = 1 / 100;
+/** The client waits only this fraction of the time it wants to wait. */
+const WAIT_SCALE = 1 / 100;
 
 /** The files `domains` and `actions.conf`, and lines for `[config]`. */
 export interface Texts {
@@ -44,14 +44,14 @@ export interface Texts {
   settings?: string;
 }
 
-/** What came of the program. */
+/** How the program ended. */
 export interface Ended {
   readonly code: number;
   readonly stdout: string;
   readonly stderr: string;
 }
 
-/** What came of a run in this process, and what it asked of the CA. */
+/** The result of a run in this process, and its requests to the CA. */
 export interface Ran extends Ended {
   readonly events: readonly Event[];
   readonly requests: readonly LogEntry[];
@@ -74,7 +74,7 @@ export async function testBed(
 export class Bed implements AsyncDisposable {
   readonly conf: string;
   readonly drop: string;
-  /** How long the client meant to wait each time, in milliseconds. */
+  /** How long the client wanted to wait each time, in milliseconds. */
   readonly waits: number[] = [];
   readonly #http: Deno.HttpClient;
   readonly #children: Deno.ChildProcess[] = [];
@@ -91,7 +91,7 @@ export class Bed implements AsyncDisposable {
     this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });
   }
 
-  /** Writes anew the files of which there is a text; HERE in actions is `home`. */
+  /** Rewrites the files whose text is given; HERE in actions is replaced by `home`. */
   configure({ domains, actions, settings }: Texts): void {
     const write = (name: string, text: string) => Deno.writeTextFileSync(join(this.conf, name), text);
     if (domains !== undefined) write("domains", domains);
@@ -112,7 +112,7 @@ export class Bed implements AsyncDisposable {
     return loadConfig(mode, this.conf);
   }
 
-  /** Puts certificates of all lines in place, as a run `age` days ago would have, for `life` days from then. */
+  /** Puts certificates of all lines in place, as if issued `age` days ago for `life` days. */
   async plant({ mode = "test", age = 0, life = 90 }: { mode?: Mode; age?: number; life?: number } = {}) {
     const config = this.config(mode);
     const notBefore = new Date(this.ca.now.getTime() - age * DAY);
@@ -150,7 +150,7 @@ export class Bed implements AsyncDisposable {
     this.configure({ actions });
   }
 
-  /** The lines that commands have written into `<home>/<name>`; they are forgotten then. */
+  /** Returns the lines that commands wrote to `<home>/<name>`, and removes the file. */
   take(name = "log"): string[] {
     try {
       const text = Deno.readTextFileSync(join(this.home, name));
@@ -161,7 +161,7 @@ export class Bed implements AsyncDisposable {
     }
   }
 
-  /** The base names of the challenge files that stand in the drop directory. */
+  /** The base names of the challenge files in the drop directory. */
   dropped(): string[] {
     return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
   }
@@ -175,7 +175,7 @@ export class Bed implements AsyncDisposable {
       async sleep(ms) {
         const signal = changes.signal;
         waits.push(ms);
-        await delay(ms * HASTE, undefined, { signal }).catch(() => signal!.throwIfAborted());
+        await delay(ms * WAIT_SCALE, undefined, { signal }).catch(() => signal!.throwIfAborted());
         ca.advance(ms);
       },
       warn: () => {},
@@ -188,7 +188,7 @@ export class Bed implements AsyncDisposable {
     };
   }
 
-  /** A run in this process, printed as to a pipe. */
+  /** A run in this process, with output as to a pipe. */
   async run(
     {
       mode = "test",
@@ -248,7 +248,7 @@ export class Bed implements AsyncDisposable {
     return await endOf(this.#spawn(by, args));
   }
 
-  /** Starts the program; it does not outlive the bed. Its output is piped. */
+  /** Starts the program, with its output piped. It is killed when the bed is disposed of. */
   start(...args: string[]): Deno.ChildProcess {
     return this.#spawn([], args);
   }
@@ -271,7 +271,7 @@ export class Bed implements AsyncDisposable {
       try {
         child.kill("SIGKILL");
       } catch {
-        // it has ended
+        // it has ended already
       }
       await child.status;
     }
@@ -282,14 +282,14 @@ export class Bed implements AsyncDisposable {
   }
 }
 
-/** What came of a program whose output is piped. */
+/** Waits until a program whose output is piped has ended. */
 export async function endOf(child: Deno.ChildProcess): Promise<Ended> {
   const { code, stdout, stderr } = await child.output();
   const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
   return { code, stdout: text(stdout), stderr: text(stderr) };
 }
 
-/** The results of all; the first failure is thrown when none runs any more. */
+/** Waits for all tasks and returns their results; throws the first failure once none is running. */
 export async function all<T>(tasks: Iterable<Promise<T>>): Promise<T[]> {
   const settled = await Promise.allSettled(tasks);
   return settled.map((result) => {
@@ -298,7 +298,7 @@ export async function all<T>(tasks: Iterable<Promise<T>>): Promise<T[]> {
   });
 }
 
-/** Waits until `condition` holds. */
+/** Waits until `condition` is true. */
 export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 30) {
   for (const deadline = Date.now() + seconds * 1000; !await condition();) {
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
@@ -306,7 +306,7 @@ export async function until(what: string, condition: () => boolean | Promise<boo
   }
 }
 
-/** The fault, for the first `times` exchanges with that resource. */
+/** Injects the fault into the first `times` exchanges with that resource. */
 export function faultAt(
   resource: Exchange["resource"],
   fault: Fault,

@@ -1,4 +1,4 @@
-/** Goal: a challenge can be answered when the CA is asked to, and nothing of it is left however a run ends. */
+/** Goal: the challenge is in place when the CA is asked to validate, and is removed however a run ends. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
@@ -10,7 +10,7 @@ import { all, type Bed, faultAt, testBed, until } from "./bed.ts";
 import { type Exchange, startWebroot, type Switches } from "./ca.ts";
 import { together } from "./together.ts";
 
-const test = together("challenges are answered");
+const test = together("challenges");
 
 const NAME = "example.com";
 
@@ -23,7 +23,7 @@ const bedFor = (ca: Switches = {}, { prepare = [] as string[], settings = "", do
     ca,
   });
 
-/** Does something when a resource is asked for, the first time, before the CA takes notice. */
+/** Calls `act` at the first request for a resource, before the CA handles it. */
 function when(resource: Exchange["resource"], act: () => void): NonNullable<Switches["fault"]> {
   let done = false;
   return (exchange) => {
@@ -44,14 +44,14 @@ const isRunning = (pid: number) => {
   }
 };
 
-/** The prepare command of the tests that look for its process. */
-const HELD = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";
-const isHeld = ({ home }: Bed) => existsSync(join(home, "pid"));
+/** A prepare command that records its process id and runs until its input is closed. */
+const PREPARE = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";
+const isPrepared = ({ home }: Bed) => existsSync(join(home, "pid"));
 const pidOf = ({ home }: Bed) => Number(Deno.readTextFileSync(join(home, "pid")));
 
 // ---- files -------------------------------------------------------------------------------------------------------
 
-test("a challenge file is complete and readable for all when the CA is asked, whatever the umask", async () => {
+test("the challenge file is complete and readable by all when the CA is asked to validate, whatever the umask", async () => {
   await using bed = await bedFor();
   const { ca, drop } = bed;
   const seen: unknown[] = [];
@@ -67,13 +67,13 @@ test("a challenge file is complete and readable for all when the CA is asked, wh
   assert.deepEqual([bed.dropped(), bed.state().published], [[], []]);
 });
 
-test("what a killed run left in the drop directory is removed by the next; its prepare commands end with it", async () => {
-  const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // which never looks at its input
+test("the next run removes what a killed run left in the drop directory; its prepare commands end with it", async () => {
+  const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // does not read its input
   await using bed = await bedFor({ validationDelayMs: 60_000 }, { prepare, settings: "preflight: no" });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
   await Deno.writeTextFile(join(bed.home, "victim"), "stays");
   const program = bed.start("--test");
-  await until("a challenge file is there", () => bed.dropped().length > 1 && isHeld(bed));
+  await until("a challenge file is there", () => bed.dropped().length > 1 && isPrepared(bed));
   assert(isRunning(pidOf(bed)));
   program.kill("SIGKILL");
   await program.output();
@@ -92,7 +92,7 @@ test("what a killed run left in the drop directory is removed by the next; its p
   assert(existsSync(join(bed.home, "victim")));
 });
 
-test("a file that is where the challenge belongs is replaced, a link not followed", async () => {
+test("a file or link in place of the challenge file is replaced; the link is not followed", async () => {
   await using bed = await bedFor();
   const victim = join(bed.home, "victim");
   await Deno.writeTextFile(victim, "precious");
@@ -114,7 +114,7 @@ test("a file that is where the challenge belongs is replaced, a link not followe
   }
 });
 
-test("a CA that does not offer http-01 is asked nothing, and what it offers is said", async () => {
+test("a CA that does not offer http-01 is not asked to validate, and the error lists what it offers", async () => {
   await using bed = await bedFor();
   const others = (all: { type: string }[]) => all.filter(({ type }) => type !== "http-01");
   const table: [change: typeof others, offered: string][] = [
@@ -133,7 +133,7 @@ test("a CA that does not offer http-01 is asked nothing, and what it offers is s
   assert(!asked(bed));
 });
 
-test("lines that are given the same pending authorization are both issued", async () => {
+test("lines that receive the same pending authorization are both issued", async () => {
   await using bed = await bedFor({ reuse: "pending", validationDelayMs: 50 }, {
     domains: "a.example.com shared.example.com\nb.example.com shared.example.com",
   });
@@ -144,19 +144,19 @@ test("lines that are given the same pending authorization are both issued", asyn
 
 // ---- prepare and the self-check ----------------------------------------------------------------------------------
 
-/** Every name at one port, once `ready` (what a prepare command does); and a count of how often that was asked. */
+/** Resolves every name to one port, once `ready` (as after a prepare command), and counts the calls. */
 function counted(port: number, ready = (_host: string) => true): Route & { calls: number } {
   const route = Object.assign(async (host: string) => {
     route.calls++;
-    await until("prepare is under way", () => ready(host));
+    await until("prepare is running", () => ready(host));
     return [{ address: "127.0.0.1", port }];
   }, { calls: 0 });
   return route;
 }
 
-test("the CA is asked when the challenge can be seen through the name, and prepare is ended then", async () => {
+test("the CA is asked to validate once the challenge is visible through the name; prepare is ended afterwards", async () => {
   await using bed = await bedFor({}, {
-    prepare: ["until [ -e HERE/go ]; do sleep 0.01; done; ln -s HERE/drop HERE/site", HELD],
+    prepare: ["until [ -e HERE/go ]; do sleep 0.01; done; ln -s HERE/drop HERE/site", PREPARE],
   });
   const { ca, home } = bed;
   await using site = startWebroot(join(home, "site"));
@@ -166,8 +166,8 @@ test("the CA is asked when the challenge can be seen through the name, and prepa
     statuses = site.log.map(({ status }) => status);
     assert(isRunning(pidOf(bed)));
   });
-  const running = bed.run({ route: counted(site.port, () => isHeld(bed)) });
-  await until("the name was looked at", () => site.log.length > 0);
+  const running = bed.run({ route: counted(site.port, () => isPrepared(bed)) });
+  await until("the name was checked", () => site.log.length > 0);
   await Deno.writeTextFile(join(home, "go"), "");
   const ran = await running;
   assert.equal(ran.code, 0, ran.stderr);
@@ -175,10 +175,10 @@ test("the CA is asked when the challenge can be seen through the name, and prepa
   assert(!isRunning(pidOf(bed)));
 });
 
-test("the CA is not asked while the challenge cannot be seen, and after 30 s the line fails with the hop", async () => {
-  await using bed = await bedFor({}, { prepare: [HELD] });
+test("the CA is not asked while the challenge is not visible; after 30 s the line fails, and the error names the hop", async () => {
+  await using bed = await bedFor({}, { prepare: [PREPARE] });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
-  const ran = await bed.run({ route: counted(elsewhere.port, () => isHeld(bed)) });
+  const ran = await bed.run({ route: counted(elsewhere.port, () => isPrepared(bed)) });
   assert.equal(ran.code, 1);
   assert.match(
     ran.stderr,
@@ -189,7 +189,7 @@ test("the CA is not asked while the challenge cannot be seen, and after 30 s the
   assert(waited > 20_000 && waited < 31_000, `${waited}`);
 });
 
-test("preflight: warn has the CA asked though prepare does not help, and says what was seen", async () => {
+test("with preflight: warn the CA is asked even if the self-check fails, and its result is printed", async () => {
   await all(["exec cat", "echo oops >&2; exit 3"].map(async (command) => {
     await using bed = await bedFor({}, { prepare: [command], settings: "preflight: warn" });
     await using elsewhere = startWebroot(join(bed.home, "conf"));
@@ -199,7 +199,7 @@ test("preflight: warn has the CA asked though prepare does not help, and says wh
   }));
 });
 
-test("with preflight: no, or without a prepare command, nothing is checked; a prepare that fails is reported", async () => {
+test("no self-check runs with preflight: no or without a prepare command; a failed prepare command is reported", async () => {
   const table: [prepare: string[], settings: string, notes: RegExp][] = [
     [[], "", /^$/],
     [["", " "], "", /^$/],
@@ -215,22 +215,24 @@ test("with preflight: no, or without a prepare command, nothing is checked; a pr
   }));
 });
 
-test("a prepare command may end at any time, so long as what it does is done", async () => {
+test("a prepare command may end at any time if the challenge is visible all the same", async () => {
   const table: [command: string, moment?: Exchange["resource"]][] = [
     ["true"],
     ["exit 1"],
-    [HELD, "challenge"], // while the CA validates
-    [HELD, "order"], // after the CA has validated
+    [PREPARE, "challenge"], // while the CA validates
+    [PREPARE, "order"], // after the CA has validated
   ];
   await all(table.map(async ([command, moment]) => {
     await using bed = await bedFor({}, { prepare: [command] });
     if (moment !== undefined) bed.ca.switches.fault = when(moment, () => process.kill(pidOf(bed), "SIGKILL"));
-    const ran = await bed.run({ route: counted(bed.web.port, () => moment === undefined || isHeld(bed)) });
+    const ran = await bed.run({
+      route: counted(bed.web.port, () => moment === undefined || isPrepared(bed)),
+    });
     assert.equal(ran.code, 0, ran.stderr);
   }));
 });
 
-test("a prepare command that fails before the challenge can be seen fails its line, of which the CA hears nothing", async () => {
+test("a prepare command that fails before the challenge is visible fails its line, and the CA is not asked", async () => {
   await using bed = await bedFor({}, {
     domains: `${NAME}\na.example.com bad.example.com`,
     prepare: ["if [ DOMAIN = bad.example.com ]; then echo 'no route' >&2; exit 3; fi; exec cat"],
@@ -244,12 +246,12 @@ test("a prepare command that fails before the challenge can be seen fails its li
   assert.deepEqual(bed.ca.validations.map(({ name }) => name), [NAME]);
   assert(bed.waits.reduce((sum, ms) => sum + ms, 0) < 10_000, `${bed.waits}`);
   assert.deepEqual(bed.dropped(), []);
-  const looked = elsewhere.log.length;
+  const before = elsewhere.log.length;
   await bed.run({ retry: true, route: counted(bed.web.port) });
-  assert.equal(elsewhere.log.length, looked, "a check went on behind the end of the run");
+  assert.equal(elsewhere.log.length, before, "a self-check continued after the end of the run");
 });
 
-test("one prepare command serves all names and lines that have the same, and DOMAIN tells them apart", async () => {
+test("a prepare command runs once for all names and lines, or once for each name if it contains DOMAIN", async () => {
   await using bed = await bedFor({}, {
     domains: "a.example.com b.example.com\nc.example.com",
     prepare: ["echo all >> HERE/log; exec cat", "echo DOMAIN >> HERE/log; exec cat"],
@@ -263,14 +265,14 @@ test("one prepare command serves all names and lines that have the same, and DOM
   const names = lines().filter((line) => line.includes(".")).sort();
   assert.deepEqual(names, ["a.example.com", "b.example.com", "c.example.com"]);
   const all = lines().filter((line) => line === "all").length;
-  assert(all <= 2, `${all}`); // two where one line was done before the other began
+  assert(all <= 2, `${all}`); // 2 if one line was done before the other began
 });
 
-test("an interrupted run stops checking, even at a silent server, and its prepare commands", async () => {
-  await using bed = await bedFor({}, { prepare: [HELD] });
+test("an interrupted run stops its self-checks, even of a silent server, and its prepare commands", async () => {
+  await using bed = await bedFor({}, { prepare: [PREPARE] });
   using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const stop = new AbortController();
-  const running = bed.run({ route: counted(silent.addr.port, () => isHeld(bed)), signal: stop.signal });
+  const running = bed.run({ route: counted(silent.addr.port, () => isPrepared(bed)), signal: stop.signal });
   using _connection = await silent.accept();
   const begun = Date.now();
   stop.abort(new DOMException("interrupted", "AbortError"));
@@ -281,7 +283,7 @@ test("an interrupted run stops checking, even at a silent server, and its prepar
 
 // ---- --check --challenges ----------------------------------------------------------------------------------------
 
-test("checkChallenges() says which name is served from elsewhere, by which address, and leaves nothing", async () => {
+test("checkChallenges() reports which name is served from elsewhere, by which address, and leaves no files", async () => {
   await using bed = await bedFor({}, { domains: `${NAME} www.${NAME}\nremote.example.com\nbad.example.com` });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
   bed.act(
@@ -297,7 +299,7 @@ test("checkChallenges() says which name is served from elsewhere, by which addre
     const findings = await checkChallenges(config, bed.context({ route }));
     return Object.fromEntries(findings.map(({ name, problem }) => [name, problem]));
   };
-  // a check that was killed two hours ago, one that is running, and a token
+  // files of a check that was killed two hours ago, of a running check, and of a challenge
   const kept = ["lematt-check-new", "token"];
   for (const name of ["lematt-check-old", ...kept]) Deno.writeTextFileSync(join(bed.drop, name), "");
   const before = new Date(bed.ca.now.getTime() - 2 * 3_600_000);
@@ -307,8 +309,8 @@ test("checkChallenges() says which name is served from elsewhere, by which addre
   for (const name of kept) Deno.removeSync(join(bed.drop, name));
   assert.deepEqual([found[NAME], found["remote.example.com"]], [undefined, undefined]);
   const url = `http://www.${NAME}/.well-known/acme-challenge/`;
-  for (const told of [bed.drop, url, "127.0.0.1", "404"]) {
-    assert(found[`www.${NAME}`]!.includes(told), found[`www.${NAME}`]);
+  for (const part of [bed.drop, url, "127.0.0.1", "404"]) {
+    assert(found[`www.${NAME}`]!.includes(part), found[`www.${NAME}`]);
   }
   assert.match(found["bad.example.com"]!, /exit status 3/);
   assert.deepEqual([bed.dropped(), bed.ca.log], [[], []]);

@@ -1,4 +1,4 @@
-/** Goal: the program as it is used: arguments, exit status, streams, documents, signals, two at once, and sudden ends. */
+/** Goal: the program as users run it: arguments, exit status, streams, documents, signals, concurrent and killed runs. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
@@ -9,7 +9,7 @@ import type { Fault } from "./ca.ts";
 import { LEMATT } from "./programs.ts";
 import { together } from "./together.ts";
 
-const test = together("the program as it is used");
+const test = together("the program as users run it");
 
 const ROOT = join(import.meta.dirname!, "..");
 
@@ -31,12 +31,12 @@ const bedOf = (domains: string, actions = "", fault?: () => Fault | undefined) =
     ca: { fault },
   });
 
-/** The names in a directory, or none where it is not there. */
+/** The names in a directory; empty if it does not exist. */
 function listing(path: string): string[] {
   return existsSync(path) ? [...Deno.readDirSync(path)].map(({ name }) => name).sort() : [];
 }
 
-/** Whether the process runs whose number a command has written into HERE/<name>. */
+/** Whether the process whose id a command wrote to HERE/<name> is running. */
 function runs(bed: Bed, name: string): boolean {
   try {
     process.kill(Number(Deno.readTextFileSync(join(bed.home, name))), 0);
@@ -48,7 +48,7 @@ function runs(bed: Bed, name: string): boolean {
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-test("what cannot be asked for is refused in one line that names it, with exit status 2", async () => {
+test("invalid arguments are refused with exit status 2 and one line that names them", async () => {
   const table: [args: string, named: string][] = [
     ["", "--test or --prod"],
     ["--test --prod", "--prod"],
@@ -80,7 +80,7 @@ test("what cannot be asked for is refused in one line that names it, with exit s
   }));
 });
 
-test("--help fits a terminal of 80 columns and names the files that a run makes", async () => {
+test("--help fits a terminal of 80 columns and names the files that a run writes", async () => {
   const { code, stdout, stderr } = await lematt("--help");
   assert.deepEqual([code, stderr], [0, ""]);
   assert.ok(stdout.split("\n").every((line) => line.length <= 80));
@@ -106,7 +106,7 @@ test("the configuration is found by its file, its directory, a bare argument, or
   }));
 });
 
-test("errors of all three files are printed together, with exit status 2 and nothing touched; --cron alerts of them", async () => {
+test("errors of all three files are printed together, with exit status 2 and no other effect; --cron sends an alert", async () => {
   await using bed = await testBed({
     domains: "a..example.com\n-b.example.com",
     actions: '[default]\nupdate: reload\nalert: ["{ echo SUBJECT; cat; } > alert"]\n',
@@ -129,7 +129,7 @@ test("errors of all three files are printed together, with exit status 2 and not
   }
   const [subject, ...text] = bed.take("alert");
   assert.ok(subject !== "" && text.some((line) => line.startsWith("domains:1: ")), text.join("\n"));
-  // what --cron has printed and alerted is kept, so that the next run does neither
+  // --cron records what it printed and alerted, so the next run does neither
   assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf", "test"]);
   assert.deepEqual(listing(bed.path("test")), [".configuration-error"]);
   const again = await bed.lematt("--test", "--cron");
@@ -141,7 +141,7 @@ test("errors of all three files are printed together, with exit status 2 and not
 
 // ---- exit status and streams -----------------------------------------------------------------------------
 
-test("a run exits with 0 when all is well, with 1 on a failure or what is pending after one, with 2 for what is not there", async () => {
+test("a run exits with 0 on success, with 1 after a failure, with 2 if an option names an unknown line", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nuploadCerts: ["test -e HERE/up"]`);
   const first = await bed.lematt("--test");
   assert.equal(first.code, 1);
@@ -159,7 +159,7 @@ test("a run exits with 0 when all is well, with 1 on a failure or what is pendin
   }
 });
 
-test("--plan touches neither the CA nor the disk, and groups what it would do by reason", async () => {
+test("--plan changes nothing at the CA or on the disk, and groups its tasks by reason", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com", `[default]\nupdate: ["true"]`);
   const { code, stdout, stderr } = await bed.lematt("--test", "--plan");
   assert.deepEqual([code, stderr], [0, ""]);
@@ -171,7 +171,7 @@ test("--plan touches neither the CA nor the disk, and groups what it would do by
   assert.equal(bed.ca.log.length, 0);
 });
 
-test("a reader that goes away does not stop a run", async () => {
+test("a run continues after the reader of its output has gone", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[default]\nupdate: ["touch HERE/delivered"]`,
@@ -184,7 +184,7 @@ test("a reader that goes away does not stop a run", async () => {
   assert.ok(existsSync(join(bed.home, "delivered")));
 });
 
-test("--status exits with 1 where there is a problem, --metrics with 0; notices stay out of documents", async () => {
+test("--status exits with 1 if there is a problem, --metrics with 0; notices are not printed into documents", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nupdate: ["false"]`);
   await bed.lematt("--test");
   const table = await bed.lematt("--test", "--status", "--offline");
@@ -197,13 +197,13 @@ test("--status exits with 1 where there is a problem, --metrics with 0; notices 
 
   const text = "{";
   Deno.writeTextFileSync(bed.path("test", "state.json"), text);
-  const spoilt = await bed.lematt("--test", "--status", "--json");
-  assert.match(spoilt.stderr, /cannot use test\/state\.json/);
-  JSON.parse(spoilt.stdout);
-  assert.equal(bed.text("test", "state.json"), text, "left as it is");
+  const corrupt = await bed.lematt("--test", "--status", "--json");
+  assert.match(corrupt.stderr, /cannot use test\/state\.json/);
+  JSON.parse(corrupt.stdout);
+  assert.equal(bed.text("test", "state.json"), text, "not changed");
 });
 
-test("--revoke and --prune do nothing without --yes where nobody can be asked", async () => {
+test("--revoke and --prune do nothing without --yes if no terminal can be asked", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
   await bed.lematt("--test");
   const asked = await bed.lematt("--test", "--revoke", "A.example.com");
@@ -223,9 +223,9 @@ test("--revoke and --prune do nothing without --yes where nobody can be asked", 
   assert.deepEqual(listing(bed.path("test", "cert")), ["b.example.com-cert-combined.prime256v1.test.pem"]);
 });
 
-// ---- two at once, and the end of one ---------------------------------------------------------------------
+// ---- concurrent and interrupted runs ---------------------------------------------------------------------
 
-test("a second run is turned away with exit status 3 while one is in progress", async () => {
+test("a second run exits with status 3 while one is in progress", async () => {
   await using bed = await bedOf(
     "a.example.com",
     `[default]\nupdate: ["echo $$ > HERE/started; read word < HERE/fifo"]`,
@@ -251,7 +251,7 @@ test("a second run is turned away with exit status 3 while one is in progress", 
   assert.equal((await bed.lematt("--test")).code, 0);
 });
 
-test("a signal in the middle of a validation leaves nothing behind and is exit status 1", async () => {
+test("a signal during a validation leaves nothing behind, and the exit status is 1", async () => {
   await all((["SIGTERM", "SIGINT", "SIGHUP"] as const).map(async (signal) => {
     let hanging = true;
     const isPolled = () => bed.ca.log.at(-1)?.resource === "order";
@@ -272,7 +272,7 @@ test("a signal in the middle of a validation leaves nothing behind and is exit s
     assert.deepEqual([bed.dropped(), runs(bed, "prepare"), bed.take("delivered")], [[], false, []]);
     const left = ["", "cert", "csr", "key"].flatMap((directory) => listing(bed.path("test", directory)));
     assert.deepEqual(left.filter((name) => name.startsWith(".")), [".lock"]);
-    assert.deepEqual(bed.state().failures, {}); // nobody's failure
+    assert.deepEqual(bed.state().failures, {}); // an interruption is not a failure
     hanging = false;
     assert.equal((await bed.lematt("--test")).code, 0);
   }));

@@ -1,5 +1,5 @@
 /**
- * Runs lematt and the Python original side by side on generated configurations before Pebble, and lists what differs:
+ * Runs lematt and the Python original side by side on generated configurations with Pebble, and lists what differs:
  *
  *     deno run -q --no-prompt -P=tests tests/compare-original.ts DIRECTORY_OF_ORIGINAL [COUNT [FIRST]]
  *
@@ -32,7 +32,7 @@ const DOCUMENT = Deno.readTextFileSync(join(import.meta.dirname!, "../conf/migra
 /** Documented differences, and how often each was seen. */
 const seen = new Map<string, number>();
 
-/** A difference that the document has under this name. */
+/** Counts a difference that the document describes under this name. */
 function documented(name: string): string {
   if (!DOCUMENT.includes(`\n| ${name} |`)) throw new Error(`conf/migrate/original.md does not have: ${name}`);
   seen.set(name, (seen.get(name) ?? 0) + 1);
@@ -41,7 +41,7 @@ function documented(name: string): string {
 
 // ---- configurations ----------------------------------------------------------------------------------------------
 
-/** A configuration, and what about it leads to documented differences. */
+/** A configuration, and its properties that lead to documented differences. */
 interface Sample {
   readonly mode: "test" | "prod";
   readonly domains: string;
@@ -52,7 +52,7 @@ interface Sample {
   readonly named: readonly string[];
   /** A name that the CA cannot find. */
   readonly lost?: string;
-  /** Whether file names are spelled otherwise: in upper case, or with the primary twice. */
+  /** Whether file names are spelled differently: in upper case, or with the primary twice. */
   readonly spelled: boolean;
   /** Whether a command fails; a prepare command. */
   readonly failing: boolean;
@@ -158,7 +158,7 @@ function sample(seed: number, hook: string): Sample {
   };
 }
 
-// ---- what comes of a run -----------------------------------------------------------------------------------------
+// ---- the result of a run -----------------------------------------------------------------------------------------
 
 interface Hook {
   readonly section: string;
@@ -173,7 +173,7 @@ interface Outcome {
   readonly code: number;
   readonly output: string;
   readonly hooks: readonly Hook[];
-  /** Path below the tree of the mode -> what stands there. */
+  /** Path below the directory of the mode -> what is there. */
   readonly files: ReadonlyMap<string, string>;
   /** Contents of keys and certificates by path. */
   readonly contents: ReadonlyMap<string, string>;
@@ -194,7 +194,7 @@ printf %s "$record" >&9
   { mode: 0o755 },
 );
 
-/** The hooks that have run, in the order of time; `root` is where the run was started. */
+/** The hooks that ran, in order; `root` is the directory in which the run was started. */
 function takeHooks(root: string): Hook[] {
   if (!existsSync(LOG)) return [];
   const text = Deno.readTextFileSync(LOG).replaceAll(root, "HERE");
@@ -281,7 +281,7 @@ const OF_SECTIONS = [
 function compare(sample: Sample, original: Outcome, here: Outcome): string[] {
   const found: string[] = [];
   const applies = applicable(sample);
-  /** Notes a difference, documented where it may come of one of these that apply. */
+  /** Records a difference; it counts as documented if one of these names applies. */
   const differ = (text: string, ...names: readonly string[]) => {
     const name = names.find((name) => applies.has(name));
     if (name === undefined) found.push(text);
@@ -335,7 +335,7 @@ function compareHooks(
   const what = `[${theirs.section}] ${theirs.command}`;
   const [before, now] = [new Set(lowerCase(theirs.args)), new Set(lowerCase(ours.args))];
   const less = [...before.difference(now)], more = [...now.difference(before)];
-  // what the patterns take along is another line's
+  // paths that match only by the original's patterns belong to another line
   const nameOf = (path: string) => path.replace(/^.*\/|-(key|cert-combined)\..*|_.*/g, "");
   const mine = lines.map(lowerCase).filter((names) => [...now].some((path) => names.includes(nameOf(path))));
   const isPattern = /^(certs|keys)/.test(theirs.command) &&
@@ -359,7 +359,7 @@ function compareTakenOver(sample: Sample, before: Outcome, after: Outcome, fresh
   for (const [path, text] of before.contents) {
     if (after.contents.get(path) === text) continue;
     if (isShared) documented("a name on two lines");
-    else found.push(`taken over: ${path} was issued anew`);
+    else found.push(`taken over: ${path} was issued again`);
   }
   if (isShared) return found;
   for (const [path, kind] of after.files) {
@@ -390,7 +390,7 @@ await using pebble = await startPebble({
 /** A copy of the original that asks Pebble, waits less, and names the single name of a request as a SAN as well. */
 const copy = join(home, "original");
 await Deno.mkdir(copy);
-/** It gives up where Pebble is a moment behind what it has answered. */
+/** The original gives up if Pebble lags behind its own answers. */
 const AGAIN = `once = get_crt
 def get_crt(*args, **named):
     for left in (2, 1, 0):
@@ -449,7 +449,7 @@ keyBitsRSA: 1024
 const python = (root: string, mode: string) =>
   outcome(root, mode, [PYTHON, join(copy, "lematt.py")], {
     SSL_CERT_FILE: pebble.caBundleFile,
-    PYTHONUNBUFFERED: "1", // its workers are ended with what they have not printed
+    PYTHONUNBUFFERED: "1", // its workers are killed before they flush their output
   });
 const lematt = (root: string, mode: string) =>
   outcome(root, mode, LEMATT, { SSL_CERT_FILE: pebble.caBundleFile });

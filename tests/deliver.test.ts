@@ -1,4 +1,4 @@
-/** Goal: each section is given what is pending there, whole and in order, by the right files, until it has succeeded. */
+/** Goal: each section receives its pending deliveries, complete and in order, from the right files, until they succeed. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
@@ -16,7 +16,7 @@ async function makeFifo(bed: Bed): Promise<void> {
   await new Deno.Command("mkfifo", { args: [join(bed.home, "fifo")] }).output();
 }
 
-/** The certificates of all lines are there, and delivered. */
+/** Puts certificates of all lines in place and delivers them. */
 async function settle(bed: Bed): Promise<void> {
   await bed.plant();
   const { code, stderr } = await bed.run();
@@ -29,7 +29,7 @@ const path = (bed: Bed, what: "cert" | "key", stem: string, tag = "prime256v1") 
 
 // ---- the lists of a section ------------------------------------------------------------------------------
 
-Deno.test("a section uploads certificates, keys, each certificate, then updates, each list whole and in order", async () => {
+Deno.test("a section runs uploadCerts, uploadKeys, uploadEach and update in this order, each list complete", async () => {
   const echo = (...texts: string[]) =>
     JSON.stringify(texts.map((text) => text && `echo ${text} >> HERE/log`));
   const actions = `[default]
@@ -46,14 +46,14 @@ rehearse: `;
     ["pause", "reload a", "pause"],
   ];
   assert.deepEqual(bed.take(), [...before!, ...each!, ...after!, "reload test"]);
-  bed.act(`${actions} no`); // uploadEach chooses names of its own, which may be those of production
+  bed.act(`${actions} no`); // uploadEach chooses its own file names, which may be those of production
   await bed.run();
   assert.deepEqual(bed.take(), [...before!, ...after!, "reload test"]);
   await bed.run({ mode: "prod" });
   assert.deepEqual(bed.take(), [...before!, ...each!, ...after!, "reload prod"]);
 });
 
-Deno.test("sections with one update line run it each, after their own uploads, with their own names", async () => {
+Deno.test("sections with the same update command each run it, after their own uploads, with their own names", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[DEFAULT]
@@ -69,7 +69,7 @@ uploadCerts: ["echo upload >> HERE/DOMAINS_CN"]`,
   assert.deepEqual(bed.take("b.example.com"), ["upload", "build b.example.com", "reload"]);
 });
 
-Deno.test("a failed upload keeps the update of its own section from running, and shows what was printed", async () => {
+Deno.test("a failed upload skips the update of its own section, and its output is printed", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[a]
@@ -87,7 +87,7 @@ update: ["echo b update >> HERE/log"]`,
   assert.deepEqual([Object.keys(bed.state().receipts), Object.keys(bed.state().deliveries)], [["b"], ["a"]]);
 });
 
-Deno.test("uploadEach that fails for one certificate leaves that one pending and updates for the others", async () => {
+Deno.test("if uploadEach fails for one certificate, that one stays pending, and update runs for the others", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com\nc.example.com",
     `[default]
@@ -110,7 +110,7 @@ update: ["echo update DOMAINS_CN >> HERE/log"]`,
   assert.deepEqual(bed.take(), [uploaded("b.example.com"), "update b.example.com"]);
 });
 
-Deno.test("a section gets the types of keys that it asks for, and a line is delivered whole", async () => {
+Deno.test("a section receives only the key types that it configures, and all certificates of a line together", async () => {
   await using bed = await bedOf(
     "a.example.com",
     `[pg]\ndomains: a.example.com\nkeyTypes: rsa\nuploadCerts: ["echo pg CERTS >> HERE/log"]
@@ -124,7 +124,7 @@ Deno.test("a section gets the types of keys that it asks for, and a line is deli
   assert.deepEqual(bed.take(), [`web ${web}`]);
 });
 
-Deno.test("words and environment name the files and names of the pending lines, links included, and no others", async () => {
+Deno.test("placeholders and environment have the files and names of the pending lines, links included, and no others", async () => {
   await using bed = await bedOf(
     "example.com\nexample.com.au\nweb.example.com www shop",
     `[default]
@@ -145,7 +145,7 @@ update: ["echo DOMAINS_CN / DOMAINS_ALL / $LEMATT_DOMAINS_ALL >> HERE/log"]`,
   for (const file of log.slice(0, -1)) assert.ok(Deno.statSync(file).isFile);
 });
 
-Deno.test("--verbose shows what commands print", async () => {
+Deno.test("--verbose prints the output of commands", async () => {
   const actions = `[default]\nprepare: ["echo ready; exec cat"]\nupdate: ["echo hello; echo there >&2"]`;
   await using bed = await bedOf("a.example.com", actions, "keyTypes: ec\npreflight: no");
   const { stdout } = await bed.run({ verbose: true });
@@ -155,19 +155,19 @@ Deno.test("--verbose shows what commands print", async () => {
 
 // ---- order -----------------------------------------------------------------------------------------------
 
-Deno.test("a section that hangs delays no other, and [every] comes when all others are done", async () => {
+Deno.test("a section that hangs delays no other, and [every] runs when all others are done", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[every]\nuploadCerts: ["echo every DOMAINS_CN >> HERE/log"]
 [a]\ndomains: a.example.com\nuploadCerts: ["read word < HERE/fifo; echo a >> HERE/log"]
 [b]\ndomains: b.example.com\nupdate: ["echo b >> HERE/log; echo go > HERE/fifo"]`,
   );
-  await makeFifo(bed); // [a] is let go by the last command of [b]
+  await makeFifo(bed); // the last command of [b] releases [a]
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual(bed.take(), ["b", "a", "every a.example.com b.example.com"]);
 });
 
-Deno.test("a line that is slow at its challenge delays no section but its own and [every]", async () => {
+Deno.test("a line whose challenge is slow delays only its own section and [every]", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com\nc.example.com",
     `[DEFAULT]\nupdate: ["echo DOMAINS_CN >> HERE/log"]\n[every]\n[slow]\ndomains: a.example.com
@@ -185,7 +185,7 @@ prepare: ["cat"]\n[both]\ndomains: a.example.com b.example.com\n[default]`,
   assert.deepEqual(rest.sort(), ["a.example.com", both]);
 });
 
-Deno.test("a rollout takes one section after the other and ends at the first failure, which comes last in the next", async () => {
+Deno.test("a rollout delivers one section at a time and ends at the first failure; that section is last in the next rollout", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", "");
   await settle(bed);
   const section = (name: string) =>
@@ -199,9 +199,9 @@ Deno.test("a rollout takes one section after the other and ends at the first fai
   assert.deepEqual([(await bed.run({ retry: true })).code, bed.take()], [0, ["b", "every"]]);
 });
 
-Deno.test("at most eight sections are given new certificates at once", async () => {
+Deno.test("at most eight sections receive new certificates at once", async () => {
   const names = Array.from({ length: 12 }, (_, n) => `host${n}.example.com`);
-  // each waits until eight have begun, and says how many are at it
+  // each waits until eight have begun, and logs how many are running
   const update = JSON.stringify([
     "echo >> HERE/begun; mkdir -p HERE/at/DOMAINS_CN; until test $(wc -l < HERE/begun) -ge 8; do sleep 0.01; done",
     "ls HERE/at | wc -l >> HERE/log; sleep 0.02; rmdir HERE/at/DOMAINS_CN",
@@ -213,7 +213,7 @@ Deno.test("at most eight sections are given new certificates at once", async () 
   assert.deepEqual([counts.length, Math.max(...counts)], [12, 8]);
 });
 
-Deno.test("new certificates go out side by side while a rollout waits for its turn", async () => {
+Deno.test("new certificates are delivered in parallel while a rollout waits for its turn", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", "");
   await settle(bed);
   await makeFifo(bed);
@@ -227,7 +227,7 @@ Deno.test("new certificates go out side by side while a rollout waits for its tu
 
 // ---- receipts --------------------------------------------------------------------------------------------
 
-Deno.test("what is there and not delivered is delivered, whatever has led to it, and nothing else", async () => {
+Deno.test("a changed configuration delivers what a section has not received yet, and nothing else", async () => {
   const log = `update: ["echo DOMAINS_CN >> HERE/log"]`;
   const begin = `[web]\ndomains: a.example.com b.example.com\n${log}`;
   const table: [what: string, actions: string, log: string[], domains?: string][] = [
@@ -243,7 +243,7 @@ Deno.test("what is there and not delivered is delivered, whatever has led to it,
       ["b b.example.com"],
     ],
     ["a second host is added", `${begin}\n[2]\ndomains: a.example.com\n${log}`, ["a.example.com"]],
-    ["what makes no difference changes", `${begin}\nalert: ["true"]\nverifyWait: 1`, []],
+    ["a setting without effect on deliveries changes", `${begin}\nalert: ["true"]\nverifyWait: 1`, []],
     ["a line is added", begin, [], "a.example.com\nb.example.com\nc.example.com"],
   ];
   await all(table.map(async ([what, actions, expected, domains]) => {
@@ -257,7 +257,7 @@ Deno.test("what is there and not delivered is delivered, whatever has led to it,
   }));
 });
 
-Deno.test("a line or a section that is away for one run is not delivered again, but what failed still is", async () => {
+Deno.test("a line or section that is absent for one run is not delivered again; a failed delivery still is", async () => {
   const actions = `[a]\ndomains: a.example.com\nupdate: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]
 [default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`;
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com", actions);
@@ -273,7 +273,7 @@ Deno.test("a line or a section that is away for one run is not delivered again, 
   assert.deepEqual(bed.take(), ["a.example.com"]);
 });
 
-Deno.test("--accept notes as delivered what is already in place, and runs nothing", async () => {
+Deno.test("--accept records as delivered what is already in place, and runs no command", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`,
@@ -287,7 +287,7 @@ Deno.test("--accept notes as delivered what is already in place, and runs nothin
   assert.deepEqual(bed.take(), ["b.example.com"]);
 });
 
-Deno.test("--deliver delivers again, once, what it names", async () => {
+Deno.test("--deliver delivers what it names once more", async () => {
   const log = (name: string) => `update: ["echo ${name} DOMAINS_CN >> HERE/log"]\n`;
   const actions = `[a]\ndomains: a.example.com\n${log("a")}[default]\n${log("default")}[every]\n${
     log("every")
@@ -308,9 +308,9 @@ Deno.test("--deliver delivers again, once, what it names", async () => {
   }
 });
 
-// ---- what failed -----------------------------------------------------------------------------------------
+// ---- retries ---------------------------------------------------------------------------------------------
 
-Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 â€¦ 20 hours, until the host is back", async () => {
+Deno.test("a failed delivery is retried by the next run, then after 1, 2, 4 â€¦ 20 hours, until the host is back", async () => {
   await using bed = await bedOf(
     "a.example.com",
     `[default]\nuploadCerts: ["echo >> HERE/log; test -e HERE/up"]`,
@@ -324,7 +324,7 @@ Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 â
     assert.equal(await tries(), 1, `after ${hours} h`);
   }
   const waiting = await bed.run();
-  assert.equal(waiting.code, 1); // a problem although it is not tried
+  assert.equal(waiting.code, 1); // still a problem, although this run does not retry it
   assert.match(waiting.stderr, /^problem +\[default\] .*exit status 1.*--retry/m);
   for (let night = 0; night < 2; night++) {
     bed.ca.advance(DAY - 1000); // a timer is not exact
@@ -336,7 +336,7 @@ Deno.test("a delivery that failed is tried by the next run, then after 1, 2, 4 â
   assert.match(stdout, /^delivered +\[default\] /m);
 });
 
-Deno.test("what is pending is delivered though the CA cannot be reached", async () => {
+Deno.test("pending deliveries are made even if the CA is unreachable", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com",
     `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`,

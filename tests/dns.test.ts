@@ -1,4 +1,4 @@
-/** Goal: names are proven by TXT records that hooks place or that stand, and the CA is asked when it will find them. */
+/** Goal: names are proven by TXT records, placed by hooks or persistent, and the CA is asked once it will find them. */
 
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
@@ -14,7 +14,7 @@ const RECORD = `_acme-challenge.${NAME}`;
 const PRESENT = "mkdir -p ZONE/RECORD && touch ZONE/RECORD/VALUE";
 const CLEANUP = "rm ZONE/RECORD/VALUE";
 
-/** What a bed has beside its texts; in commands ZONE is the directory of TXT records, HERE the bed's home. */
+/** Options of dnsBed(). In commands ZONE is replaced by the directory of TXT records, HERE by the bed's home. */
 interface Setting {
   domains?: string;
   settings?: string;
@@ -67,7 +67,7 @@ function delegate(dns: Dns, zone: string, ...servers: string[]) {
   for (const [i, server] of servers.entries()) dns.set(`${server}.${zone}`, "A", `127.0.0.${i + 1}`);
 }
 
-/** Queries as they are made, but every server is this one; `ask` can answer instead. */
+/** Sends all queries to this server, unless `ask` answers them. */
 function asking(
   { port }: Dns,
   ask: (...query: Parameters<Query>) => string[] | undefined = () => undefined,
@@ -85,12 +85,12 @@ const asked = ({ requests }: Ran) => requests.filter(({ resource }) => resource 
 
 // ---- dns-01 ------------------------------------------------------------------------------------------------------
 
-Deno.test("a hook gets record, value and name, the CA finds the value there, and it is taken away again", async () => {
-  const tell = (what: string) =>
+Deno.test("a hook gets record, value and name; the CA finds the value; the cleanup hook removes it", async () => {
+  const log = (what: string) =>
     `echo "${what} $LEMATT_RECORD $LEMATT_VALUE $LEMATT_DOMAIN" RECORD VALUE DOMAIN >> HERE/log`;
   await using at = await dnsBed({
-    present: `${PRESENT} && ${tell("present")}`,
-    cleanup: `${CLEANUP} && ${tell("cleanup")}`,
+    present: `${PRESENT} && ${log("present")}`,
+    cleanup: `${CLEANUP} && ${log("cleanup")}`,
   });
   const ran = await at.bed.run({ query: at.query });
   assert.deepEqual([ran.code, ran.stderr, ran.stdout.match(/^note.*/gm)], [0, "", null]);
@@ -102,7 +102,7 @@ Deno.test("a hook gets record, value and name, the CA finds the value there, and
   assert.deepEqual(at.placed(), []);
 });
 
-Deno.test("a name and its wildcard have a value each at one record at once", async () => {
+Deno.test("a name and its wildcard have one value each in the same record at the same time", async () => {
   let most = 0;
   await using at = await dnsBed({
     domains: `${NAME} *`,
@@ -113,7 +113,7 @@ Deno.test("a name and its wildcard have a value each at one record at once", asy
   assert.deepEqual([most, at.placed()], [2, []]);
 });
 
-Deno.test("hooks of all lines run one after the other, and side by side with dnsParallel: yes", async () => {
+Deno.test("hooks of all lines run one after the other, or in parallel with dnsParallel: yes", async () => {
   const ways = {
     no: "mkdir HERE/busy && HOOK && rmdir HERE/busy",
     yes: "touch HERE/DOMAIN; until [ -e HERE/a.example -a -e HERE/b.example ]; do sleep 0.01; done; HOOK",
@@ -133,12 +133,12 @@ Deno.test("hooks of all lines run one after the other, and side by side with dns
   );
 });
 
-/** What hooks do at a provider that keeps one value a name: the last one, and whoever removes one removes all. */
+/** Hooks of a provider that keeps only the last value of a record, and removes the whole record. */
 const ONE_VALUE = {
   present: "rm -rf ZONE/RECORD; mkdir -p ZONE/RECORD && touch ZONE/RECORD/VALUE && echo present >> HERE/log",
   cleanup: "rm -r ZONE/RECORD && echo cleanup >> HERE/log",
 };
-Deno.test("a provider that keeps one value a name serves a name and its wildcard, of one line or of two", async () => {
+Deno.test("a name and its wildcard, on one line or on two, work with a provider that keeps one value per record", async () => {
   const table = [
     [`${NAME} *`, "", "present present cleanup present cleanup"],
     [`${NAME} *`, "preflight: no", "present cleanup present cleanup"],
@@ -153,7 +153,7 @@ Deno.test("a provider that keeps one value a name serves a name and its wildcard
   }));
 });
 
-Deno.test("two lines that need each other's records in turn do not wait for each other for ever", async () => {
+Deno.test("two lines that need each other's records do not deadlock", async () => {
   await using at = await dnsBed({
     domains: "a.example b.example\n*.b.example *.a.example",
     actions: dns01("a.example *.a.example b.example *.b.example", ONE_VALUE.present, ONE_VALUE.cleanup),
@@ -163,7 +163,7 @@ Deno.test("two lines that need each other's records in turn do not wait for each
   assert.deepEqual([ran.code, ran.stderr, at.bed.ca.issued.length, at.placed()], [0, "", 2, []]);
 });
 
-Deno.test("a mixed line proves each name by the challenge of its section", async () => {
+Deno.test("a line with different challenges proves each name by the challenge of its section", async () => {
   await using at = await dnsBed({ domains: `${NAME} www *`, actions: dns01(`*.${NAME}`) });
   await succeeds(at.bed, at.query);
   const proven = at.bed.ca.validations.map(({ type, name }) => `${name} ${type}`).sort();
@@ -171,7 +171,7 @@ Deno.test("a mixed line proves each name by the challenge of its section", async
   assert.deepEqual([at.placed(), at.bed.dropped()], [[], []]);
 });
 
-Deno.test("a record may be delegated by CNAME to a zone of its own, whose servers are the ones to be asked", async () => {
+Deno.test("a record may be a CNAME into another zone, whose name servers are asked then", async () => {
   const target = "RECORD.acme.example.net"; // the same for a name and its wildcard, as conf/actions.conf has it
   await using at = await dnsBed({
     domains: `${NAME} *.${NAME}`,
@@ -190,41 +190,41 @@ Deno.test("a record may be delegated by CNAME to a zone of its own, whose server
   assert.deepEqual([...servers], ["acme.example.net,127.0.0.1", `${RECORD}.acme.example.net,127.0.0.1`]);
 });
 
-Deno.test("the CA is not asked before every server has the value, which may take some looks", async () => {
+Deno.test("the CA is not asked before every name server has the value, which may take several checks", async () => {
   await using at = await dnsBed();
-  let looks = 0;
+  let checks = 0;
   const query = asking(at.dns, (_name, type, server) => {
-    const late = type === "TXT" && server?.address === "127.0.0.2" && ++looks < 4;
+    const late = type === "TXT" && server?.address === "127.0.0.2" && ++checks < 4;
     assert(!late || at.bed.ca.log.every(({ resource }) => resource !== "challenge"));
     return late ? ["what was there before"] : undefined;
   });
   const ran = await at.bed.run({ query });
-  assert.deepEqual([ran.code, ran.stderr, looks], [0, "", 4]);
+  assert.deepEqual([ran.code, ran.stderr, checks], [0, "", 4]);
   assert.equal(at.bed.waits.filter((ms) => ms === 2000).length, 3);
 });
 
-Deno.test("the CA is not asked while a name server shows something else; after dnsWait the line fails and says so", async () => {
+Deno.test("the CA is not asked while a name server answers otherwise; after dnsWait the line fails, and the error says why", async () => {
   type Ask = (...query: Parameters<Query>) => string[] | undefined;
   const txt = (of: string, values: string[]): Ask => (_, type, server) =>
     type === "TXT" && server?.address === of ? values : undefined;
   const escapes: Ask = (_, type) =>
     type === "NS" ? ["\x1b[2J\n.example.com"] : type === "TXT" ? [] : undefined;
-  const table: [ask: Ask, ...told: string[]][] = [
+  const table: [ask: Ask, ...expected: string[]][] = [
     [txt("127.0.0.2", []), `ns2.${NAME}`, "no TXT record"],
     [txt("127.0.0.1", ["x"]), `ns1.${NAME}`, "other TXT records"],
     [(_, type) => type === "CNAME" ? [RECORD] : undefined, "8 CNAMEs"],
     [escapes, "([2J .example.com)"],
   ];
-  await all(table.map(async ([ask, ...told]) => {
+  await all(table.map(async ([ask, ...expected]) => {
     await using at = await dnsBed({ settings: "dnsWait: 20" });
     const ran = await at.bed.run({ query: asking(at.dns, ask) });
     assert.deepEqual([ran.code, asked(ran), at.placed()], [1, 0, []]);
-    for (const text of [NAME, RECORD, ...told]) assert(ran.stderr.includes(text), ran.stderr);
+    for (const text of [NAME, RECORD, ...expected]) assert(ran.stderr.includes(text), ran.stderr);
     assert.equal(at.bed.waits.reduce((sum, ms) => sum + ms, 0), 18_000);
   }));
 });
 
-Deno.test("dnsWait limits also one self-check, in which name servers are silent", async () => {
+Deno.test("dnsWait also limits a single self-check with silent name servers", async () => {
   await using at = await dnsBed({ settings: "dnsWait: 1" });
   const begun = Date.now();
   const ran = await at.bed.run({
@@ -234,7 +234,7 @@ Deno.test("dnsWait limits also one self-check, in which name servers are silent"
   assert(Date.now() - begun < 8_000);
 });
 
-Deno.test("the servers of the zone are asked, not those of an alias on the way to it", async () => {
+Deno.test("the name servers of the zone are asked, not those of an alias of the name", async () => {
   await using at = await dnsBed({ domains: `www.${NAME}`, actions: dns01(`www.${NAME}`) });
   at.dns.set(`www.${NAME}`, "CNAME", "cdn.example.net");
   delegate(at.dns, "cdn.example.net", "elsewhere");
@@ -245,7 +245,7 @@ Deno.test("the servers of the zone are asked, not those of an alias on the way t
   await succeeds(at.bed, query);
 });
 
-Deno.test("where no name server can be asked the system's resolver is; preflight: warn asks the CA whatever is seen", async () => {
+Deno.test("without a reachable name server the system's resolver is asked; preflight: warn asks the CA whatever it answers", async () => {
   await using at = await dnsBed();
   const closed: Query = (name, type, server) =>
     server ? Promise.reject(new Error("timed out")) : at.query(name, type);
@@ -260,13 +260,13 @@ Deno.test("where no name server can be asked the system's resolver is; preflight
 
 // ---- hooks that fail ---------------------------------------------------------------------------------------------
 
-Deno.test("a dns hook that fails, hangs or is not there fails its line alone, and what it may have placed is taken away", async () => {
-  const table: [present: string, told: RegExp][] = [
+Deno.test("a dns hook that fails, hangs or is missing fails only its line, and what it may have placed is removed", async () => {
+  const table: [present: string, error: RegExp][] = [
     [`${PRESENT}; echo "no such \x1b[2Jzone" >&2; exit 3`, /: exit status 3\n *\| no such zone\n/],
     ["nsupdate-with-a-typo RECORD VALUE", /: exit status 127 \(command not found\)\n/],
     [`${PRESENT} && sleep 600`, /: timed out after 1 s\n/],
   ];
-  await all(table.map(async ([present, told]) => {
+  await all(table.map(async ([present, error]) => {
     await using at = await dnsBed({
       domains: `${NAME}\nother.example`,
       present,
@@ -275,20 +275,20 @@ Deno.test("a dns hook that fails, hangs or is not there fails its line alone, an
     });
     const ran = await at.bed.run({ query: at.query });
     assert.equal(ran.code, 1);
-    assert.match(ran.stderr, told);
+    assert.match(ran.stderr, error);
     assert.deepEqual(at.bed.ca.issued.map(({ names }) => names[0]), ["other.example"]);
     assert.deepEqual([at.bed.take(), at.placed()], [[`cleanup ${RECORD}`], []]);
   }));
 });
 
-Deno.test("a cleanup that fails is told, and costs no certificate", async () => {
+Deno.test("a failed cleanup is reported, and costs no certificate", async () => {
   await using at = await dnsBed({ cleanup: "echo cleanup >> HERE/log; exit 4" });
   const ran = await at.bed.run({ query: at.query });
   assert.deepEqual([ran.code, ran.stderr, at.bed.ca.issued.length], [0, "", 1]);
   assert.match(ran.stdout, /^note .*_acme-challenge\.example\.com: .*: exit status 4$/m);
 });
 
-Deno.test("an interrupted run waits for no hook that hangs, and takes away what it may have placed", async () => {
+Deno.test("an interrupted run does not wait for a hook that hangs, and removes what it may have placed", async () => {
   await using at = await dnsBed({ present: `${PRESENT} && touch HERE/hanging && sleep 600` });
   const stop = new AbortController();
   const running = at.bed.run({ query: at.query, signal: stop.signal });
@@ -298,7 +298,7 @@ Deno.test("an interrupted run waits for no hook that hangs, and takes away what 
   assert.deepEqual(at.placed(), []);
 });
 
-Deno.test("what a killed run has placed is removed by the next", async () => {
+Deno.test("records that a killed run has placed are removed by the next run", async () => {
   await using at = await dnsBed({
     domains: `${NAME} *`,
     cleanup: `${CLEANUP} && echo cleanup RECORD VALUE DOMAIN >> HERE/log`,
@@ -324,7 +324,7 @@ Deno.test("what a killed run has placed is removed by the next", async () => {
 
 const PERSISTENT = `[persistent]\ndomains: ${NAME} *.${NAME}\nchallenge: dns-persist-01\n`;
 
-Deno.test("dns-persist-01 needs the one record that --plan and --check print, and no command ever", async () => {
+Deno.test("dns-persist-01 needs the one record that --plan and --check print, and runs no command", async () => {
   await using at = await dnsBed({ domains: `${NAME} *`, actions: PERSISTENT });
   const { bed, dns, query } = at;
   const first = await bed.run({ query });
@@ -332,14 +332,14 @@ Deno.test("dns-persist-01 needs the one record that --plan and --check print, an
   assert.match(first.stderr, /place this one: _validation-persist\.example\.com/);
 
   const place = /^.*place:? +(\S+)\. IN TXT "([^"]*)"/gm;
-  const told = await Promise.all(["--plan", "--check"].map(async (option) => {
+  const printed = await Promise.all(["--plan", "--check"].map(async (option) => {
     const { code, stdout, stderr } = await bed.lematt("--test", option);
     assert.deepEqual([code, stderr], [0, ""]);
     return [...stdout.matchAll(place)].map(([, record, value]) => ({ record, value }));
   }));
   const value = `ca.example; accounturi=${bed.ca.accounts[0]!.url}; policy=wildcard`;
   const record = `_validation-persist.${NAME}`;
-  assert.deepEqual(told, [[{ record, value }], [{ record, value }]]);
+  assert.deepEqual(printed, [[{ record, value }], [{ record, value }]]);
 
   dns.set(record, "TXT", value);
   bed.ca.switches.reuse = "none";
@@ -351,7 +351,7 @@ Deno.test("dns-persist-01 needs the one record that --plan and --check print, an
   assert(bed.ca.validations.every(({ type }) => type === "dns-persist-01"));
 });
 
-Deno.test("a record of dns-persist-01 proves a name where the CA says so, too", async () => {
+Deno.test("lematt and the CA agree on which records of dns-persist-01 prove a name", async () => {
   await using at = await dnsBed({ domains: NAME, actions: PERSISTENT, ca: { reuse: "none" } });
   const { bed, query } = at;
   const [good, wildcard] = ["ca.example; accounturi=URL", `*.${NAME}`];
@@ -386,7 +386,7 @@ Deno.test("a record of dns-persist-01 proves a name where the CA says so, too", 
   }
 });
 
-Deno.test("a record of dns-persist-01 names the account that the challenge names", async () => {
+Deno.test("the expected record of dns-persist-01 names the account that the challenge names", async () => {
   await using at = await dnsBed({ domains: NAME, actions: PERSISTENT });
   const accounturi = "https://ca.example/other/1";
   const rewrite = (body: Record<string, unknown>) => (

@@ -1,5 +1,5 @@
 /**
- * What documents say, to be run by tests: the indented blocks of a Markdown file, and their commands with paths replaced.
+ * Commands out of documents, for tests to run: the indented blocks of a Markdown file, with paths replaced.
  */
 
 import { join } from "node:path";
@@ -27,7 +27,7 @@ export function adapt(text: string, words: Readonly<Record<string, string>>): st
   return text;
 }
 
-/** Runs commands by /bin/sh, which ends at the first that fails; throws then. Returns what they printed. */
+/** Runs commands in /bin/sh and returns their output; stops at the first that fails, and throws. */
 export async function shell(
   commands: string,
   cwd: string,

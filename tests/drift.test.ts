@@ -1,6 +1,6 @@
 /**
- * Goal: what is served is seen in every run; what is certainly ours and certainly wrong is repaired and reported, and
- * anything else is a problem for a person.
+ * Goal: every run checks what endpoints serve. What is certainly ours and certainly wrong is repaired and reported;
+ * anything else that is wrong is a problem for a person.
  */
 
 import assert from "node:assert/strict";
@@ -19,7 +19,7 @@ const CERT = "www.example.com.ec.pem", KEY = "www.example.com.ec.key";
 const kinds = ({ events }: Ran) =>
   events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
-/** The world in which the site's port is found at these ports of 127.0.0.1 and, by `address`, of others. */
+/** A context in which the site's port is found at these ports of 127.0.0.1 or of another `address`. */
 function routed({ port }: Site, ...found: readonly { port: number; address?: string }[]) {
   const addresses = found.map(({ port, address = "127.0.0.1" }) => ({ address, port }));
   const route = (_: string, at: number) =>
@@ -28,7 +28,7 @@ function routed({ port }: Site, ...found: readonly { port: number; address?: str
 }
 
 siteTest(
-  "a delivery is verified at each endpoint, for each type of key",
+  "a delivery is verified at each endpoint, for each key type",
   async () => {
     await using site = await startSite({ keyTypes: ["rsa", "ec"], age: 80 });
     const { code, stdout, stderr } = await site.run();
@@ -39,7 +39,7 @@ siteTest(
   },
 );
 
-siteTest("R9: a section is verified for the types of keys that it asks for", async () => {
+siteTest("R9: a section is verified only for the key types that it configures", async () => {
   const actions =
     `[pg]\ndomains: www.example.com\nkeyTypes: rsa\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]
 [every]\nkeyTypes: rsa ec\nupdate: ["true"]`;
@@ -48,7 +48,7 @@ siteTest("R9: a section is verified for the types of keys that it asks for", asy
   assert.deepEqual([code, stdout.match(/^verified /gm)!.length], [0, 1]);
 });
 
-siteTest("a service of which only the RSA certificate was replaced is caught", async () => {
+siteTest("a service that got only its RSA certificate replaced is reported", async () => {
   const actions = `[default]
 uploadEach: ["test KEY_TYPE = ec || { cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key; }"]
 ${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]`;
@@ -62,7 +62,7 @@ ${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]`;
 });
 
 siteTest(
-  "R5: old files that are restored a week later are seen by the next run, replaced, and reported by --cron",
+  "R5: old files restored a week later are detected by the next run, replaced, and reported by --cron",
   async () => {
     await using site = await startSite({ age: 80 });
     const { bed, run } = site;
@@ -84,7 +84,7 @@ siteTest(
 );
 
 siteTest(
-  "what a section serves of other lines is probed, too, when it is given a new certificate",
+  "when a section receives a new certificate, its other lines are probed as well",
   async () => {
     await using site = await startSite({ domains: "www.example.com\nother.example.com", age: 30 });
     const { bed, run } = site;
@@ -101,7 +101,7 @@ siteTest(
 );
 
 siteTest(
-  "an expired or self-signed certificate is repaired; a newer one, another's, or one for other names is left alone",
+  "an expired or self-signed certificate is repaired; a newer or foreign one, or one for other names, is left alone",
   async () => {
     await using site = await startSite();
     const { bed, run } = site;
@@ -118,30 +118,30 @@ siteTest(
     });
     await makeCertificate(bed.home, "self", "ec", ["www.example.com"]);
     const [pem, selfKey] = ["pem", "key"].map((end) => Deno.readTextFileSync(join(bed.home, `self.${end}`)));
-    const repaired: [Record<string, string>, said: string][] = [
+    const repaired: [Record<string, string>, message: string][] = [
       [forge("www.example.com", -90 * DAY, -DAY), "serves an expired certificate"],
       [{ [CERT]: pem!, [KEY]: selfKey! }, "serves a self-signed certificate"],
     ];
-    for (const [files, said] of repaired) {
+    for (const [files, message] of repaired) {
       await site.restore(files);
       bed.ca.advance(7 * HOUR);
       const ran = await run();
-      assert.deepEqual([ran.code, kinds(ran)], [0, ["drift", "delivery"]], said);
-      assert.ok(ran.stdout.includes(said), ran.stdout);
+      assert.deepEqual([ran.code, kinds(ran)], [0, ["drift", "delivery"]], message);
+      assert.ok(ran.stdout.includes(message), ran.stdout);
       await site.settle();
     }
-    const leftAlone: [Record<string, string>, said: RegExp][] = [
+    const leftAlone: [Record<string, string>, message: RegExp][] = [
       [forge("www.example.com", HOUR), /serves a certificate that lematt did not deliver/],
       [forge("*.example.com", HOUR), /serves a certificate that lematt did not deliver/],
       [forge("other.example.com", -HOUR), /serves a certificate for other\.example\.com/],
       [forge("\x1b[31m\r\u0085www.example.com", -HOUR), /serves a certificate for /],
     ];
-    for (const [files, said] of leftAlone) {
+    for (const [files, message] of leftAlone) {
       await site.restore(files);
       bed.ca.advance(7 * HOUR);
       const ran = await run({ cron: true });
       assert.deepEqual([ran.code, kinds(ran)], [1, []], ran.stderr);
-      assert.match(ran.stderr, said);
+      assert.match(ran.stderr, message);
       assert.doesNotMatch(ran.stderr, /[^\x20-\x7e\n]/);
       assert.equal((await run({ cron: true })).stderr, "", "reported once a day");
       await run({ named: { deliver: ["[default]"] } });
@@ -150,7 +150,7 @@ siteTest(
   },
 );
 
-siteTest("a service that nobody answers for is a problem, and no reason to deliver", async () => {
+siteTest("a service that does not answer is a problem, but not a reason to deliver", async () => {
   await using site = await startSite();
   const { bed, run } = site;
   await run();
@@ -158,29 +158,29 @@ siteTest("a service that nobody answers for is a problem, and no reason to deliv
   const ran = await run(routed(site, { port: 1 }));
   assert.deepEqual([ran.code, kinds(ran)], [1, []]);
   assert.match(ran.stderr, /^problem .*unreachable at 127\.0\.0\.1: /m);
-  const well = await run(); // what is not right is probed by the next run, however soon
+  const well = await run(); // an endpoint with a problem is probed by every run
   assert.deepEqual([well.code, kinds(well)], [0, []]);
 });
 
-siteTest("one of two addresses that serves the old certificate is found, named and repaired", async () => {
+siteTest("an address of two that serves the old certificate is detected, named and repaired", async () => {
   await using site = await startSite({ age: 80 });
   const { bed, run, port } = site;
-  const world = routed(site, { address: "127.0.0.2", port }, { port: await site.startStale() });
-  const { code, stdout, stderr } = await run(world);
+  const context = routed(site, { address: "127.0.0.2", port }, { port: await site.startStale() });
+  const { code, stdout, stderr } = await run(context);
   assert.equal(code, 1);
   assert.match(stdout, /^verified .* at 127\.0\.0\.2/m);
   assert.match(stderr, /^WRONG .*serves an older certificate at 127\.0\.0\.1/m);
-  // its commands cannot help: they are repeated three times, then once a day, and only after another probe
+  // the commands cannot repair it: they are run three times, then once a day, and only after another probe
   const repeated: number[] = [];
   for (let n = 0; n < 5; n++) {
-    repeated.push(kinds(await run(world)).filter((kind) => kind === "delivery").length);
+    repeated.push(kinds(await run(context)).filter((kind) => kind === "delivery").length);
   }
   assert.deepEqual(repeated, [1, 1, 1, 0, 0]);
   bed.ca.advance(20 * HOUR);
-  assert.equal(kinds(await run(world)).length, 2);
+  assert.equal(kinds(await run(context)).length, 2);
 });
 
-siteTest("R8: a balancer before a fresh and a stale server is not right by luck", async () => {
+siteTest("R8: a stale server behind a load balancer is detected every time", async () => {
   await using site = await startSite({ age: 80, settings: "verifyWait: 5" });
   await using balancer = await startBalancer(site.port, await site.startStale());
   for (let n = 1; n <= 3; n++) {
@@ -191,7 +191,7 @@ siteTest("R8: a balancer before a fresh and a stale server is not right by luck"
 });
 
 siteTest(
-  "a reload that does nothing is found out; a service that was only slow is not reloaded again",
+  "a reload without effect is detected; a service that was only slow is not reloaded again",
   async () => {
     const actions =
       `[default]\n${UPLOAD}\nupdate: ["echo reload >> HERE/log"]\nverify: ["127.0.0.1:PORT#DOMAIN"]`;
@@ -206,7 +206,7 @@ siteTest(
 );
 
 siteTest(
-  "R7: an endpoint that two sections name is probed once; one that bears no line's name is asked for the section's",
+  "R7: an endpoint in two sections is probed once; one without a line's name is probed for the section's names",
   async () => {
     const actions =
       `[default]\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT", "127.0.0.1:PORT#web1.internal.example"]
@@ -223,7 +223,7 @@ siteTest(
 );
 
 siteTest(
-  "R10: --test passes where production is served, finds its own certificate there, and the next --prod repairs that",
+  "R10: --test accepts production's certificate at an endpoint and reports its own there; the next --prod repairs that",
   async () => {
     await using site = await startSite({ settings: "verifyWait: 2" });
     const { bed, run, port } = site;
@@ -237,7 +237,7 @@ ${RELOAD}\nverify: ["127.0.0.1:${port}#DOMAIN"]`);
     assert.equal(rehearsal.code, 0, rehearsal.stderr);
     assert.match(rehearsal.stdout, /^verified .*finishes the handshake/m);
     assert.deepEqual([(await run()).code, kinds(await run())], [0, []]);
-    // it overwrites what is served
+    // now it overwrites what is served
     bed.act(`[default]\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:${port}#DOMAIN"]`);
     await run();
     const wrong = await run({ mode: "test", sleep: (ms) => delay(ms / 4) });
@@ -266,7 +266,7 @@ siteTest("S2: an endpoint that never answers delays no other section", async () 
   await assert.rejects(running, { name: "AbortError" });
 });
 
-Deno.test("R16: the certificate of a line whose names change stays in view until the new one is in place", async () => {
+Deno.test("R16: a line whose names change reports its old certificate's expiry until the new one is in place", async () => {
   await using bed = await testBed({
     domains: "a.example.com b.example.com",
     settings: "keyTypes: ec\nari: no",

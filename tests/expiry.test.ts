@@ -1,6 +1,6 @@
 /**
- * Goal: no renewed certificate expires unseen on the host that uses it. Each way in which that happens is played night by
- * night with a real nginx: what is not repaired is reported by --cron, by the exit status and by an alert, until it is.
+ * Goal: no renewed certificate expires unnoticed on the host that uses it. Each cause is simulated night by night with a
+ * real nginx: it is reported by --cron, by the exit status and by an alert until it is last.
  */
 
 import assert from "node:assert/strict";
@@ -17,7 +17,7 @@ const AGE = 58.5;
 
 const actionsOf = (upload: string, update = RELOAD) =>
   `[default]\n${upload}\n${update}\nverify: ["127.0.0.1:PORT#DOMAIN"]\nalert: ["{ echo SUBJECT; cat; } >> HERE/alerts"]`;
-/** The same list, whose first `command` fails as long as `<home>/down` is there. */
+/** The list, with `command` failing while `<home>/down` exists. */
 const failing = (list: string, command: string, how: string) =>
   list.replace(command, `test ! -e HERE/down || { ${how}; }; ${command}`);
 const FAILING_UPLOAD = failing(UPLOAD, "cp", "echo no route to host >&2; exit 255");
@@ -27,15 +27,15 @@ const up = ({ bed }: Site) => Deno.removeSync(join(bed.home, "down"));
 const configure = ({ bed, port }: Site, actions: string) => bed.act(actions.replaceAll("PORT", String(port)));
 const correct = (site: Site) => configure(site, actionsOf(UPLOAD));
 
-/** One more night, with its run under cron. */
+/** The next night's run, under --cron. */
 async function night({ bed, run }: Site, options: Parameters<Site["run"]>[0] = {}) {
   bed.ca.advance(DAY - 60_000);
   const { code, stdout, stderr } = await run({ cron: true, ...options });
-  return { code, said: stdout + stderr, alerts: bed.take("alerts").join("\n") };
+  return { code, output: stdout + stderr, alerts: bed.take("alerts").join("\n") };
 }
 
-/** For nights in which a reload has to take effect, which takes time that is not the bed's. */
-const PATIENT = { sleep: (ms: number) => delay(ms / 5) };
+/** Waits in real time, which a reload needs to take effect. */
+const REAL_TIME = { sleep: (ms: number) => delay(ms / 5) };
 
 /** Waits until nginx serves the newest certificate. */
 async function serves({ bed, save, settle }: Site): Promise<void> {
@@ -50,11 +50,11 @@ interface Way {
   /** What goes wrong before the night of the renewal, and in the day after it. */
   readonly before?: (site: Site) => void;
   readonly after?: (site: Site) => void;
-  /** How the world differs in these nights. */
-  readonly world?: (site: Site) => Parameters<Site["run"]>[0];
-  /** By --cron, in each night. */
-  readonly said: RegExp;
-  /** After three nights. */
+  /** Options of the runs in these nights. */
+  readonly options?: (site: Site) => Parameters<Site["run"]>[0];
+  /** What --cron prints in each night. */
+  readonly output: RegExp;
+  /** Called after three nights. */
   readonly repair: (site: Site) => void | Promise<void>;
 }
 
@@ -64,30 +64,30 @@ const WAYS: Readonly<Record<string, Way>> = {
   "the host is down": {
     actions: actionsOf(FAILING_UPLOAD),
     before: down,
-    said: /^FAILED .*\n.*exit status 255\n +\| no route to host$/m,
+    output: /^FAILED .*\n.*exit status 255\n +\| no route to host$/m,
     repair: up,
   },
   "the reload fails": {
     actions: actionsOf(UPLOAD, failing(RELOAD, "kill", "echo job failed >&2; exit 1")),
     before: down,
-    said: /^FAILED .*\n.*exit status 1\n +\| job failed$/m,
+    output: /^FAILED .*\n.*exit status 1\n +\| job failed$/m,
     repair: up,
   },
   "the reload does nothing, and exits with 0": {
     actions: actionsOf(UPLOAD, `update: ["true"]`),
-    said: OLDER,
+    output: OLDER,
     repair: ({ reload }) => reload(),
   },
   "the key comes without its certificate": {
     settings: "alwaysGenerateNewKeys: yes",
     actions: actionsOf(`uploadEach: ["cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key"]`),
-    said: OLDER,
+    output: OLDER,
     repair: correct,
   },
   "the certificate comes without its key": {
     settings: "alwaysGenerateNewKeys: yes",
     actions: actionsOf(`uploadEach: ["cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem"]`),
-    said: OLDER,
+    output: OLDER,
     repair: correct,
   },
   "R2: its section is renamed while the delivery is pending": {
@@ -95,47 +95,47 @@ const WAYS: Readonly<Record<string, Way>> = {
     before: down,
     after: (site) =>
       configure(site, actionsOf(FAILING_UPLOAD).replace("[default]", "[web]\ndomains: www.example.com")),
-    said: OLDER,
+    output: OLDER,
     repair: up,
   },
   "R2: the state is lost while the delivery is pending": {
     actions: actionsOf(FAILING_UPLOAD),
     before: down,
     after: ({ bed }) => Deno.removeSync(bed.path("prod", "state.json")),
-    said: OLDER,
+    output: OLDER,
     repair: up,
   },
   "the clock is a year behind": {
-    world: ({ bed }) => ({ now: () => new Date(bed.ca.now.getTime() - 365 * DAY) }),
-    said: /this host's clock says .*, but a certificate is valid from /,
+    options: ({ bed }) => ({ now: () => new Date(bed.ca.now.getTime() - 365 * DAY) }),
+    output: /this host's clock says .*, but a certificate is valid from /,
     repair: () => {},
   },
 };
 
 async function play({ actions = actionsOf(UPLOAD), settings = "", ...way }: Way): Promise<void> {
   await using site = await startSite({ age: AGE, actions, settings: `verifyWait: 20\n${settings}` });
-  const calm = await night(site);
-  assert.deepEqual([calm.code, calm.alerts], [0, ""], calm.said);
+  const first = await night(site);
+  assert.deepEqual([first.code, first.alerts], [0, ""], first.output);
   way.before?.(site);
   let alerts = "";
   for (let n = 1; n <= 3; n++) {
-    const bad = await night(site, way.world?.(site));
-    assert.equal(bad.code, 1, `${n}: ${bad.said}`);
-    assert.match(bad.said, way.said, `${n}`);
-    alerts += bad.alerts;
+    const ran = await night(site, way.options?.(site));
+    assert.equal(ran.code, 1, `${n}: ${ran.output}`);
+    assert.match(ran.output, way.output, `${n}`);
+    alerts += ran.alerts;
     if (n === 1) way.after?.(site);
   }
   assert.match(alerts, /^\d problems?: .*\n.*(pending since|serves an older certificate|clock)/);
   await way.repair(site);
-  const good = await night(site, PATIENT);
-  assert.equal(good.code, 0, good.said);
-  assert.match(good.alerts, /^well again/);
+  const last = await night(site, REAL_TIME);
+  assert.equal(last.code, 0, last.output);
+  assert.match(last.alerts, /^well again/);
   await serves(site);
-  assert.deepEqual(await night(site), { code: 0, said: "", alerts: "" });
+  assert.deepEqual(await night(site), { code: 0, output: "", alerts: "" });
 }
 
 siteTest(
-  "what keeps a new certificate from being served is reported every night, and delivered once it can be",
+  "a new certificate that is not served is reported every night, and delivered once it can be",
   async () => {
     await settled(
       Object.entries(WAYS).map(async ([what, way]) => {
@@ -148,7 +148,7 @@ siteTest(
 );
 
 siteTest(
-  "R14: a month without runs is seen by --status and --metrics, and reported by the next run",
+  "R14: a month without runs is shown by --status and --metrics, and reported by the next run",
   async () => {
     await using site = await startSite({ age: AGE, actions: actionsOf(UPLOAD) });
     const { bed } = site;
@@ -158,9 +158,9 @@ siteTest(
     assert.equal(exitStatus(found), 1);
     assert.match(statusMetrics(found), /^lematt_problems\{.*kind="not run"\} 1$/m);
     assert.match(statusMetrics(found), /^lematt_endpoint_not_after_seconds\{/m);
-    const { code, said } = await night(site, PATIENT);
+    const { code, output } = await night(site, REAL_TIME);
     assert.equal(code, 0);
-    assert.match(said, /has not run since .*\n(.*\n)*issued .*\n(.*\n)*verified /);
+    assert.match(output, /has not run since .*\n(.*\n)*issued .*\n(.*\n)*verified /);
     await serves(site);
   },
 );

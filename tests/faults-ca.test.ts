@@ -1,8 +1,8 @@
 /**
- * Goal: whatever happens to any one exchange with the CA, and whatever is false in any word of any answer, one undisturbed run
- * later all is as it should be; nothing that the CA says reaches a shell, a path or the terminal as it is.
+ * Goal: whatever fails in any one exchange with the CA, and whatever value of an answer is false, one undisturbed run later
+ * everything is in order; nothing that the CA sends reaches a shell, a path or the terminal unchecked.
  *
- * Single false answers and what is reported of each are in acme.test.ts and issue.test.ts.
+ * Single false answers and the errors they cause are in acme.test.ts and issue.test.ts.
  */
 
 import assert from "node:assert/strict";
@@ -60,27 +60,27 @@ async function subjectFor(run: "first run" | "renewal"): Promise<Subject> {
   return subject;
 }
 
-/** A run with a fault in its n-th exchange; false if it has fewer. Silence is cut short. */
-async function disturbed(subject: Subject, n: number, fault: Fault): Promise<boolean> {
+/** A run with a fault in its n-th exchange; false if it has fewer. A silent CA is given up after 500 ms. */
+async function runWithFault(subject: Subject, n: number, fault: Fault): Promise<boolean> {
   const { bed } = subject;
   const before = bed.ca.log.length;
   bed.ca.switches.fault = (exchange) => exchange.n === before + n ? fault : undefined;
   const { fetch } = bed.context();
-  const impatient = (url: string, init: RequestInit) =>
+  const withTimeout = (url: string, init: RequestInit) =>
     fetch(url, { ...init, signal: AbortSignal.any([init.signal!, AbortSignal.timeout(500)]) });
   const silent = JSON.stringify(fault).includes("silence");
-  const ran = await bed.run({ retry: true, ...(silent && { fetch: impatient }) });
+  const ran = await bed.run({ retry: true, ...(silent && { fetch: withTimeout }) });
   await subject.afterFault(ran);
   assert.deepEqual(bed.dropped(), [], "challenge files");
   return ran.requests.length >= n;
 }
 
 for (const run of ["first run", "renewal"] as const) {
-  Deno.test(`any fault of any exchange of a ${run} is recovered from in the next run`, async () => {
+  Deno.test(`the next run recovers from any fault in any exchange of a ${run}`, async () => {
     await sweep(`wire, ${run}`, pairs(Object.keys(FAULTS), EXCHANGES), 5, async ([kind, n]) => {
       await using subject = await subjectFor(run);
-      const injected = await disturbed(subject, n, FAULTS[kind]!);
-      // without the answer it asks again too soon, and the answer to another question misleads it; no other is allowed
+      const injected = await runWithFault(subject, n, FAULTS[kind]!);
+      // allowed are only: asking again too soon after a lost answer, and any violation after a wrong answer was repeated
       const violations = subject.bed.ca.violations.splice(0);
       assert.deepEqual(
         violations.filter(({ type }) => type !== "tooSoon" && !kind.startsWith("the same")),
@@ -92,7 +92,7 @@ for (const run of ["first run", "renewal"] as const) {
   });
 }
 
-Deno.test("a run that is interrupted at any exchange leaves nothing behind, and the next run goes on", async () => {
+Deno.test("a run interrupted at any exchange leaves nothing behind, and the next run continues", async () => {
   await sweep("interrupted at an exchange", EXCHANGES, 2, async (n) => {
     await using subject = await subjectFor("first run");
     const { bed } = subject;
@@ -112,7 +112,7 @@ Deno.test("a run that is interrupted at any exchange leaves nothing behind, and 
 
 // ---- false answers -----------------------------------------------------------------------------------------------
 
-/** Takes the place of what the CA says; CANARY is a file that nobody may make. */
+/** Replace values in the CA's answers; CANARY is a file that must not be created. */
 const FALSE_VALUES: readonly unknown[] = [
   "$(touch CANARY); touch CANARY; `touch CANARY` | touch CANARY\n touch CANARY #",
   "../../../../../../../../CANARY",
@@ -132,12 +132,12 @@ const FALSE_VALUES: readonly unknown[] = [
   { toString: "valid", valueOf: 1, toJSON: null, length: -1, constructor: null },
 ];
 
-/** A renewal with a fault in its n-th exchange, and what must hold then. `value` is the text of one of FALSE_VALUES. */
+/** A renewal with a fault in its n-th exchange, and the checks after it. `value` is the text of one of FALSE_VALUES. */
 async function deceived(n: number, value: unknown, fault: (json: string) => Fault): Promise<boolean> {
   await using subject = await subjectFor("renewal");
   const { bed } = subject;
   const canary = join(bed.home, "canary");
-  const injected = await disturbed(subject, n, fault(JSON.stringify(value).replaceAll("CANARY", canary)));
+  const injected = await runWithFault(subject, n, fault(JSON.stringify(value).replaceAll("CANARY", canary)));
   for (const { stem, finding } of subject.inventory()) assert.equal(finding.kind, "present", stem);
   const violations = bed.ca.violations.splice(0).filter(({ url }) =>
     !/bank|CANARY/.test(new URL(url).pathname)
@@ -148,7 +148,7 @@ async function deceived(n: number, value: unknown, fault: (json: string) => Faul
   return injected;
 }
 
-/** A JSON value in which the n-th value that is no list and no object is another. */
+/** A JSON value with its n-th value that is neither list nor object replaced. */
 function rewritten(body: unknown, n: number, value: unknown): unknown {
   let left = n;
   const walk = (part: unknown): unknown => {
@@ -159,7 +159,7 @@ function rewritten(body: unknown, n: number, value: unknown): unknown {
   return walk(body);
 }
 
-Deno.test("a false value in any word of any answer costs an error, and is recovered from in the next run", async () => {
+Deno.test("a false value anywhere in an answer causes an error, and the next run recovers", async () => {
   const points = pairs(EXCHANGES, upTo(20)).map(([n, word], i) => ({ n, word, i: i % FALSE_VALUES.length }));
   await sweep("false values", points, 4, async ({ n, word, i }) => {
     let changed = false;
@@ -176,7 +176,7 @@ Deno.test("a false value in any word of any answer costs an error, and is recove
   });
 });
 
-Deno.test("a refusal in hostile words is reported in harmless ones, whatever was asked", async () => {
+Deno.test("a refusal with hostile text is printed harmlessly, whichever request it answers", async () => {
   await sweep("hostile refusals", pairs(EXCHANGES, FALSE_VALUES.keys().toArray()), 3, async ([n, i]) => {
     return await deceived(n, FALSE_VALUES[i], (json) => {
       const text = json.length < 1 << 19 ? JSON.parse(json) : "A".repeat(1 << 18);

@@ -13,15 +13,15 @@ import { LEFORWARD } from "./programs.ts";
 
 const ignore = missing !== undefined;
 if (ignore) {
-  console.warn(`faults-process.test.ts: no system call can be made to fail, as strace says: ${missing}`);
+  console.warn(`faults-process.test.ts: no system call can be made to fail, by strace: ${missing}`);
 }
 
-/** A disk that is full, over quota, broken, not for this user, for nobody, or on another machine that is gone. */
+/** Disk full, over quota, broken, no permission, read-only, or on a file server that is gone. */
 const ERRORS = ["ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE"];
-/** The same of reading, and a system that is out of files. */
+/** The same for reading, and no file descriptors left. */
 const READING_ERRORS = ["EIO", "EACCES", "ESTALE", "EMFILE"];
 
-/** Has the system calls at these points fail in these ways, in each situation; 1 of them in each where not all are. */
+/** Makes the system calls at these points fail in these ways, in each situation; by default one per situation. */
 async function sweepCalls(
   what: string,
   situations: readonly string[],
@@ -42,20 +42,24 @@ async function sweepCalls(
   }));
 }
 
-Deno.test("lematt can be killed at any change that it makes to a file", { ignore }, async () => {
-  await sweepCalls("SIGKILL", SITUATIONS, ["signal=SIGKILL"], false);
-});
+Deno.test(
+  "lematt recovers after being killed at any change that it makes to a file",
+  { ignore },
+  async () => {
+    await sweepCalls("SIGKILL", SITUATIONS, ["signal=SIGKILL"], false);
+  },
+);
 
-Deno.test("any change that lematt makes to a file can fail", { ignore }, async () => {
+Deno.test("lematt recovers after any change to a file has failed", { ignore }, async () => {
   await sweepCalls("a failing disk", SITUATIONS, ERRORS.map((error) => `error=${error}`), false);
 });
 
-Deno.test("any file that lematt reads can be out of reach", { ignore }, async () => {
+Deno.test("lematt recovers after any file that it reads could not be read", { ignore }, async () => {
   const injections = READING_ERRORS.map((error) => `error=${error}`);
   await sweepCalls("a file out of reach", ["renewal", "delivery"], injections, true);
 });
 
-Deno.test("lematt can be interrupted at any moment, and no prepare command listens on", async () => {
+Deno.test("lematt can be interrupted at any moment, and leaves no prepare command running", async () => {
   const random = randomFrom();
   const signals = ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"] as const;
   const points = pairs(upTo(SHARE > 0 ? 25 : 1), signals);
@@ -80,7 +84,7 @@ Deno.test("lematt can be interrupted at any moment, and no prepare command liste
     try {
       child.kill(signal);
     } catch {
-      interrupted = false; // it was done before
+      interrupted = false; // it had ended before
     }
     const { stderr } = await output;
     await subject.afterFault({ stderr: new TextDecoder().decode(stderr) });
@@ -117,7 +121,7 @@ function sectionOf(section: typeof SECTIONS[number]): string {
   return [`[${section}]`, ...domains, "rehearse: yes", ...lists].join("\n");
 }
 
-Deno.test("killed at any moment of a delivery, lematt delivers everything in the next run, and nothing twice that was done", async () => {
+Deno.test("after being killed at any moment of a delivery, lematt delivers the rest in the next run, and repeats nothing", async () => {
   const steps = SECTIONS.flatMap((section) => Object.keys(WORK).map((list) => ({ section, list })));
   const moments = pairs(steps, ["before", "after"]);
   await sweep(

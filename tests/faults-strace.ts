@@ -23,7 +23,7 @@ const CHANGING =
       ",",
     );
 
-/** Stops the program only at the calls that are looked at, which saves half the time; strace 6.1 sends no signals then. */
+/** Stops the program only at the traced calls, which saves half the time; strace 6.1 sends no signals then. */
 const QUICK = "--seccomp-bpf";
 
 /** Why strace cannot be used here; undefined where it can. */
@@ -44,7 +44,7 @@ export interface Point {
   readonly call: string;
   /** Its number among such calls for that path in its thread, from 1. */
   readonly when: number;
-  /** Whether it changes nothing. */
+  /** Whether it only reads. */
   readonly reads: boolean;
 }
 
@@ -68,7 +68,7 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
     assert(injected);
     await subject.afterFault();
   },
-  /** The account gets another key; a certificate is missing, for the next run to speak to the CA. */
+  /** The account gets another key; a certificate is missing, so that the next run contacts the CA. */
   async "rollover"(subject) {
     await subject.bed.run();
     Deno.removeSync(subject.inventory()[1]!.files.cert);

@@ -1,8 +1,8 @@
 /**
- * Goal: whatever text stands in a file that lematt reads, or comes in at leforward's socket, the answer is a report or a
+ * Goal: whatever text is in a file that lematt reads, or arrives at leforward's socket, the result is a report or a
  * run: no stack trace, no hang, nothing that a terminal would act on.
  *
- * Texts are made from right ones: pieces put in, cut out and doubled, values of JSON exchanged for others.
+ * Texts are mutations of valid ones: pieces inserted, removed and doubled, JSON values replaced.
  */
 
 import assert from "node:assert/strict";
@@ -22,10 +22,10 @@ import { startLeforward } from "./programs.ts";
 
 /** Inputs for each reader. */
 const INPUTS = Math.max(200, 20_000 * SHARE);
-/** None of them takes more than some milliseconds; the rest is for a machine that is busy. */
+/** An input takes a few milliseconds; the rest is for a busy machine. */
 const LONGEST_MS = 5_000;
 
-/** Nothing of what lematt reads is more than some kilobytes here; it takes no text for a program, a path or a key of an object. */
+/** Text with a meaning for one of the readers, a shell, a terminal, a path or an object. */
 const PIECES: readonly string[] = [
   ...`[]{}":,=%#;\\*./-_ \n\r\t\0\x1b\x7f\x9b\u00e4\u202e\ud800\ufeff`,
   ...["\n ", "%(x)s", "%(accountKey)s", "[DEFAULT]\n", "[every]\n", "[x]\ndomains: example.com\n"],
@@ -51,7 +51,7 @@ function mutated(text: string, random: Random): string {
 
 const OTHER_VALUES = [null, true, 0, -1, 1e308, 2 ** 53, "", [], {}, [[]], "2026-01-01", ...PIECES.slice(-2)];
 
-/** Removes a value of a JSON document, gives it another key, be it `__proto__`, or exchanges it for another. */
+/** Removes a value of a JSON document, gives it another key, even `__proto__`, or replaces it. */
 function mutatedJson(text: string, random: Random): string {
   const document = JSON.parse(text);
   for (let at = document;;) {
@@ -73,8 +73,8 @@ function mutatedJson(text: string, random: Random): string {
   return JSON.stringify(document);
 }
 
-/** Tries `input` with many a random source; a failure says which it was. */
-async function feed(what: string, input: (random: Random) => Promise<void> | void) {
+/** Runs `input` with many random sources; a failure names the source. */
+async function tryInputs(what: string, input: (random: Random) => Promise<void> | void) {
   for (let n = 0; n < INPUTS; n++) {
     const begun = performance.now();
     try {
@@ -84,35 +84,35 @@ async function feed(what: string, input: (random: Random) => Promise<void> | voi
     }
     const took = performance.now() - begun;
     assert(took < LONGEST_MS, `${what}, LEMATT_SEED=${SEED + n}: ${took} ms`);
-    if (n % 100 === 0) await setImmediate(); // else nothing of what the system holds for us is ever let go
+    if (n % 100 === 0) await setImmediate(); // lets the event loop release closed resources
   }
   if (SHARE > 0) console.log(`${what}: ${INPUTS} texts, all answered`);
 }
 
-/** Everything that can be said without a run, for people or for machines. */
+/** All output that needs no run, for people and for machines. */
 async function describe({ bed }: Subject, config: Config, json: boolean): Promise<void> {
-  const said: string[] = [];
-  const speak = (text: string) => said.push(text);
+  const printed: string[] = [];
+  const print = (text: string) => printed.push(text);
   const report = new Report({
-    ...{ mode: "test", cron: false, color: false, json, now: () => bed.ca.now, out: speak, err: speak },
+    ...{ mode: "test", cron: false, color: false, json, now: () => bed.ca.now, out: print, err: print },
   });
   const options = { parallel: 1, retry: false };
   const plan = preview(config, options, bed.context(), (event) => report.emit(event));
   report.finish({ plan, issued: 0, delivered: 0, known: new Set() });
-  speak(planText(plan, [], bed.ca.now));
-  for (const problem of plan.problems) speak(problemText(problem));
+  print(planText(plan, [], bed.ca.now));
+  for (const problem of plan.problems) print(problemText(problem));
   const found = await status(config, true, bed.context(), (event) => report.emit(event));
-  for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) speak(text);
-  presentable(withoutControls(said.join("")));
+  for (const text of json ? [statusJson(found), statusMetrics(found)] : [statusTable(found)]) print(text);
+  presentable(withoutControls(printed.join("")));
 }
 
-/** The texts of a state are those that a run has put there, cleaned; only these tests put in others. */
+/** Runs write only cleaned texts to the state; these tests write others as well. */
 function withoutControls(text: string): string {
   // deno-lint-ignore no-control-regex
   return text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, "");
 }
 
-Deno.test("any text of the configuration is a configuration or a list of errors", async () => {
+Deno.test("any text in the configuration files gives a configuration or a list of errors", async () => {
   await using bed = await testBed({
     domains: "example.com www *\n\u00e4.example.org 192.0.2.1 2001:db8::1 # x\n# y\n\nsolo.example.net\n",
     settings:
@@ -134,7 +134,7 @@ verify: ["[::1]:443/smtp#a.b", "DOMAIN:25", "a.b:25#DOMAIN"]
   });
   const names = ["lematt.conf", "domains", "actions.conf"];
   const texts = new Map(names.map((name) => [name, bed.text(name)]));
-  await feed("configurations", (random) => {
+  await tryInputs("configurations", (random) => {
     for (const [name, text] of texts) {
       Deno.writeTextFileSync(bed.path(name), random(2) === 0 ? text : mutated(text, random));
     }
@@ -150,14 +150,14 @@ verify: ["[::1]:443/smtp#a.b", "DOMAIN:25", "a.b:25#DOMAIN"]
   });
 });
 
-Deno.test("any text of certificates and keys is reported for what it is", async () => {
+Deno.test("any text in the files of certificates and keys is classified without an exception", async () => {
   await using subject = await Subject.create({ settings: "keyTypes: rsa ec" });
   const { bed } = subject;
   await bed.run();
   const config = bed.config();
   const paths = subject.inventory().flatMap(({ files: { key, cert } }) => [key, cert]);
   const texts = paths.map((path) => Deno.readTextFileSync(path));
-  await feed("certificates and keys", async (random) => {
+  await tryInputs("certificates and keys", async (random) => {
     const at = random(paths.length);
     const other = texts[random(paths.length)]!;
     Deno.writeTextFileSync(paths[at]!, random(10) === 0 ? other : mutated(texts[at]!, random));
@@ -167,7 +167,7 @@ Deno.test("any text of certificates and keys is reported for what it is", async 
   });
 });
 
-Deno.test("any text of state.json is a state, or set aside, and the next run goes on", async () => {
+Deno.test("any text in state.json is used or set aside, and the next run continues", async () => {
   await using subject = await Subject.create({ ca: { renewalInfo: false } });
   const { bed } = subject;
   bed.ca.switches.reject = (name) => name.startsWith("www.") ? "no" : undefined;
@@ -205,7 +205,7 @@ Deno.test("any text of state.json is a state, or set aside, and the next run goe
     subject.dropUnusable();
   };
   const config = bed.config();
-  await feed("states", async (random) => {
+  await tryInputs("states", async (random) => {
     Deno.writeTextFileSync(path, random(2) === 0 ? mutatedJson(state, random) : mutated(state, random));
     try {
       await describe(subject, config, random(2) === 0);
@@ -221,14 +221,14 @@ Deno.test("any text of state.json is a state, or set aside, and the next run goe
   await subject.recover();
 });
 
-Deno.test("whatever challenge is remembered is removed or passed over, and nothing else", async () => {
+Deno.test("any recorded challenge is removed or skipped, and nothing else is removed", async () => {
   await using bed = await testBed({ domains: "example.com" });
   const config = bed.config();
   Deno.writeTextFileSync(join(bed.home, "victim"), "precious");
   const token = "a-token-of-a-challenge-that-was";
   const warnings: string[] = [];
   const context = bed.context({ warn: (text) => warnings.push(text) });
-  await feed("challenges", async (random) => {
+  await tryInputs("challenges", async (random) => {
     Deno.writeTextFileSync(join(bed.drop, token), "");
     const path = `${"../".repeat(random(3))}victim`;
     const state = emptyState();
@@ -250,7 +250,7 @@ Deno.test("any bytes at leforward's socket are answered with a redirect or 404",
   const request = `GET ${path} HTTP/1.1\r\nHost: example.com\r\nUser-Agent: a CA\r\nAccept: */*\r\n\r\n`;
   const expected =
     /^HTTP\/1\.1 (301 Moved Permanently\r\nLocation: http:\/\/central\.example\/\.well-known\/acme-challenge\/[\w-]+|404 Not Found)\r\nContent-Length: 0\r\nConnection: close\r\n\r\n$/;
-  await feed("requests to leforward", async (random) => {
+  await tryInputs("requests to leforward", async (random) => {
     using connection = await Deno.connect({ hostname: "127.0.0.1", port });
     const bytes = Uint8Array.from(`${mutated(request, random)}\r\n\r\n`, (char) => char.charCodeAt(0));
     await connection.write(bytes);

@@ -1,6 +1,6 @@
 /**
- * Goal: odd files and directories, another user's files, runs at the same time, commands that go wrong and any clock cost at
- * most a line of text, and one undisturbed run later all is as it should be. Commands themselves are in hooks.test.ts.
+ * Goal: unexpected files and directories, another user's files, concurrent runs, commands that go wrong and wrong clocks
+ * cost at most a line of text, and one undisturbed run later everything is in order. See hooks.test.ts for commands alone.
  */
 
 import assert from "node:assert/strict";
@@ -42,7 +42,7 @@ const OBSTACLES: Readonly<Record<string, (path: string, victim: string) => void>
   "an empty file": (path) => Deno.writeTextFileSync(path, ""),
 };
 
-Deno.test("anything in the place of a file is reported, harms nothing else, and nothing once it is gone", async () => {
+Deno.test("anything in the place of a file is reported and harms nothing else, and lematt recovers once it is removed", async () => {
   await sweep(
     "in the way of a file",
     pairs(IN_THE_WAY, Object.keys(OBSTACLES)),
@@ -66,14 +66,14 @@ Deno.test("anything in the place of a file is reported, harms nothing else, and 
       }
 
       subject.dropUnusable();
-      await Deno.remove(path, { recursive: true }).catch(() => {}); // as one would who does not know what it was
+      await Deno.remove(path, { recursive: true }).catch(() => {}); // as an administrator might, without looking inside
       if (what === "account.key.test") Deno.renameSync(aside, path);
       await subject.recover();
     },
   );
 });
 
-Deno.test("a drop directory that vanishes during a run fails what needs it, and nothing else", async () => {
+Deno.test("a drop directory that disappears during a run fails only what needs it", async () => {
   await using subject = await Subject.create(NO_ARI);
   const { bed } = subject;
   bed.ca.switches.fault = ({ resource }) => {
@@ -88,7 +88,7 @@ Deno.test("a drop directory that vanishes during a run fails what needs it, and 
   await subject.recover();
 });
 
-Deno.test("a report that cannot be written keeps no certificate from being issued and delivered", {
+Deno.test("certificates are issued and delivered even if the report cannot be written", {
   ignore: Deno.build.os !== "linux", // which has /dev/full
 }, async () => {
   await using subject = await Subject.create(NO_ARI);
@@ -100,21 +100,21 @@ Deno.test("a report that cannot be written keeps no certificate from being issue
 
 // ---- another user's files ----------------------------------------------------------------------------------------
 
-/** Root is refused nothing, unless that is taken from it. */
+/** Without these capabilities root is refused access as other users are. */
 const AS_ANYBODY = Deno.uid() === 0
   ? ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
   : [];
 
-/** What is closed, how, what is reported, and the exit status. */
-const CLOSED: readonly (readonly [path: string, mode: number, said: RegExp, code: number])[] = [
+/** A path, the mode that it gets, the error, and the exit status. */
+const CLOSED: readonly (readonly [path: string, mode: number, error: RegExp, code: number])[] = [
   ["test/cert", 0o555, /Permission denied .*test\/cert/, 1],
   [SOLO_KEY, 0, /solo\.example\.org \(ec\)\n +Permission denied.*solo\.example\.org-key/, 1],
   ["test", 0o555, /Permission denied .*test\//, 1],
   ["test/state.json", 0, /^lematt: cannot read .*test\/state\.json: Permission denied/, 2],
 ];
 
-Deno.test("what another user has closed is reported, and costs the CA no order", async () => {
-  await sweep("another user's files", CLOSED, 2, async ([closed, mode, said, code]) => {
+Deno.test("inaccessible files are reported, and cost no order", async () => {
+  await sweep("another user's files", CLOSED, 2, async ([closed, mode, error, code]) => {
     await using subject = await Subject.create(NO_ARI);
     const { bed } = subject;
     await bed.run();
@@ -126,7 +126,7 @@ Deno.test("what another user has closed is reported, and costs the CA no order",
     Deno.chmodSync(path, mode);
     const ran = await bed.lemattBy(AS_ANYBODY, "--test");
     presentable(ran.stdout + ran.stderr);
-    assert.match(ran.stderr, said);
+    assert.match(ran.stderr, error);
     assert.deepEqual([ran.code, bed.ca.orders.length], [code, before]);
     Deno.chmodSync(path, open);
     await subject.recover();
@@ -135,7 +135,7 @@ Deno.test("what another user has closed is reported, and costs the CA no order",
 
 // ---- at the same time --------------------------------------------------------------------------------------------
 
-Deno.test("of runs started together one does the work, and leaves its challenges and prepare commands alone", async () => {
+Deno.test("of runs started together only one does the work; the others do not touch its challenges and prepare commands", async () => {
   await using subject = await Subject.create(NO_ARI);
   const { bed } = subject;
   const gate = Promise.withResolvers<void>();
@@ -169,7 +169,7 @@ Deno.test("a first run with --test and one with --prod do not disturb each other
   assert(bed.text("account.key") !== bed.text("account.key.test"));
 });
 
-Deno.test("a file system without locks is reported in a line, and nothing is done there", {
+Deno.test("a file system without locks is reported in one line, and nothing is done there", {
   ignore: noStrace !== undefined,
 }, async () => {
   await sweep("no locks", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "ENOSYS", "EIO"], 1, async (error) => {
@@ -188,7 +188,7 @@ Deno.test("a file system without locks is reported in a line, and nothing is don
 
 // ---- the clock ---------------------------------------------------------------------------------------------------
 
-Deno.test("what a clock that was a year ahead has put off waits no longer once the clock is right", async () => {
+Deno.test("what was postponed by a clock a year ahead is done once the clock is right", async () => {
   await using subject = await Subject.create(NO_ARI);
   const { bed } = subject;
   const alerts = join(bed.home, "alerts");
@@ -210,7 +210,7 @@ Deno.test("what a clock that was a year ahead has put off waits no longer once t
   await subject.recover({ orders: 2 });
 });
 
-Deno.test("a clock that is a year behind costs no order, and nothing once it is right", async () => {
+Deno.test("a clock that is a year behind costs no order, and lematt recovers once it is right", async () => {
   await using subject = await Subject.create(NO_ARI);
   const { bed } = subject;
   const behind = () => new Date(bed.ca.now.getTime() - 365 * DAYS);
@@ -221,7 +221,7 @@ Deno.test("a clock that is a year behind costs no order, and nothing once it is 
 
 // ---- commands ----------------------------------------------------------------------------------------------------
 
-/** What ignores TERM gets five seconds. */
+/** Commands that ignore SIGTERM are killed only after five seconds. */
 const isQuick = (what: string) => SHARE > 0 || !what.includes("TERM");
 
 const UPLOADS: Readonly<Record<string, string>> = {
@@ -239,7 +239,7 @@ const UPLOADS: Readonly<Record<string, string>> = {
   "runs lematt itself": `${LEMATT.join(" ")} --test --config HERE/conf`,
 };
 
-Deno.test("an upload that goes wrong in any way is pending, and made good once it works", async () => {
+Deno.test("an upload that goes wrong in any way stays pending, and is delivered once it works", async () => {
   await sweep("uploads that go wrong", Object.keys(UPLOADS).filter(isQuick), 2, async (what) => {
     await using subject = await Subject.create({ settings: `${NO_ARI.settings}\ncommandTimeout: 1` });
     subject.configure({ upload: UPLOADS[what]! });

@@ -20,12 +20,12 @@ import type { Switches } from "./ca.ts";
 import { output } from "./programs.ts";
 
 const WANTED = Deno.env.get("LEMATT_FAULTS");
-/** The part of the points to be tried; 0 is a few. */
+/** The fraction of the points to try; 0 means a few. */
 export const SHARE = WANTED === "all" ? 1 : Number(WANTED ?? 0);
 export const SEED = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
-/** One fault with all that follows from it. */
+/** Limit for one fault and the recovery from it. */
 const LONGEST_MS = 60_000;
-/** Most of the time of an attempt is waiting: for commands, for the CA, for strace. */
+/** An attempt mostly waits: for commands, for the CA, for strace. */
 const inTurn = limit(4);
 
 // ---- points ------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ export function randomFrom(seed = SEED): (below: number) => number {
 }
 
 /**
- * Has `attempt` inject a fault at each point, or at `some` of them, and fails with all points after which lematt did not
+ * Lets `attempt` inject a fault at each point, or at `some` of them, and fails with all points after which lematt did not
  * recover. An attempt that returns false never came to its point (the run was over before), and does not count.
  */
 export async function sweep<Point>(
@@ -84,12 +84,12 @@ export function upTo(count: number): number[] {
 
 // ---- the subject -------------------------------------------------------------------------------------------------
 
-/** For the program itself, which finds no name of a test on the network. */
+/** Settings for the program itself, which cannot resolve the tests' names. */
 export const PROGRAM = "keyTypes: ec\npreflight: no";
 
 /**
  * A test bed for a line of two names and a line of one, whose certificates are delivered by copying them to `served`,
- * and whose challenges need a `prepare` command. Its process numbers are in the file `prepared` of the bed's home.
+ * and whose challenges need a `prepare` command. Its process ids are in the file `prepared` of the bed's home.
  */
 export class Subject implements AsyncDisposable {
   readonly served: string;
@@ -107,7 +107,7 @@ export class Subject implements AsyncDisposable {
     return subject;
   }
 
-  /** Writes actions.conf, with other commands than the usual ones if there are any. */
+  /** Writes actions.conf; commands that are not given are the usual ones. */
   configure({ prepare = "exec cat >/dev/null", upload = "cp -L CERTS HERE/served", more = "" } = {}): void {
     this.bed.act(`[default]
 prepare: [${JSON.stringify(`echo $$ >> HERE/prepared; ${prepare}`)}]
@@ -127,9 +127,9 @@ ${more}`);
   }
 
   /** A run in this process; errors that the program reports in one line are reported as it does. */
-  async attempt(world: Partial<Context> = {}): Promise<Ended> {
+  async attempt(context: Partial<Context> = {}): Promise<Ended> {
     try {
-      return await this.bed.run({ retry: true, ...world });
+      return await this.bed.run({ retry: true, ...context });
     } catch (error) {
       if (error instanceof ConfigError) return { code: 2, stdout: "", stderr: `${error.message}\n` };
       const { name } = error as Error;
@@ -146,7 +146,7 @@ ${more}`);
     }
   }
 
-  /** Process numbers of the `prepare` commands so far. */
+  /** Process ids of the `prepare` commands so far. */
   prepared(): number[] {
     return textOf(join(this.bed.home, "prepared")).split("\n").filter((line) => line !== "").map(Number);
   }
@@ -174,7 +174,7 @@ ${more}`);
     return ran;
   }
 
-  /** Every certificate is there and delivered, and nothing else: no temporary, no challenge, no lock that is held. */
+  /** Every certificate is there and delivered, and nothing else: no temporary, no challenge, no lock. */
   async #checkFiles(): Promise<void> {
     const { bed } = this;
     const config = bed.config();
@@ -195,7 +195,7 @@ ${more}`);
     assert.deepEqual(names.filter((name) => name.startsWith(".")), [], "temporaries");
     assert(isPrivateKey(bed.text("account.key.test")));
     assert.equal(bed.ca.accounts.length, 1);
-    // a command that another bed of this process just starts has the lock's file open, too, until it is that command
+    // a command that another bed of this process starts inherits the open lock until its exec()
     await until("the lock is free", () => this.#isFree());
   }
 
@@ -244,7 +244,7 @@ export function presentable(text: string): void {
   assert.doesNotMatch(text, /\n\s+at .*:\d+:\d+|undefined|\[object /);
 }
 
-/** The text of a file; empty where there is none. */
+/** The text of a file; empty if it cannot be read. */
 export function textOf(path: string): string {
   try {
     return Deno.readTextFileSync(path);
@@ -253,7 +253,7 @@ export function textOf(path: string): string {
   }
 }
 
-/** The names in a directory; none where there is no directory. */
+/** The names in a directory; empty if it cannot be read. */
 export function listing(path: string): string[] {
   try {
     return [...Deno.readDirSync(path)].map(({ name }) => name).sort();
@@ -262,7 +262,7 @@ export function listing(path: string): string[] {
   }
 }
 
-/** Whether a process runs; one that has ended and only waits for its parent to take notice does not. */
+/** Whether a process is running; a zombie is not. */
 export function isRunning(pid: number): boolean {
   try {
     process.kill(pid, 0);

@@ -1,5 +1,5 @@
-// Goal: a hook command is what its line says with the values put in, and nothing of it outlives its use. Every command here is
-// a real /bin/sh with real children; nothing is slept for.
+// Goal: a hook runs its line with the placeholders replaced, and no process of it outlives its use. Every command here is a
+// real /bin/sh with real children; tests wait for conditions, not for time to pass.
 
 import assert from "node:assert/strict";
 import process from "node:process";
@@ -26,7 +26,7 @@ function isRunning(pid: number): boolean {
   }
 }
 
-/** What has ended may be seen for a while where process 1 reaps late. */
+/** A process that has ended may stay visible for a while, until process 1 reaps it. */
 async function ended(...pids: number[]): Promise<void> {
   await until(`the end of ${pids}`, () => !pids.some(isRunning));
 }
@@ -44,7 +44,7 @@ async function temporaryDirectory() {
   return { path, log: `${path}/log`, [Symbol.asyncDispose]: () => Deno.remove(path, { recursive: true }) };
 }
 
-// ---- what is put in ----------------------------------------------------------------------------------------------
+// ---- placeholders ------------------------------------------------------------------------------------------------
 
 const VALUES = {
   DOMAIN: "example.com",
@@ -57,29 +57,29 @@ const VALUES = {
 };
 
 const PRINTED = {
-  // whole words are replaced, and no value is searched
+  // only whole words are replaced, and none inside values
   "printf '<%s>' DOMAIN /etc/DOMAIN.pem:DOMAIN": "<example.com></etc/example.com.pem:example.com>",
   "echo DOMAINS_CN DOMAIN": "a.example b.example example.com\n",
   "echo XDOMAIN DOMAINS DOMAIN_ DOMAIN2": "XDOMAIN DOMAINS DOMAIN_ DOMAIN2\n",
   "printf '<%s>' CERTS VALUE": "</etc/ssl/a,b:c@d+e%f.pem></srv/DOMAIN.pem><-x_DOMAIN>",
   "printf '<%s>' a NONE b 'NONE'": "<a><b><>",
   "echo RECORD constructor toString": "RECORD constructor toString\n",
-  // what is the shell's is left to it
+  // shell syntax is left to the shell
   'echo "$DOMAIN" ${DOMAIN-y} "$LEMATT_DOMAIN" "${LEMATT_CERTS#* }"': " y example.com /srv/DOMAIN.pem\n",
   "echo \\DOMAIN '\\DOMAIN' \\xDOMAIN \\$DOMAIN": "DOMAIN \\DOMAIN xDOMAIN $DOMAIN\n",
-  // a wildcard is itself, in quotes and outside
+  // a wildcard is not expanded, in quotes or outside
   "printf '<%s>' DOMAINS_ALL": "<a.example><*.b.example>",
   "printf '<%s>' 'lematt: DOMAINS_ALL'": "<lematt: a.example *.b.example>",
   [`printf '<%s>' "it's \\"DOMAINS_ALL"`]: `<it's "a.example *.b.example>`,
   [`printf '<%s>' "it's" 'a"b' \\" \\' DOMAINS_ALL`]: `<it's><a"b><"><'><a.example><*.b.example>`,
   [`printf '<%s>' SUBJECT "SUBJECT"`]: "<lematt: [web] is unreachable><lematt: [web] is unreachable>",
-  // also in what the line hands on, and on every line
+  // also in a script inside the command, and on every line
   'echo `echo DOMAIN` "$(echo "DOMAIN")" ${x:-DOMAIN}': "example.com example.com example.com\n",
   "sh -c 'for name in DOMAINS_CN; do echo $name; done'": "a.example\nb.example\n",
   [`cd /; sh -c "printf '<%s>' DOMAINS_ALL"`]: "<a.example><*.b.example>",
   "echo DOMAIN\necho 'DOMAIN\nDOMAIN'": "example.com\nexample.com\nexample.com\n",
 };
-Deno.test("runCommand() puts values in the place of words, and leaves to the shell what is its", async () => {
+Deno.test("runCommand() replaces placeholders, and leaves shell syntax to the shell", async () => {
   await using directory = await temporaryDirectory();
   Deno.writeTextFileSync(`${directory.path}/w.b.example`, ""); // which "*.b.example" would match
   await all(
@@ -89,7 +89,7 @@ Deno.test("runCommand() puts values in the place of words, and leaves to the she
   );
 });
 
-Deno.test("a value that is not harmless is a bug, and reaches no command line", async () => {
+Deno.test("an unsafe value is a bug, and reaches no command line", async () => {
   const values = ["", "a\nb", "a\tb", ..."$`'\"\\;|&<>(){}?^~#!=\u00a0ü"];
   for (const value of values) {
     for (const template of ["echo DOMAIN", "echo 'DOMAIN'", 'echo "DOMAIN"']) {
@@ -102,7 +102,7 @@ Deno.test("a value that is not harmless is a bug, and reaches no command line", 
 
 // ---- parts -------------------------------------------------------------------------------------------------------
 
-Deno.test("4,000 paths reach a command in parts that have nothing in common, up to the one that fails", async () => {
+Deno.test("4,000 paths are passed to a command in disjoint parts, up to the part that fails", async () => {
   const CERTS = Array.from({ length: 4000 }, (_, n) => `/etc/${"x".repeat(60)}/${n}.pem`);
   const KEYS = CERTS.map((path) => path.replace("etc", "key"));
   for (const words of ["CERTS", "$LEMATT_CERTS"]) {
@@ -122,7 +122,7 @@ Deno.test("4,000 paths reach a command in parts that have nothing in common, up 
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-Deno.test("runCommand() gives what was printed on both streams, cleaned for a terminal", async () => {
+Deno.test("runCommand() returns the output of both streams, cleaned for a terminal", async () => {
   const shown: string[] = [];
   const { output, seconds } = await run(
     `printf 'a\\033[31mb\\007\\033]0;title\\007\\tc\\r\\n\\302\\233x'; echo end >&2`,
@@ -134,7 +134,7 @@ Deno.test("runCommand() gives what was printed on both streams, cleaned for a te
   assert.ok(seconds > 0 && seconds < 20);
 });
 
-Deno.test("runCommand() is plain /bin/sh, with our environment, directory and the values; an empty command is passed over", async () => {
+Deno.test("runCommand() runs /bin/sh with our environment, our directory and the values; an empty command is skipped", async () => {
   assert.equal((await run("false | cat; echo $UNSET_VARIABLE-; false; echo on")).output, "-\non\n");
   const { output } = await run(
     'echo "$PATH"; pwd; echo "$LEMATT_MODE $LEMATT_DOMAINS_CN $LEMATT_SUBJECT MODE"',
@@ -145,13 +145,13 @@ Deno.test("runCommand() is plain /bin/sh, with our environment, directory and th
   for (const nothing of ["", " \n"]) assert.equal((await run(nothing)).output, "");
 });
 
-Deno.test("runCommand() gives a command its standard input, or none, and does not mind one that is not read", async () => {
+Deno.test("runCommand() gives a command its standard input, or none; the command need not read it", async () => {
   assert.equal((await run("cat", {}, { stdin: "report\n" })).output, "report\n");
   assert.equal((await run("cat; readlink /proc/self/fd/0", {}, { stdin: "" })).output, "/dev/null\n");
   assert.equal((await run("echo done", {}, { stdin: "x".repeat(5_000_000) })).output, "done\n");
 });
 
-Deno.test("runCommand() reports how a command failed, and what it printed", async () => {
+Deno.test("runCommand() reports how a command failed, with its output", async () => {
   const table: [command: string, reason: string, output: RegExp][] = [
     ["echo why >&2; exit 3", "exit status 3", /^why\n$/],
     ["no-such-command-here", "exit status 127 (command not found)", /not found/],
@@ -168,7 +168,7 @@ Deno.test("runCommand() reports how a command failed, and what it printed", asyn
   }
 });
 
-Deno.test("runCommand() keeps the end of what is printed, and little memory, be it long or in one line", async () => {
+Deno.test("runCommand() keeps only the end of long output, also of one long line", async () => {
   const before = Deno.memoryUsage().rss;
   const { output } = await run("echo first; yes abcdefg | head -c 600000000; echo last");
   assert.ok(output.length <= 64 * 1024 + 10);
@@ -181,7 +181,7 @@ Deno.test("runCommand() keeps the end of what is printed, and little memory, be 
 
 // ---- prepare -----------------------------------------------------------------------------------------------------
 
-Deno.test("identical prepare commands are one process, ended with its last user", async () => {
+Deno.test("identical prepare commands share one process, which ends with its last user", async () => {
   await using directory = await temporaryDirectory();
   const { log } = directory;
   const command = `echo $$ DOMAIN $LEMATT_DOMAIN $LEMATT_MODE >> ${log}; exec sleep 60`;
@@ -196,19 +196,19 @@ Deno.test("identical prepare commands are one process, ended with its last user"
   const running = () => pids.map(isRunning);
 
   await first![Symbol.asyncDispose]();
-  await first![Symbol.asyncDispose](); // twice is once
+  await first![Symbol.asyncDispose](); // disposing twice counts once
   assert.deepEqual(running(), [true, true]);
   await second![Symbol.asyncDispose]();
   assert.deepEqual(running(), [false, true]);
   await other[Symbol.asyncDispose]();
   assert.deepEqual(running(), [false, false]);
 
-  const shared = `echo "\${LEMATT_DOMAIN-none}" > ${log}.shared; exec cat`; // which may be any name's
+  const shared = `echo "\${LEMATT_DOMAIN-none}" > ${log}.shared; exec cat`; // no name of its own, as several may share it
   await prepare.start(shared, { DOMAIN: "a.example" }, "test");
   await until("it runs", () => text(`${log}.shared`) === "none\n");
 });
 
-Deno.test("a prepare command that dies fails for all its users, is warned of once, and is started anew for the next", async () => {
+Deno.test("a prepare command that dies fails for all its users, is reported once, and is started again for the next", async () => {
   await using directory = await temporaryDirectory();
   const { path, log } = directory;
   const command =
@@ -231,9 +231,9 @@ Deno.test("a prepare command that dies fails for all its users, is warned of onc
   assert.equal(text(log), "run\nrun\n");
 });
 
-const test = together("what runs is ended", 9);
+const test = together("commands are ended", 9);
 
-test("what ignores TERM is killed, with everything that it started", async () => {
+test("a command that ignores SIGTERM is killed, with all that it started", async () => {
   await using directory = await temporaryDirectory();
   const { log } = directory;
   const stubborn =
@@ -252,7 +252,7 @@ test("what ignores TERM is killed, with everything that it started", async () =>
   await ended(...pids);
 });
 
-test("what gets TERM has time to clean up, also behind a shell that ends at once", async () => {
+test("a command has time to clean up after SIGTERM, even if its shell ends at once", async () => {
   await using directory = await temporaryDirectory();
   const { log } = directory;
   const inner =
@@ -278,17 +278,17 @@ test("runCommand() ends the group when its signal aborts, and throws the signal'
   assert.notEqual(text(log), "again\n");
 });
 
-test("runCommand() does not wait for a daemon that holds its output, and lets it live", async () => {
+test("runCommand() does not wait for a daemon that keeps its output open, and does not end it", async () => {
   const { output, seconds } = await run("sleep 60 & echo $!");
   assert.ok(seconds < 5);
   assert.equal(isRunning(Number(output)), true);
   process.kill(Number(output));
 });
 
-test("a prepare command that is wanted while it ends is started again after that", async () => {
+test("a prepare command that is needed again while it ends is started again afterwards", async () => {
   await using directory = await temporaryDirectory();
   const { path, log } = directory;
-  // It has the "port" until it has ended, and fails where the port is taken
+  // It occupies the "port" until it has ended, and fails if the port is taken
   const command = `trap 'sleep 0.3; rmdir ${path}/port; exit' TERM; mkdir ${path}/port || exit 1
     echo up >> ${log}; while :; do sleep 0.05; done`;
   await using prepare = new PrepareCommands(assert.fail);
@@ -301,7 +301,7 @@ test("a prepare command that is wanted while it ends is started again after that
   await until("it runs again", () => text(log) === "up\nup\n");
 });
 
-test("a prepare command that is done, like opening a port, is kept until its last user is done", async () => {
+test("a prepare command that exits after its work, such as opening a port, keeps its children until its last user is done", async () => {
   await using directory = await temporaryDirectory();
   const { log } = directory;
   await using prepare = new PrepareCommands(assert.fail);
@@ -324,7 +324,7 @@ test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
   await until("the clean-up command hangs", () => text(log).endsWith("\n"));
   for (const stream of [child.stdout, child.stderr]) stream.cancel();
   child.kill("SIGINT");
-  child.kill("SIGTERM"); // two of a kind could become one
+  child.kill("SIGTERM"); // two equal signals could be merged into one
   const begun = performance.now();
   assert.equal((await child.status).code, 1);
   assert.ok(performance.now() - begun < 9000);

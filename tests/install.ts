@@ -62,7 +62,7 @@ export async function install(
   };
 }
 
-/** Runs a command to its end and returns its standard output; throws where it fails. */
+/** Runs a command to its end and returns its standard output; throws if it fails. */
 export async function run(command: string, ...args: readonly string[]): Promise<string> {
   const { code, stdout, stderr } = await output([command, ...args]);
   if (code !== 0) throw new Error(`${command} ${args.join(" ")}: ${stderr}`);

@@ -1,5 +1,5 @@
 /**
- * leforward as a program: started as its first line says, asked over raw sockets, ended in every way.
+ * leforward as a program: started by its first line, queried over raw sockets, ended in every way.
  * What an ssh session does to it is in remote.test.ts.
  */
 import assert from "node:assert/strict";
@@ -18,14 +18,14 @@ const CHALLENGE = `/.well-known/acme-challenge/${TOKEN}`;
 const ended = (args: string[], env: Record<string, string> = {}, by = LEFORWARD) =>
   output([...by, ...args], { env });
 
-/** Sends `request` as it stands, one byte a character, and returns all that comes back. */
+/** Sends `request` verbatim, one byte a character, and returns the whole answer. */
 async function ask(port: number, request: string, hostname = "127.0.0.1"): Promise<string> {
   using connection = await Deno.connect({ hostname, port });
   await connection.write(Uint8Array.from(request, (c) => c.charCodeAt(0)));
   return await new Response(connection.readable).text().catch(() => "");
 }
 
-/** Waits until nobody listens on `port` any more. */
+/** Waits until nothing listens on `port` any more. */
 async function untilFree(port: number): Promise<void> {
   await until("its port is free", () => {
     try {
@@ -78,7 +78,7 @@ test("leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, and n
   assert.equal(await new Response(connection.readable).text(), moved(location), "in pieces");
 });
 
-test("silent and slow connections hold nobody up, are bounded in number and closed after five seconds", async () => {
+test("silent and slow connections do not delay others, are limited in number and closed after five seconds", async () => {
   await using server = await start(["--baseurl", "http://c.example"]);
   const since = performance.now();
   const ended: Promise<number>[] = [];
@@ -94,13 +94,13 @@ test("silent and slow connections hold nobody up, are bounded in number and clos
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
   assert.ok(performance.now() - asked < 4000, "the next request had to wait");
   const ages = await Promise.all(ended);
-  assert.ok(ages[99]! < opened + 4000, "the oldest hundred make room at once");
-  assert.ok(ages[101]! > 4000, "the others have their time");
-  assert.ok(Math.max(...ages) < opened + 9000, "and no more");
+  assert.ok(ages[99]! < opened + 4000, "the oldest hundred are closed at once");
+  assert.ok(ages[101]! > 4000, "the others are kept for their full time");
+  assert.ok(Math.max(...ages) < opened + 9000, "but not longer");
   for (const connection of connections) connection.close();
 });
 
-/** Whether someone is asked at once, 50 times in a row. */
+/** Sends 50 requests in a row, which must be answered without delay. */
 async function answersAtOnce(port: number): Promise<void> {
   const since = performance.now();
   for (let n = 0; n < 50; n++) {
@@ -109,13 +109,13 @@ async function answersAtOnce(port: number): Promise<void> {
   }
 }
 
-test("connections that were reset before they were accepted hold nobody up", async () => {
+test("connections that were reset before they were accepted do not delay others", async () => {
   await using server = await start(["--baseurl", "http://c.example"]);
   await using _resets = await startResets(server.port, 1000);
   await answersAtOnce(server.port);
 }, lackOf("python3"));
 
-test("where files run out, the oldest connection makes room", async () => {
+test("without free file descriptors the oldest connection is closed", async () => {
   const by = ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", ...LEFORWARD];
   await using server = await start(["--baseurl", "http://c.example"], { by });
   const silent = await Promise.all(
@@ -177,7 +177,7 @@ test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIG
   ));
 });
 
-test("leforward redirects to the allowed URL in any spelling, and prefers --baseurl to the session's word", async () => {
+test("leforward redirects to the allowed URL in any spelling, and prefers --baseurl to SSH_ORIGINAL_COMMAND", async () => {
   for (
     const [args, command, location] of [
       [["--allow", "http://c.example/"], "HTTP://C.example:80", "http://c.example"],
@@ -201,14 +201,14 @@ test("leforward redirects to the allowed URL in any spelling, and prefers --base
   }
 });
 
-test("a port that is taken is one clear line", async () => {
+test("a port that is in use is reported in one line", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
   const { code, stderr } = await ended(["--baseurl", "http://c.example", "--port", `${first.port}`]);
   assert.equal(code, 1);
   assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
 });
 
-test("a port whose holder is about to end is waited for", async () => {
+test("leforward waits for a port whose user is about to end", async () => {
   await using first = await start(["--baseurl", "http://c.example"]);
   const second = start(["--baseurl", "http://d.example", "--port", `${first.port}`]);
   first.child.kill("SIGTERM");
@@ -219,11 +219,11 @@ test("a port whose holder is about to end is waited for", async () => {
   );
 });
 
-test("a port that needs a privilege is one line that names the ways out", async () => {
+test("a port that needs a privilege is reported in one line with the remedies", async () => {
   const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service", ...LEFORWARD] : LEFORWARD;
   const args = ["--baseurl", "http://c.example", "--port", "1", "--lifetime", "0.01"];
   const { code, stdout, stderr } = await ended(args, {}, by);
-  if (stdout) return; // this machine lets everyone have every port
+  if (stdout) return; // every user may use every port on this machine
   assert.equal(code, 1);
   assert.match(
     stderr,
@@ -231,7 +231,7 @@ test("a port that needs a privilege is one line that names the ways out", async 
   );
 });
 
-test("leforward ends by a signal, when its lifetime is over, and when its standard input closes", async () => {
+test("leforward ends on a signal, when its lifetime is over, and when its standard input is closed", async () => {
   type Server = Awaited<ReturnType<typeof start>>;
   const by = (signal: Deno.Signal) => ({ child }: Server) => child.kill(signal);
   const ends: [why: string, end: (server: Server) => unknown, ...args: string[]][] = [
@@ -241,7 +241,7 @@ test("leforward ends by a signal, when its lifetime is over, and when its standa
     ["its lifetime is over", () => {}, "--lifetime", "0.01"],
     ["its standard input is closed", async ({ child }) => {
       const writer = child.stdin.getWriter();
-      await writer.write(new Uint8Array(100_000)); // which it does not mind
+      await writer.write(new Uint8Array(100_000)); // it is ignored
       await writer.close();
     }],
   ];
@@ -256,10 +256,10 @@ test("leforward ends by a signal, when its lifetime is over, and when its standa
   }));
 });
 
-test("leforward ends when its parent goes away, and not because its input was never open", async () => {
+test("leforward ends when its parent has ended, but not because its input was never open", async () => {
   // A shell gives a command in the background /dev/null as its input.
   const by = ["/bin/sh", "-c", '"$@" & wait', "sh", ...LEFORWARD];
-  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { by }); // 0 is for ever
+  await using server = await start(["--baseurl", "http://c.example", "--lifetime", "0"], { by }); // 0: without end
   await delay(500);
   assert.match(await ask(server.port, `GET ${CHALLENGE} HTTP/1.1\r\n\r\n`), / 301 /);
   server.child.kill("SIGKILL");
@@ -267,7 +267,7 @@ test("leforward ends when its parent goes away, and not because its input was ne
   assert.equal(await server.stderr, "leforward: ended: its parent is gone\n");
 });
 
-test("leforward works from a copy that stands alone, started by its first line", async () => {
+test("leforward works as a single copied file, started by its first line", async () => {
   await using home = await temporaryDirectory();
   const directory = home.path;
   await Deno.copyFile(LEFORWARD.at(-1)!, `${directory}/leforward.ts`);

@@ -1,6 +1,6 @@
 /**
- * Goal: who moves in from another program by the commands of conf/migrate/README.md keeps certificates, keys and account,
- * and services go on reading the files that they read before. With the real programs, as far as they are installed.
+ * Goal: after migration from another program by the commands of conf/migrate/README.md, certificates, keys and account are
+ * the same, and services read the files that they read before. With the real programs, as far as they are installed.
  */
 
 import assert from "node:assert/strict";
@@ -15,7 +15,7 @@ import { type Pebble, pebbleTest, startPebble } from "./pebble.ts";
 
 const README = "conf/migrate/README.md";
 
-/** How certificates came to be: example.com and www.example.com with an EC key, mail.example.com with an RSA key. */
+/** Another program with certificates for example.com and www.example.com (EC key) and for mail.example.com (RSA key). */
 interface Way {
   readonly program: string;
   /**
@@ -44,7 +44,7 @@ const certbot: Way = {
       home,
       { REQUESTS_CA_BUNDLE: caBundleFile },
     );
-    // a copy serves as well, where the original is out of reach
+    // a copy works as well, if the original cannot be read
     const copy = adapt(blocks(README, "From hosts")[0]!, {
       "web:/etc/letsencrypt": "old",
       "/root/web-letsencrypt": "copy",
@@ -148,8 +148,8 @@ function commands(heading: string, home: string, words: Record<string, string> =
     .replace(/^/, `cd ${home}\nlematt() { ${ROOT}/lematt.ts --config conf "$@"; }\n`);
 }
 
-/** Issues by the other program, moves in, and renews. */
-async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
+/** Issues with the other program, migrates, and renews. */
+async function migrateAndRenew({ program, places, issue, reloads }: Way): Promise<void> {
   await using stack = new AsyncDisposableStack();
   const bed = stack.use(await testBed({}));
   // dehydrated 0.7.0 gives up on a nonce that is refused
@@ -165,14 +165,14 @@ async function moveIn({ program, places, issue, reloads }: Way): Promise<void> {
   const before = [chain, key, mail].map((path) => Deno.readTextFileSync(path));
 
   bed.configure({ settings: `directory: ${pebble.directoryUrl}\ncaBundle: ${pebble.caBundleFile}` });
-  const said = await shell(
+  const printed = await shell(
     commands("Moving in", home, { certbot: program, "/etc/letsencrypt": `${home}/old` }),
     home,
   );
-  assert.match(said, /^copied: account key to /m);
-  assert.match(said, /^copied: example\.com www\.example\.com \(ec\)$/m);
-  assert.match(said, /^copied: mail\.example\.com \(rsa\)$/m);
-  assert.match(said, /^ {2}directory: .*127\.0\.0\.1/m);
+  assert.match(printed, /^copied: account key to /m);
+  assert.match(printed, /^copied: example\.com www\.example\.com \(ec\)$/m);
+  assert.match(printed, /^copied: mail\.example\.com \(rsa\)$/m);
+  assert.match(printed, /^ {2}directory: .*127\.0\.0\.1/m);
 
   const idle = await bed.lematt("--prod");
   assert.deepEqual([idle.code, idle.stderr], [0, ""]);
@@ -198,15 +198,15 @@ const ways = [certbot, dehydrated, lego, acmeSh].filter((way) => {
   return false;
 });
 
-pebbleTest("nothing is issued anew when moving in from another program, and the account stays", async () => {
+pebbleTest("migration from another program issues nothing again, and keeps the account", async () => {
   await settled(ways.map(async (way) => {
-    await moveIn(way).catch((cause) => {
+    await migrateAndRenew(way).catch((cause) => {
       throw new Error(way.program, { cause });
     });
   }));
 });
 
-Deno.test("a wildcard is asked to be given its challenge, and a name of two certificates is in no section's domains", async () => {
+Deno.test("migrate.ts reports that a wildcard needs dns-01, and leaves a name of two certificates out of `domains`", async () => {
   await using bed = await testBed({});
   const { home } = bed;
   const directory = join(home, "lego/certificates");
@@ -232,15 +232,15 @@ Deno.test("a wildcard is asked to be given its challenge, and a name of two cert
   ]);
 });
 
-Deno.test("nothing is issued anew, and nothing delivered, for who moves in from the Python original", async () => {
+Deno.test("migration from the Python original issues and delivers nothing again", async () => {
   const domains = "example.com www.example.com";
   const actions = `[default]\nuploadCerts: ["echo delivered >> delivered"]\n`;
   await using bed = await testBed({ domains, actions, settings: "keyTypes: ec\nari: no" });
   await bed.plant({ mode: "prod" });
   const { home } = bed;
   await shell("mkdir python && mv conf python && mkdir conf && rm python/conf/prod/.lock", home);
-  const said = await shell(commands("Python", home, { "/opt/lematt-python": "python" }), home);
-  assert.match(said, /^1 certificate noted as delivered/m);
+  const printed = await shell(commands("Python", home, { "/opt/lematt-python": "python" }), home);
+  assert.match(printed, /^1 certificate noted as delivered/m);
   assert.equal((await bed.lematt("--prod")).stdout.match(/^nothing due, 1 kept/m)?.length, 1);
   assert.equal(await shell("ls", home), "conf\ndrop\npython\n");
 });

@@ -44,7 +44,7 @@ test("alert rules fire when they should, and not before", async () => {
   await shell("promtool test rules conf/monitoring/lematt.rules.test.yml", ROOT);
 }, lackOf("promtool"));
 
-test("the timer's command and cron's write metrics that promtool accepts and the rules know, whole or not at all", async () => {
+test("the commands of timer and cron write metrics that promtool accepts and the rules use, complete or not at all", async () => {
   await using ran = await ranBed(ACTIONS);
   const [, unit] = /^ExecStart=\/bin\/sh -c '(.*)'$/m.exec(text("lematt-metrics.service"))!;
   const [, cron] = /^\S+ \* \* \* \* certmaint cd \/var\/lib\/lematt && (.*)$/m.exec(text("crontab"))!;
@@ -67,7 +67,7 @@ test("the timer's command and cron's write metrics that promtool accepts and the
   assert.equal(await Deno.readTextFile(file), metrics);
 });
 
-test("the commands for Prometheus put files where it finds them", async () => {
+test("the commands for Prometheus install files where it finds them", async () => {
   await using temporary = await temporaryDirectory();
   const home = temporary.path;
   const places = {
@@ -81,7 +81,7 @@ test("the commands for Prometheus put files where it finds them", async () => {
   for (const directory of ["units", "cron.d", "collector", "prometheus"]) {
     await Deno.mkdir(join(home, directory));
   }
-  // systemd does not run everywhere: it is not tried that it takes up what was put there
+  // systemd is not running everywhere, so whether it reads the installed files is not tested
   const commands = blocks("conf/monitoring/README.md", "Prometheus").join("");
   await shell(`systemctl() { :; }\n${adapt(commands, places)}`, ROOT);
   await Deno.writeTextFile(join(home, "lematt/lematt.prom"), "metrics");
@@ -92,7 +92,7 @@ test("the commands for Prometheus put files where it finds them", async () => {
 
 // ---- Nagios -----------------------------------------------------------------------------------------------
 
-test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3 no status", async () => {
+test("check_lematt exits with 0 without problems, 1 with a problem, 2 with one that causes alerts, 3 without a status", async () => {
   await using ran = await ranBed();
   const check = async (...args: string[]) => {
     const command = [join(HERE, "check_lematt"), "--config", ran.bed.conf, ...args];
@@ -122,7 +122,7 @@ test("check_lematt: 0 all is well, 1 a problem, 2 one that alerts are sent of, 3
 
 // ---- the page ---------------------------------------------------------------------------------------------
 
-/** What a browser shows of it. */
+/** The text that a browser shows. */
 function shown(html: string): string {
   return html.replaceAll(/<(style|script)>[^<]*<\/\1>|<[^>]*>/g, " ").replaceAll(/\s+/g, " ")
     .replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&quot;", '"');
@@ -143,7 +143,7 @@ test("the page shows the problems, certificates, endpoints and pending deliverie
   ) assert.match(seen, expected);
 });
 
-test("the page needs nothing from elsewhere, and nothing that it shows becomes markup", async () => {
+test("the page loads nothing from elsewhere, and all data is escaped", async () => {
   await using ran = await ranBed(ACTIONS);
   const hostile =
     `"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; \u202e\0\x1b[2J \ud800 javascript:`;
@@ -165,7 +165,7 @@ test("the page needs nothing from elsewhere, and nothing that it shows becomes m
   assert.equal(html.isWellFormed(), true);
 });
 
-test("the page of nothing, of 2,000 certificates, and of dates at the edge", async () => {
+test("the page works without certificates, with 2,000 of them, and with extreme dates", async () => {
   await using bed = await testBed({ domains: "example.com" });
   const empty = { ...await statusOf(bed), certificates: [] };
   assert.match(shown(await page(empty)), /No problems as of /);
@@ -190,7 +190,7 @@ test("the page of nothing, of 2,000 certificates, and of dates at the edge", asy
   assert.doesNotMatch(odd, /NaN|Infinity|undefined|Invalid Date/);
 });
 
-test("page.ts refuses what is not a status, and then writes nothing", async () => {
+test("page.ts refuses a document that is not a status, and writes nothing then", async () => {
   for (
     const input of ["", "null", "{}", '{"command":"run","version":1}', '{"command":"status","version":2}']
   ) {

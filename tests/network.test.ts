@@ -81,7 +81,7 @@ function context(changes: Partial<Context> = {}): Context {
 function inNamespace(directory: string) {
   const PATH = "/.well-known/acme-challenge/token";
 
-  /** Checks http://example.com, which with all others is where the table says; what answers at every address is `handler`. */
+  /** Checks http://example.com. Names resolve as the table says, and `handler` answers at every address. */
   async function check(table: Record<string, string[]>, handler: (request: Request) => Response) {
     const asked: string[] = [];
     const server = Deno.serve({ hostname: "::", port: 80, onListen: () => {} }, (request) => {
@@ -149,14 +149,14 @@ function inNamespace(directory: string) {
   };
   for (const kind of ["unreachable", "prohibit", "blackhole"]) {
     const route = `-6 route KEY ${kind} 2001:db8:1::/48`;
-    Deno.test(`IPv6 addresses behind a route that is "${kind}" are passed over`, () =>
+    Deno.test(`IPv6 addresses behind a route that is "${kind}" are skipped`, () =>
       without(`ip ${route.replace("KEY", "add")}`, `ip ${route.replace("KEY", "del")}`));
   }
-  Deno.test("addresses to which there is no route are passed over", async () => {
+  Deno.test("addresses without a route are skipped", async () => {
     await without("true", "true");
     await without("true", "true", "203.0.113.1");
   });
-  Deno.test("IPv6 addresses are passed over where IPv6 is disabled", () => {
+  Deno.test("IPv6 addresses are skipped if IPv6 is disabled", () => {
     const disable = (value: number) => `echo ${value} > /proc/sys/net/ipv6/conf/all/disable_ipv6`;
     const again = HERE.filter((address) => address.includes(":")).map((address) =>
       `ip addr add ${address} dev lo`
@@ -166,7 +166,7 @@ function inNamespace(directory: string) {
 
   // ---- name servers ----------------------------------------------------------------------------------------------
 
-  /** A BIND that is all of SERVERS but the silent one, and the resolver; `servers` are those of example.com. */
+  /** A BIND that is the resolver and all of SERVERS but the silent one; `servers` are those of example.com. */
   async function named(servers: readonly (keyof typeof SERVERS)[]) {
     const file = (name: string, text: string) => Deno.writeTextFile(join(directory, name), text);
     const head = "$TTL 1\n@ SOA ns hostmaster 1 60 60 60 60\n";
@@ -243,7 +243,7 @@ function inNamespace(directory: string) {
     });
   }
 
-  Deno.test("options of resolv.conf that Deno does not know do not keep anything from being looked up", async () => {
+  Deno.test("options of resolv.conf that Deno does not know do not prevent look-ups", async () => {
     assert.match(Deno.readTextFileSync("/etc/resolv.conf"), /no-aaaa/);
     await using _bind = await named(["right"]);
     assert.deepEqual(await systemQuery("right.example.com", "A"), [SERVERS.right]);

@@ -1,5 +1,5 @@
 /**
- * Goal: the command that README names fetches all that is ever needed; every way of starting works from that alone,
+ * Goal: the command in README fetches everything; every way of starting works from that alone,
  * without a network, for an ordinary user, from a cache that cannot be written. A Deno that is too old is named in one
  * line. Runs itself in a network namespace that has loopback alone.
  */
@@ -66,9 +66,9 @@ function offline(directory: string) {
   const setpriv = ["setpriv", `--reuid=${UID}`, `--regid=${UID}`, "--clear-groups"];
   const host: Installation = { ...read, as: (...command) => isRoot ? [...setpriv, ...command] : command };
   const program = `${host.program}/lematt.ts`;
-  const empty = { DENO_DIR: join(directory, "empty") }; // cannot be made either
+  const empty = { DENO_DIR: join(directory, "empty") }; // cannot be created either
 
-  Deno.test("lematt issues and delivers, started in every way, from what was installed once", async () => {
+  Deno.test("lematt issues and delivers without a network, started in every way, from one installation", async () => {
     await run("chmod", "-R", "a-w", join(host.home, ".cache"));
     await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec\npreflight: no" });
     bed.configure({ actions: `[default]\nprepare: ["exec cat"]\nupdate: ["touch ${bed.drop}/updated"]\n` });
@@ -102,7 +102,7 @@ function offline(directory: string) {
     });
   }
 
-  Deno.test("a Deno that is too old says so in one line", async () => {
+  Deno.test("a Deno that is too old is reported in one line", async () => {
     const preload = join(directory, "old.ts");
     await Deno.writeTextFile(
       preload,

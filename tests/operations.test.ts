@@ -1,4 +1,7 @@
-/** Goal: the commands of conf/operations.md do what that page says. Only paths differ, and systemctl is one that notes its words. */
+/**
+ * Goal: the commands of conf/operations.md do what that page says. Only paths differ, and systemctl is a script that
+ * records its arguments.
+ */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
@@ -28,7 +31,7 @@ async function startHost(texts: Texts) {
   const open = stack.move();
   return {
     bed,
-    /** Runs commands of the page, as they stand but for paths; `etc` is the configuration's parent. Returns what they print. */
+    /** Runs commands of the page with paths replaced, and returns their output; `etc` is the configuration's parent. */
     sh: (commands: string, etc = "etc") =>
       shell(
         `PATH=${home}/bin:$PATH\n${LEMATT}${commands}`.replaceAll("su - certmaint -c", "sh -c")
@@ -55,7 +58,7 @@ const DELIVERY = `[default]\nuploadCerts: ["echo delivered >> HOME/log"]\n`;
 const test = together("conf/operations.md");
 
 test(
-  "a second host takes over from a copy: nothing is issued anew or delivered, and the first host does no harm",
+  "a second host takes over from a copy: nothing is issued or delivered again, and the first host does no harm",
   async () => {
     await using host = await startHost({ domains: "example.com" });
     const { bed, sh } = host;
@@ -90,8 +93,8 @@ verify: ["127.0.0.1:${port}#example.com"]\n`,
       "systemctl disable --now lematt.timer\n",
     );
     const orders = bed.ca.orders.length;
-    const said = await sh(block("central burns", "lematt --prod --rollover"), "standby");
-    assert.doesNotMatch(said, /^(issue|deliver|roll out|wait)\b/m);
+    const printed = await sh(block("central burns", "lematt --prod --rollover"), "standby");
+    assert.doesNotMatch(printed, /^(issue|deliver|roll out|wait)\b/m);
     assert.match(await sh("lematt --prod", "standby"), /^nothing due, 1 kept/m);
     assert.deepEqual([bed.ca.orders.length, deliveries()], [orders, 1]);
 
@@ -111,7 +114,7 @@ verify: ["127.0.0.1:${port}#example.com"]\n`,
   lackOf("nginx", "openssl", "rrsync"),
 );
 
-test("a backup is taken between runs, and put back nothing is due", async () => {
+test("a backup is taken between runs, and after it is restored nothing is due", async () => {
   await using host = await startHost({ domains: "example.com" });
   const { bed, sh } = host;
   bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
@@ -119,12 +122,12 @@ test("a backup is taken between runs, and put back nothing is due", async () => 
   await sh(block("Backup", "umask"));
   await Deno.remove(bed.path(), { recursive: true });
   await Deno.remove(join(bed.home, "etc", "lematt"), { recursive: true }).catch(() => {});
-  const said = await sh(block("Backup", "tar"));
-  assert.match(said, /^keep +example/m);
-  assert.doesNotMatch(said, /^(issue|deliver|roll out)/m);
+  const printed = await sh(block("Backup", "tar"));
+  assert.match(printed, /^keep +example/m);
+  assert.doesNotMatch(printed, /^(issue|deliver|roll out)/m);
 });
 
-test("an upgrade and its rehearsal, what the next person needs, and the end of it", async () => {
+test("the commands for upgrading, handing over and uninstalling work", async () => {
   await using host = await startHost({
     domains: "example.com",
     settings: "keyTypes: ec\nreauthorizeDays: 15",
@@ -137,12 +140,12 @@ test("an upgrade and its rehearsal, what the next person needs, and the end of i
 
   const files = ["etc/systemd/system/lematt.service", "etc/systemd/system/lematt.timer", "etc/cron.d/lematt"];
   for (const file of files) await Deno.writeTextFile(join(bed.home, file), "");
-  await shell(`rm conf && cp -r etc/lematt conf`, bed.home); // what the bed cleans up
+  await shell(`rm conf && cp -r etc/lematt conf`, bed.home); // the bed removes it
   await sh(block("Uninstall", "systemctl"));
   for (const path of [...files, "etc/lematt", "opt/lematt"]) assert(!existsSync(join(bed.home, path)), path);
 });
 
-test("a configuration is moved out of /opt/lematt; a new version over that changes nothing then", async () => {
+test("after a configuration is moved out of /opt/lematt, installing a new version changes nothing", async () => {
   await using host = await startHost({ domains: "example.com" });
   const { bed, sh } = host;
   bed.configure({ actions: DELIVERY.replace("HOME", bed.home) });
@@ -161,8 +164,8 @@ test("a host is removed: its certificate is revoked, its files move to orphaned/
   await sh("lematt --prod");
   await sh(block("Removing a host", "lematt --prod --revoke"));
   bed.configure({ domains: "example.com" });
-  const said = await sh(block("Removing a host", "lematt --prod --plan"));
-  assert.doesNotMatch(said, /^issue/m);
+  const printed = await sh(block("Removing a host", "lematt --prod --plan"));
+  assert.doesNotMatch(printed, /^issue/m);
   assert.deepEqual([...Deno.readDirSync(bed.path("prod", "cert"))].map(({ name }) => name), [
     "example.com-cert-combined.prime256v1.pem",
   ]);
@@ -176,19 +179,23 @@ test("a compromised key is replaced and delivered, then revoked, and never used 
   await sh("lematt --prod");
   const file = "www.example.com-cert-combined.prime256v1.pem";
   const old = readCertificate(bed.text("prod", "cert", file)).fingerprint;
-  const said = await sh(block("compromised key", "cp -p"));
-  assert.match(said, /^issued [^]*^delivered [^]*^revoked/m);
+  const printed = await sh(block("compromised key", "cp -p"));
+  assert.match(printed, /^issued [^]*^delivered [^]*^revoked/m);
   assert.notEqual(readCertificate(bed.text("prod", "cert", file)).fingerprint, old);
   assert.equal(bed.text("prod", "revoked-keys").split("\n").length, 2);
   assert.match(await sh("lematt --prod"), /^nothing due, 1 kept/m);
 });
 
-test("hours of maintenance are two moments of a night, and lematt reckons with the day between", async () => {
-  const calendar = block("Maintenance", "[Timer]").match(/(?<=OnCalendar=).+/)![0];
-  const said = await shell(`systemd-analyze calendar --iterations=6 '${calendar}'`, "/");
-  const runs = Array.from(
-    said.matchAll(/(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d) UTC/g),
-    ([, day, time]) => `${day}T${time}Z`,
-  );
-  assert.deepEqual([runs.length, usualInterval(runs.map((at) => ({ at })))], [6, 22 * 3_600_000]);
-}, lackOf("systemd-analyze"));
+test(
+  "the timer for maintenance hours runs twice a night, and lematt takes the day between for its usual interval",
+  async () => {
+    const calendar = block("Maintenance", "[Timer]").match(/(?<=OnCalendar=).+/)![0];
+    const printed = await shell(`systemd-analyze calendar --iterations=6 '${calendar}'`, "/");
+    const runs = Array.from(
+      printed.matchAll(/(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d) UTC/g),
+      ([, day, time]) => `${day}T${time}Z`,
+    );
+    assert.deepEqual([runs.length, usualInterval(runs.map((at) => ({ at })))], [6, 22 * 3_600_000]);
+  },
+  lackOf("systemd-analyze"),
+);

@@ -119,12 +119,12 @@ function selection(named: { only?: Line[]; renew?: Line[]; deliver?: (Line | str
 
 // ---- renewal -----------------------------------------------------------------------------------------------------
 
-Deno.test("renewal() follows the settings within what a life and the interval of runs allow", () => {
+Deno.test("renewal() follows the settings as far as the lifetime and the interval between runs allow", () => {
   const table: [what: string, reauthorize: number | undefined, age: number, life: number, number, string][] =
     [
       // what                                               days       age  life  renewed at day, by
-      ["not configured: a third of the life", undefined, 0, 90, 60, "life"],
-      ["not configured, ten days: a third of the life", undefined, 0, 15, 10, "life"],
+      ["not configured: a third of the lifetime", undefined, 0, 90, 60, "life"],
+      ["not configured, ten days: a third of the lifetime", undefined, 0, 15, 10, "life"],
       ["not configured, below ten days: half of it", undefined, 0, 9, 4.5, "life"],
       ["15 days before the end", 15, 0, 90, 75, "expiry"],
       ["15 days before the end of 45", 15, 0, 45, 30, "expiry"],
@@ -137,13 +137,13 @@ Deno.test("renewal() follows the settings within what a life and the interval of
       ["three nights before the end of six days", undefined, 0, 6, 3, "life"],
       ["half of four days is less than three nights", undefined, 0, 4, 4 / 3, "runs"],
       ["but never in the first third", undefined, 0, 3, 1, "runs"],
-      ["a life that is too short for nightly runs", undefined, 0, 1, 1 / 3, "runs"],
+      ["a lifetime that is too short for nightly runs", undefined, 0, 1, 1 / 3, "runs"],
       ["by age", 15, 7, 90, 7, "age"],
       ["by age instead of an earlier reauthorizeDays", 60, 50, 90, 50, "age"],
       ["by age instead of a later reauthorizeDays", 5, 80, 90, 80, "age"],
-      ["by age, in a life of a day", undefined, 0.25, 1, 0.25, "age"],
+      ["by age, with a lifetime of a day", undefined, 0.25, 1, 0.25, "age"],
       ["an age that leaves no night for another try", 15, 88, 90, 87, "runs"],
-      ["an age beyond the life", 15, 60, 45, 30, "expiry"],
+      ["an age beyond the lifetime", 15, 60, 45, 30, "expiry"],
     ];
   for (const [what, reauthorizeDays, generateNewCertsAfterDays, life, at, rule] of table) {
     const found = renewal({ reauthorizeDays, generateNewCertsAfterDays }, day(0), day(life), DAY);
@@ -151,7 +151,7 @@ Deno.test("renewal() follows the settings within what a life and the interval of
   }
 });
 
-Deno.test("any life from 15 minutes to 400 days is renewed in time by runs that fit it, and not in every run", () => {
+Deno.test("certificates of 15 minutes to 400 days are renewed in time by runs that are frequent enough, and not in every run", () => {
   for (const life of [15 * MINUTE, HOUR, 12 * HOUR, DAY, 6 * DAY, 10 * DAY, 45 * DAY, 90 * DAY, 400 * DAY]) {
     for (const runs of [3, 4, 5, 9, 30, 1000]) {
       const interval = life / runs;
@@ -164,7 +164,7 @@ Deno.test("any life from 15 minutes to 400 days is renewed in time by runs that 
   }
 });
 
-Deno.test("usualInterval() is the second longest of the last twelve runs', so that one outage does not count", () => {
+Deno.test("usualInterval() is the second longest interval of the last twelve runs, so that one outage does not count", () => {
   const table: [string, readonly number[], number][] = [
     ["never run", [], 1],
     ["one run", [3], 1],
@@ -190,8 +190,8 @@ Deno.test("usualInterval() is the second longest of the last twelve runs', so th
   }
 });
 
-/** What becomes of one certificate: the day of its renewal and the rule, or the reason why it is due. */
-function fateOf(one: Entry, now: number, state: Partial<State> = {}, part: Partial<Config> = {}): string {
+/** The decision about one certificate: the day of its renewal and the rule, or the reason why it is due. */
+function decisionOn(one: Entry, now: number, state: Partial<State> = {}, part: Partial<Config> = {}): string {
   const { kept, tasks } = plan(configure([one.line], part), [one], stateOf(state), day(now));
   if (kept[0] !== undefined) return `day ${daysOf(kept[0].renewAt)}: ${kept[0].rule}`;
   const { reason } = tasks[0]!.due[0]!;
@@ -202,10 +202,10 @@ function fateOf(one: Entry, now: number, state: Partial<State> = {}, part: Parti
     : reason.kind;
 }
 
-Deno.test("a certificate is kept until its renewal is due, and not a moment longer, and issued where it is not as wanted", () => {
+Deno.test("a certificate is kept until its renewal is due, and issued at once if it is missing or not as configured", () => {
   const one = present(line("example.com"));
-  const fates = [74.999, 75, 89.999, 90].map((now) => fateOf(one, now, {}, { reauthorizeDays: 15 }));
-  assert.deepEqual(fates, ["day 75: expiry", "expiry", "expiry", "expired"]);
+  const decisions = [74.999, 75, 89.999, 90].map((now) => decisionOn(one, now, {}, { reauthorizeDays: 15 }));
+  assert.deepEqual(decisions, ["day 75: expiry", "expiry", "expiry", "expired"]);
   const other = certificate(["example.com"]);
   const findings: Finding[] = [
     ...[MISSING, { kind: "missing", what: "key" } as const],
@@ -213,11 +213,11 @@ Deno.test("a certificate is kept until its renewal is due, and not a moment long
     ...(["other names", "other key", "revoked"] as const).map((kind) => ({ kind, certificate: other })),
   ];
   const on = line("example.com www.example.com");
-  for (const finding of findings) assert.equal(fateOf(entry(on, finding), 1), finding.kind);
-  assert.equal(fateOf(entry(on, MISSING, FORMER), 1), "other names");
+  for (const finding of findings) assert.equal(decisionOn(entry(on, finding), 1), finding.kind);
+  assert.equal(decisionOn(entry(on, MISSING, FORMER), 1), "other names");
 });
 
-Deno.test("plan() warns of lives too short for the runs, and of keys that are missing or not as configured", () => {
+Deno.test("plan() warns of lifetimes too short for the runs, and of keys that are missing or not as configured", () => {
   const names = ["short.example.com", "small.example.com", "good.example.com", "keyless.example.com"];
   const lines = names.map((name) => line(name));
   const rsa = (bits: number): KeySpec => ({ type: "rsa", bits });
@@ -243,11 +243,11 @@ Deno.test("plan() warns of lives too short for the runs, and of keys that are mi
   ]);
 });
 
-Deno.test("plan() warns of a certificate that a section was given and that a line has no more", () => {
+Deno.test("plan() warns of a certificate that a section has received and that its line no longer has", () => {
   const receipt = (to: number) => ({ digest: "", fingerprint: "", at: iso(0), notAfter: iso(to) });
   const files = record({
     "www.example.com-cert-combined.rsa2048.pem": receipt(30),
-    "gone.example.com-cert-combined.rsa2048.pem": receipt(30), // as was its line
+    "gone.example.com-cert-combined.rsa2048.pem": receipt(30), // its line was removed, too
   });
   for (const [now, expected] of [[29, ["www.example.com-cert-combined.rsa2048.pem"]], [31, []]] as const) {
     const state = stateOf({ receipts: record({ web: files }) });
@@ -256,14 +256,14 @@ Deno.test("plan() warns of a certificate that a section was given and that a lin
   }
 });
 
-Deno.test("the life of a short-lived certificate counts from when it was issued, not from a date before", () => {
+Deno.test("the lifetime of a short-lived certificate counts from its issuance, not from an earlier notBefore", () => {
   const one = present(line("example.com"), { from: -1 / 24, to: 1 / 24 }); // issued an hour after it begins
   const state = { runs: runsTo(0, 1 / 96) }; // every 15 minutes
-  assert.equal(fateOf(one, 0.001, state), "life");
-  assert.equal(fateOf({ ...one, issuedAt: day(0) }, 0.001, state), "day 0.013889: runs");
+  assert.equal(decisionOn(one, 0.001, state), "life");
+  assert.equal(decisionOn({ ...one, issuedAt: day(0) }, 0.001, state), "day 0.013889: runs");
 });
 
-Deno.test("the CA's suggestion is heeded where it comes before the dates", () => {
+Deno.test("the CA's suggested time of renewal is used if it is earlier than the configured one", () => {
   const table: [what: string, at: number, now: number, fate: string, part?: object, config?: object][] = [
     ["before the dates", 50, 10, "day 50: ari"],
     ["before the next run", 50, 49.5, "ari"],
@@ -279,11 +279,11 @@ Deno.test("the CA's suggestion is heeded where it comes before the dates", () =>
   for (const [what, at, now, expected, part, config] of table) {
     const renewal = { window: { start: iso(at), end: iso(at + 1), at: iso(at) }, ...part };
     const state = { renewals: record({ "id of new": renewal }), runs: runsTo(now) };
-    assert.equal(fateOf(present(line("example.com")), now, state, config), expected, what);
+    assert.equal(decisionOn(present(line("example.com")), now, state, config), expected, what);
   }
 });
 
-Deno.test("both certificates of a line are one task; the soonest to expire comes first, new lines last", () => {
+Deno.test("both certificates of a line are one task; tasks are ordered by expiry, new lines last", () => {
   const [a, b, c, d] = ["a.example", "b.example", "c.example", "d.example"].map((name) => line(name));
   const inventory = [
     entry(a!, MISSING),
@@ -302,7 +302,7 @@ Deno.test("both certificates of a line are one task; the soonest to expire comes
   assert.deepEqual(kept.map(({ entry }) => [entry.line, entry.keyType]), [[c, "ec"]]);
 });
 
-Deno.test("a line waits after a failure, all lines while the CA accepts no orders; --retry waits for nothing", () => {
+Deno.test("a line waits after a failure, all lines wait while rate-limited; --retry ignores both", () => {
   const [a, b] = [line("a.example"), line("b.example")];
   const failed = { failures: record({ "a.example": failure({ retryAt: iso(2) }) }) };
   const limited = { holds: record({ "https://ca": iso(3), "https://another": iso(9) }) };
@@ -325,7 +325,7 @@ Deno.test("a line waits after a failure, all lines while the CA accepts no order
   }
 });
 
-Deno.test("back-offs grow, skip no nightly run, and take no more than an eighth of what is left", () => {
+Deno.test("back-offs grow, skip no nightly run, and take at most an eighth of the time that is left", () => {
   const minutes = (date: Date | undefined) => date && (date.getTime() - START) / MINUTE;
   const lines = [1, 2, 3, 4, 5, 400].map((count) => minutes(retryLineAt(count, day(0))));
   assert.deepEqual(lines, [1, 10, 100, 1000, 1200, 1200]);
@@ -364,9 +364,9 @@ type Case = PlanOptions & { now?: number; inventory?: Entry[]; mode?: "test"; se
 function pending(on: Line, state: Partial<State> = {}, given: Case = {}): string {
   const { now = 2, inventory = [present(on)], mode = "prod", sections = on.sections, ...options } = given;
   const config = configure([on], { mode, sections });
-  const remembered = stateOf(state);
-  adoptReceipts(config, remembered);
-  return plan(config, inventory, remembered, day(now), options).deliveries.map(
+  const adopted = stateOf(state);
+  adoptReceipts(config, adopted);
+  return plan(config, inventory, adopted, day(now), options).deliveries.map(
     ({ section, pending, urgent, until }) => {
       const reasons = [...new Set(pending.map(({ reason }) => reason))].join(", ");
       const wait = until === undefined ? "" : ` until day ${daysOf(until)}`;
@@ -375,7 +375,7 @@ function pending(on: Line, state: Partial<State> = {}, given: Case = {}): string
   ).join("; ");
 }
 
-Deno.test("plan() finds each delivery that is pending, why, and whether it is urgent", () => {
+Deno.test("plan() finds each pending delivery, its reason, and whether it is urgent", () => {
   const former = { ...WEB, name: "former" };
   const done = receipts([WEB]);
   const file = "www.example.com-cert.rsa.pem";
@@ -407,7 +407,7 @@ Deno.test("a line whose names change and change back is not delivered again", ()
   assert.equal(pending(SITE, state), "");
 });
 
-Deno.test("a delivery that failed waits, and starts anew with another certificate, other commands or endpoints", () => {
+Deno.test("a failed delivery waits; another certificate, other commands or other endpoints end the wait", () => {
   const { key } = plan(configure([SITE]), [present(SITE)], stateOf(), day(1)).deliveries[0]!;
   const failed: DeliveryFailure = { ...failure({ retryAt: iso(3) }), key, urgent: true };
   const table: [what: string, section: Partial<Section>, given: Case, string][] = [
@@ -458,7 +458,7 @@ function verdictOn(part: Served, mode: "test" | "prod", others: readonly Entry[]
   return found.endpoints[0]!.sights[0]!.verdict;
 }
 
-Deno.test("drift is repaired three times at once, then once in 20 hours, and never where it is not certain", () => {
+Deno.test("drift is repaired three times at once, then once in 20 hours, and only if it is certain", () => {
   const drift = "[web] drift (urgent)";
   const old = seen([OLD], TWICE);
   const table: [what: string, probes: Partial<State>, receipt: Partial<Receipt>, now: number, string][] = [
@@ -491,7 +491,7 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and nev
   assert.equal(failing, `${drift} until day 3`, "a repair that fails backs off, too");
 });
 
-Deno.test("a rehearsal repairs nothing, though it has put its certificate where production's belongs", () => {
+Deno.test("a rehearsal repairs nothing, even if its certificate is in the place of production's", () => {
   const state = { ...receipts([WATCHED]), ...seen([RIGHT], TWICE) };
   const counterpart = () => [present(WATCHED_SITE, { is: "production's" })];
   assert.equal(pending(WATCHED_SITE, state, { mode: "test", counterpart }), "");
@@ -505,7 +505,7 @@ function places(...lines: readonly Line[]): Record<string, string> {
   return Object.fromEntries(endpoints.map(({ key, wanted }) => [key.replace(/ rsa$/, ""), namesOf(wanted)]));
 }
 
-Deno.test("endpoints are the written ones, with the names of the lines in the place of DOMAIN and DOMAINS_ALL", () => {
+Deno.test("endpoints are those configured, with DOMAIN and DOMAINS_ALL replaced by the names of the lines", () => {
   const table: [verify: string, names: string, places: string][] = [
     ["DOMAIN:443", "a.example b.a.example", "a.example:443"],
     ["DOMAINS_ALL:443", "a.example b.a.example", "a.example:443 b.a.example:443"],
@@ -531,7 +531,7 @@ Deno.test("endpoints are the written ones, with the names of the lines in the pl
   }
 });
 
-Deno.test("an endpoint is right with any certificate that has its name, whichever line and section that is in", () => {
+Deno.test("an endpoint is right with any current certificate for its name, of whichever line and section", () => {
   const host = section("host", { verify: endpoints("w.example.com:443 192.0.2.1:443") });
   const [wild, own] = [line("*.example.com", [host]), line("w.example.com", [WEB])];
   const expected = {
@@ -546,7 +546,7 @@ Deno.test("an endpoint is right with any certificate that has its name, whicheve
   assert.deepEqual(alone.endpoints[0]!.wanted.map(({ line }) => line), [own, wild]);
 });
 
-Deno.test("each place is probed once for each key type, whichever sections name it", () => {
+Deno.test("each endpoint is probed once for each key type, however many sections name it", () => {
   const verify = endpoints("a.example:443 web1:443");
   const one = section("one", { verify, keyTypes: ["rsa", "ec"] });
   const on = line("a.example", [one, section("two", { verify, keyTypes: ["ec"] })], "ec");
@@ -560,7 +560,7 @@ Deno.test("each place is probed once for each key type, whichever sections name 
   for (const { keyType, wanted } of found) assert.deepEqual(wanted.map(({ keyType }) => keyType), [keyType]);
 });
 
-Deno.test("an endpoint is probed until it is right, and again when that is more than five hours ago", () => {
+Deno.test("an endpoint is probed until it is right, and again once that is more than five hours ago", () => {
   const table: [string, Partial<State>, now: number, due: boolean][] = [
     ["never probed", {}, 2, true],
     ["right a moment ago", seen([RIGHT]), 2, false],
@@ -577,7 +577,7 @@ Deno.test("an endpoint is probed until it is right, and again when that is more 
   }
 });
 
-Deno.test("what an endpoint serves is right, ours and wrong, or a stranger's", () => {
+Deno.test("the certificate that an endpoint serves is current, ours and wrong, or foreign", () => {
   const staging = [present(WATCHED_SITE, { is: "staging" })];
   const table: [what: string, Served, verdict: string][] = [
     ["the newest", { fingerprint: "new" }, "current"],
@@ -600,7 +600,7 @@ Deno.test("what an endpoint serves is right, ours and wrong, or a stranger's", (
   for (const [what, part, verdict] of table) assert.equal(verdictOn(part, "prod", staging), verdict, what);
 });
 
-Deno.test("under --test a handshake is enough, but not with the staging certificate where production's belongs", () => {
+Deno.test("under --test any handshake is right, except with the staging certificate in the place of production's", () => {
   const production = [present(WATCHED_SITE, { is: "production's" })];
   const staging = { fingerprint: "new" };
   const table: [Served, production: readonly Entry[], verdict: string][] = [
@@ -614,7 +614,7 @@ Deno.test("under --test a handshake is enough, but not with the staging certific
   for (const [part, others, verdict] of table) assert.equal(verdictOn(part, "test", others), verdict);
 });
 
-Deno.test("what an address without a name serves is judged by all names of its lines", () => {
+Deno.test("an endpoint without a name is checked against all names of its lines", () => {
   const on = line("192.0.2.1", [section("host", { verify: endpoints("web1.internal:443") })]);
   const verdicts = [["192.0.2.1"], ["192.0.2.7"]].map((names) => {
     const probes = { "web1.internal:443 rsa": { at: iso(2), sights: [sight({ names })] } };
@@ -623,7 +623,7 @@ Deno.test("what an address without a name serves is judged by all names of its l
   assert.deepEqual(verdicts, ["older", "mismatched"]);
 });
 
-Deno.test("recordOf() remembers since when an endpoint is wrong, and whether our own delivery broke it", () => {
+Deno.test("recordOf() records since when an endpoint is wrong, and whether our own delivery broke it", () => {
   const [since, now] = [{ badSince: iso(1) }, { badSince: iso(2) }];
   const broken = { ...since, brokenByDelivery: true };
   const before = (sight: Sight, part: Partial<ProbeRecord> = {}) => ({
@@ -654,7 +654,7 @@ Deno.test("recordOf() remembers since when an endpoint is wrong, and whether our
 
 // ---- problems and alerts -----------------------------------------------------------------------------------------
 
-Deno.test("plan() names each problem, and those of which a person is alerted", () => {
+Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   const config = configure([WATCHED_SITE]);
   const delivered = receipts([WATCHED]);
   const failing = (part: Partial<Failure>) => ({ failures: record({ "www.example.com": failure(part) }) });
@@ -677,8 +677,8 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
     ["a line failed three times", failing({ count: 3 }), 61, `${failed}!`],
     ["a line failed, and is overdue", failing({}), 63, `${failed}!`],
     ["a failure of a line that is no longer due", failing({ count: 9 }), 2, ""],
-    ["the CA cannot be spoken to", failing({ shared: true }), 61, "CA"],
-    ["the CA cannot be spoken to three times", failing({ shared: true, count: 3 }), 61, "CA!"],
+    ["the CA is unreachable", failing({ shared: true }), 61, "CA"],
+    ["the CA is unreachable three times", failing({ shared: true, count: 3 }), 61, "CA!"],
     ["the CA accepts no orders", { holds: { "https://ca": iso(62) } }, 61, "rate-limited"],
     ["due since last night", { runs: runsTo(60) }, 60.9, ""],
     ["due for more than two runs", { runs: runsTo(62) }, 62.1, overdue],
@@ -735,7 +735,7 @@ Deno.test("plan() names each problem, and those of which a person is alerted", (
   }
 });
 
-Deno.test("an alert goes to a problem's sections and to [every], once in 20 hours and once when it is well again", () => {
+Deno.test("an alert goes to a problem's sections and to [every], once in 20 hours and once when it is over", () => {
   const alert = ["mail"];
   const [web, mail, silent] = [section("web", { alert }), section("mail", { alert }), section("silent")];
   const every = section("every", { alert });
@@ -759,10 +759,10 @@ Deno.test("an alert goes to a problem's sections and to [every], once in 20 hour
   assert.equal(alerts("a c", both, 2.5), "every: c", "sent twelve hours ago");
   assert.equal(alerts("a c", both, 2.84), "web: a, every: a c", "sent twenty hours ago");
   assert.equal(alerts("c", both, 2.5), "web: not-a, every: c not-a", "well again");
-  assert.equal(alerts("", {}, 2.5), "", "nobody was alerted, so nobody hears that it is well again");
+  assert.equal(alerts("", {}, 2.5), "", "no alert was sent, so none is sent when it is over");
 });
 
-// ---- what is remembered ------------------------------------------------------------------------------------------
+// ---- the state ---------------------------------------------------------------------------------------------------
 
 Deno.test("the digest of a section's lists is the same in every version of lematt", () => {
   const lists = { uploadCerts: ["a"], uploadKeys: ["b"], uploadEach: ["c"], update: ["d", "ü"] };
@@ -780,7 +780,7 @@ Deno.test("a section that was renamed, and renamed back after a renewal, is not 
   assert.equal(pending(SITE, after), "");
 });
 
-Deno.test("an endpoint that is unreachable is one problem, whatever key types are asked for", () => {
+Deno.test("an unreachable endpoint is one problem, whatever key types are probed", () => {
   const verify = endpoints("www.example.com:443");
   const on = line("www.example.com", [section("web", { verify, keyTypes: ["rsa", "ec"] })], "ec");
   const inventory = [present(on), present(on, {}, "ec")];
@@ -803,7 +803,7 @@ Deno.test("an endpoint that is unreachable is one problem, whatever key types ar
   assert.equal(problems("unreachable", "refused").length, 2);
 });
 
-Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more", () => {
+Deno.test("forgetUnknown() keeps what is still used, and drops what no longer exists", () => {
   const on = line("www.example.com", [{ ...WATCHED, alert: ["mail"] }]);
   const both = <T>(known: string, value: T) => ({ [known]: value, unknown: value });
   const state = stateOf({
@@ -838,7 +838,7 @@ Deno.test("forgetUnknown() keeps what is of use, and nothing of what is no more"
   );
 });
 
-Deno.test("names from outside may be anything, such as what every object has", () => {
+Deno.test("names may equal properties of every object, such as `constructor`", () => {
   for (const name of ["constructor", "__proto__", "toString", "hasOwnProperty"]) {
     const own = section(name, { update: ["x"], alert: ["mail"], verify: endpoints("web1:443") });
     const on = line(name, [own]);

@@ -1,6 +1,5 @@
 /**
- * Goal: what an endpoint serves is seen as it is, for each address and type of key, and nothing that an endpoint does keeps
- * probes from ending in time.
+ * Goal: probes find what an endpoint serves, for each address and key type, and end in time whatever an endpoint does.
  */
 
 import assert from "node:assert/strict";
@@ -18,7 +17,7 @@ const NEEDS_NGINX = { ignore: which("nginx") === undefined };
 const hasNamespaces = Deno.uid() === 0 && which("ip") !== undefined &&
   new Deno.Command("unshare", { args: ["-n", "true"] }).outputSync().success;
 
-const test = together("what takes its time", 3);
+const test = together("time limits and many endpoints", 3);
 
 /** The certificates of these tests, made once: RSA keys take their time. */
 const directory = await Deno.makeTempDir({ prefix: "lematt-probe-" });
@@ -44,7 +43,7 @@ function context(changes: Partial<Context> = {}): Context {
   return systemContext({ fetch, userAgent: "", signal: new AbortController().signal, warn, ...changes });
 }
 
-/** Sights in few words: "127.0.0.1 rsa served rsa". */
+/** Results of a probe in short: "127.0.0.1 rsa served rsa". */
 function brief(sights: readonly Probed[]): string[] {
   return sights.map(({ address, keyType, kind, certificate, detail }) => {
     const file = Object.keys(certificates).find((file) =>
@@ -73,7 +72,7 @@ async function sServer(file: string, ...more: string[]) {
   return { port, [Symbol.asyncDispose]: () => server[Symbol.asyncDispose]() };
 }
 
-/** What is seen at this port of loopback. */
+/** The results of a probe of this port on loopback. */
 const see = async (port: number, keyTypes?: string[]) =>
   brief(await probe(targets("127.0.0.1", port, {}, keyTypes), context()));
 
@@ -98,7 +97,7 @@ Deno.test("probe() sees which certificate a server lacks, with TLS 1.2 and 1.3 (
   }
 });
 
-Deno.test("a server that demands a certificate of ours serves its own, if it has shown that it has the key", async () => {
+Deno.test("a server that demands a client certificate is probed all the same, if it has proven that it has its own key", async () => {
   const table = { "-tls1_3": "served", "-tls1_2": "served", "-tls1_2 -cipher kRSA": "unfinished" };
   for (const [args, kind] of Object.entries(table)) {
     await using server = await sServer("rsa", "-Verify", "1", "-verify_return_error", ...args.split(" "));
@@ -107,7 +106,7 @@ Deno.test("a server that demands a certificate of ours serves its own, if it has
   }
 });
 
-Deno.test("a certificate that is shown without its key is not served (s_server behind a forger)", async () => {
+Deno.test("a certificate that is sent without its key does not count as served (s_server behind a forger)", async () => {
   for (const file of ["rsa", "ec"]) {
     await using server = await sServer(file, "-tls1_2");
     await using forger = await tcpServer((socket) => {
@@ -125,7 +124,7 @@ Deno.test("a certificate that is shown without its key is not served (s_server b
   }
 });
 
-Deno.test("probe() sees every address of a name, and asks for the name (nginx)", NEEDS_NGINX, async () => {
+Deno.test("probe() probes every address of a name, and sends the name (nginx)", NEEDS_NGINX, async () => {
   const port = freePort();
   await using _ = await startNginx(directory, port, (pair) => `
     server { listen 127.0.0.1:${port} ssl; listen [::1]:${port} ssl; ${pair("old-ec")} }
@@ -146,7 +145,7 @@ Deno.test("probe() sees every address of a name, and asks for the name (nginx)",
   assert.deepEqual(literal, ["::1 ec served no-san"]);
 });
 
-Deno.test("what several targets name is probed and resolved once (nginx)", NEEDS_NGINX, async () => {
+Deno.test("an endpoint of several targets is resolved and probed once (nginx)", NEEDS_NGINX, async () => {
   await using server = await web(["rsa", "ec"]);
   const connections: number[] = [], resolved: string[] = [];
   await using door = await tcpServer((socket) => {
@@ -166,19 +165,27 @@ Deno.test("what several targets name is probed and resolved once (nginx)", NEEDS
     ["www.example.com:443", "with its name"].flatMap((text) => [`${text} rsa served`, `${text} ec served`]),
   );
   assert.deepEqual(resolved, ["www.example.com"]);
-  assert.equal(connections.length, 3, "a knock and one probe for each type of key");
+  assert.equal(
+    connections.length,
+    3,
+    "one connection to see whether it answers, and one probe for each key type",
+  );
 });
 
-Deno.test("a balancer in step with us hides no server for long (nginx)", NEEDS_NGINX, async () => {
-  await using server = await web(["ec"], ["rsa"]);
-  let turn = 0;
-  await using balancer = await tcpServer((socket) => relay(socket, server.ports[turn++ % 2]!));
-  const random = () => turn < 2 ? 0.9 : 0.1;
-  const look = async () =>
-    brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random }))).join();
-  assert.match(await look(), /rsa served rsa$/);
-  assert.match(await look(), /rsa refused/);
-});
+Deno.test(
+  "a load balancer in step with the probes hides no server for long (nginx)",
+  NEEDS_NGINX,
+  async () => {
+    await using server = await web(["ec"], ["rsa"]);
+    let turn = 0;
+    await using balancer = await tcpServer((socket) => relay(socket, server.ports[turn++ % 2]!));
+    const random = () => turn < 2 ? 0.9 : 0.1;
+    const look = async () =>
+      brief(await probe(targets("127.0.0.1", balancer.port, {}, ["rsa"]), context({ random }))).join();
+    assert.match(await look(), /rsa served rsa$/);
+    assert.match(await look(), /rsa refused/);
+  },
+);
 
 /** An SMTP server, as far as STARTTLS; what follows it is for the TLS server at `tlsPort`. */
 function smtpServer(tlsPort: number, offers: string) {
@@ -200,7 +207,7 @@ function relay(socket: Socket, port: number) {
   socket.pipe(connect(port, "127.0.0.1").on("error", () => socket.destroy())).pipe(socket);
 }
 
-Deno.test("probe() speaks STARTTLS, and sees where it is not offered (nginx)", NEEDS_NGINX, async () => {
+Deno.test("probe() uses STARTTLS, and reports if it is not offered (nginx)", NEEDS_NGINX, async () => {
   await using server = await web(["rsa", "ec"]);
   await using smtp = await smtpServer(server.port, "STARTTLS");
   await using without = await smtpServer(server.port, "PIPELINING");
@@ -217,11 +224,11 @@ Deno.test("probe() speaks STARTTLS, and sees where it is not offered (nginx)", N
   }
 });
 
-test("probe() says why an endpoint cannot be reached, within its time", async () => {
+test("probe() reports why an endpoint cannot be reached, within its time limit", async () => {
   await using http = await tcpServer((socket) => socket.end("HTTP/1.1 400 Bad Request\r\n\r\n"));
   await using closing = await tcpServer((socket) => socket.end());
   await using silent = await tcpServer(() => {});
-  /** Speaks once, so that it is asked, and then no more. */
+  /** Sends its greeting, and nothing after it. */
   await using halting = await tcpServer((socket) => socket.write("220 mail.example.com ESMTP\r\n"));
   const route = (host: string, port: number) =>
     host === "nowhere.example.com"
@@ -254,7 +261,7 @@ test("probe() says why an endpoint cannot be reached, within its time", async ()
   assert(performance.now() - begun < 15_000);
 });
 
-Deno.test("many silent endpoints take one time-out together; of 4,000 addresses some are probed, and the rest is said", async () => {
+Deno.test("many silent endpoints take one time-out together; of 4,000 addresses some are probed, and the rest is reported", async () => {
   await using silent = await tcpServer(() => {}, "0.0.0.0");
   const many = Array.from({ length: 60 }, (_, i) => targets(`127.0.0.${i + 1}`, silent.port)).flat();
   const begun = performance.now();
@@ -289,7 +296,7 @@ Deno.test("probe() ends at once when its signal aborts, whatever it waits for", 
   }
 });
 
-/** What a program prints that has `probe`, `targets` and `context` and lives in another process. */
+/** Runs a script with `probe`, `targets` and `context` in another process, and returns its output. */
 async function elsewhere(
   script: string,
   env: Record<string, string> = {},
@@ -321,7 +328,7 @@ async function withOpenssl(script?: string): Promise<Record<string, string>> {
   return { PATH: script === undefined ? bin : `${bin}:${Deno.env.get("PATH")}` };
 }
 
-test("probe() says that there is no openssl, or that it is not one that will do", async () => {
+test("probe() reports an openssl that is missing or cannot be used", async () => {
   const script =
     `await probe(targets("127.0.0.1", 1), context()).catch((error) => console.log(error.name, error.message));`;
   const libre = "echo ' -connect host:port Who to connect to\n -no_servername  no SNI' >&2; exit 1";
@@ -348,7 +355,7 @@ console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
   assert(most > 8 && most <= 16, `${most} at once`);
 });
 
-test("an address family that this host lacks is passed over", async () => {
+test("an address family that this host lacks is skipped", async () => {
   const script = `
 const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });
 (async () => { for await (const connection of server) connection.close(); })();

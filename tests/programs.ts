@@ -4,7 +4,7 @@
 
 import { join } from "node:path";
 
-/** The command by which a program of this repository starts, as its first line has it, with more flags if need be. */
+/** The command in the first line of a program of this repository, with `more` flags. */
 export function program(file: string, ...more: readonly string[]): readonly string[] {
   const path = join(import.meta.dirname!, "..", file);
   const flags = Deno.readTextFileSync(path).split("\n", 1)[0]!.replace(/^.* deno run /, "").split(" ");

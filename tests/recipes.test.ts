@@ -1,7 +1,7 @@
 /**
- * Goal: what conf/recipes says works: lematt with its sections, the real service with its configuration; only paths, ports and
- * how the service is reached are others. That new certificates are served is what lematt itself verifies. What is not
- * installed is passed over.
+ * Goal: the recipes of conf/recipes work: lematt with their sections, the real service with their configuration; only paths,
+ * ports and the way to reach the service differ. lematt itself verifies that new certificates are served. What is not
+ * installed is skipped.
  */
 
 import assert from "node:assert/strict";
@@ -43,7 +43,7 @@ function recipeTest(
   test(name, fn, lack ?? none ?? (Deno.uid() !== 0 ? "root is needed" : undefined));
 }
 
-/** A bed that any user may look into, with the directories for certificates (`/etc/ssl/lematt`). */
+/** A bed that all users can read, with the directories for certificates (`/etc/ssl/lematt`). */
 async function recipeBed(texts: Texts & { ca?: Switches }): Promise<Bed & { readonly ssl: string }> {
   const bed = await testBed(texts);
   await Deno.chmod(bed.home, 0o755);
@@ -66,7 +66,7 @@ async function plantSelfSigned(ssl: string, name: string): Promise<void> {
     await Deno.rename(join(ssl, `${type}.pem`), join(ssl, `${name}-cert-combined.${tag}.pem`));
     const key = join(ssl, "private", `${name}-key.${tag}.pem`);
     await Deno.rename(join(ssl, `${type}.key`), key);
-    await Deno.utime(key, 0, 0); // rsync passes over what has the same size and the same second
+    await Deno.utime(key, 0, 0); // rsync skips a file of the same size and second
   }
 }
 
@@ -132,7 +132,7 @@ recipeTest("recipe HAProxy", ["haproxy", "openssl"], async () => {
     "example.com.rsa.pem",
   ]);
 
-  // the same by ssh, of which the client's and the server's part are a script
+  // the same over ssh, with a script in place of client and server
   const forced = adapt(block("haproxy.md", "#!/bin/sh"), words);
   await Deno.writeTextFile(join(bed.home, "forced"), forced, { mode: 0o755 });
   const ssh = `#!/bin/sh\nshift\nSSH_ORIGINAL_COMMAND="$*" exec ${bed.home}/forced\n`;
@@ -185,7 +185,7 @@ recipeTest("recipe PostgreSQL", ["postgres", "openssl"], async () => {
     }),
   });
   await deliverTwice(bed, "db.example.com");
-  assert.equal([...Deno.readDirSync(bed.path("prod", "key"))].length, 1); // no RSA key, as nobody wants one
+  assert.equal([...Deno.readDirSync(bed.path("prod", "key"))].length, 1); // no RSA key: no section uses one
 });
 
 const TOMCAT = "/usr/share/tomcat10";
@@ -231,9 +231,9 @@ recipeTest("recipe Tomcat", ["java", "keytool", "openssl"], async () => {
   } finally {
     await shell(stop, bed.home);
   }
-  const said = await shell(adapt(block("tomcat.md", "openssl pkcs12"), words), join(base, "conf"));
-  assert.match(said, /friendlyName: app\.example\.com/);
-  assert.match(said, /^app\.example\.com, .*PrivateKeyEntry/m);
+  const printed = await shell(adapt(block("tomcat.md", "openssl pkcs12"), words), join(base, "conf"));
+  assert.match(printed, /friendlyName: app\.example\.com/);
+  assert.match(printed, /^app\.example\.com, .*PrivateKeyEntry/m);
 }, existsSync(TOMCAT) ? undefined : "tomcat10-common not installed");
 
 recipeTest("recipe for servers behind a balancer: nothing is well until each of them serves it", [
@@ -259,10 +259,12 @@ recipeTest("recipe for servers behind a balancer: nothing is well until each of 
       await startNginx(ssl, port, () => `server { listen 127.0.0.1:${port} ssl; ${config} }`),
     );
     words[`${server}-upload:/etc/ssl/lematt`] = ssl;
-    // one that was forgotten
+    // the second server's reload does nothing at first
     words[`ssh ${server}-reload-nginx`] = server === "web1" ? `kill -HUP ${child.pid}` : `${bed.home}/reload`;
     await Deno.writeTextFile(join(bed.home, "reload"), "#!/bin/sh\n", { mode: 0o755 });
-    await Deno.writeTextFile(join(bed.home, "mend"), `#!/bin/sh\nkill -HUP ${child.pid}\n`, { mode: 0o755 });
+    await Deno.writeTextFile(join(bed.home, "working-reload"), `#!/bin/sh\nkill -HUP ${child.pid}\n`, {
+      mode: 0o755,
+    });
   }
   const front = freePort();
   const bind = `mode tcp\n  bind 127.0.0.1:${front}\n  default_backend webs\nbackend webs\n  mode tcp\n` +
@@ -278,7 +280,7 @@ recipeTest("recipe for servers behind a balancer: nothing is well until each of 
   const first = await bed.lematt("--prod");
   assert.equal(first.code, 1);
   assert.match(first.stderr, new RegExp(`127\\.0\\.0\\.1:${ports[1]}`));
-  await Deno.rename(join(bed.home, "mend"), join(bed.home, "reload"));
+  await Deno.rename(join(bed.home, "working-reload"), join(bed.home, "reload"));
   bed.configure({ actions });
   await deliverTwice(bed, "www.example.com");
 });
@@ -319,8 +321,8 @@ recipeTest("recipe TLSA: records survive a renewal, and a change of keys is know
 
   const next = (await tlsa("cd /etc/lematt", { "/etc/lematt": bed.conf })).trim();
   assert.ok(!before.includes(next));
-  const said = await tlsa("cp prod/key", { "/etc/lematt": bed.conf, "/opt/lematt": ROOT });
-  assert.match(said, /^issued .*\(ec\)/m);
+  const printed = await tlsa("cp prod/key", { "/etc/lematt": bed.conf, "/opt/lematt": ROOT });
+  assert.match(printed, /^issued .*\(ec\)/m);
   const after = (await records()).split("\n");
   assert.deepEqual([after.includes(next), after.filter((line) => before.includes(line)).length], [true, 2]); // RSA's and ""
   await tlsa("openssl s_client", {
@@ -437,7 +439,7 @@ const hasDdns = which("lexicon") !== undefined &&
 recipeTest("recipe lexicon, by its provider ddns", ["named", "tsig-keygen", "lexicon"], async () => {
   await using bind = await startBind();
   const { home } = bind.bed;
-  // it knows no port but 53
+  // it supports no port but 53
   const address = `127.53.${Math.floor(Math.random() * 256)}.1`;
   using listener = Deno.listen({ hostname: address, port: 53 });
   const relaying = (async () => {

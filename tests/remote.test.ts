@@ -74,7 +74,7 @@ function startRelay(port: number) {
   };
 }
 
-test("a key does its one thing, whatever the client asks for: redirect challenges, or reload", async () => {
+test("a key allows one action, redirecting challenges or a reload, whatever command the client sends", async () => {
   await using remote = await startRemote({ reload: "echo reloaded" });
   await Promise.all([[], ["id"], ["$(id)"]].map(async (command) => {
     const { code, stdout } = await attempt("ssh", ...remote.ssh, "mail-reload-postfix", ...command);
@@ -106,7 +106,7 @@ test("a key does its one thing, whatever the client asks for: redirect challenge
   assert.match(second.stderr, /listen on port \d+ /);
 });
 
-test("the upload key puts files, and links between them, into its directories with their modes", async () => {
+test("the upload key writes files, and links between them, into its directories with their modes", async () => {
   await using remote = await startRemote();
   const { certificates } = remote;
   const from = join(remote.directory, "from");
@@ -200,7 +200,7 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", async
     ["-a", `${from}/directory`, to],
     ["-aR", "--no-implied-dirs", `${from}/./directory/g`, to],
   ];
-  // paths outside mean paths inside, or are refused
+  // paths outside are taken for paths inside, or refused
   const options = ["--backup-dir", "--temp-dir", "--partial-dir", "--log-file", "--link-dest"];
   await Promise.all([
     ...[...commands, ...otherwise].map(async (args) => {
@@ -211,7 +211,7 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", async
     ...options.map((option) => rsync(remote, "-a", `-M${option}=${outside}/x`, `${from}/f`, to)),
   ]);
 
-  // a link that lies there is replaced, never written through
+  // an existing link is replaced, and its target not written to
   for (
     const upload of [
       () => rsync(remote, "-a", "--inplace", `${from}/f`, to),
@@ -229,7 +229,7 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", async
   assert.deepEqual([...Deno.readDirSync(certificates)].filter(({ isSymlink }) => isSymlink), []);
 });
 
-test("S9: an upload is bounded: each file, and all that is in the directory", async () => {
+test("S9: uploads are limited: the size of each file, and the size of the directory", async () => {
   await using remote = await startRemote();
   const { certificates, uploadOnly } = remote;
   const script = adapt(await Deno.readTextFile(uploadOnly), { "DIRECTORY_KIB=262144": "DIRECTORY_KIB=3000" });
@@ -244,7 +244,7 @@ test("S9: an upload is bounded: each file, and all that is in the directory", as
   const large = await upload(`${from}/large.pem`);
   assert.notEqual(large.code, 0);
   assert.match(large.stderr, /File too large/);
-  // known at the end of a fast transfer, during a slow one
+  // detected at the end of a fast transfer, and during a slow one
   const files = ["a", "b", "c"].map((name) => `${from}/${name}.pem`);
   for (const options of [[], ["--no-compress", "--bwlimit=2000"]]) {
     const { code, stderr } = await upload(...options, ...files);
@@ -255,7 +255,7 @@ test("S9: an upload is bounded: each file, and all that is in the directory", as
   assert.equal((await upload(`${from}/a.pem`)).code, 0);
 });
 
-test("S9: nothing is left of an upload that was cut off, whoever was ended", async () => {
+test("S9: nothing is left of an interrupted upload, whichever process was ended", async () => {
   await using remote = await startRemote();
   const { certificates, uploadOnly } = remote;
   const from = join(remote.directory, "key.pem");
@@ -345,14 +345,14 @@ http { access_log off; ${own.join(" ")} ${servers.join("")} }\n`,
   return await startServer(command[0]!, command.slice(1), port);
 }
 
-test("certificates go the whole way, and again with new keys; a host that is down fails alone", async () => {
+test("certificates are issued through the remote host and delivered to it, twice with new keys; a host that is down fails alone", async () => {
   const reload = `exec ${which("nginx")} -q -s reload -c HERE/nginx/nginx.conf -e HERE/nginx/error.log`;
   await using remote = await startRemote({ reload });
   const { certificates, httpPort } = remote;
   const names = ["mail.example.com", "imap.example.com", "smtp.example.com"];
   const tls = freePort();
   await using _nginx = await startNginx(remote, tls, names);
-  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 }); // accepts connections and says nothing
+  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 }); // accepts connections and sends nothing
   const settings = "alwaysGenerateNewKeys: yes\ngenerateNewCertsAfterDays: 4\nari: no\n";
   await using bed = await testBed({
     domains: "mail.example.com\nimap.example.com smtp.example.com\ndown.example.com\n",
@@ -366,7 +366,7 @@ test("certificates go the whole way, and again with new keys; a host that is dow
   const portOf = (name: string) => ports[name] ?? httpPort;
   Object.assign(bed.ca.switches, {
     resolve: (name: string) => ({ hostname, port: portOf(name) }),
-    authorizationLifetimeMs: 86_400_000, // each run is validated anew
+    authorizationLifetimeMs: 86_400_000, // each run validates again
   });
   const ssh = `ssh ${remote.ssh.join(" ")}`;
   // the example in conf/actions.conf, which names what the kit makes
@@ -385,7 +385,7 @@ test("certificates go the whole way, and again with new keys; a host that is dow
 domains: down.example.com
 prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${CENTRAL}"]
 `);
-  // killed while it holds the redirect
+  // lematt is killed while the redirect is active
   bed.ca.switches.validationDelayMs = 10_000;
   bed.configure({ settings: `${settings}preflight: no\n` });
   const child = bed.start("--test", "--only", "mail.example.com");
@@ -396,8 +396,8 @@ prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${C
   bed.ca.switches.validationDelayMs = undefined;
   bed.configure({ settings });
 
-  const world = {
-    // what is remote takes its time
+  const context = {
+    // remote processes need some real time
     sleep: (ms: number) => delay(Math.min(ms, 50)),
     route: (name: string, port: number) =>
       Promise.resolve([{ address: hostname, port: name === hostname ? port : portOf(name) }]),
@@ -412,7 +412,7 @@ prepare: ["${ssh} -oPort=${silent.addr.port} -oConnectTimeout=1 mail-forward ${C
     );
   let before: string[] = [];
   for (let round = 1; round <= 2; round++) {
-    const { code, stdout, stderr } = await bed.run(world);
+    const { code, stdout, stderr } = await bed.run(context);
     assert.equal(code, 1, stdout + stderr);
     assert.match(stderr, /^FAILED +down\.example\.com [\s\S]*timed out during banner exchange/m);
     assert.equal(bed.ca.issued.length, 4 * round, stderr); // 2 lines, 2 key types

@@ -1,4 +1,4 @@
-/** Goal: what is printed of a run: for people on two streams, on a terminal with a line that counts, for machines one document. */
+/** Goal: the output of a run: two streams for people, with a progress line on a terminal, and one document for machines. */
 
 import assert from "node:assert/strict";
 import { createPublicKey } from "node:crypto";
@@ -20,7 +20,7 @@ async function bedOf(domains: string, actions = "", settings = "") {
   return bed;
 }
 
-/** What is printed of these events, in the order in which it is printed. */
+/** The output for these events, in order. */
 function printed(options: Partial<OutputOptions>, events: readonly Event[]): string {
   const texts: string[] = [];
   const out = (text: string) => void texts.push(text);
@@ -46,7 +46,7 @@ const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}, mode: Mode 
 
 // ---- for people ------------------------------------------------------------------------------------------
 
-Deno.test("what happens is printed when it happens: certificates as issued, commands as run, failures on standard error", async () => {
+Deno.test("events are printed as they happen: certificates issued, commands run, failures on standard error", async () => {
   await using bed = await bedOf(
     "a.example.com www\nbad.example.com",
     `[default]\nupdate: ["true"]\n[every]\nupdate: ["echo out; echo err >&2; exit 3"]`,
@@ -64,7 +64,7 @@ Deno.test("what happens is printed when it happens: certificates as issued, comm
   assert.ok(!(stdout + stderr).includes("\x1b"));
 });
 
-Deno.test("at a terminal one line counts while several lines of domains are issued, and is gone before anything else", async () => {
+Deno.test("a terminal shows a progress line while several lines are issued; it is erased before other output", async () => {
   await using bed = await bedOf("a.example.com\nbad.example.com\nc.example.com");
   const { events } = await bed.run({ parallel: 1 });
   for (const columns of [80, 20]) {
@@ -72,7 +72,7 @@ Deno.test("at a terminal one line counts while several lines of domains are issu
     const counting = text.split("\r\x1b[K").slice(0, -1).map((part) => part.split("\n").at(-1)!);
     assert.ok(counting.some((line) => line.startsWith("1 of 3 ")), text);
     assert.ok(counting.every((line) => line.length < columns), text);
-    // what is left to be seen
+    // what remains visible
     const seen = text.split("\n").map((line) => line.split("\r\x1b[K").at(-1)!);
     assert.ok(seen.every((line) => !/^\d of 3 /.test(line)), text);
     assert.ok(text.includes("\x1b[31mFAILED\x1b[0m"));
@@ -81,7 +81,7 @@ Deno.test("at a terminal one line counts while several lines of domains are issu
   assert.ok(!printed({ columns: 80, cron: true }, events).includes(" of 3 "));
 });
 
-Deno.test("--plan groups by reason, names ten of each, and says what waits until when", async () => {
+Deno.test("--plan groups by reason, names ten of each, and shows what waits until when", async () => {
   const names = Array.from({ length: 57 }, (_, n) => `host${n}.example.com`);
   const sections = names.map((name, n) => `[h${n}]\ndomains: ${name}\nupdate: ["true"]`).join("\n");
   await using bed = await bedOf(names.join("\n"), sections);
@@ -109,7 +109,7 @@ Deno.test("--plan groups by reason, names ten of each, and says what waits until
 
 // ---- for machines ----------------------------------------------------------------------------------------
 
-Deno.test("run, plan and their failures are documents as conf/monitoring describes them", {
+Deno.test("the documents of runs, plans and failures match the schemas of conf/monitoring", {
   ignore: which("nginx") === undefined,
 }, async () => {
   const port = freePort();
@@ -161,7 +161,7 @@ alert: ["true"]`);
   }
 });
 
-Deno.test("--json is one document though nothing happens, and with --cron none then", async () => {
+Deno.test("--json prints one document even if nothing happens, but none with --cron", async () => {
   await using bed = await bedOf("a.example.com", `[default]\nupdate: ["test ! -e HERE/down"]`);
   const json = async (cron: boolean) => (await bed.run({ json: true, cron, retry: true })).stdout;
   assert.equal(JSON.parse(await json(true)).issued.length, 1);

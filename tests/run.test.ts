@@ -1,4 +1,4 @@
-/** Goal: what one run leaves for the next, what a restricted run leaves alone, and what becomes of a state that is lost. */
+/** Goal: what a run leaves for the next one, what a restricted run leaves alone, and what a lost state costs. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
@@ -38,7 +38,7 @@ Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 ho
   assert.deepEqual(bed.state().failures, {});
 });
 
-Deno.test("a limit that names a line holds that line until Retry-After, and no other", async () => {
+Deno.test("a rate limit that names a line delays only that line, until Retry-After", async () => {
   const headers = { "retry-after": new Date(Date.now() + 5 * HOUR).toUTCString() };
   const refusal = refusing(429, "rateLimited", "too many certificates already issued for a.example.com", {
     headers,
@@ -52,7 +52,7 @@ Deno.test("a limit that names a line holds that line until Retry-After, and no o
   assert.equal((await bed.run()).code, 0);
 });
 
-Deno.test("the whole address at which a paused account goes on reaches the user, in this run and in later ones", async () => {
+Deno.test("the complete URL to unpause an account is printed, in this run and in later ones", async () => {
   const unpause = `https://portal.example.org/sfe/v1/unpause?jwt=${"x".repeat(900)}.${"y".repeat(300)}`;
   const refusal = refusing(429, "rateLimited", `paused for a.example.com. Please visit: ${unpause}`);
   await using bed = await bedOf("a.example.com", { fault: faultAt("newOrder", refusal) });
@@ -61,7 +61,7 @@ Deno.test("the whole address at which a paused account goes on reaches the user,
 
 // ---- restricted runs -------------------------------------------------------------------------------------
 
-Deno.test("--renew issues the lines that it names, --new-key under new keys, --only forces nothing", async () => {
+Deno.test("--renew issues the lines that it names, with --new-key under new keys; --only forces nothing", async () => {
   const three = "a.example.com www\nb.example.com\nc.example.com";
   await using bed = await bedOf(three);
   await bed.run();
@@ -83,7 +83,7 @@ Deno.test("--renew issues the lines that it names, --new-key under new keys, --o
   assert.deepEqual(keys().map((key, i) => key === [a, b][i]), [true, false]);
 });
 
-Deno.test("a restricted run delivers only what it names, and has the problems of that alone", async () => {
+Deno.test("a restricted run delivers only what it names, and reports only the problems of that", async () => {
   const failing = (name: string) =>
     `[${name}]\ndomains: ${name}.example.com\nupdate: ["echo ${name} >> HERE/log; test -e HERE/up"]\n`;
   await using bed = await bedOf("a.example.com\nb.example.com", {}, failing("a") + failing("b"));
@@ -96,13 +96,13 @@ Deno.test("a restricted run delivers only what it names, and has the problems of
   assert.equal((await bed.run({ named: { renew: ["a.example.com"] } })).code, 0);
   assert.deepEqual(bed.take(), ["a"]);
   const { stdout } = await bed.run({ named: { deliver: ["[b]"] } });
-  assert.match(stdout, /\n1 section delivered\n$/, "no word of certificates, which are left aside");
+  assert.match(stdout, /\n1 section delivered\n$/, "no count of certificates, which are left aside");
   assert.deepEqual(bed.take(), ["b"]);
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual(bed.take(), []);
 });
 
-Deno.test("what an option names must exist", async () => {
+Deno.test("lines and sections that an option names must exist", async () => {
   await using bed = await bedOf("a.example.com", {}, `[mail]\ndomains: a.example.com\nupdate: ["true"]`);
   const config = bed.config();
   const wrong = ["b.example.com", "*.example.com", "[web]", "mail", "[]", "\x1b[31m", "[constructor]"];
@@ -120,7 +120,7 @@ Deno.test("what an option names must exist", async () => {
 
 // ---- interrupted -----------------------------------------------------------------------------------------
 
-Deno.test("a run that is interrupted while the CA is asked for renewal information is interrupted, and nobody is to blame", async () => {
+Deno.test("a run that is interrupted while it fetches renewal information records no failure", async () => {
   const stop = new AbortController();
   await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec" });
   await bed.run();
@@ -133,7 +133,7 @@ Deno.test("a run that is interrupted while the CA is asked for renewal informati
   assert.deepEqual(bed.state().failures, {});
 });
 
-Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is pending for the next run", async () => {
+Deno.test("an interrupted delivery ends its commands, keeps its back-off, and stays pending for the next run", async () => {
   const actions = (b: string) =>
     `[a]\ndomains: a.example.com\nupdate: ["echo a >> HERE/log"]\n[b]\ndomains: b.example.com\nupdate: ["${b}"]`;
   await using bed = await bedOf("a.example.com\nb.example.com", {}, actions("echo $$ > HERE/b; sleep 60"));
@@ -157,7 +157,7 @@ Deno.test("an interrupted delivery ends its commands, keeps its back-off, and is
 
 const LOG = `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`;
 
-Deno.test("a state that is lost or spoilt is begun anew: all is delivered once more, and nothing issued", async () => {
+Deno.test("after a state is lost or corrupt, everything is delivered once more, and nothing is issued", async () => {
   for (const text of [undefined, `{"version":2,"receipts":{"defa`, `{"version":2,"receipts":[1]}`]) {
     await using bed = await bedOf("a.example.com\nb.example.com", {}, LOG);
     await bed.run();
@@ -176,7 +176,7 @@ Deno.test("a state that is lost or spoilt is begun anew: all is delivered once m
   }
 });
 
-Deno.test("a directory of 0.1.0 is taken over with what it had not delivered yet, and nothing else is delivered", async () => {
+Deno.test("a directory of 0.1.0 is taken over with its pending deliveries, and nothing else is delivered", async () => {
   const actions = `${LOG}\n[every]\nupdate: ["echo every >> HERE/log"]`;
   await using bed = await bedOf("a.example.com\nb.example.com", {}, actions);
   await bed.plant();
@@ -195,7 +195,7 @@ const revokeAll = (bed: Bed, what: string, reason = 0) => {
   return revoke(config, revocable(config, what), reason, bed.context(), () => {});
 };
 
-Deno.test("a revoked certificate is a problem until it is replaced, under another key though its files are gone", async () => {
+Deno.test("a revoked certificate is a problem until it is replaced, with a new key even if its files are gone", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
   await bed.run();
   const stem = "a.example.com_www.a.example.com";
@@ -210,17 +210,17 @@ Deno.test("a revoked certificate is a problem until it is replaced, under anothe
   assert.notEqual(keyOf(bed, stem), before);
 });
 
-Deno.test("what was shown is what is revoked, though a renewal comes in between", async () => {
+Deno.test("the certificate that was shown is revoked, even if it is renewed in between", async () => {
   await using bed = await bedOf("a.example.com");
   await bed.run();
   const config = bed.config();
   const shown = revocable(config, "a.example.com");
-  assert.equal((await bed.run({ named: { renew: ["a.example.com"] } })).code, 0); // no lock is held
+  assert.equal((await bed.run({ named: { renew: ["a.example.com"] } })).code, 0); // the lock is free
   await revoke(config, shown, 1, bed.context(), () => {});
   assert.deepEqual(bed.ca.issued.map(({ revoked }) => revoked?.reason), [1, undefined]);
 });
 
-Deno.test("a certificate is revoked by its path, also of a line that is gone, or one that another account ordered", async () => {
+Deno.test("a certificate can be revoked by its path, also if its line is gone or another account ordered it", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com");
   await bed.run();
   bed.configure({ domains: "c.example.com" });
@@ -233,7 +233,7 @@ Deno.test("a certificate is revoked by its path, also of a line that is gone, or
   );
 });
 
-Deno.test("--revoke wants to know exactly what is meant", async () => {
+Deno.test("--revoke refuses a name that is unknown or on two lines, and a file that is no certificate", async () => {
   await using bed = await bedOf(
     "a.example.com shop.example.com\nb.example.com shop.example.com\nc.example.com\nd.example.com",
   );
@@ -252,7 +252,7 @@ Deno.test("--revoke wants to know exactly what is meant", async () => {
 
 // ---- orphans ---------------------------------------------------------------------------------------------
 
-Deno.test("--prune moves what belongs to no line, and what its links lead to; a line that is back keeps its files", async () => {
+Deno.test("--prune moves orphaned files and writes links as files; a line that is back keeps its files", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
   await bed.run();
   bed.configure({ domains: "b.example.com" });
@@ -274,7 +274,7 @@ Deno.test("--prune moves what belongs to no line, and what its links lead to; a 
 
 // ---- --cron ----------------------------------------------------------------------------------------------
 
-Deno.test("--cron prints nothing unless something changed or failed, and a failure again after 20 hours", async () => {
+Deno.test("--cron prints nothing unless something changed or failed, and repeats a failure after 20 hours", async () => {
   await using bed = await bedOf("a.example.com", {}, `[default]\nupdate: ["test ! -e HERE/down"]`);
   const printed = async () => {
     const { stdout, stderr } = await bed.run({ cron: true, retry: true });
@@ -299,7 +299,7 @@ Deno.test("--cron prints nothing unless something changed or failed, and a failu
   assert.deepEqual(await printed(), [true, false]);
 });
 
-Deno.test("a restricted run does not count as one that printed the problems of other lines", async () => {
+Deno.test("a restricted run does not count as having printed the problems of other lines", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
   bed.refused.add("b.example.com");
   assert.match((await bed.run({ cron: true })).stderr, /b\.example\.com/);

@@ -1,6 +1,6 @@
 /**
- * Holds documents to the JSON Schemas of conf/monitoring: to as much of JSON Schema 2020-12 as they use, and to one thing
- * more, that every key of a document is described.
+ * Validates documents by the JSON Schemas of conf/monitoring, by as much of JSON Schema 2020-12 as they use; in addition,
+ * every key of a document must be described.
  */
 
 import { join } from "node:path";
@@ -25,7 +25,7 @@ const KNOWN = new Set(
   ),
 );
 
-/** What in a document is not as the schema `<name>.schema.json` has it. */
+/** Where a document does not match the schema `<name>.schema.json`. */
 export function violations(document: unknown, name: string): string[] {
   return [...check(document, read(`${name}.schema.json`), name, "$")];
 }
@@ -59,7 +59,7 @@ function* check(value: unknown, schema: Schema, file: string, path: string): Gen
     }
     if (part.const !== undefined && value !== part.const) yield `${path}: not ${part.const}`;
     if (part.enum?.includes(value) === false) {
-      yield `${path}: ${JSON.stringify(value)} is none of ${part.enum}`;
+      yield `${path}: ${JSON.stringify(value)} is not one of ${part.enum}`;
     }
     if (part.format === "date-time" && !/^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(String(value))) {
       yield `${path}: no date`;

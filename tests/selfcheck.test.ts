@@ -1,4 +1,4 @@
-/** Goal: a file is looked for as a CA looks for it, within limits, and what is wrong is said with the hop where it is. */
+/** Goal: a self-check fetches a file as a CA does, within limits, and its error names the hop that is wrong. */
 
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
@@ -38,14 +38,14 @@ function selfSigned() {
   const identifiers = [{ type: "dns", value: "other.example" } as const];
   const contents = { publicKey, identifiers, notBefore: new Date(0), notAfter: new Date(1e12) };
   const key = privateKey.export({ format: "pem", type: "pkcs8" }).toString();
-  return { cert: certify(contents, createAuthority("nobody")), key };
+  return { cert: certify(contents, createAuthority("unknown")), key };
 }
 
-/** Every host at 127.0.0.1, its ports 80 and 443 at these. */
+/** Resolves every host to 127.0.0.1, with its ports 80 and 443 at these. */
 const all = (http: number, https = 0): Route => (_host, port) =>
   Promise.resolve([{ address: "127.0.0.1", port: port === 80 ? http : https }]);
 
-/** Every host at these places. */
+/** Resolves every host to these places. */
 const at = (...places: [address: string, port: number][]): Route => () =>
   Promise.resolve(places.map(([address, port]) => ({ address, port })));
 
@@ -73,7 +73,7 @@ function serveBytes(bytes?: Uint8Array<ArrayBuffer>) {
   };
 }
 
-Deno.test("the right answer is right, under the Host of the name, with or without space at its end", async () => {
+Deno.test("the right answer passes, requested with the name as Host, with or without white space at its end", async () => {
   const seen = new Set<string>();
   for (const space of ["", "\n", " \r\n\t"]) {
     await using web = serve((request) => {
@@ -85,8 +85,8 @@ Deno.test("the right answer is right, under the Host of the name, with or withou
   assert.deepEqual([...seen], [`GET example.com ${PATH}`]);
 });
 
-Deno.test("a wrong answer is reported as what it is, with URL and address", async () => {
-  const table: [Handler, told: string][] = [
+Deno.test("a wrong answer is reported with its kind, URL and address", async () => {
+  const table: [Handler, expected: string][] = [
     [() => new Response("no", { status: 404 }), "404"],
     [() => new Response(EXPECTED, { status: 500 }), "500"],
     [() => new Response(EXPECTED, { status: 201 }), "201"],
@@ -95,16 +95,16 @@ Deno.test("a wrong answer is reported as what it is, with URL and address", asyn
     [() => new Response(null, { status: 301 }), "301"],
     [() => new Response(EXPECTED + " ".repeat(10 << 20)), "more than 4096 bytes"],
   ];
-  for (const [handler, told] of table) {
+  for (const [handler, expected] of table) {
     await using web = serve(handler);
     const fault = await faultOf(all(web.port));
-    assert(fault?.startsWith(`${URL_80} at 127.0.0.1`) && fault.includes(told), fault);
+    assert(fault?.startsWith(`${URL_80} at 127.0.0.1`) && fault.includes(expected), fault);
   }
 });
 
 // ---- redirects ---------------------------------------------------------------------------------------------------
 
-Deno.test("ten redirects are followed, and not one more", async () => {
+Deno.test("ten redirects are followed, but not eleven", async () => {
   await using web = serve((request) => {
     const left = Number(new URL(request.url).pathname.slice(1));
     return left > 0 ? redirect(`/${left - 1}`)(request) : right(request);
@@ -113,7 +113,7 @@ Deno.test("ten redirects are followed, and not one more", async () => {
   assert.match((await faultOf(all(web.port), { url: "http://example.com/11" }))!, /10 redirects/);
 });
 
-Deno.test("every kind of redirect is followed, to other hosts and to https, whatever the certificate and the page with it", async () => {
+Deno.test("every kind of redirect is followed, to other hosts and to https, whatever its body and the certificate", async () => {
   for (const status of [301, 302, 303, 307, 308]) {
     const location = `https://elsewhere.example${PATH}`;
     await using web = serve(() => new Response("x".repeat(100_000), { status, headers: { location } }));
@@ -125,7 +125,7 @@ Deno.test("every kind of redirect is followed, to other hosts and to https, what
   }
 });
 
-Deno.test("a redirect leads only where a CA follows: http and https at their own ports", async () => {
+Deno.test("redirects are followed only where a CA follows them: http and https at their standard ports", async () => {
   const table: [location: string, asked?: string][] = [
     ["http://elsewhere.example:443/x", "elsewhere.example:443"],
     ["https://elsewhere.example:80/x", "elsewhere.example:80"],
@@ -150,7 +150,7 @@ Deno.test("a redirect leads only where a CA follows: http and https at their own
 
 // ---- connections -------------------------------------------------------------------------------------------------
 
-Deno.test("what cannot be reached, breaks off or is no HTTP is reported with its reason", async () => {
+Deno.test("a server that is unreachable, closes early or does not use HTTP is reported with the reason", async () => {
   const refused = await faultOf(all(freePort()));
   assert.match(refused!, /^http:\S+ at 127\.0\.0\.1: .*refused.*; .*preflight: warn$/i);
   const short = `HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n${EXPECTED}`;
@@ -164,7 +164,7 @@ Deno.test("what cannot be reached, breaks off or is no HTTP is reported with its
   );
 });
 
-Deno.test("one deadline ends a check, however many silent addresses and redirects there are", async () => {
+Deno.test("one deadline limits a check, however many silent addresses and redirects there are", async () => {
   await using silent = serveBytes();
   await using web = serve(redirect(`https://example.com${PATH}`));
   const places = Array.from({ length: 4000 }, (): [string, number] => ["127.0.0.1", silent.port]);
@@ -183,7 +183,7 @@ Deno.test("one deadline ends a check, however many silent addresses and redirect
   assert.match(unanswered!, /^example\.com .*in time$/);
 });
 
-Deno.test("every address must show the challenge, since the CA may choose any", async () => {
+Deno.test("every address must serve the challenge, since the CA may choose any", async () => {
   await using four = serve(right);
   await using six = serve(right, { hostname: "::1" });
   await using wrong = serve(() => new Response("default page"), { hostname: "::1" });
@@ -199,7 +199,7 @@ Deno.test("every address must show the challenge, since the CA may choose any", 
   for (const [places, fault] of table) assert.match(await faultOf(at(...places)) ?? "", fault);
 });
 
-Deno.test("a page to which several addresses redirect is fetched once", async () => {
+Deno.test("a URL to which several addresses redirect is fetched once", async () => {
   let count = 0;
   await using central = serve((request) => (count++, right(request)));
   await using web = serve(redirect(`http://central.example${PATH}`));
@@ -210,7 +210,7 @@ Deno.test("a page to which several addresses redirect is fetched once", async ()
   assert.deepEqual([fault, count], [undefined, 1]);
 });
 
-Deno.test("an IPv6 address is looked for under its own name", async () => {
+Deno.test("the challenge of an IPv6 address is requested with the address as Host", async () => {
   const isRight = ({ headers }: Request) => headers.get("host") === "[2001:db8::7]";
   await using web = serve((request) => new Response(isRight(request) ? EXPECTED : ""), { hostname: "::1" });
   const route: Route = (host, port) => {

@@ -1,6 +1,6 @@
 /**
- * Goal: the certificates of real services are seen through their STARTTLS, and what they refuse is reported. Services with a
- * recipe are in recipes.test.ts. What is not installed is passed over.
+ * Goal: probes see the certificates of real services through their STARTTLS, and report what they refuse. Services with a
+ * recipe are in recipes.test.ts. What is not installed is skipped.
  */
 
 import assert from "node:assert/strict";
@@ -63,7 +63,7 @@ const services: readonly Service[] = [
 const test = together("services");
 for (const { program, starttls, seen, start } of services) {
   const lacking = lackOf(program, "openssl") ?? (Deno.uid() !== 0 ? "root is needed" : undefined);
-  test(`${program} is seen to serve its certificate through ${starttls}`, async () => {
+  test(`probe() sees the certificate of ${program} through STARTTLS (${starttls})`, async () => {
     await using temporary = await temporaryDirectory();
     const home = temporary.path;
     const { fingerprint } = await makeCertificate(home, "rsa", "rsa", ["localhost"]);

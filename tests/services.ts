@@ -10,13 +10,13 @@ import { startServer } from "./tls.ts";
 
 export type Running = AsyncDisposable & { readonly child: Deno.ChildProcess };
 
-/** Debian has it in no PATH. */
+/** Not in PATH on Debian. */
 export const postgres = which("postgres") ??
   ["17", "16", "15", "14"].map((version) => which(`../lib/postgresql/${version}/bin/postgres`)).find(Boolean);
 /** It refuses to run as root. */
 const POSTGRES = ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"];
 
-/** HAProxy; SIGUSR2 has it read its files again. `bind` is the line of its frontend. */
+/** HAProxy; SIGUSR2 makes it read its files again. `bind` is the line of its frontend. */
 export async function startHaproxy(home: string, port: number, bind: string): Promise<Running> {
   await Deno.writeTextFile(
     join(home, "haproxy.cfg"),
@@ -58,7 +58,7 @@ postlog unix-dgram n - n - 1 postlogd\n`,
   return {
     child: running.child,
     async [Symbol.asyncDispose]() {
-      await run(which("postfix")!, "-c", home, "stop"); // its master survives what has started it
+      await run(which("postfix")!, "-c", home, "stop"); // its master outlives the process that started it
       await running[Symbol.asyncDispose]();
     },
   };
@@ -95,7 +95,7 @@ service ${protocol}-login {
   return await startServer(which("dovecot")!, ["-F", "-c", join(home, "dovecot.conf")], port);
 }
 
-/** PostgreSQL; all of `home` belongs to its user then. SIGHUP has it read its files again. */
+/** PostgreSQL; all of `home` belongs to its user then. SIGHUP makes it read its files again. */
 export async function startPostgres(home: string, port: number, tls: string): Promise<Running> {
   const data = join(home, "data");
   const initdb = join(dirname(await Deno.realPath(postgres!)), "initdb");

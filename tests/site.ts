@@ -11,14 +11,14 @@ import { type Bed, type Ran, testBed, until } from "./bed.ts";
 import { output } from "./programs.ts";
 import { freePort, startNginx, tcpServer } from "./tls.ts";
 
-/** Deno.test() where nginx is installed. */
+/** Deno.test() if nginx is installed. */
 export function siteTest(name: string, fn: () => Promise<void>): void {
   const ignore = which("nginx") === undefined;
   if (ignore) console.log(`nginx is not installed, so this is not tested: ${name}`);
   Deno.test({ name, ignore, fn });
 }
 
-/** Uploads that a service finds under names of its own, and nginx reading them anew. */
+/** Uploads to the service's own file names, and a reload of nginx. */
 export const UPLOAD = `rehearse: yes
 uploadEach: ["cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key"]`;
 export const RELOAD = `update: ["kill -HUP $(cat HERE/web/pid)"]`;
@@ -28,17 +28,17 @@ export interface Site extends AsyncDisposable {
   readonly port: number;
   /** The files that nginx serves, by name. */
   save(): Record<string, string>;
-  /** Writes such files, and has them served. */
+  /** Writes such files and reloads nginx. */
   restore(files: Readonly<Record<string, string>>): Promise<void>;
   reload(): Promise<void>;
-  /** Waits until the files that are there are served. */
+  /** Waits until the present files are served. */
   settle(): Promise<void>;
-  /** Another nginx, which serves the present files whatever comes; its port. */
+  /** Starts another nginx, which keeps serving the present files; returns its port. */
   startStale(): Promise<number>;
   run(options?: Parameters<Bed["run"]>[0]): Promise<Ran>;
 }
 
-/** Starts one. PORT in the actions is the port of nginx on loopback; its first certificates are of `age` days. */
+/** Starts a site. PORT in the actions is replaced by the port of nginx; the first certificates are `age` days old. */
 export async function startSite({
   actions = `[default]\n${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]`,
   domains = "www.example.com",
@@ -115,7 +115,7 @@ export async function startSite({
   return site;
 }
 
-/** A server that leads each connection to the next of the ports in turn, and counts them. */
+/** A server that forwards each connection to the next of the ports in turn, and counts them. */
 export async function startBalancer(...ports: readonly number[]) {
   const counts = { connections: 0 };
   const server = await tcpServer((client) => {
@@ -127,7 +127,7 @@ export async function startBalancer(...ports: readonly number[]) {
   return Object.assign(server, { counts });
 }
 
-/** The fingerprint of the certificate that openssl is shown at a port of loopback; an EC one where there are two. */
+/** The fingerprint of the certificate that openssl gets at a port of loopback; the EC one if there are two. */
 async function shown(port: number): Promise<string> {
   const options = ["-connect", `127.0.0.1:${port}`, "-servername", "www.example.com"];
   const { stdout } = await output(["openssl", "s_client", ...options]);

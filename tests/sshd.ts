@@ -36,13 +36,13 @@ export interface Remote extends AsyncDisposable {
   readonly httpPort: number;
   /** Arguments that make ssh and scp find the aliases: mail-forward, mail-upload, mail-reload-postfix, … */
   readonly ssh: readonly ["-F", string];
-  /** Process ids of what sshd has begun for its connections. */
+  /** Ids of the processes of sshd's connections. */
   sessions(): Promise<number[]>;
-  /** What sshd has said. */
+  /** The log of sshd. */
   log(): string;
 }
 
-/** Starts one. `reload` is what the reload keys run, `keys` changes authorized_keys further. */
+/** Starts a remote host. The reload keys run `reload`; `keys` edits authorized_keys. */
 export async function startRemote(
   { reload = "true", keys = (text) => text }: { reload?: string; keys?: (text: string) => string } = {},
 ): Promise<Remote> {
@@ -64,7 +64,7 @@ export async function startRemote(
     await run("chown", "-R", user, certificates);
   }
 
-  // deno may stand where only its owner can read it
+  // deno may be where only its owner can read it
   await Deno.link(Deno.execPath(), `${bin}/deno`).catch(() => Deno.copyFile(Deno.execPath(), `${bin}/deno`));
   for (const path of [join(ROOT, "leforward.ts"), join(KIT, "upload-only")]) {
     await run("install", "-m", "755", path, bin);
@@ -101,7 +101,7 @@ ListenAddress 127.0.0.1
 HostKey ${directory}/host_key
 PidFile none
 AuthorizedKeysFile ${directory}/authorized_keys
-# the directory stands below /tmp, where anybody can write
+# the directory is below /tmp, where everyone can write
 StrictModes no
 UsePAM no
 PasswordAuthentication no

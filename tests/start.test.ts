@@ -1,6 +1,6 @@
 /**
  * Goal: both programs start in every way in which users start them, as root and as an ordinary user, and Deno never
- * asks anything: on a terminal, where it would wait for ever.
+ * prompts: on a terminal it would wait without end.
  */
 
 import assert from "node:assert/strict";
@@ -31,7 +31,7 @@ if (!SYSTEMD) console.warn("start.test.ts: no units are checked without systemd-
 
 /**
  * Runs a line for /bin/sh at a pseudo-terminal, as the user of an installation, and types each answer when its question
- * is there. Returns what is to be seen. A question of Deno's ends it, and so does a minute.
+ * appears. Returns what is shown. It is ended by a prompt of Deno, or after a minute.
  */
 async function atTerminal(
   { as, env }: Installation,
@@ -118,7 +118,7 @@ const COMMANDS: readonly Command[] = [
   ["--prod --revoke a.example.com", 0, { "[y/N]": "y\n" }],
 ];
 
-Deno.test("at a terminal lematt asks nothing but its own questions, whoever starts it, and however", {
+Deno.test("on a terminal lematt asks only its own questions, for each user and way of starting", {
   ignore: !existsSync(SCRIPT),
 }, async () => {
   await settled(
@@ -139,7 +139,7 @@ Deno.test("at a terminal lematt asks nothing but its own questions, whoever star
   );
 });
 
-Deno.test("at a terminal leforward asks nothing and ends by Ctrl-C, whoever starts it, and however", {
+Deno.test("on a terminal leforward asks nothing and ends on Ctrl-C, for each user and way of starting", {
   ignore: !existsSync(SCRIPT),
 }, async () => {
   await settled(
@@ -204,7 +204,7 @@ for (const [what, place, text] of CRONTABS) {
       "/etc/lematt": bed.conf,
       "PATH=/usr/local/bin:": `PATH=${host.bin}:`,
     };
-    // each line once more, for the moment when cron starts
+    // each command again, to run when cron starts
     const crontab = adapt(text, replacements).replace(
       /^ *(\S+ +){4}\S+ +(.* --cron\b.*)/m,
       (line, _, command) => `${line}\n@reboot ${command} >${home}/log 2>&1; echo $? >${home}/status`,
@@ -213,7 +213,7 @@ for (const [what, place, text] of CRONTABS) {
     for (const [name, text] of Object.entries({ crontab, passwd, empty: "" })) {
       await Deno.writeTextFile(join(bed.home, name), text);
     }
-    // a cron of our own: other users, other crontabs, and no deno where cron looks by itself
+    // a separate cron: other users, other crontabs, and no deno in cron's default PATH
     const script = `set -e; cd ${bed.home}
 mount -t tmpfs none /run; mount -t tmpfs none /var/spool/cron; mount -t tmpfs none /etc/cron.d
 mount --bind passwd /etc/passwd; mount --bind empty /etc/crontab
@@ -240,7 +240,7 @@ exec cron -f -L 0`;
 }
 
 Deno.test(
-  "the units are ones that systemd understands, and expose little",
+  "systemd accepts the units, and rates their exposure as low",
   { ignore: !SYSTEMD },
   async () => {
     await using temporary = await temporaryDirectory();
@@ -257,7 +257,7 @@ Deno.test(
         .replace("/usr/local/bin/leforward.ts", join(ROOT, "leforward.ts"));
       await Deno.writeTextFile(join(directory, name), programs);
     }
-    // it prints what it does not understand, and exits with 0
+    // systemd-analyze prints what it rejects, and exits with 0
     const names = units.map(([, name]) => name);
     const { stderr } = await output(["systemd-analyze", "verify", ...names], { cwd: directory });
     const printed = stderr.split("\n")
@@ -269,7 +269,7 @@ Deno.test(
   },
 );
 
-Deno.test("where packages were not fetched, lematt fetches none and says in one line how to", async () => {
+Deno.test("if packages were not fetched, lematt fetches none and reports in one line how to", async () => {
   await using bed = await testBed({ domains: "a.example.com" });
   const env = { DENO_DIR: join(bed.home, "empty") };
   for (const what of ["--check", "--test"]) {
@@ -279,14 +279,14 @@ Deno.test("where packages were not fetched, lematt fetches none and says in one 
   }
 });
 
-Deno.test("deno task compile makes programs that take in everything and never prompt", async () => {
+Deno.test("deno task compile makes self-contained programs that never prompt", async () => {
   await using temporary = await temporaryDirectory();
   const directory = temporary.path;
   const latin1 = new TextDecoder("latin1");
   const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
   for (const name of ["lematt", "leforward"]) {
     const command = tasks[`compile:${name}`].replace("-q ", "").replace("bin/", `${directory}/`);
-    // denort, to which the program is appended, is not at hand everywhere: any executable shows what is appended
+    // denort, to which the program is appended, is not installed everywhere: any executable shows what is appended
     const env = { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" };
     const compile = command.replace(/^deno/, `'${Deno.execPath()}'`);
     const { code, stderr: printed } = await output(["/bin/sh", "-c", compile], { cwd: ROOT, env });

@@ -1,4 +1,4 @@
-/** Goal: whatever stands in state.json, it is read as it was written, begun anew, or left alone with exit status 2. */
+/** Goal: whatever is in state.json, it is read as written, replaced by an empty state, or left alone with exit status 2. */
 
 import assert from "node:assert/strict";
 import { emptyState, parseState, type State, StateError } from "../lib/state.ts";
@@ -70,7 +70,7 @@ Deno.test("dates that only a broken certificate or CA has are read back, too", (
   assert.deepEqual(read(state), plain(state));
 });
 
-Deno.test("a state that was cut short or edited by hand is begun anew, and it is said why", () => {
+Deno.test("a state that was truncated or edited by hand is replaced by an empty one, with the reason", () => {
   const text = JSON.stringify(full());
   for (let length = 0; length < text.length; length += 7) assert("unusable" in read(text.slice(0, length)));
   const edited: unknown[] = [
@@ -81,7 +81,7 @@ Deno.test("a state that was cut short or edited by hand is begun anew, and it is
   for (const state of edited) assert.match(read(state).unusable, /./, JSON.stringify(state));
 });
 
-Deno.test("a moment in the future counts as none, and nothing waits longer than a day", () => {
+Deno.test("a time in the future does not count, and nothing waits longer than a day", () => {
   const ahead = read(full(LATE, LATE));
   const now = NOW.toISOString();
   const never = "1970-01-01T00:00:00.000Z";
@@ -93,12 +93,12 @@ Deno.test("a moment in the future counts as none, and nothing waits longer than 
     failures: { "a.example": { count: 3, since: now, at: now, error: "refused", shared: true } },
     holds: {},
     withoutRenewalInfo: {},
-    receipts: { web: { "a.pem": { ...full().receipts.web!["a.pem"], at: never } } }, // delivered all the same
+    receipts: { web: { "a.pem": { ...full().receipts.web!["a.pem"], at: never } } }, // it still counts as delivered
     deliveries: {
       web: { count: 3, since: now, at: now, error: "refused", key: "k", output: "no route", urgent: true },
     },
     probes: {},
-    alerts: { web: { CA: { at: never, what: "issuance of 3 lines" } } }, // and so it will be said when it is well again
+    alerts: { web: { CA: { at: never, what: "issuance of 3 lines" } } }, // so that its end is reported
     reported: {},
     runs: full(LATE, LATE).runs, // they show that a clock was wrong
   });
@@ -118,7 +118,7 @@ Deno.test("a state of version 1 is taken over; a newer version is not touched", 
   assert.throws(() => parseState(`{"version": 3, "news": {}}`, NOW), StateError);
 });
 
-Deno.test("a state of a newer lematt, or one that cannot be read, is exit 2, and nothing is done", async () => {
+Deno.test("with a state of a newer lematt, or one that cannot be read, the exit status is 2 and nothing is done", async () => {
   await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec\npreflight: no" });
   Deno.mkdirSync(bed.path("test"));
   const path = bed.path("test/state.json");

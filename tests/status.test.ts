@@ -1,4 +1,4 @@
-/** Goal: how everything is, problems first, for a terminal of any width, and the same for machines. */
+/** Goal: the status, problems first, for a terminal of any width, and the same for machines. */
 
 import assert from "node:assert/strict";
 import { status } from "../lib/run.ts";
@@ -18,7 +18,7 @@ const statusOf = (bed: Bed, offline = true) => status(bed.config("prod"), offlin
 
 // ---- problems and exit status ----------------------------------------------------------------------------
 
-Deno.test("status exits with 1 where there is a problem, and a renewal that is merely due is none", async () => {
+Deno.test("status exits with 1 if there is a problem; a renewal that is merely due is not one", async () => {
   const run = (bed: Bed) => bed.run({ mode: "prod" });
   const shows = async (code: 0 | 1, shown: RegExp, arrange: (bed: Bed) => Promise<unknown>) => {
     await using bed = await bedOf("a.example.com");
@@ -30,8 +30,8 @@ Deno.test("status exits with 1 where there is a problem, and a renewal that is m
   await all([
     shows(0, /no full run yet/, () => Promise.resolve()),
     shows(0, /^no problems\n/, run),
-    shows(0, /^no problems\n/, (bed) => bed.plant({ mode: "prod", age: 61 })), // due since a day
-    shows(0, /^no problems\n/, async (bed) => { // due since a day, with runs by hand
+    shows(0, /^no problems\n/, (bed) => bed.plant({ mode: "prod", age: 61 })), // due for a day
+    shows(0, /^no problems\n/, async (bed) => { // due for a day, with runs by hand
       await bed.plant({ mode: "prod", age: 59 });
       for (let n = 0; n < 6; n++) await run(bed);
       bed.ca.advance(1.5 * DAY);
@@ -60,7 +60,7 @@ Deno.test("status exits with 1 where there is a problem, and a renewal that is m
   ]);
 });
 
-Deno.test("status finds what is missing, changed, or belongs to no line, and changes nothing", async () => {
+Deno.test("status finds what is missing, changed or orphaned, and changes nothing", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com\nc.example.com\nd.example.com www");
   await bed.plant({ mode: "prod", age: 10 });
   const file = (name: string) => bed.path("prod", "cert", `${name}-cert-combined.prime256v1.pem`);
@@ -80,7 +80,7 @@ Deno.test("status finds what is missing, changed, or belongs to no line, and cha
   assert.deepEqual(listing(), before);
 });
 
-Deno.test("--offline shows the last probes with their age; else endpoints are probed, and nothing is remembered", async () => {
+Deno.test("--offline shows the last probes with their age; otherwise endpoints are probed, and nothing is recorded", async () => {
   const port = freePort();
   await using bed = await bedOf("a.example.com", `[default]\nverify: ["127.0.0.1:${port}#DOMAIN"]`);
   await bed.plant({ mode: "prod" });
@@ -100,7 +100,7 @@ Deno.test("--offline shows the last probes with their age; else endpoints are pr
 
 // ---- the table -------------------------------------------------------------------------------------------
 
-/** A bed with names of all lengths, a problem of each kind, and endpoints that serve all sorts. */
+/** A bed with names of all lengths, a problem of each kind, and endpoints in all states. */
 async function crowded() {
   const label = "l".repeat(63);
   const long = `${label}.${label}.${label}.example.com`;
@@ -143,7 +143,7 @@ async function crowded() {
   return Object.assign(bed, { words: [long, many[0]!, "xn--bcher-kva.example", `[${section}]`, endpoint] });
 }
 
-Deno.test("the table has problems first, fits 40, 80 and 200 columns, and breaks no name", async () => {
+Deno.test("the table lists problems first, fits 40, 80 and 200 columns, and breaks no name", async () => {
   await using bed = await crowded();
   const found = await statusOf(bed);
   for (const columns of [40, 80, 200]) {
@@ -154,7 +154,7 @@ Deno.test("the table has problems first, fits 40, 80 and 200 columns, and breaks
       assert.ok(table.includes(word), `${word} at ${columns}`);
     }
     for (const line of table.split("\n").filter((line) => line.length > columns)) {
-      // only words that do not fit stand out
+      // only words that are too long exceed the width
       assert.ok(line.trim().split(/\s+/).some((word) => word.length > columns - 12), `${columns}: ${line}`);
     }
   }
@@ -162,7 +162,7 @@ Deno.test("the table has problems first, fits 40, 80 and 200 columns, and breaks
   assert.ok(lines(200) < lines(80), "uses the width");
 });
 
-Deno.test("times are told in hours where days are too coarse, and what has expired is marked", async () => {
+Deno.test("times are shown in hours if days are too coarse, and expired certificates are marked", async () => {
   const table: [age: number, life: number, shown: RegExp][] = [
     [0, 90, /^a\.example\.com +ec +(89|90) days/m],
     [0.5, 1, /^a\.example\.com +ec +(11|12) hours/m],
@@ -180,7 +180,7 @@ Deno.test("times are told in hours where days are too coarse, and what has expir
 
 // ---- for machines ----------------------------------------------------------------------------------------
 
-Deno.test("the status document is as conf/monitoring describes it", async () => {
+Deno.test("the status document matches the schema of conf/monitoring", async () => {
   await using bed = await crowded();
   const document = JSON.parse(statusJson(await statusOf(bed)));
   assert.deepEqual(violations(document, "status"), []);
@@ -210,7 +210,7 @@ function readMetrics(text: string): Map<string, number> {
   return series;
 }
 
-Deno.test("metrics keep to the grammar of Prometheus, whatever is found", async () => {
+Deno.test("metrics follow the grammar of Prometheus, whatever is found", async () => {
   await using bed = await crowded();
   const found = await statusOf(bed);
   const series = readMetrics(statusMetrics(found));

@@ -1,4 +1,4 @@
-/** Goal: the names of the original, files that are whole or not there, owned as before, and a directory of the original taken over. */
+/** Goal: files have the original's names, are complete or absent, and keep their owners; its directory is taken over. */
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
@@ -87,7 +87,7 @@ function fingerprintOf(config: Config): string {
 
 // ---- names -------------------------------------------------------------------------------------------------------
 
-Deno.test("stemOf() joins the names, and shortens what no file name can hold", () => {
+Deno.test("stemOf() joins the names, and shortens what is too long for a file name", () => {
   using config = configure();
   const stem = (...names: string[]) => stemOf({ ...config, mode: "prod" }, names);
   assert.equal(stem("example.com", "www.example.com"), "example.com_www.example.com");
@@ -101,7 +101,7 @@ Deno.test("stemOf() joins the names, and shortens what no file name can hold", (
   assert.equal(long.length + end, 255);
 });
 
-Deno.test("a commit makes the original's files, links and modes, and leaves nothing else", async () => {
+Deno.test("a commit writes the original's files, links and modes, and leaves nothing else", async () => {
   using config = configure("example.com www.example.com");
   await issueAll(config);
   const tree = execFileSync("find", [config.base, "-mindepth", "1", "-printf", "%m %P%l\n"], {
@@ -128,7 +128,7 @@ Deno.test("a commit makes the original's files, links and modes, and leaves noth
 });
 
 Deno.test("a directory that the original wrote is taken over: nothing is due and no file changes", async () => {
-  // what differs in the last label alone stood in any order there
+  // the original did not define the order of names that differ only in the last label
   const lines = ["mail.example.com", "example.com www.example.com shop.example.com", "a.de a.net a.org"];
   using config = configure(...lines);
   for (const name of ["key", "csr", "cert"]) Deno.mkdirSync(join(config.base, name), { recursive: true });
@@ -163,7 +163,7 @@ Deno.test("a directory that the original wrote is taken over: nothing is due and
   assert.deepEqual(all(), before);
 });
 
-Deno.test("files under a spelling of the original's are found, and renewed under it", async () => {
+Deno.test("files with the original's spelling are found, and renewed under it", async () => {
   using config = configure("example.com WWW.example.com");
   const [{ files }] = await issueAll(config) as [Entry];
   const [line] = linesOf("example.com www.example.com");
@@ -172,14 +172,14 @@ Deno.test("files under a spelling of the original's are found, and renewed under
   assert.deepEqual([entry!.finding.kind, entry!.files], ["present", files]);
   await issueAll(lower);
   assert.deepEqual([kinds(lower), listing(config.base, "csr").length], ["present", 1]);
-  // what a service reads under an old name is neither an orphan nor left out of deliveries
+  // files that services read under an old name are not orphaned, and are delivered
   assert.deepEqual(orphans(lower, [entry!]), []);
   using store = await open(lower);
   const stems = store.pathsOf(entry!).certs.map((path) => basename(path).split("-")[0]);
   assert.equal(stems.join(" "), "example.com_WWW.example.com example.com www.example.com WWW.example.com");
 });
 
-Deno.test("a name that has a line of its own keeps its file; of two lines of several, the first has the link", async () => {
+Deno.test("a name with a line of its own keeps its file; if it is on two other lines, the first has the link", async () => {
   using config = configure("a.example b.example", "b.example", "c.example a.example");
   const [ab, b, ca] = await issueAll(config);
   const target = (name: string) => {
@@ -196,7 +196,7 @@ Deno.test("a name that has a line of its own keeps its file; of two lines of sev
 
 // ---- what is found -----------------------------------------------------------------------------------------------
 
-Deno.test("an inventory tells what is wrong with each pair of files", async () => {
+Deno.test("an inventory shows what is wrong with each pair of files", async () => {
   using config = configure("example.com");
   const [{ files }] = await issueAll(config) as [Entry];
   const [keyPem, chainPem] = [files.key, files.cert].map((path) => Deno.readTextFileSync(path));
@@ -228,7 +228,7 @@ Deno.test("an inventory tells what is wrong with each pair of files", async () =
   assert.deepEqual(found(), ["unreadable", "certificate"]);
 });
 
-Deno.test("when a short-lived certificate was put in place is known, since its CA may have back-dated it", async () => {
+Deno.test("the time of issuance of a short-lived certificate is known from its file, since its CA may have back-dated it", async () => {
   using config = configure("example.com");
   const [entry] = readInventory(config);
   using store = await open(config);
@@ -243,11 +243,11 @@ Deno.test("when a short-lived certificate was put in place is known, since its C
   assert.equal(
     await hoursAgo(HOUR, 2 * HOUR),
     undefined,
-    "its file is younger than its end, which says nothing",
+    "its file is newer than its expiry, which shows nothing",
   );
 });
 
-Deno.test("--prune moves what belongs to no line to orphaned/, and replaces nothing there", async () => {
+Deno.test("--prune moves orphaned files to orphaned/, and replaces nothing there", async () => {
   using config = configure("a.example", "b.example www.b.example");
   await issueAll(config);
   const now = changed(config, "a.example");
@@ -268,7 +268,7 @@ Deno.test("--prune moves what belongs to no line to orphaned/, and replaces noth
 
 // ---- keys --------------------------------------------------------------------------------------------------------
 
-Deno.test("a link to another certificate's key is no key of its own, one that leads elsewhere is the user's", async () => {
+Deno.test("a link to another certificate's key does not count as a key; a link to elsewhere is the user's, and is kept", async () => {
   using config = configure("example.com www.example.com");
   const [{ files }] = await issueAll(config) as [Entry];
   const alone = changed(config, "www.example.com");
@@ -290,7 +290,7 @@ Deno.test("a link to another certificate's key is no key of its own, one that le
   assert.equal(kinds(config), "present");
 });
 
-Deno.test("a key that was revoked is never used again, as version 1 of the state remembered it, too", async () => {
+Deno.test("a revoked key is never used again, also if version 1 of the state recorded it", async () => {
   using config = configure("a.example", "b.example");
   const [a, b] = await issueAll(config) as [Entry, Entry];
   const keyPem = Deno.readTextFileSync(a.files.key);
@@ -314,11 +314,11 @@ Deno.test("a key that was revoked is never used again, as version 1 of the state
 
 // ---- commits that were cut off, state, lock ----------------------------------------------------------------------
 
-Deno.test("a run cut off between its two renames is completed by the next, one cut off before is undone", async () => {
+Deno.test("a run killed between its two renames is completed by the next one; a run killed before them is undone", async () => {
   using config = configure("example.com www.example.com");
   const [{ line, files: { key, cert } }] = await issueAll(config) as [Entry];
   const [first, second] = [await issue(line.names), await issue(line.names)];
-  /** As a run would have left it that was killed there. */
+  /** Leaves the files as a run that was killed there. */
   const leave = (path: string, text: string) =>
     Deno.writeTextFileSync(join(path, "..", `.${basename(path)}.new`), text, { mode: 0o600 });
   Deno.writeTextFileSync(key, second.keyPem);
@@ -350,7 +350,7 @@ Deno.test("a run cut off between its two renames is completed by the next, one c
   assert.deepEqual(left.filter((name) => name.endsWith(".new")), []);
 });
 
-Deno.test("what cannot take its place stays for the next run, and stops no other certificate", async () => {
+Deno.test("files that cannot be put in place stay for the next run, and stop no other certificate", async () => {
   using config = configure("a.example", "b.example");
   const [a, b] = await issueAll(config) as [Entry, Entry];
   for (const { line, files } of [a, b]) {
@@ -370,9 +370,9 @@ Deno.test("what cannot take its place stays for the next run, and stops no other
   assert.equal(kinds(config), "present,present");
 });
 
-// ---- whose the files are -----------------------------------------------------------------------------------------
+// ---- owners and modes --------------------------------------------------------------------------------------------
 
-Deno.test("a replaced file keeps its mode, less what others may do with a key", async () => {
+Deno.test("a replaced file keeps its mode, except for access of others to a key", async () => {
   using config = configure("example.com");
   const [{ files: { key, cert } }] = await issueAll(config) as [Entry];
   for (const modes of ["640 640 640 640", "644 664 640 664", "400 444 400 444", "666 600 660 600"]) {
@@ -385,8 +385,7 @@ Deno.test("a replaced file keeps its mode, less what others may do with a key", 
 });
 
 Deno.test({
-  name:
-    "root keeps owner and group of what it replaces, and leaves what it makes to the owner of the directory",
+  name: "as root, replaced files keep owner and group, and new files get those of the directory",
   ignore: !isRoot,
   async fn() {
     using config = configure("example.com www.example.com", "other.example");
@@ -419,7 +418,7 @@ Deno.test({
 });
 
 Deno.test({
-  name: "a key is not for the members of another group, where the one before cannot be kept",
+  name: "a key is not readable by another group if its group cannot be kept",
   ignore: !isRoot,
   async fn() {
     using config = configure("example.com");
@@ -427,7 +426,7 @@ Deno.test({
     const { key, cert } = entry.files;
     execFileSync("chown", ["-R", `${NOBODY}:${NOBODY}`, config.directory]);
     for (const path of [key, cert]) {
-      Deno.chownSync(path, NOBODY, 1); // a group of which nobody is no member
+      Deno.chownSync(path, NOBODY, 1); // a group in which this user is not a member
       Deno.chmodSync(path, 0o640);
     }
     const script = `
@@ -450,7 +449,7 @@ Deno.test({
 
 const EC = "keyTypes: ec\npreflight: no";
 
-Deno.test("keys are nobody else's and certificates everybody's, whatever the umask, below a setgid directory, too", async () => {
+Deno.test("keys are private and certificates readable by all, whatever the umask, also below a setgid directory", async () => {
   for (const [umask, mode] of [["077", 0o2755], ["000", 0o755]] as const) {
     await using bed = await testBed({ domains: "example.com www", settings: EC });
     Deno.chmodSync(bed.conf, mode);
@@ -471,7 +470,7 @@ Deno.test("keys are nobody else's and certificates everybody's, whatever the uma
 });
 
 Deno.test({
-  name: "a file system that cannot sync directories or make hard links is not refused",
+  name: "a file system that cannot sync directories or make hard links can be used",
   ignore: noStrace !== undefined,
   async fn() {
     await using bed = await testBed({ domains: "example.com www", settings: EC });

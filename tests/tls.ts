@@ -10,7 +10,7 @@ import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
 import { run } from "./install.ts";
 
-/** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; what its certificate says. */
+/** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; returns the certificate. */
 export async function makeCertificate(
   directory: string,
   file: string,
@@ -37,8 +37,7 @@ export async function makeCertificate(
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 
-/** A port that nobody listens on, of those that the system does not give to connections and servers by itself. */
-/** A port below those that the system gives out, so that nothing else that starts meanwhile gets it. */
+/** A free port below those that the system assigns by itself, so that nothing else that starts meanwhile gets it. */
 export function freePort(hostname = "127.0.0.1"): number {
   for (;;) {
     const port = 10_000 + Math.floor(Math.random() * 20_000);
@@ -65,13 +64,13 @@ export async function startServer(
     stderr: "piped",
     cwd,
   }).spawn();
-  const said = new Response(child.stderr).text();
+  const stderr = new Response(child.stderr).text();
   let ended = false;
   child.status.then(() => ended = true);
   for (const deadline = Date.now() + 10_000; !await accepts(port);) {
     if (ended || Date.now() > deadline) {
       if (!ended) child.kill("SIGKILL");
-      throw new Error(`Cannot start ${command}: ${await said}`);
+      throw new Error(`Cannot start ${command}: ${await stderr}`);
     }
     await delay(20);
   }
@@ -79,12 +78,12 @@ export async function startServer(
     child,
     async [Symbol.asyncDispose]() {
       if (!ended) child.kill("SIGTERM");
-      await Promise.all([child.status, said]);
+      await Promise.all([child.status, stderr]);
     },
   };
 }
 
-/** Whether somebody accepts connections at a port of 127.0.0.1. */
+/** Whether connections are accepted at a port of 127.0.0.1. */
 export async function accepts(port: number): Promise<boolean> {
   return await Deno.connect({ hostname: "127.0.0.1", port }).then(
     (connection) => (connection.close(), true),

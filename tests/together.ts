@@ -1,10 +1,10 @@
-/** Tests that wait most of the time, each with its own servers: side by side, as steps of one test of their file. */
+/** Tests that mostly wait, each with its own servers, run in parallel as steps of one test of their file. */
 
 import assert from "node:assert/strict";
 import { limit } from "../lib/context.ts";
 import { which } from "./bench-measure.ts";
 
-/** Returns what stands for Deno.test(); a test that is `lacking` something says so. At most `most` run at once. */
+/** Returns a replacement for Deno.test(): at most `most` tests run at once; one that is `lacking` something is skipped. */
 export function together(name: string, most = 4) {
   const steps: Deno.TestStepDefinition[] = [];
   const inTurn = limit(most);

@@ -8,6 +8,7 @@ import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
 import { all, type Bed, faultAt, testBed, until } from "./bed.ts";
 import { type Exchange, startWebroot, type Switches } from "./ca.ts";
+import { isRunning } from "./faults.ts";
 import { together } from "./together.ts";
 
 const test = together("challenges");
@@ -36,13 +37,6 @@ function when(resource: Exchange["resource"], act: () => void): NonNullable<Swit
 }
 
 const asked = ({ ca }: Bed) => ca.log.some(({ resource }) => resource === "challenge");
-const isRunning = (pid: number) => {
-  try {
-    return process.kill(pid, 0);
-  } catch {
-    return false;
-  }
-};
 
 /** A prepare command that records its process id and runs until its input is closed. */
 const PREPARE = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";

@@ -3,21 +3,15 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import process from "node:process";
-import { all, type Bed, type Ended, endOf, testBed, until } from "./bed.ts";
+import { all, type Bed, endOf, testBed, until } from "./bed.ts";
 import type { Fault } from "./ca.ts";
-import { LEMATT } from "./programs.ts";
+import { isRunning, listing, textOf } from "./faults.ts";
+import { LEMATT, output } from "./programs.ts";
 import { together } from "./together.ts";
 
 const test = together("the program as users run it");
 
 const ROOT = join(import.meta.dirname!, "..");
-
-/** Runs a command to its end, without standard input. */
-function output([program, ...args]: readonly string[], options: Deno.CommandOptions = {}): Promise<Ended> {
-  const piped = { stdin: "null", stdout: "piped", stderr: "piped", ...options, args } as const;
-  return endOf(new Deno.Command(program!, piped).spawn());
-}
 
 /** Runs lematt.ts with exactly these arguments, away from any configuration. */
 const lematt = (...args: string[]) => output([...LEMATT, ...args], { cwd: "/" });
@@ -31,20 +25,11 @@ const bedOf = (domains: string, actions = "", fault?: () => Fault | undefined) =
     ca: { fault },
   });
 
-/** The names in a directory; empty if it does not exist. */
-function listing(path: string): string[] {
-  return existsSync(path) ? [...Deno.readDirSync(path)].map(({ name }) => name).sort() : [];
-}
-
-/** Whether the process whose id a command wrote to HERE/<name> is running. */
-function runs(bed: Bed, name: string): boolean {
-  try {
-    process.kill(Number(Deno.readTextFileSync(join(bed.home, name))), 0);
-    return true;
-  } catch {
-    return false;
-  }
-}
+/** Whether the prepare command, which wrote its process id to HERE/prepare, is running. */
+const isPrepared = ({ home }: Bed) => {
+  const pid = Number(textOf(join(home, "prepare")));
+  return pid > 0 && isRunning(pid);
+};
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
@@ -262,14 +247,14 @@ test("a signal during a validation leaves nothing behind, and the exit status is
     const child = bed.start("--test");
     await until(
       "the order is polled",
-      () => isPolled() && bed.dropped().length === 1 && runs(bed, "prepare"),
+      () => isPolled() && bed.dropped().length === 1 && isPrepared(bed),
     );
     child.kill(signal);
     const killed = performance.now();
     const { code, stderr } = await endOf(child);
     assert.ok(performance.now() - killed < 10_000, "at once");
     assert.deepEqual([code, stderr], [1, "lematt: interrupted\n"]);
-    assert.deepEqual([bed.dropped(), runs(bed, "prepare"), bed.take("delivered")], [[], false, []]);
+    assert.deepEqual([bed.dropped(), isPrepared(bed), bed.take("delivered")], [[], false, []]);
     const left = ["", "cert", "csr", "key"].flatMap((directory) => listing(bed.path("test", directory)));
     assert.deepEqual(left.filter((name) => name.startsWith(".")), [".lock"]);
     assert.deepEqual(bed.state().failures, {}); // an interruption is not a failure

@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import { CommandError, type CommandOptions, PrepareCommands, runCommand, type Values } from "../lib/hooks.ts";
 import { all, testBed, until } from "./bed.ts";
+import { isRunning, textOf } from "./faults.ts";
 import { together } from "./together.ts";
 
 async function run(template: string, values: Values = {}, options: Partial<CommandOptions> = {}) {
@@ -17,26 +18,8 @@ async function failureOf(promise: Promise<unknown>): Promise<CommandError> {
   return error;
 }
 
-function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-/** A process that has ended may stay visible for a while, until process 1 reaps it. */
 async function ended(...pids: number[]): Promise<void> {
   await until(`the end of ${pids}`, () => !pids.some(isRunning));
-}
-
-function text(path: string): string {
-  try {
-    return new TextDecoder().decode(Deno.readFileSync(path));
-  } catch {
-    return "";
-  }
 }
 
 async function temporaryDirectory() {
@@ -73,7 +56,7 @@ const PRINTED = {
   [`printf '<%s>' "it's \\"DOMAINS_ALL"`]: `<it's "a.example *.b.example>`,
   [`printf '<%s>' "it's" 'a"b' \\" \\' DOMAINS_ALL`]: `<it's><a"b><"><'><a.example><*.b.example>`,
   [`printf '<%s>' SUBJECT "SUBJECT"`]: "<lematt: [web] is unreachable><lematt: [web] is unreachable>",
-  // also in a script inside the command, and on every line
+  // also in nested commands, and on every line
   'echo `echo DOMAIN` "$(echo "DOMAIN")" ${x:-DOMAIN}': "example.com example.com example.com\n",
   "sh -c 'for name in DOMAINS_CN; do echo $name; done'": "a.example\nb.example\n",
   [`cd /; sh -c "printf '<%s>' DOMAINS_ALL"`]: "<a.example><*.b.example>",
@@ -109,9 +92,9 @@ Deno.test("4,000 paths are passed to a command in disjoint parts, up to the part
     await using directory = await temporaryDirectory();
     const template = `printf '%s\\n' ${words} >> LOG.1; echo $LEMATT_KEYS >> LOG.2; echo x >> LOG.3`;
     await run(template.replaceAll("LOG", directory.log), { CERTS, KEYS, DOMAINS_CN: ["example.com"] });
-    assert.deepEqual(text(`${directory.log}.1`).trimEnd().split("\n"), CERTS);
-    assert.deepEqual(text(`${directory.log}.2`).trimEnd().split(/[ \n]/), KEYS);
-    assert.equal(text(`${directory.log}.3`), "x\n".repeat(4));
+    assert.deepEqual(textOf(`${directory.log}.1`).trimEnd().split("\n"), CERTS);
+    assert.deepEqual(textOf(`${directory.log}.2`).trimEnd().split(/[ \n]/), KEYS);
+    assert.equal(textOf(`${directory.log}.3`), "x\n".repeat(4));
   }
   const error = await failureOf(run("set CERTS; echo $1; exit 1", { CERTS }));
   assert.equal(error.output, `${CERTS[0]}\n`);
@@ -189,9 +172,9 @@ Deno.test("identical prepare commands share one process, which ends with its las
   const start = (name: string) => prepare.start(command, { DOMAIN: name }, "test");
   const [first, second] = await Promise.all([start("a.example"), start("a.example")]);
   const other = await start("b.example");
-  await until("both commands run", () => text(log).split("\n").length === 3);
+  await until("both commands run", () => textOf(log).split("\n").length === 3);
   const pids = ["a.example", "b.example"].map((name) =>
-    Number(RegExp(`^(\\d+) ${name} ${name} test$`, "m").exec(text(log))![1])
+    Number(RegExp(`^(\\d+) ${name} ${name} test$`, "m").exec(textOf(log))![1])
   );
   const running = () => pids.map(isRunning);
 
@@ -205,7 +188,7 @@ Deno.test("identical prepare commands share one process, which ends with its las
 
   const shared = `echo "\${LEMATT_DOMAIN-none}" > ${log}.shared; exec cat`; // no name of its own, as several may share it
   await prepare.start(shared, { DOMAIN: "a.example" }, "test");
-  await until("it runs", () => text(`${log}.shared`) === "none\n");
+  await until("it runs", () => textOf(`${log}.shared`) === "none\n");
 });
 
 Deno.test("a prepare command that dies fails for all its users, is reported once, and is started again for the next", async () => {
@@ -217,7 +200,7 @@ Deno.test("a prepare command that dies fails for all its users, is reported once
   await using prepare = new PrepareCommands((text) => warnings.push(text));
   const start = () => prepare.start(command, {}, "test");
   const both = [await start(), await start()];
-  await until("it runs", () => text(log) === "run\n");
+  await until("it runs", () => textOf(log) === "run\n");
   await Deno.writeTextFile(`${path}/go`, "");
   for (const { failed } of both) {
     await until("it has failed", () => failed.aborted);
@@ -228,7 +211,7 @@ Deno.test("a prepare command that dies fails for all its users, is reported once
   assert.match(warnings[0]!, /"echo run .*": exit status 7: port taken$/);
   const { failed } = await start();
   await until("it has failed again", () => failed.aborted);
-  assert.equal(text(log), "run\nrun\n");
+  assert.equal(textOf(log), "run\nrun\n");
 });
 
 const test = together("commands are ended", 9);
@@ -240,14 +223,14 @@ test("a command that ignores SIGTERM is killed, with all that it started", async
     `sh -c 'trap "" TERM; echo $$ >> ${log}; sleep 60' & sleep 60 & echo $! >> ${log}; echo began; wait`;
   await using prepare = new PrepareCommands(assert.fail);
   const running = await prepare.start(`true; ${stubborn}`, {}, "test");
-  await until("the prepare command runs", () => text(log).split("\n").length === 3);
+  await until("the prepare command runs", () => textOf(log).split("\n").length === 3);
   const [error] = await Promise.all([
     failureOf(run(stubborn, {}, { timeoutSeconds: 0.5 })),
     running[Symbol.asyncDispose](),
   ]);
   assert.match(error.message, /: timed out after 0\.5 s$/);
   assert.equal(error.output, "began\n");
-  const pids = text(log).trim().split("\n").map(Number);
+  const pids = textOf(log).trim().split("\n").map(Number);
   assert.equal(pids.length, 4);
   await ended(...pids);
 });
@@ -259,7 +242,7 @@ test("a command has time to clean up after SIGTERM, even if its shell ends at on
     `sh -c 'trap "sleep 0.2; echo closed >> ${log}; exit" TERM; echo open >> ${log}; while :; do sleep 0.05; done' >/dev/null 2>&1`;
   for (const command of [inner, `${inner} & wait`]) {
     await failureOf(run(command, {}, { timeoutSeconds: 0.5 }));
-    assert.equal(text(log), "open\nclosed\n");
+    assert.equal(textOf(log), "open\nclosed\n");
     Deno.removeSync(log);
   }
 });
@@ -270,12 +253,12 @@ test("runCommand() ends the group when its signal aborts, and throws the signal'
   const controller = new AbortController();
   const { signal } = controller;
   const running = run(`echo $$ > ${log}; exec sleep 60`, {}, { timeoutSeconds: 60, signal });
-  await until("the command runs", () => text(log).endsWith("\n"));
+  await until("the command runs", () => textOf(log).endsWith("\n"));
   controller.abort(new Error("interrupted"));
   await assert.rejects(running, { message: "interrupted" });
-  assert.equal(isRunning(Number(text(log))), false);
+  assert.equal(isRunning(Number(textOf(log))), false);
   await assert.rejects(run(`echo again > ${log}`, {}, { signal }), { message: "interrupted" });
-  assert.notEqual(text(log), "again\n");
+  assert.notEqual(textOf(log), "again\n");
 });
 
 test("runCommand() does not wait for a daemon that keeps its output open, and does not end it", async () => {
@@ -294,11 +277,11 @@ test("a prepare command that is needed again while it ends is started again afte
   await using prepare = new PrepareCommands(assert.fail);
   const start = () => prepare.start(command, {}, "test");
   const first = await start();
-  await until("it runs", () => text(log) === "up\n");
+  await until("it runs", () => textOf(log) === "up\n");
   const stopping = first[Symbol.asyncDispose]();
   await Promise.all([start(), start()]);
   await stopping;
-  await until("it runs again", () => text(log) === "up\nup\n");
+  await until("it runs again", () => textOf(log) === "up\nup\n");
 });
 
 test("a prepare command that exits after its work, such as opening a port, keeps its children until its last user is done", async () => {
@@ -307,12 +290,12 @@ test("a prepare command that exits after its work, such as opening a port, keeps
   await using prepare = new PrepareCommands(assert.fail);
   const start = () => prepare.start(`(sleep 60 & echo $! >> ${log}); exit 0`, {}, "test");
   const first = await start();
-  await until("it ran", () => text(log).endsWith("\n"));
+  await until("it ran", () => textOf(log).endsWith("\n"));
   const second = await start();
   await first[Symbol.asyncDispose]();
-  assert.equal(isRunning(Number(text(log))), true);
+  assert.equal(isRunning(Number(textOf(log))), true);
   await second[Symbol.asyncDispose]();
-  await ended(Number(text(log)));
+  await ended(Number(textOf(log)));
 });
 
 test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
@@ -321,12 +304,12 @@ test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
   const hang = JSON.stringify([`trap '' TERM; echo $$ >> ${log}; while :; do sleep 0.1; done`]);
   bed.act(`[default]\nchallenge: dns-01\ndnsPresent: ["exit 1"]\ndnsCleanup: ${hang}\n`);
   const child = bed.start("--test");
-  await until("the clean-up command hangs", () => text(log).endsWith("\n"));
+  await until("the clean-up command hangs", () => textOf(log).endsWith("\n"));
   for (const stream of [child.stdout, child.stderr]) stream.cancel();
   child.kill("SIGINT");
   child.kill("SIGTERM"); // two equal signals could be merged into one
   const begun = performance.now();
   assert.equal((await child.status).code, 1);
   assert.ok(performance.now() - begun < 9000);
-  await ended(...text(log).trim().split("\n").map(Number));
+  await ended(...textOf(log).trim().split("\n").map(Number));
 });

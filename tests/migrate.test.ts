@@ -194,7 +194,7 @@ async function migrateAndRenew({ program, places, issue, reloads }: Way): Promis
 const ways = [certbot, dehydrated, lego, acmeSh].filter((way) => {
   const needed = way === acmeSh ? "lego" : way.program;
   if (which(needed) !== undefined) return true;
-  console.log(`moving in from ${way.program} is not tested: ${needed} is not installed`);
+  console.log(`migration from ${way.program} is not tested: ${needed} is not installed`);
   return false;
 });
 

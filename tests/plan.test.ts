@@ -411,14 +411,19 @@ Deno.test("a failed delivery waits; another certificate, other commands or other
   const { key } = plan(configure([SITE]), [present(SITE)], stateOf(), day(1)).deliveries[0]!;
   const failed: DeliveryFailure = { ...failure({ retryAt: iso(3) }), key, urgent: true };
   const table: [what: string, section: Partial<Section>, given: Case, string][] = [
-    ["as it was", {}, {}, `${NEVER} (urgent) until day 3`],
+    ["nothing changed", {}, {}, `${NEVER} (urgent) until day 3`],
     ["the back-off is over", {}, { now: 3 }, `${NEVER} (urgent)`],
     ["--retry", {}, { retry: true }, `${NEVER} (urgent)`],
     ["--deliver", {}, selection({ deliver: ["web"] }), "[web] asked for (urgent)"],
     ["another certificate", {}, { inventory: [present(SITE, { is: "newer" })] }, NEVER],
     ["other commands", { update: ["restart"] }, {}, NEVER],
     ["other endpoints", { verify: endpoints("www.example.com:443") }, {}, NEVER],
-    ["what makes no difference", { prepare: ["x"], alert: ["y"] }, {}, `${NEVER} (urgent) until day 3`],
+    [
+      "settings without effect on deliveries",
+      { prepare: ["x"], alert: ["y"] },
+      {},
+      `${NEVER} (urgent) until day 3`,
+    ],
   ];
   for (const [what, part, given, expected] of table) {
     const on = what === "another certificate" ? SITE : line("www.example.com", [{ ...WEB, ...part }]);
@@ -669,10 +674,10 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   const [failed, overdue] = ["failing www.example.com", "overdue www.example.com-cert.rsa.pem!"];
   const endpoint = "endpoint www.example.com:443 rsa 192.0.2.1";
   const unreachable = "endpoint www.example.com:443 192.0.2.1"; // of any key type
-  // an exclamation mark: an alert goes out
+  // an exclamation mark means an alert
   const table: [what: string, state: Partial<State>, now: number, problems: string, found?: Entry][] = [
     ["all is well", delivered, 2, ""],
-    ["first delivery yet", {}, 2, ""],
+    ["the first delivery is pending", {}, 2, ""],
     ["a line failed", failing({}), 61, failed],
     ["a line failed three times", failing({ count: 3 }), 61, `${failed}!`],
     ["a line failed, and is overdue", failing({}), 63, `${failed}!`],
@@ -700,7 +705,7 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["due by a window that began long ago", { renewals: { "id of new": { window } } }, 2, ""],
     ["a delivery failed", stuck(1.9), 2, "delivery web"],
     ["a delivery is pending for 20 hours", stuck(1), 2, "delivery web!"],
-    ["a failure of what is no longer pending", { ...stuck(1), ...delivered }, 2, ""],
+    ["a failure of a delivery that is no longer pending", { ...stuck(1), ...delivered }, 2, ""],
     ["renewed since an endpoint was right", { ...receipts([WATCHED]), ...seen([OLD]) }, 2.1, ""],
     ["an endpoint is wrong", wrong({}, 2), 2.1, endpoint],
     ["an endpoint is wrong for 20 hours", wrong({}, 1), 2.1, `${endpoint}!`],
@@ -718,7 +723,7 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["run weekly, and not for three", { runs: runsTo(10, 7) }, 31.1, "not run!"],
     ["a certificate that begins within the hour", {}, -1 / 25, ""],
     ["a certificate that begins tomorrow", {}, -1, "clock!"],
-    ["a run of tomorrow", { ...delivered, runs: runsTo(3) }, 2, "clock!"],
+    ["a run recorded for tomorrow", { ...delivered, runs: runsTo(3) }, 2, "clock!"],
   ];
   for (const [what, state, now, expected, found = present(WATCHED_SITE)] of table) {
     const { problems } = plan(config, [found], stateOf(state), day(now));

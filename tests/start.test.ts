@@ -17,7 +17,9 @@ import { freePort } from "./tls.ts";
 
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
 const SCRIPT = "/usr/bin/script";
-if (!existsSync(SCRIPT)) console.warn("start.test.ts: no terminals without script (bsdutils)");
+if (!existsSync(SCRIPT)) {
+  console.warn("start.test.ts: nothing is tested at a terminal without script (bsdutils)");
+}
 
 /** Whether cron can run here, with files of its own in the place of the system's. */
 const CRON = which("cron") !== undefined &&

@@ -81,7 +81,7 @@ async function failure(promise: Promise<unknown>): Promise<AcmeError> {
   return error;
 }
 
-const asked = ({ ca }: Bed, resource: Resource) =>
+const requestCount = ({ ca }: Bed, resource: Resource) =>
   ca.log.filter((entry) => entry.resource === resource).length;
 const numbered = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.example.com`);
 const status = (status: number, contentType = "text/plain", body?: string): Fault => ({
@@ -150,14 +150,14 @@ Deno.test("orders succeed without a pause if every nonce is refused once, or 29 
     const client = await connect(bed);
     for (const name of numbered(4)) await client.newOrder([name]);
     const refused = bed.ca.log.filter(({ status }) => status === 400).length;
-    assert.deepEqual([refused, bed.waits, asked(bed, "newNonce")], [burst ? 29 : 2, [], nonces]);
+    assert.deepEqual([refused, bed.waits, requestCount(bed, "newNonce")], [burst ? 29 : 2, [], nonces]);
   }
 });
 
 Deno.test("a CA that accepts no nonce is asked 30 times", async () => {
   await using bed = await testBed({ ca: { fault: faultAt("newAccount", { kind: "badNonce" }, Infinity) } });
   assert.equal((await failure(connect(bed))).problem?.type, "badNonce");
-  assert.equal(asked(bed, "newAccount"), 30);
+  assert.equal(requestCount(bed, "newAccount"), 30);
 });
 
 Deno.test("the nonce of an answer signs the next request; an answer without one costs one more request", async () => {
@@ -166,13 +166,13 @@ Deno.test("the nonce of an answer signs the next request; an answer without one 
   for (let round = 0; round < 2; round++) {
     await Promise.all(numbered(40).map((name) => client.newOrder([name])));
   }
-  assert(asked(bed, "newNonce") <= 20, `${asked(bed, "newNonce")} nonces`);
+  assert(requestCount(bed, "newNonce") <= 20, `${requestCount(bed, "newNonce")} nonces`);
 
   const fault = ({ method }: Exchange): Fault | undefined =>
     method === "POST" ? { kind: "drop header", name: "replay-nonce" } : undefined;
   await using without = await conversation({ fault });
   for (const name of numbered(3)) await without.client.newOrder([name]);
-  assert.deepEqual([asked(without.bed, "newNonce"), without.bed.ca.log.length], [4, 9]);
+  assert.deepEqual([requestCount(without.bed, "newNonce"), without.bed.ca.log.length], [4, 9]);
 });
 
 // ---- transient errors --------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ Deno.test("each pause before a retry is three times the one before, and the four
   await using bed = await testBed({ ca: { fault: faultAt("newOrder", status(500), Infinity) } });
   const error = await failure((await connect(bed, { random: () => 0.5 })).newOrder([NAME]));
   assert.deepEqual([error.step, error.message], ["create an order", "HTTP status 500 (text/plain)"]);
-  assert.deepEqual([bed.waits, asked(bed, "newOrder")], [[500, 1500, 4500], 4]);
+  assert.deepEqual([bed.waits, requestCount(bed, "newOrder")], [[500, 1500, 4500], 4]);
 });
 
 Deno.test("a request that a lagging replica refuses is repeated a few times within seconds", async () => {
@@ -232,9 +232,9 @@ Deno.test("a request that a lagging replica refuses is repeated a few times with
     assert.match(await obtain(bed, client), PEM, resource);
     assert(bed.waits.reduce((sum, ms) => sum + ms, 0) < 6000, resource);
     at.inject(resource, fault, Infinity);
-    const before = asked(bed, resource);
+    const before = requestCount(bed, resource);
     await failure(obtain(bed, client, `n${i}.example.com`));
-    assert(asked(bed, resource) - before <= 6, resource);
+    assert(requestCount(bed, resource) - before <= 6, resource);
   }
 });
 
@@ -253,10 +253,10 @@ Deno.test("a request that gets 404 is repeated a few times within a second, exce
   await using at = await conversation();
   const { bed, client } = at;
   const times = async (resource: Resource, ask: () => Promise<unknown>) => {
-    const before = asked(bed, resource);
+    const before = requestCount(bed, resource);
     at.inject(resource, status(404), Infinity);
     assert.equal((await failure(ask())).message, "HTTP status 404 (text/plain)");
-    return asked(bed, resource) - before;
+    return requestCount(bed, resource) - before;
   };
   assert.equal(await times("directory", () => connect(bed)), 3);
   assert.equal(await times("newOrder", () => client.newOrder([NAME])), 3);
@@ -371,7 +371,7 @@ Deno.test("an order is polled no sooner than Retry-After allows, during validati
 });
 
 for (const retryAfterSeconds of [86_400, 600, undefined]) {
-  Deno.test(`an order is polled at growing intervals and once more at the deadline, with Retry-After: ${retryAfterSeconds}`, async () => {
+  Deno.test(`an order is polled at growing intervals and again at the deadline, with Retry-After: ${retryAfterSeconds}`, async () => {
     await using bed = await testBed({ ca: { processingMs: Infinity } });
     const waits: number[] = [];
     const client = await connect(bed, {
@@ -407,12 +407,12 @@ Deno.test("while a CA rate-limits every request, one of the waiting requests is 
     await using at = await conversation();
     const { bed, client } = at;
     at.inject(resource, slowDown, Infinity);
-    const before = asked(bed, resource);
+    const before = requestCount(bed, resource);
     const results = await Promise.allSettled(numbered(50).map((name) => client.newOrder([name])));
     const refused = results.filter((result) => result.status === "rejected");
     assert(refused.length > 0);
     for (const { reason } of refused) assert.equal(reason.problem.type, "rateLimited");
-    const tries = asked(bed, resource) - before;
+    const tries = requestCount(bed, resource) - before;
     assert(tries <= (resource === "newNonce" ? 20 : 50) + 9, `${tries} requests`);
   }
 });
@@ -475,13 +475,13 @@ Deno.test("an invalid answer or a refusal is an error, without a retry", async (
     ],
   ];
   for (const [fault, message] of table) {
-    const before = asked(bed, "newOrder");
+    const before = requestCount(bed, "newOrder");
     at.inject("newOrder", fault, Infinity);
     const error = await failure(client.newOrder([NAME]));
     assert.equal(error.step, "create an order");
     if (typeof message === "string") assert.equal(error.message, message);
     else assert.match(error.message, message);
-    assert.deepEqual([asked(bed, "newOrder") - before, bed.waits], [1, []]);
+    assert.deepEqual([requestCount(bed, "newOrder") - before, bed.waits], [1, []]);
   }
 });
 
@@ -564,7 +564,7 @@ Deno.test("an invalid directory is an error that names its URL", async () => {
     await using bed = await testBed({ ca: { fault: faultAt("directory", fault, Infinity) } });
     const error = await failure(connect(bed));
     const step = `read the directory ${bed.ca.directoryUrl}`;
-    assert.deepEqual([error.step, error.message, asked(bed, "directory")], [step, message, 1]);
+    assert.deepEqual([error.step, error.message, requestCount(bed, "directory")], [step, message, 1]);
   }
 });
 

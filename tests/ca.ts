@@ -45,7 +45,7 @@ const ISSUER = "ca.example";
 /** The profiles and their lifetimes, as at Let's Encrypt in 2026. The first one is the default. */
 const LETS_ENCRYPT = { classic: 90 * DAY, tlsserver: 45 * DAY, shortlived: 160 * HOUR };
 
-// ---- what a test can set -----------------------------------------------------------------------------------------
+// ---- options -----------------------------------------------------------------------------------------------------
 
 /** The path of each resource; the group is the part of the path that identifies an object. */
 const ROUTES = {

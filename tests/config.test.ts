@@ -353,7 +353,7 @@ const invalid = rows`
     => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01 => lematt.conf:1 http://b.com/
   a drop directory that does not exist => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
     => lematt.conf:3 mkdir -p 'BASE/it'\''s'`;
-Deno.test("loadConfig() rejects errors, with their lines", async (t) => {
+Deno.test("loadConfig() rejects incomplete or contradictory files, with the line of each problem", async (t) => {
   for (const [behaviour, ...cells] of invalid) {
     const [files, problems] = filesOf(cells.map((cell) => cell.replace("\\u{1b}", "\x1b")));
     await t.step(behaviour!, () => matches(refusal(() => load(files)).problems, problems));

@@ -144,7 +144,11 @@ export class Issuer {
     const { config, store: { state }, context } = this.options;
     if (id === undefined || !config.ari) return;
     const isSuggested = reason.kind === "renewal" && reason.rule === "ari";
-    state.renewals[id] = { account, ...(isSuggested && { suggestedAt: context.now().toISOString() }) };
+    state.renewals[id] = {
+      ...state.renewals[id],
+      account,
+      ...(isSuggested && { suggestedAt: context.now().toISOString() }),
+    };
   }
 }
 

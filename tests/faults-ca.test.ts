@@ -92,6 +92,16 @@ for (const run of ["first run", "renewal"] as const) {
   });
 }
 
+Deno.test("after a CA answered a new order with an old one, it is not asked again when to renew", async () => {
+  for (const n of [6, 7]) { // the orders of both key types
+    await using subject = await subjectFor("renewal");
+    await runWithFault(subject, n, { kind: "repeat" });
+    subject.bed.ca.violations.splice(0);
+    await subject.recover();
+    assert.deepEqual(subject.bed.ca.violations, []);
+  }
+});
+
 Deno.test("a run interrupted at any exchange leaves nothing behind, and the next run continues", async () => {
   await sweep("interrupted at an exchange", EXCHANGES, 2, async (n) => {
     await using subject = await subjectFor("first run");

@@ -11,7 +11,7 @@ import { type Authorization, type Challenge, keyAuthorization } from "./acme.ts"
 import { challengeOf, type ChallengeType, type Config, type Section, sectionsOf } from "./config.ts";
 import { type Context, limit, settled, within } from "./context.ts";
 import { listing, regularFile, removeIfPresent } from "./files.ts";
-import { PrepareCommands, runCommand } from "./hooks.ts";
+import { optionsFor, PrepareCommands, runCommand } from "./hooks.ts";
 import type { AccountKey } from "./http.ts";
 import { isIP } from "./names.ts";
 import type { CheckResult, Records } from "./selfcheck.ts";
@@ -136,7 +136,7 @@ export class Challenges {
       case "http-01":
         return { ...wanted, published: { token } };
       case "dns-01": {
-        const value = nodeCrypto.createHash("sha256").update(content).digest("base64url");
+        const value = nodeCrypto.hash("sha256", content, "base64url");
         return { ...wanted, content: value, record: txtNameOf(name), published: { name, value } };
       }
       case "dns-persist-01":
@@ -270,13 +270,13 @@ class Placer {
     value: string,
     signal?: AbortSignal,
   ): Promise<void> {
-    const { config: { mode, commandTimeoutSeconds: timeoutSeconds }, context } = this;
+    const { config, context } = this;
     const values = { DOMAIN: name, RECORD: txtNameOf(name), VALUE: value };
-    for (const section of dnsSections(this.config, name)) {
-      const onOutput = (text: string) => context.onOutput?.(text, `[${section.name}]`);
+    for (const section of dnsSections(config, name)) {
+      const options = { ...optionsFor(section, config, context), signal };
       const run = async () => {
         for (const command of section[key]) {
-          await runCommand(command, values, { mode, timeoutSeconds, signal, onOutput });
+          await runCommand(command, values, options);
         }
       };
       await (section.dnsParallel ? run() : this.#oneHook(run));
@@ -323,7 +323,7 @@ export async function checkChallenges(
   account?: { readonly url: string; readonly issuers: readonly string[] },
 ): Promise<ChallengeFinding[]> {
   removeOldChecks(config, context.now());
-  await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
+  await using prepare = new PrepareCommands(context);
   const check = async (name: string, challenge: ChallengeType): Promise<CheckResult> => {
     switch (challenge) {
       case "http-01":

@@ -7,7 +7,7 @@ import type { Config, ConfigError, Line, Mode, Section } from "./config.ts";
 import { type Context, limit, settled } from "./context.ts";
 import { drifted, type EndpointStatus, groupBy, isRight, recordOf } from "./endpoints.ts";
 import { giveTo, makeDirectory, removeIfPresent } from "./files.ts";
-import { CommandError, type CommandOptions, runCommand, type Values } from "./hooks.ts";
+import { CommandError, type CommandOptions, optionsFor, runCommand, type Values } from "./hooks.ts";
 import { type Delivery, listsOf, type Plan, planSection, type Problem } from "./plan.ts";
 import { probe, type Probed, ProbeError } from "./probe.ts";
 import { writeReceipts } from "./receipts.ts";
@@ -226,16 +226,6 @@ async function runForEach(
     }
   }
   return done;
-}
-
-/** How to run the commands of a section. */
-export function optionsFor({ name }: Section, config: Config, context: Context): CommandOptions {
-  return {
-    mode: config.mode,
-    timeoutSeconds: config.commandTimeoutSeconds,
-    signal: context.signal,
-    onOutput: (text: string) => context.onOutput?.(text, `[${name}]`),
-  };
 }
 
 function valuesOf(entries: readonly Entry[], store: Store): Values {

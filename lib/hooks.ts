@@ -8,7 +8,8 @@
 
 import { setTimeout as delay } from "node:timers/promises";
 import type { ProcessPromise } from "zx";
-import type { Mode } from "./config.ts";
+import type { Config, Mode, Section } from "./config.ts";
+import type { Context } from "./context.ts";
 import { oneLine, ownLines } from "./names.ts";
 
 /** Placeholder -> value. A list becomes several words. */
@@ -24,6 +25,16 @@ export interface CommandOptions {
   readonly stdin?: string;
   /** Called with the output of the command, safe to print. */
   readonly onOutput?: (text: string) => void;
+}
+
+/** How to run the commands of a section. */
+export function optionsFor({ name }: Section, config: Config, context: Context): CommandOptions {
+  return {
+    mode: config.mode,
+    timeoutSeconds: config.commandTimeoutSeconds,
+    signal: context.signal,
+    onOutput: (text: string) => context.onOutput?.(text, `[${name}]`),
+  };
 }
 
 /** A command that succeeded; with the end of its output on both streams. */
@@ -321,15 +332,12 @@ interface Shared {
  * The `prepare` commands in use. Identical command lines share one process group, from the first user to the last; its
  * environment has only the values in the line, since other lines of `domains` use it, too. Its standard input is a pipe
  * that is never written. A command that exits with 0 has done its work (such as opening a port of a firewall). Any
- * other early end is a failure: it is reported once through `warn`, and the next user starts the command again.
+ * other early end is a failure: it is reported once, and the next user starts the command again.
  */
 export class PrepareCommands implements AsyncDisposable {
   readonly #shared = new Map<string, Shared>();
 
-  constructor(
-    private readonly warn: (text: string) => void,
-    private readonly onOutput?: (text: string) => void,
-  ) {}
+  constructor(private readonly context: Pick<Context, "warn" | "onOutput">) {}
 
   /** Resolves when the command has been started; the self-check of the challenge shows whether it works. */
   async start(template: string, values: Values, mode: Mode): Promise<Running> {
@@ -351,13 +359,13 @@ export class PrepareCommands implements AsyncDisposable {
 
   #start(line: string, command: ProcessPromise): Shared {
     killing.signal.throwIfAborted();
-    const group = start(command, this.onOutput);
+    const group = start(command, (text) => this.context.onOutput?.(text, "prepare"));
     const shared: Shared = { users: 0, group, failed: new AbortController() };
     this.#shared.set(line, shared);
     group.ended.then((error) => {
       if (error === undefined || shared.stopped) return;
       const lastLine = oneLine(error.output.trimEnd().split("\n").at(-1)!);
-      this.warn(`prepare: ${error.message}${lastLine && `: ${lastLine}`}`);
+      this.context.warn(`prepare: ${error.message}${lastLine && `: ${lastLine}`}`);
       shared.failed.abort(error);
       this.#stop(line, shared); // processes that it has left behind
     });

@@ -44,7 +44,7 @@ export class Issuer {
   async issueAll(tasks: readonly Task[], install: Install, done: (task: Task) => void): Promise<void> {
     if (tasks.length === 0) return;
     const { config, context, parallel, emit } = this.options;
-    await using prepare = new PrepareCommands(context.warn, (text) => context.onOutput?.(text, "prepare"));
+    await using prepare = new PrepareCommands(context);
     let noCa: Error | undefined;
     const opened = this.#open(prepare).catch((error) => {
       noCa = error;

@@ -168,7 +168,7 @@ Deno.test("identical prepare commands share one process, which ends with its las
   await using directory = await temporaryDirectory();
   const { log } = directory;
   const command = `echo $$ DOMAIN $LEMATT_DOMAIN $LEMATT_MODE >> ${log}; exec sleep 60`;
-  await using prepare = new PrepareCommands(assert.fail);
+  await using prepare = new PrepareCommands({ warn: assert.fail });
   const start = (name: string) => prepare.start(command, { DOMAIN: name }, "test");
   const [first, second] = await Promise.all([start("a.example"), start("a.example")]);
   const other = await start("b.example");
@@ -197,7 +197,7 @@ Deno.test("a prepare command that dies fails for all its users, is reported once
   const command =
     `echo run >> ${log}; until test -e ${path}/go; do sleep 0.02; done; echo port taken >&2; exit 7`;
   const warnings: string[] = [];
-  await using prepare = new PrepareCommands((text) => warnings.push(text));
+  await using prepare = new PrepareCommands({ warn: (text) => warnings.push(text) });
   const start = () => prepare.start(command, {}, "test");
   const both = [await start(), await start()];
   await until("it runs", () => textOf(log) === "run\n");
@@ -221,7 +221,7 @@ test("a command that ignores SIGTERM is killed, with all that it started", async
   const { log } = directory;
   const stubborn =
     `sh -c 'trap "" TERM; echo $$ >> ${log}; sleep 60' & sleep 60 & echo $! >> ${log}; echo began; wait`;
-  await using prepare = new PrepareCommands(assert.fail);
+  await using prepare = new PrepareCommands({ warn: assert.fail });
   const running = await prepare.start(`true; ${stubborn}`, {}, "test");
   await until("the prepare command runs", () => textOf(log).split("\n").length === 3);
   const [error] = await Promise.all([
@@ -274,7 +274,7 @@ test("a prepare command that is needed again while it ends is started again afte
   // It occupies the "port" until it has ended, and fails if the port is taken
   const command = `trap 'sleep 0.3; rmdir ${path}/port; exit' TERM; mkdir ${path}/port || exit 1
     echo up >> ${log}; while :; do sleep 0.05; done`;
-  await using prepare = new PrepareCommands(assert.fail);
+  await using prepare = new PrepareCommands({ warn: assert.fail });
   const start = () => prepare.start(command, {}, "test");
   const first = await start();
   await until("it runs", () => textOf(log) === "up\n");
@@ -287,7 +287,7 @@ test("a prepare command that is needed again while it ends is started again afte
 test("a prepare command that exits after its work, such as opening a port, keeps its children until its last user is done", async () => {
   await using directory = await temporaryDirectory();
   const { log } = directory;
-  await using prepare = new PrepareCommands(assert.fail);
+  await using prepare = new PrepareCommands({ warn: assert.fail });
   const start = () => prepare.start(`(sleep 60 & echo $! >> ${log}); exit 0`, {}, "test");
   const first = await start();
   await until("it ran", () => textOf(log).endsWith("\n"));

@@ -7,7 +7,7 @@
 import { AcmeClient } from "./acme.ts";
 import type { Config } from "./config.ts";
 import type { Context } from "./context.ts";
-import { readIfPresent } from "./files.ts";
+import { codeOf, readIfPresent } from "./files.ts";
 import { type AccountKey, AcmeError, importKey, isProblem } from "./http.ts";
 import type { Account, State } from "./state.ts";
 import type { Store } from "./store.ts";
@@ -88,7 +88,7 @@ export class CaAccount {
     try {
       await store.createSecret(path, pem);
     } catch (error) {
-      const isDenied = ["EACCES", "EPERM", "EROFS"].includes((error as { code?: string }).code ?? "");
+      const isDenied = ["EACCES", "EPERM", "EROFS"].includes(codeOf(error) ?? "");
       const shared = readIfPresent(config.accountKey);
       if (!isDenied || shared === undefined) throw error;
       return await importKey(shared);

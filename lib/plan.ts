@@ -189,13 +189,22 @@ export function planSection(
   return { endpoints, delivery: planDelivery(basis, section, drifted(endpoints, basis.config)) };
 }
 
+/** The certificates on disk that a section is given. */
+export function entriesOf(
+  section: Section,
+  config: Config,
+  certificates: Basis["certificates"],
+): readonly Entry[] {
+  return linesOf(config, section).flatMap((line) => certificates.get(line) ?? [])
+    .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
+}
+
 function planDelivery(
   { config, certificates, state, now, options }: Basis,
   section: Section,
   wrong: readonly EndpointStatus[],
 ): Delivery | undefined {
-  const entries = linesOf(config, section).flatMap((line) => certificates.get(line) ?? [])
-    .filter(({ finding, keyType }) => finding.kind === "present" && section.keyTypes.includes(keyType));
+  const entries = entriesOf(section, config, certificates);
   if (entries.length === 0 || !delivers(section, config.mode)) return undefined;
   const digest = listsDigest(section, config.mode);
   const receipts = state.receipts[section.name] ?? {};

@@ -36,6 +36,17 @@ export function writeReceipts(
   }
 }
 
+/** Takes over the receipts of earlier versions, and of sections that have another name now. */
+export function takeOverReceipts(
+  config: Config,
+  inventory: readonly Entry[],
+  state: State,
+  now: Date,
+): void {
+  receiptsFromVersion1(config, inventory, state, now);
+  adoptReceipts(config, state);
+}
+
 /** Gives each section the newer receipts of sections that are gone and had the same lists: it was renamed. */
 export function adoptReceipts(config: Config, state: State): void {
   const names = new Set(config.sections.map(({ name }) => name));
@@ -58,7 +69,7 @@ export function adoptReceipts(config: Config, state: State): void {
  * Makes receipts of what version 1 of the state remembered: everything had been delivered but what it listed as
  * undelivered.
  */
-export function receiptsFromVersion1(
+function receiptsFromVersion1(
   config: Config,
   inventory: readonly Entry[],
   state: State,

@@ -11,11 +11,12 @@ import { type ChallengeFinding, checkChallenges, persistentRecord, removeLeftove
 import { challengeOf, type Config, type Line, loadConfig } from "./config.ts";
 import { type Context, settled } from "./context.ts";
 import { probeAll, Sections, sendAlerts } from "./deliver.ts";
+import { inScope } from "./endpoints.ts";
 import { checkPackages } from "./http.ts";
 import { askRenewalWindows, Issuer } from "./issue.ts";
 import { quote, toIdentifier } from "./names.ts";
-import { delivers, type Plan, plan, type Problem } from "./plan.ts";
-import { adoptReceipts, forgetUnknown, receiptsFromVersion1, writeReceipts } from "./receipts.ts";
+import { delivers, entriesOf, type Plan, plan, type Problem } from "./plan.ts";
+import { forgetUnknown, takeOverReceipts, writeReceipts } from "./receipts.ts";
 import {
   type Basis,
   byLine,
@@ -85,8 +86,7 @@ async function runWith(
     selection,
     issued,
     delivered: new Set(),
-    counterpart: counterpartOf(config),
-    rehearsedAt: rehearsedAtOf(config, begun),
+    ...otherModeOf(config, begun),
     writeError: () => store.writeError,
     aheadMs: () => account.aheadMs,
   };
@@ -149,8 +149,7 @@ async function runWith(
 /** Brings what is remembered in line with configuration and files. */
 function prepareState(basis: Basis, inventory: readonly Entry[]): void {
   const { config, state, now, options } = basis;
-  receiptsFromVersion1(config, inventory, state, now);
-  adoptReceipts(config, state);
+  takeOverReceipts(config, inventory, state, now);
   if (options.selection !== undefined) return;
   let names: ReadonlySet<string> | undefined;
   forgetUnknown(basis, () => names ??= new Set(orphans(config, inventory).map((path) => basename(path))));
@@ -168,7 +167,8 @@ async function alertEnd(
   context: Context,
   emit: Emit,
 ): Promise<void> {
-  const options = { counterpart: counterpartOf(config), writeError: () => error };
+  const { counterpart } = otherModeOf(config, context.now());
+  const options = { counterpart, writeError: () => error };
   const state = known ?? emptyState();
   let basis: Basis = { config, certificates: new Map(), state, now: context.now(), options };
   try {
@@ -201,32 +201,33 @@ function linkTo(entry: Entry, store: Store, emit: Emit): void {
   }
 }
 
-/** The certificates of the other mode, read when they are first needed; none if this user cannot read them. */
-function counterpartOf(config: Config): () => readonly Entry[] {
-  let entries: readonly Entry[] | undefined;
+/** The value of `find`, which is called when it is first needed; `fallback` if it throws. */
+function whenNeeded<T>(find: () => T, fallback: T): () => T {
+  let found: { value: T } | undefined;
   return () => {
     try {
-      return entries ??= readInventory(loadConfig(config.mode === "test" ? "prod" : "test", config.file));
+      found ??= { value: find() };
     } catch {
-      return entries = [];
+      found = { value: fallback };
     }
+    return found.value;
   };
 }
 
-/** For production: when the last rehearsal delivered something; undefined if this user cannot read that. */
-function rehearsedAtOf(config: Config, now: Date): () => Date | undefined {
-  const find = () => {
-    if (config.mode === "test") return undefined;
-    try {
-      const { receipts } = readState(loadConfig("test", config.file), now).state;
-      const all = Object.values(receipts).flatMap((one) => Object.values(one));
-      return new Date(Math.max(0, ...all.map(({ at }) => Date.parse(at))));
-    } catch {
-      return undefined;
-    }
+/** What is to be known of the other mode; as if there were nothing if this user cannot read it. */
+function otherModeOf(config: Config, now: Date) {
+  let loaded: Config | undefined;
+  const other = () => loaded ??= loadConfig(config.mode === "test" ? "prod" : "test", config.file);
+  return {
+    counterpart: whenNeeded<readonly Entry[]>(() => readInventory(other()), []),
+    /** For production: when the last rehearsal delivered something. */
+    rehearsedAt: whenNeeded<Date | undefined>(() => {
+      if (config.mode === "test") return undefined;
+      const receipts = Object.values(readState(other(), now).state.receipts);
+      const times = receipts.flatMap((one) => Object.values(one)).map(({ at }) => Date.parse(at));
+      return new Date(times.reduce((latest, time) => Math.max(latest, time), 0));
+    }, undefined),
   };
-  let found: { at: Date | undefined } | undefined;
-  return () => (found ??= { at: find() }).at;
 }
 
 /**
@@ -302,7 +303,8 @@ export async function tryChallenges(config: Config, context: Context): Promise<C
 /** What a run would do, as far as is known without asking the CA or an endpoint. Changes nothing. */
 export function preview(config: Config, options: RunOptions, context: Context, emit: Emit): Plan {
   const { retry, selection } = options;
-  const basis = observe(config, context, emit, { retry, selection, counterpart: counterpartOf(config) });
+  const { counterpart } = otherModeOf(config, context.now());
+  const basis = observe(config, context, emit, { retry, selection, counterpart });
   for (const text of changingLinks(config, inventoryOf(basis))) emit({ kind: "notice", text });
   return plan(basis);
 }
@@ -314,7 +316,8 @@ export async function status(
   context: Context,
   emit: Emit,
 ): Promise<Status> {
-  const basis = observe(config, context, emit, { counterpart: counterpartOf(config) });
+  const { counterpart } = otherModeOf(config, context.now());
+  const basis = observe(config, context, emit, { counterpart });
   const now = () => ({ ...basis, now: context.now() });
   let decided = plan(basis);
   if (!offline && decided.endpoints.length > 0) {
@@ -333,8 +336,7 @@ function observe(config: Config, context: Context, emit: Emit, options: PlanOpti
     emit({ kind: "notice", text: `cannot use ${config.mode}/state.json: ${unusable}` });
   }
   const inventory = readInventory(config);
-  receiptsFromVersion1(config, inventory, state, now);
-  adoptReceipts(config, state);
+  takeOverReceipts(config, inventory, state, now);
   return { config, certificates: byLine(inventory), state, now, options };
 }
 
@@ -349,16 +351,15 @@ export async function accept(
 ): Promise<number> {
   using store = await openStore(config, context, emit);
   const inventory = readInventory(config);
-  receiptsFromVersion1(config, inventory, store.state, context.now());
-  adoptReceipts(config, store.state);
+  const { state } = store;
+  takeOverReceipts(config, inventory, state, context.now());
+  const certificates = byLine(inventory);
   let count = 0;
   for (const section of config.sections.filter((section) => delivers(section, config.mode))) {
-    const entries = inventory.filter(({ line, finding, keyType }) =>
-      finding.kind === "present" && line.sections.includes(section) && section.keyTypes.includes(keyType) &&
-      (selection.lines.has(line) || selection.sections.has(section.name))
-    );
-    writeReceipts(section, entries, undefined, config, store.state, context.now());
-    if (entries.length > 0) delete store.state.deliveries[section.name];
+    const entries = entriesOf(section, config, certificates)
+      .filter(({ line }) => inScope(selection, line, section));
+    writeReceipts(section, entries, undefined, config, state, context.now());
+    if (entries.length > 0) delete state.deliveries[section.name];
     count += entries.length;
   }
   await store.saveState();

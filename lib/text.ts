@@ -5,6 +5,7 @@
 
 import type { Notice } from "./config.ts";
 import type { EndpointStatus, JudgedSight } from "./endpoints.ts";
+import { codeOf } from "./files.ts";
 import { messageOf } from "./http.ts";
 import type { Delivery, Problem, Warning } from "./plan.ts";
 import { DAY_MS, HOUR_MS, type Reason, type Rule } from "./renewal.ts";
@@ -295,8 +296,7 @@ export function errorText(error: Error): string {
 
 /** Whether the system refused something. Deno gives most of these errors a code, but not all: ENOLCK has none. */
 export function isSystemError(error: Error): boolean {
-  const { code } = error as { code?: string };
-  return code !== undefined || error instanceof Deno.errors.NotFound ||
+  return codeOf(error) !== undefined || error instanceof Deno.errors.NotFound ||
     /\(os error \d+\)/.test(error.message);
 }
 

@@ -157,3 +157,10 @@ Deno.test("values written in two places agree: version, V8 flags, permissions of
   }
   assert.deepEqual(permissions.tests, permissions.lematt);
 });
+
+Deno.test("no test changes what all test files of a process share: directory, umask, environment", () => {
+  for (const { name } of Deno.readDirSync(import.meta.dirname!)) {
+    const text = Deno.readTextFileSync(join(import.meta.dirname!, name));
+    assert.doesNotMatch(text, /\b(Deno|process)\.(chdir|umask|env\.(set|delete))\(/, name);
+  }
+});

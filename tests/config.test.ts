@@ -533,30 +533,48 @@ Deno.test("loadConfig() reads only the certificates of caBundle", () => {
 });
 
 Deno.test("a path relative to the working directory, as in the original, is rejected with the correct path", () => {
-  const here = Deno.cwd();
-  try {
-    Deno.chdir(base);
-    const conf = "[config]\naccountKey: account.key\nchallengeDropDir: drop\n";
-    matches(refusal(() => load({ conf })).problems, [
-      ...["lematt.conf:2 write BASE/account.key", "lematt.conf:3 write BASE/drop"],
-    ]);
-  } finally {
-    Deno.chdir(here);
-  }
+  const conf = "[config]\naccountKey: account.key\nchallengeDropDir: drop\n";
+  const { isValid, notices } = loadElsewhere(["prod", directoryOf({ conf })], { cwd: base });
+  same(isValid, false);
+  matches(notices, ["lematt.conf:2 write BASE/account.key", "lematt.conf:3 write BASE/drop"]);
 });
+
+/** What a process of its own finds, since all test files share one working directory and one user. */
+interface Loaded {
+  readonly directory?: string;
+  readonly file?: string;
+  /** Warnings of a valid configuration, else its errors. */
+  readonly notices: readonly Notice[];
+  readonly isValid: boolean;
+}
+
+function loadElsewhere(
+  parameters: Parameters<typeof loadConfig>,
+  { cwd, as = [] }: { cwd?: string; as?: readonly string[] },
+): Loaded {
+  const url = new URL("../lib/config.ts", import.meta.url);
+  const written = Array.from(parameters, (one) => one === undefined ? "undefined" : JSON.stringify(one));
+  const code = `const { loadConfig } = await import("${url}");
+    const loaded = () => {
+      try {
+        const { directory, file, warnings } = loadConfig(${written});
+        return { directory, file, notices: warnings, isValid: true };
+      } catch (error) {
+        return { notices: error.problems, isValid: false };
+      }
+    };
+    console.log(JSON.stringify(loaded()));`;
+  const [command, ...args] = [...as, Deno.execPath(), "eval", "--no-check", code];
+  const { stdout } = new Deno.Command(command!, { args, cwd, stderr: "inherit" }).outputSync();
+  return JSON.parse(new TextDecoder().decode(stdout));
+}
 
 /** The notices of loadConfig() for another user. This user may read all files, since it needs Deno and this file. */
 function noticesForOtherUser(conf: string): string[] {
-  const url = new URL("../lib/config.ts", import.meta.url);
-  const code =
-    `try { console.log(JSON.stringify((await import("${url}")).loadConfig("prod", "${conf}").warnings)); }
-    catch (error) { console.log(JSON.stringify(error.problems)); }`;
   const otherUser =
     "--reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
   const as = Deno.uid() === 0 ? ["setpriv", ...otherUser.split(" ")] : [];
-  const [command, ...args] = [...as, Deno.execPath(), "eval", "--no-check", code];
-  const { stdout } = new Deno.Command(command!, { args, stderr: "inherit" }).outputSync();
-  return printed(JSON.parse(new TextDecoder().decode(stdout)));
+  return printed(loadElsewhere(["prod", conf], { as }).notices);
 }
 
 Deno.test("loadConfig() rejects directories that its user cannot write to", () => {
@@ -682,42 +700,40 @@ Deno.test("loadConfig() reads files with a byte order mark and CRLF", () => {
 
 Deno.test("loadConfig() accepts lematt.conf, its directory or a link; by default ./conf of the same user, else conf beside lematt", () => {
   const directory = directoryOf();
-  const here = Deno.cwd();
   const home = join(base, "home");
   Deno.mkdirSync(home);
   Deno.symlinkSync(directory, join(base, "link"));
   Deno.symlinkSync(join(directory, "lematt.conf"), join(home, "linked.conf"));
-  try {
-    Deno.chdir(home);
-    for (
-      const path of [directory, `${directory}/lematt.conf`, "../link", "../link/lematt.conf", "linked.conf"]
-    ) {
-      const config = loadConfig("prod", path, "/nowhere");
-      same([config.directory, config.file], [directory, join(directory, "lematt.conf")]);
-    }
-    matches(refusal(() => loadConfig("prod", undefined, "/nowhere")).problems, ["lematt.conf: /nowhere"]);
-    matches(refusal(() => loadConfig("prod", "missing.conf", directory)).problems, [
-      "lematt.conf: missing.conf",
-    ]);
-    same(loadConfig("prod", undefined, directory).directory, directory);
-    Deno.mkdirSync("conf");
-    same(loadConfig("prod", undefined, directory).directory, directory);
-    for (const { name } of Deno.readDirSync(directory)) {
-      Deno.copyFileSync(join(directory, name), join("conf", name));
-    }
-    write("home/account.key", accountKey);
-    Deno.mkdirSync("drop");
-    same(loadConfig("prod", undefined, directory).directory, join(home, "conf"));
-    if (Deno.uid() !== 0) return;
-    Deno.chownSync("conf", 65534, 65534);
-    const beside = loadConfig("prod", undefined, directory);
-    same(beside.directory, directory);
-    matches(beside.warnings, ["BASE/home/conf: user 65534"]);
-    Deno.writeTextFileSync(join(directory, "domains"), "");
-    ok(printed(refusal(() => loadConfig("prod", undefined, directory)).problems).join().includes("--config"));
-  } finally {
-    Deno.chdir(here);
+  const inHome = (path?: string, beside?: string) => loadElsewhere(["prod", path, beside], { cwd: home });
+  const rejected = (path?: string, beside?: string) => {
+    const { isValid, notices } = inHome(path, beside);
+    same(isValid, false);
+    return notices;
+  };
+  for (
+    const path of [directory, `${directory}/lematt.conf`, "../link", "../link/lematt.conf", "linked.conf"]
+  ) {
+    const config = inHome(path, "/nowhere");
+    same([config.directory, config.file], [directory, join(directory, "lematt.conf")]);
   }
+  matches(rejected(undefined, "/nowhere"), ["lematt.conf: /nowhere"]);
+  matches(rejected("missing.conf", directory), ["lematt.conf: missing.conf"]);
+  same(inHome(undefined, directory).directory, directory);
+  Deno.mkdirSync(join(home, "conf"));
+  same(inHome(undefined, directory).directory, directory);
+  for (const { name } of Deno.readDirSync(directory)) {
+    Deno.copyFileSync(join(directory, name), join(home, "conf", name));
+  }
+  write("home/account.key", accountKey);
+  Deno.mkdirSync(join(home, "drop"));
+  same(inHome(undefined, directory).directory, join(home, "conf"));
+  if (Deno.uid() !== 0) return;
+  Deno.chownSync(join(home, "conf"), 65534, 65534);
+  const beside = inHome(undefined, directory);
+  same(beside.directory, directory);
+  matches(beside.notices, ["BASE/home/conf: user 65534"]);
+  Deno.writeTextFileSync(join(directory, "domains"), "");
+  ok(printed(rejected(undefined, directory)).join().includes("--config"));
 });
 
 Deno.test("the samples in conf/ have every key", () => {

@@ -67,7 +67,7 @@ export async function startServer(
   const stderr = new Response(child.stderr).text();
   let ended = false;
   child.status.then(() => ended = true);
-  for (const deadline = Date.now() + 10_000; !await accepts(port);) {
+  for (const deadline = Date.now() + 60_000; !await accepts(port);) {
     if (ended || Date.now() > deadline) {
       if (!ended) child.kill("SIGKILL");
       throw new Error(`Cannot start ${command}: ${await stderr}`);

@@ -10,8 +10,6 @@
  */
 
 import assert from "node:assert/strict";
-import { createPrivateKey, createPublicKey } from "node:crypto";
-import { isIP } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Config, loadConfig, type Mode } from "../lib/config.ts";
@@ -123,12 +121,8 @@ export class Bed implements AsyncDisposable {
           ? { type: "rsa", bits: config.keyBitsRSA }
           : { type: "ec", curve: config.curve },
       );
-      const chainPem = this.ca.forge({
-        publicKey: createPublicKey(createPrivateKey(keyPem)),
-        identifiers: entry.line.names.map((value) => ({ type: isIP(value) ? "ip" : "dns", value })),
-        notBefore,
-        notAfter: new Date(notBefore.getTime() + life * DAY),
-      });
+      const notAfter = new Date(notBefore.getTime() + life * DAY);
+      const chainPem = await this.ca.forge(keyPem, entry.line.names, { notBefore, notAfter });
       const certificate = readCertificate(chainPem);
       await store.commit(entry, { keyPem, csrPem: "", chainPem, certificate });
     }

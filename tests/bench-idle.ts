@@ -12,7 +12,8 @@ import { type KeyType, loadConfig } from "../lib/config.ts";
 import { emptyState, type Renewal } from "../lib/state.ts";
 import { readInventory } from "../lib/store.ts";
 import { readCertificate } from "../lib/x509.ts";
-import { certify, createAuthority, pem } from "./ca-x509.ts";
+import { certify, createAuthority } from "./ca-x509.ts";
+import { PemConverter } from "@peculiar/x509";
 import {
   type Cost,
   inTurns,
@@ -51,7 +52,7 @@ export async function idle(): Promise<void> {
 }
 
 async function oneLine(home: string): Promise<void> {
-  const conf = makeTree(join(home, "1"), 1);
+  const conf = await makeTree(join(home, "1"), 1);
   const empty = join(home, "empty.ts");
   await Deno.writeTextFile(empty, "");
   const [nothing, help, ...costs] = await inTurns(
@@ -77,7 +78,7 @@ async function many(
   home: string,
   { lines, atMostSeconds, atMostMegabytes }: typeof SIZES[number],
 ): Promise<number> {
-  const conf = makeTree(join(home, `${lines}`), lines);
+  const conf = await makeTree(join(home, `${lines}`), lines);
   const costs = await inTurns(TURNS, ...WAYS.map((way) => () => measure([...LEMATT, ...way, conf])));
   for (const [i, way] of WAYS.entries()) {
     const what = `${(2 * lines).toLocaleString("en")} certificates, ${way.slice(1).join(" ")}`;
@@ -97,7 +98,7 @@ async function many(
 }
 
 /** Makes a configuration directory with `lines` lines and all their certificates; returns its path. */
-function makeTree(conf: string, lines: number): string {
+async function makeTree(conf: string, lines: number): Promise<string> {
   mkdirSync(conf);
   writeFileSync(
     join(conf, "lematt.conf"),
@@ -109,7 +110,7 @@ function makeTree(conf: string, lines: number): string {
   const config = loadConfig("test", conf);
 
   const now = Date.now();
-  const forge = forger({ notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) });
+  const forge = await forger({ notBefore: new Date(now - DAY), notAfter: new Date(now + 89 * DAY) });
   for (const directory of ["test", "test/key", "test/csr", "test/cert"]) mkdirSync(join(conf, directory));
   const window = { start: at(now + 59 * DAY), end: at(now + 61 * DAY), at: at(now + 60 * DAY) };
   const renewals: Record<string, Renewal> = {};
@@ -135,25 +136,24 @@ const PLACE = "host0000000";
  * Makes certificates with chain and key twenty times faster than by signing: all certificates of a key type have the signature
  * of the first. It is invalid, but lematt checks names and key of a certificate on disk, not the signature.
  */
-function forger(valid: { readonly notBefore: Date; readonly notAfter: Date }) {
+async function forger(valid: { readonly notBefore: Date; readonly notAfter: Date }) {
   const [root, issuer] = [createAuthority("lematt bench root"), createAuthority("lematt bench intermediate")];
   const { commonName, publicKey } = issuer;
-  const chain = certify({ commonName, publicKey, authority: true, ...valid }, root);
-  const template = ({ publicKey, privateKey }: { publicKey: KeyObject; privateKey: KeyObject }) => {
+  const chain = await certify({ commonName, publicKey, authority: true, ...valid }, root);
+  const template = async ({ publicKey, privateKey }: { publicKey: KeyObject; privateKey: KeyObject }) => {
     const name = `${PLACE}.example.com`;
-    const serial = new TextEncoder().encode(PLACE);
-    const identifiers = [{ type: "dns", value: name }] as const;
-    const leafPem = certify({ commonName: name, publicKey, identifiers, serial, ...valid }, issuer);
-    const leaf = Buffer.from(leafPem.replace(/-----.*-----/g, ""), "base64").toString("latin1");
+    const serial = Buffer.from(PLACE).toString("hex");
+    const leafPem = await certify({ commonName: name, publicKey, names: [name], serial, ...valid }, issuer);
+    const leaf = PemConverter.decodeFirst(leafPem);
     return { leaf, keyPem: privateKey.export({ format: "pem", type: "pkcs8" }) };
   };
   const templates = {
-    rsa: template(generateKeyPairSync("rsa", { modulusLength: 2048 })),
-    ec: template(generateKeyPairSync("ec", { namedCurve: "P-256" })),
+    rsa: await template(generateKeyPairSync("rsa", { modulusLength: 2048 })),
+    ec: await template(generateKeyPairSync("ec", { namedCurve: "P-256" })),
   };
   return (label: string, keyType: KeyType) => {
     const { leaf, keyPem } = templates[keyType];
-    const der = Buffer.from(leaf.replaceAll(PLACE, label), "latin1");
-    return { chainPem: pem("CERTIFICATE", der) + chain, keyPem };
+    const der = Buffer.from(Buffer.from(leaf).toString("latin1").replaceAll(PLACE, label), "latin1");
+    return { chainPem: `${PemConverter.encode(der, "CERTIFICATE")}\n${chain}`, keyPem };
   };
 }

@@ -5,7 +5,6 @@
 import { Buffer } from "node:buffer";
 import { createSocket } from "node:dgram";
 import { once } from "node:events";
-import { ipOctets } from "./ca-x509.ts";
 
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16, AAAA: 28 } as const;
 const IN = 1, NXDOMAIN = 3, RESPONSE = 0x8000, AUTHORITATIVE = 0x0400, TRUNCATED = 0x0200;
@@ -158,12 +157,13 @@ function writeRecord(name: string, type: RecordType, value: string): Buffer {
 function writeData(type: RecordType, value: string): Uint8Array {
   switch (type) {
     case "A":
-    case "AAAA":
-      return ipOctets(value);
+      return Uint8Array.from(value.split("."), Number);
     case "TXT": {
       const parts = value.match(/[^]{1,255}/g) ?? [""];
       return Buffer.from(parts.map((part) => String.fromCharCode(part.length) + part).join(""), "latin1");
     }
+    case "AAAA":
+      throw new Error("not needed so far");
     case "SOA":
       return Buffer.concat([writeName(value), writeName(`hostmaster.${value}`), Buffer.alloc(20)]);
     case "NS":

@@ -65,7 +65,7 @@ export type Fault =
   | { kind: "status"; status: number; headers?: Record<string, string>; body?: string; contentType?: string }
   | { kind: "drop header"; name: string }
   | { kind: "rewrite"; rewrite: (body: Record<string, unknown>) => unknown }
-  | { kind: "rewrite text"; rewrite: (body: string) => string }
+  | { kind: "rewrite text"; rewrite: (body: string) => string | Promise<string> }
   | { kind: "after"; fault: Fault };
 
 /** What a fault uses of the CA and the connection. */
@@ -89,9 +89,9 @@ export async function answerUnder(
     const { status, headers, body } = answer;
     return { answer, response: new Response(body, { status, headers }) };
   };
-  const changed = async (change: (answer: Answer) => Partial<Answer>) => {
+  const changed = async (change: (answer: Answer) => Partial<Answer> | Promise<Partial<Answer>>) => {
     const answer = await scene.handle();
-    return sent({ ...answer, ...change(answer) });
+    return sent({ ...answer, ...await change(answer) });
   };
   switch (fault?.kind) {
     case undefined:
@@ -126,7 +126,7 @@ export async function answerUnder(
     case "rewrite":
       return await changed(({ body = "{}" }) => ({ body: JSON.stringify(fault.rewrite(JSON.parse(body))) }));
     case "rewrite text":
-      return await changed(({ body = "" }) => ({ body: fault.rewrite(body) }));
+      return await changed(async ({ body = "" }) => ({ body: await fault.rewrite(body) }));
     case "reset mid-body": {
       // too short a body closes an HTTP/1.1 connection or resets an HTTP/2 stream; Deno.serve would print the error of a failing stream
       const answer = await scene.handle();

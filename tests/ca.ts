@@ -7,7 +7,7 @@
  * empty. Pebble (pebble.ts) is stricter, but has neither this clock nor these faults. State is in memory.
  */
 import { Buffer } from "node:buffer";
-import { randomBytes, X509Certificate } from "node:crypto";
+import { createPrivateKey, createPublicKey, randomBytes, X509Certificate } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import * as jose from "jose";
 import { validate } from "./ca-validate.ts";
@@ -24,14 +24,11 @@ import {
   violation,
 } from "./ca-wire.ts";
 import {
+  type Authority,
   certify,
-  type Contents,
   createAuthority,
-  derSerial,
   type Identifier,
   listenerCertificate,
-  newSerial,
-  pem,
   readRequest,
   type Request as CertificateRequest,
 } from "./ca-x509.ts";
@@ -219,7 +216,20 @@ interface Signed {
 
 /** Starts a CA on a free port of loopback. */
 export async function startCa(switches: Switches = {}): Promise<Ca> {
-  return new Ca(switches, await Deno.makeTempDir({ prefix: "lematt-ca-" }));
+  const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 20 * 365 * DAY) };
+  const [root, issuer] = [createAuthority("lematt test root 1"), createAuthority("lematt test intermediate")];
+  const [rootPem, intermediatePem] = await Promise.all(
+    [root, issuer].map((subject) => certify({ ...subject, ...life, authority: true }, root)),
+  );
+  const listener = await listenerCertificate();
+  const directory = await Deno.makeTempDir({ prefix: "lematt-ca-" });
+  return new Ca(
+    switches,
+    directory,
+    issuer,
+    { rootPem: rootPem!, intermediatePem: intermediatePem! },
+    listener,
+  );
 }
 
 /** A running CA. */
@@ -245,7 +255,7 @@ export class Ca implements AsyncDisposable {
   readonly validations: { readonly type: string; readonly name: string; readonly error?: ProblemDocument }[] =
     [];
 
-  readonly #issuer = createAuthority("lematt test intermediate");
+  readonly #issuer: Authority;
   readonly #listener: Listener;
   readonly #nonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
@@ -259,15 +269,16 @@ export class Ca implements AsyncDisposable {
   readonly #closing = new AbortController();
   #offsetMs = 0;
 
-  constructor(readonly switches: Switches, readonly directory: string) {
-    const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 20 * 365 * DAY) };
-    const root = createAuthority("lematt test root 1");
-    const [rootPem, intermediatePem] = [root, this.#issuer].map(({ commonName, publicKey }) =>
-      certify({ commonName, publicKey, ...life, authority: true }, root)
-    );
-    this.rootPem = rootPem!;
-    this.intermediatePem = intermediatePem!;
-    const { certificate, key, root: caBundle } = listenerCertificate();
+  constructor(
+    readonly switches: Switches,
+    readonly directory: string,
+    issuer: Authority,
+    { rootPem, intermediatePem }: { rootPem: string; intermediatePem: string },
+    { certificate, key, root: caBundle }: Record<"certificate" | "key" | "root", string>,
+  ) {
+    this.#issuer = issuer;
+    this.rootPem = rootPem;
+    this.intermediatePem = intermediatePem;
     this.caBundle = caBundle;
     this.caBundleFile = `${directory}/ca-bundle.pem`;
     Deno.writeTextFileSync(this.caBundleFile, caBundle);
@@ -290,9 +301,17 @@ export class Ca implements AsyncDisposable {
     this.#offsetMs += ms;
   }
 
-  /** A certificate without an order, signed by this CA, with its chain (PEM). */
-  forge(contents: Contents): string {
-    return certify(contents, this.#issuer) + this.intermediatePem;
+  /** A certificate for a private key (PEM) without an order, signed by this CA, with its chain (PEM). */
+  async forge(
+    key: string,
+    names: readonly string[],
+    life: { notBefore: Date; notAfter: Date },
+  ): Promise<string> {
+    return await certify(
+      { publicKey: createPublicKey(createPrivateKey(key)), names, ...life },
+      this.#issuer,
+    ) +
+      this.intermediatePem;
   }
 
   async close(): Promise<void> {
@@ -614,7 +633,6 @@ export class Ca implements AsyncDisposable {
    */
   #update(order: Order): void {
     const { status, authorizations } = order;
-    if (status === "processing" && performance.now() >= order.doneAt!) this.#issue(order);
     if (status !== "pending" || authorizations.some(isValidating)) return;
     const failed = authorizations.filter(({ status }) => status === "invalid");
     if (failed.length > 0 && this.switches.failure !== "authorization") {
@@ -625,7 +643,8 @@ export class Ca implements AsyncDisposable {
     }
   }
 
-  #order(order: Order, entry: LogEntry): Answer {
+  async #order(order: Order, entry: LogEntry): Promise<Answer> {
+    if (order.status === "processing" && performance.now() >= order.doneAt!) await this.#issue(order);
     this.#update(order);
     // Boulder sends Location after finalize as well
     const answer = json(200, showOrder(order), entry.resource === "finalize" ? { location: order.url } : {});
@@ -702,31 +721,33 @@ export class Ca implements AsyncDisposable {
     order.doneAt = performance.now() + (this.switches.processingMs ?? 0);
   }
 
-  #issue(order: Order): void {
+  async #issue(order: Order): Promise<void> {
     const { account, identifiers, profile, replaces, request } = order;
     const { commonNames, publicKey } = request!;
+    const names = identifiers.map(({ value }) => value);
     const profiles: Readonly<Record<string, number>> = this.switches.profiles ?? LETS_ENCRYPT;
     // backdated by an hour, as at other CAs; the first and the last second belong to the lifetime
     const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
     const notAfter = new Date(notBefore.getTime() + (profiles[profile ?? ""] ?? 90 * DAY) - 1000);
     // every second serial begins with a set bit: in DER, and so in the certID, it needs a zero octet before it
-    const serial = newSerial();
-    if (this.issued.length % 2 === 0) serial[0]! |= 0x80;
+    const serial = Buffer.concat([Uint8Array.of(this.issued.length % 2 ? 0x4e : 0xce), randomBytes(15)]);
+    const derSerial = this.issued.length % 2 ? serial : Buffer.concat([Uint8Array.of(0), serial]);
     const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
     const hex = serial.toString("hex").toUpperCase();
     const issued: Issued = {
       url: `${this.origin}/certificate/${hex}`,
       account,
       serial: hex,
-      certId: `${this.#issuer.keyId.toString("base64url")}.${derSerial(serial).toString("base64url")}`,
-      names: identifiers.map(({ value }) => value),
+      certId: `${base64url(this.#issuer.keyId)}.${base64url(derSerial)}`,
+      names,
       keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
       profile,
       replaces,
       notBefore,
       notAfter,
-      pem: certify({ publicKey, commonName, identifiers, notBefore, notAfter, serial }, this.#issuer),
+      pem: await certify({ publicKey, commonName, names, notBefore, notAfter, serial: hex }, this.#issuer),
     };
+    if (order.certificate !== undefined) return; // another request has been quicker
     this.issued.push(issued);
     this.#byUrl.set(issued.url, issued);
     order.certificate = issued;
@@ -738,7 +759,7 @@ export class Ca implements AsyncDisposable {
     const issued = this.issued.find((issued) => issued.certId === certId);
     if (issued !== undefined) return issued;
     // with the key identifier of this CA, the client has encoded the serial wrongly; otherwise the certificate is of another CA
-    const isOwn = certId.startsWith(this.#issuer.keyId.toString("base64url"));
+    const isOwn = certId.startsWith(base64url(this.#issuer.keyId));
     throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
   }
 
@@ -760,10 +781,10 @@ export class Ca implements AsyncDisposable {
   /** RFC 8555 §7.6: signed by the account that ordered the certificate, or with the certificate's own key. */
   async #revoke({ account, payload, key }: Signed): Promise<Answer> {
     const { certificate, reason = 0 } = parseObject(payload) as { certificate: string; reason?: number };
-    const text = pem("CERTIFICATE", Buffer.from(certificate, "base64url"));
-    const issued = this.issued.find(({ pem }) => pem === text);
+    const leaf = new X509Certificate(Buffer.from(certificate, "base64url"));
+    const issued = this.issued.find(({ serial }) => serial === leaf.serialNumber);
     if (issued === undefined) throw violation(404, "malformed", "the certificate is not from here");
-    const own = await keyOf(new X509Certificate(text).publicKey.export({ format: "jwk" }) as jose.JWK);
+    const own = await keyOf(leaf.publicKey.export({ format: "jwk" }) as jose.JWK);
     const isAllowed = account ? issued.account === account : own.thumbprint === key.thumbprint;
     if (!isAllowed) {
       throw violation(
@@ -862,6 +883,9 @@ function showChallenge({ type, url, status, token, error }: Challenge, { account
     : { token };
   return { type, url, status, ...proof, error };
 }
+
+const base64url = (value: string | Uint8Array): string =>
+  (typeof value === "string" ? Buffer.from(value, "hex") : Buffer.from(value)).toString("base64url");
 
 const byValue = (identifiers: readonly Identifier[]) =>
   identifiers.map(({ type, value }) => `${type}:${value}`).sort().join();

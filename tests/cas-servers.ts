@@ -116,7 +116,7 @@ export const SERVERS: Readonly<Record<string, Server>> = {
     settings: "parallel: 1\n", // with SQLite, simultaneous validations fail
     async start(directory) {
       if (!existsSync(join(directory, "root.pem"))) await makeAuthority(directory);
-      const { root, certificate, key } = listenerCertificate();
+      const { root, certificate, key } = await listenerCertificate();
       await Deno.writeTextFile(join(directory, "listener.pem"), certificate);
       await Deno.writeTextFile(join(directory, "listener.key"), key);
       await Deno.writeTextFile(join(directory, "server.py"), WSGI);

@@ -106,7 +106,7 @@ async function runLifeCycle(name: string, server: Server, home: string): Promise
   for (const each of lifeCycle(server)) await step(conf, each);
   {
     // every answer comes a second later; the relay has another URL, so this is another account
-    await using relay = startRelay(new URL(ca.directoryUrl).origin, ca.root, async (_, ask) => {
+    await using relay = await startRelay(new URL(ca.directoryUrl).origin, ca.root, async (_, ask) => {
       await delay(1000);
       return await ask();
     });

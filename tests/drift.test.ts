@@ -4,7 +4,6 @@
  */
 
 import assert from "node:assert/strict";
-import { createPublicKey } from "node:crypto";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
@@ -107,19 +106,15 @@ siteTest(
     const { bed, run } = site;
     await run();
     const key = site.save()[KEY]!;
-    const forge = (value: string, since: number, until = 90 * DAY) => ({
-      [CERT]: bed.ca.forge({
-        publicKey: createPublicKey(key),
-        identifiers: [{ type: "dns", value }],
-        notBefore: new Date(bed.ca.now.getTime() + since),
-        notAfter: new Date(bed.ca.now.getTime() + until),
-      }),
-      [KEY]: key,
-    });
+    const forge = async (name: string, since: number, until = 90 * DAY) => {
+      const [notBefore, notAfter] = [since, until].map((ms) => new Date(bed.ca.now.getTime() + ms));
+      const chain = await bed.ca.forge(key, [name], { notBefore: notBefore!, notAfter: notAfter! });
+      return { [CERT]: chain, [KEY]: key };
+    };
     await makeCertificate(bed.home, "self", "ec", ["www.example.com"]);
     const [pem, selfKey] = ["pem", "key"].map((end) => Deno.readTextFileSync(join(bed.home, `self.${end}`)));
     const repaired: [Record<string, string>, message: string][] = [
-      [forge("www.example.com", -90 * DAY, -DAY), "serves an expired certificate"],
+      [await forge("www.example.com", -90 * DAY, -DAY), "serves an expired certificate"],
       [{ [CERT]: pem!, [KEY]: selfKey! }, "serves a self-signed certificate"],
     ];
     for (const [files, message] of repaired) {
@@ -131,10 +126,10 @@ siteTest(
       await site.settle();
     }
     const leftAlone: [Record<string, string>, message: RegExp][] = [
-      [forge("www.example.com", HOUR), /serves a certificate that lematt did not deliver/],
-      [forge("*.example.com", HOUR), /serves a certificate that lematt did not deliver/],
-      [forge("other.example.com", -HOUR), /serves a certificate for other\.example\.com/],
-      [forge("\x1b[31m\r\u0085www.example.com", -HOUR), /serves a certificate for /],
+      [await forge("www.example.com", HOUR), /serves a certificate that lematt did not deliver/],
+      [await forge("*.example.com", HOUR), /serves a certificate that lematt did not deliver/],
+      [await forge("other.example.com", -HOUR), /serves a certificate for other\.example\.com/],
+      [await forge("\x1b[31m\r\u0085www.example.com", -HOUR), /serves a certificate for /],
     ];
     for (const [files, message] of leftAlone) {
       await site.restore(files);

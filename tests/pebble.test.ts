@@ -173,7 +173,7 @@ pebbleTest(
       ["certificate", [notFound, badNonce, problem(404, "malformed"), tomorrow]],
     ]);
     const root = Deno.readTextFileSync(ca.pebble.caBundleFile);
-    await using relay = startRelay(new URL(ca.pebble.directoryUrl).origin, root, async (path, ask) => {
+    await using relay = await startRelay(new URL(ca.pebble.directoryUrl).origin, root, async (path, ask) => {
       const [kind] = Object.entries(KINDS).find(([, pattern]) => pattern.test(path))!;
       const answer = await ask();
       return left.get(kind)!.shift()?.(answer) ?? answer;
@@ -202,7 +202,7 @@ pebbleTest(
     let change: Change;
     let changed: RegExp;
     const root = Deno.readTextFileSync(ca.pebble.caBundleFile);
-    await using relay = startRelay(new URL(ca.pebble.directoryUrl).origin, root, async (path, ask) => {
+    await using relay = await startRelay(new URL(ca.pebble.directoryUrl).origin, root, async (path, ask) => {
       const answer = await ask();
       return changed.test(path) ? change(answer) : answer;
     });

@@ -63,7 +63,7 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const dns = stack.use(await startDns(records));
   const directory = await Deno.makeTempDir({ prefix: "lematt-pebble-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
-  const { root, certificate, key } = listenerCertificate();
+  const { root, certificate, key } = await listenerCertificate();
   const files = { "root.pem": root, "listener.pem": certificate, "listener.key": key };
   for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
   const launch = async (tries: number): Promise<Running & { management: string }> => {

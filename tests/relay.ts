@@ -24,12 +24,12 @@ export interface Relay extends AsyncDisposable {
  * Starts a relay to `origin`, whose listener has the root certificate `ca` (PEM). `ask()` gets the answer of the CA; the client
  * gets what `change()` returns.
  */
-export function startRelay(
+export async function startRelay(
   origin: string,
   ca: string,
   change: (path: string, ask: () => Promise<Answer>) => Promise<Answer>,
-): Relay {
-  const { root, certificate, key } = listenerCertificate();
+): Promise<Relay> {
+  const { root, certificate, key } = await listenerCertificate();
   const client = Deno.createHttpClient({ caCerts: [ca], allowHost: true, http2: false });
   const server = Deno.serve(
     { hostname: "127.0.0.1", port: 0, cert: certificate, key, onListen: () => {} },

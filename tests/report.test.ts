@@ -1,7 +1,6 @@
 /** Goal: the output of a run: two streams for people, with a progress line on a terminal, and one document for machines. */
 
 import assert from "node:assert/strict";
-import { createPublicKey } from "node:crypto";
 import { join } from "node:path";
 import type { Mode } from "../lib/config.ts";
 import { type Event, type OutputOptions, planJson, planText, Report } from "../lib/report.ts";
@@ -127,12 +126,7 @@ alert: ["true"]`);
   Deno.removeSync(bed.path("prod", "cert", "b.example.com-cert-combined.prime256v1.pem"));
   await Deno.mkdir(join(bed.home, "web"));
   const key = bed.text("prod", "key", "a.example.com_www.a.example.com-key.prime256v1.pem");
-  const old = bed.ca.forge({
-    publicKey: createPublicKey(key),
-    identifiers: [{ type: "dns", value: "a.example.com" }],
-    notBefore: new Date(0),
-    notAfter: new Date(DAY),
-  });
+  const old = await bed.ca.forge(key, ["a.example.com"], { notBefore: new Date(0), notAfter: new Date(DAY) });
   Deno.writeTextFileSync(join(bed.home, "web", "old.key"), key);
   Deno.writeTextFileSync(join(bed.home, "web", "old.pem"), old);
   await using _ = await startNginx(

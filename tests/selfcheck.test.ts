@@ -29,17 +29,16 @@ const faultOf = async (...args: Parameters<typeof check>) => (await check(...arg
 
 /** A web server on loopback; with `tls` under a certificate that is expired and for another name. */
 function serve(handler: Handler, { hostname = "127.0.0.1", tls = false } = {}) {
-  const server = Deno.serve({ hostname, port: 0, onListen: () => {}, ...(tls && selfSigned()) }, handler);
+  const server = Deno.serve({ hostname, port: 0, onListen: () => {}, ...(tls && SELF_SIGNED) }, handler);
   return { port: server.addr.port, [Symbol.asyncDispose]: () => server.shutdown() };
 }
 
-function selfSigned() {
+const SELF_SIGNED = await (async () => {
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
-  const identifiers = [{ type: "dns", value: "other.example" } as const];
-  const contents = { publicKey, identifiers, notBefore: new Date(0), notAfter: new Date(1e12) };
+  const contents = { publicKey, names: ["other.example"], notBefore: new Date(0), notAfter: new Date(1e12) };
   const key = privateKey.export({ format: "pem", type: "pkcs8" }).toString();
-  return { cert: certify(contents, createAuthority("unknown")), key };
-}
+  return { cert: await certify(contents, createAuthority("unknown")), key };
+})();
 
 /** Resolves every host to 127.0.0.1, with its ports 80 and 443 at these. */
 const all = (http: number, https = 0): Route => (_host, port) =>

@@ -2,7 +2,6 @@
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { createPrivateKey, createPublicKey } from "node:crypto";
 import { basename, join } from "node:path";
 import type { Config, KeyType, Line } from "../lib/config.ts";
 import { plan } from "../lib/plan.ts";
@@ -56,12 +55,8 @@ async function issue(names: readonly string[], { keyType = "ec", keyPem, life = 
     keyType === "rsa" ? { type: "rsa", bits: 2048 } : { type: "ec", curve: "P-256" },
   );
   const notBefore = new Date(NOW.getTime() - age);
-  const chainPem = ca.forge({
-    publicKey: createPublicKey(createPrivateKey(keyPem)),
-    identifiers: names.map((value) => ({ type: "dns", value })),
-    notBefore,
-    notAfter: new Date(notBefore.getTime() + life),
-  });
+  const notAfter = new Date(notBefore.getTime() + life);
+  const chainPem = await ca.forge(keyPem, names, { notBefore, notAfter });
   return { keyPem, chainPem, csrPem: "a request\n", certificate: readCertificate(chainPem) };
 }
 

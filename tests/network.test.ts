@@ -7,245 +7,162 @@ import assert from "node:assert/strict";
 import { createSocket } from "node:dgram";
 import { once } from "node:events";
 import { join } from "node:path";
-import { type Context, type Route, systemContext, systemQuery } from "../lib/context.ts";
-import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
+import { type Route, systemContext, systemQuery } from "../lib/context.ts";
+import { checkFile, checkRecords } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
-import { output } from "./programs.ts";
+import { output, temporaryDirectory } from "./programs.ts";
+import { lackOf } from "./together.ts";
 
 /** Set within the namespace, to a directory of its own. */
 const DIRECTORY = Deno.env.get("LEMATT_NAMESPACE");
 
-const HERE = [
-  "192.0.2.1",
-  "198.51.100.1",
-  "10.0.0.1",
-  "10.0.0.2",
-  "169.254.169.254",
-  "2001:db8::1",
-  "fd00::1",
-];
-/** The system's resolver, then the name servers. */
-const RESOLVER = "127.0.0.53";
-const SERVERS = {
-  right: "192.0.2.53",
-  alsoRight: "192.0.2.54",
-  empty: "192.0.2.55",
-  refusing: "192.0.2.56",
-  expired: "192.0.2.57",
-  denying: "192.0.2.58",
-  silent: "192.0.2.59",
-};
+const HERE = "192.0.2.1 198.51.100.1 10.0.0.1 10.0.0.2 169.254.169.254 2001:db8::1 fd00::1".split(" ");
+/** The system's resolver, and name servers by their behaviour. */
+const SERVERS = ["resolver", "right", "empty", "refusing", "expired", "denying", "silent"];
+const addressOf = (server: string) => `192.0.2.${53 + SERVERS.indexOf(server)}`;
 
 const run = async (command: string, env = {}) => {
   const { code, stdout, stderr } = await output(["sh", "-c", command], { env });
   if (code !== 0) throw new Error(`${command}: ${stdout}${stderr}`);
 };
 
-const has = (command: string) => run(command).then(() => true, () => false);
-
 if (DIRECTORY === undefined) {
-  const lack = !await has("unshare -rmn ip link set lo up")
-    ? "no network namespaces"
-    : !await has("command -v named")
-    ? "no named (BIND)"
-    : undefined;
+  const hasNamespaces = await run("unshare -rmn ip link set lo up").then(() => true, () => false);
+  const lack = hasNamespaces ? lackOf("named") : "no network namespaces";
   Deno.test({
     name: `self-checks in a network of their own${lack ? ` (${lack})` : ""}`,
     ignore: lack !== undefined,
     async fn() {
-      const directory = await Deno.makeTempDir({ prefix: "lematt-network-" });
-      const resolv = join(directory, "resolv.conf");
-      await Deno.writeTextFile(resolv, `nameserver ${RESOLVER}\noptions edns0 no-aaaa\n`);
-      const addresses = [...HERE, RESOLVER, ...Object.values(SERVERS)].map((address) =>
-        `ip addr add ${address} dev lo`
-      );
-      const file = import.meta.filename!;
-      await run(
-        `exec unshare -rmn sh -c '
-          ip link set lo up && ${addresses.join(" && ")} && mount --bind ${resolv} /etc/resolv.conf &&
-          exec ${Deno.execPath()} test -q --no-prompt -P=tests --no-check ${file}'`,
-        { LEMATT_NAMESPACE: directory, NO_COLOR: "1" },
-      ).finally(() => Deno.remove(directory, { recursive: true }));
+      await using directory = await temporaryDirectory();
+      const resolv = join(directory.path, "resolv.conf");
+      await Deno.writeTextFile(resolv, `nameserver ${addressOf("resolver")}\noptions edns0 no-aaaa\n`);
+      const addresses = [...HERE, ...SERVERS.map(addressOf)];
+      const setUp = `ip link set lo up && mount --bind ${resolv} /etc/resolv.conf &&
+        for address in ${addresses.join(" ")}; do ip addr add $address dev lo || exit; done`;
+      const test = `${Deno.execPath()} test -q --no-prompt -P=tests --no-check ${import.meta.filename}`;
+      const env = { LEMATT_NAMESPACE: directory.path, NO_COLOR: "1" };
+      await run(`exec unshare -rmn sh -c '${setUp} && exec ${test}'`, env);
     },
   });
 } else {
   inNamespace(DIRECTORY);
 }
 
-function context(changes: Partial<Context> = {}): Context {
+function contextWith(route?: Route) {
   const unused = () => assert.fail("not asked for");
-  const signal = new AbortController().signal;
-  return systemContext({ fetch: unused, userAgent: "", signal, warn: unused, ...changes });
+  const { signal } = new AbortController();
+  return systemContext({ fetch: unused, userAgent: "", signal, warn: unused, ...(route && { route }) });
 }
 
 function inNamespace(directory: string) {
-  const PATH = "/.well-known/acme-challenge/token";
+  const URL_80 = "http://example.com/.well-known/acme-challenge/token";
 
-  /** Checks http://example.com. Names resolve as the table says, and `handler` answers at every address. */
-  async function check(table: Record<string, string[]>, handler: (request: Request) => Response) {
-    const asked: string[] = [];
-    const server = Deno.serve({ hostname: "::", port: 80, onListen: () => {} }, (request) => {
-      asked.push(request.url);
-      return handler(request);
+  /** Checks URL_80. Names resolve as the table says; every address answers, and example.com redirects to `location`. */
+  async function check(table: Record<string, string[]>, location?: string) {
+    let asked = 0;
+    const server = Deno.serve({ hostname: "::", port: 80, onListen: () => {} }, ({ url }) => {
+      asked++;
+      if (location === undefined || url !== URL_80) return new Response("right");
+      return new Response(null, { status: 302, headers: { location } });
     });
     const route: Route = (host, port) => Promise.resolve(table[host]!.map((address) => ({ address, port })));
-    const verdict = await checkFile(
-      `http://example.com${PATH}`,
-      "right",
-      context({ route }),
-      AbortSignal.timeout(5_000),
-    );
+    const verdict = await checkFile(URL_80, "right", contextWith(route), AbortSignal.timeout(5_000));
     await server.shutdown();
     return { ...verdict, asked };
   }
-  const right = () => new Response("right");
 
-  for (
-    const [address, location, target, followed] of [
-      ["192.0.2.1", "http://central.example/private", "127.0.0.1", false],
+  Deno.test("S10: a redirect to a nearer network is followed only for the challenge itself, by a name", async () => {
+    const { pathname } = new URL(URL_80);
+    const table: [address: string, location: string, target: string, followed: boolean][] = [
       ["192.0.2.1", "http://central.example/latest/", "169.254.169.254", false],
       ["192.0.2.1", "http://central.example/", "10.0.0.1", false],
       ["192.0.2.1", "http://central.example/", "::ffff:127.0.0.1", false],
       ["2001:db8::1", "http://central.example/", "fd00::1", false],
-      ["10.0.0.1", "http://central.example/", "127.0.0.1", false],
       ["192.0.2.1 127.0.0.1", "http://central.example/", "127.0.0.1", false],
-      ["192.0.2.1", `http://central.example${PATH}?x`, "127.0.0.1", false],
-      ["192.0.2.1", `http://127.0.0.1${PATH}`, "127.0.0.1", false],
-      ["192.0.2.1", `http://localhost${PATH}`, "127.0.0.1", false],
-      ["192.0.2.1", `http://central.example${PATH}`, "127.0.0.1", true], // its own name, from /etc/hosts
+      ["192.0.2.1", `http://central.example${pathname}?x`, "127.0.0.1", false],
+      ["192.0.2.1", `http://127.0.0.1${pathname}`, "127.0.0.1", false],
+      ["192.0.2.1", `http://localhost${pathname}`, "127.0.0.1", false],
+      ["192.0.2.1", `http://central.example${pathname}`, "127.0.0.1", true], // its own name, from /etc/hosts
       ["10.0.0.1", "http://central.example/", "10.0.0.2", true],
-      ["127.0.0.1", "http://central.example/", "10.0.0.2", true],
       ["192.0.2.1", "http://central.example/", "198.51.100.1", true],
-    ] as const
-  ) {
-    Deno.test(`${address} redirects to ${location} at ${target}: ${followed ? "followed" : "not followed"}`, async () => {
-      const { hostname } = new URL(location);
-      const { fault, asked } = await check(
-        { "example.com": address.split(" "), [hostname]: [target] },
-        (request) =>
-          new URL(request.url).hostname === "example.com"
-            ? new Response(null, { status: 302, headers: { location } })
-            : right(),
-      );
-      assert.equal(asked.length, address.split(" ").length + (followed ? 1 : 0));
-      if (followed) assert.equal(fault, undefined);
-      else {assert.match(
-          fault!,
-          new RegExp(`^http://example.com${PATH} at ${address.split(" ")[0]} redirects to .*: not followed$`),
-        );}
-    });
-  }
-
-  const without = async (setup: string, undo: string, address = "2001:db8:1::1") => {
-    await run(setup);
-    try {
-      const both = await check({ "example.com": ["192.0.2.1", address] }, right);
-      assert.deepEqual([both.fault, both.note, both.asked.length], [undefined, undefined, 1]);
-      const only = await check({ "example.com": [address] }, right);
-      assert.equal(only.note, "not checked: this host has no route to example.com");
-    } finally {
-      await run(undo);
-    }
-  };
-  for (const kind of ["unreachable", "prohibit", "blackhole"]) {
-    const route = `-6 route KEY ${kind} 2001:db8:1::/48`;
-    Deno.test(`IPv6 addresses behind a route that is "${kind}" are skipped`, () =>
-      without(`ip ${route.replace("KEY", "add")}`, `ip ${route.replace("KEY", "del")}`));
-  }
-  Deno.test("addresses without a route are skipped", async () => {
-    await without("true", "true");
-    await without("true", "true", "203.0.113.1");
-  });
-  Deno.test("IPv6 addresses are skipped if IPv6 is disabled", () => {
-    const disable = (value: number) => `echo ${value} > /proc/sys/net/ipv6/conf/all/disable_ipv6`;
-    const again = HERE.filter((address) => address.includes(":")).map((address) =>
-      `ip addr add ${address} dev lo`
-    );
-    return without(disable(1), [disable(0), ...again].join(" && "));
-  });
-
-  // ---- name servers ----------------------------------------------------------------------------------------------
-
-  /** A BIND that is the resolver and all of SERVERS but the silent one; `servers` are those of example.com. */
-  async function named(servers: readonly (keyof typeof SERVERS)[]) {
-    const file = (name: string, text: string) => Deno.writeTextFile(join(directory, name), text);
-    const head = "$TTL 1\n@ SOA ns hostmaster 1 60 60 60 60\n";
-    const delegation = servers.map((name) => `@ NS ${name}\n${name} A ${SERVERS[name]}\n`).join("");
-    const txt = `_acme-challenge TXT "value"\n`;
-    await file("right", head + delegation + txt);
-    await file("empty", head + delegation);
-    await file("root", `$TTL 1\n. SOA ns. hostmaster. 1 60 60 60 60\n. NS ns.\nns. A 192.0.2.58\n`);
-    const zone = (name: string, text: string) => `zone "${name}" { ${text} };`;
-    const primary = (name: string) => zone("example.com", `type primary; file "${name}";`);
-    const views: [string, string, string][] = [
-      ["right", SERVERS.right, primary("right")],
-      ["also-right", SERVERS.alsoRight, primary("right")],
-      ["empty", SERVERS.empty, primary("empty")],
-      ["refusing", SERVERS.refusing, ""],
-      ["expired", SERVERS.expired, zone("example.com", "type secondary; primaries { 127.0.0.1 port 5; };")],
-      ["denying", SERVERS.denying, zone(".", `type primary; file "root";`)],
-      ["resolver", RESOLVER, primary("right")],
     ];
-    const texts = views.map(([name, address, zones]) =>
-      `view "${name}" { match-destinations { ${address}; }; recursion no; ${zones} };`
+    for (const [address, location, target, followed] of table) {
+      const addresses = address.split(" ");
+      const names = { "example.com": addresses, [new URL(location).hostname]: [target] };
+      const { fault = "", asked } = await check(names, location);
+      assert.equal(asked, addresses.length + Number(followed), location);
+      assert.equal(/ redirects to .*: not followed$/.test(fault), !followed, fault);
+      assert.equal(fault === "", followed, fault);
+    }
+  });
+
+  Deno.test("R11, C11: addresses that this host has no route to are skipped, whatever the reason", async () => {
+    const table: [address: string, setUp: string][] = [
+      ["203.0.113.1", "true"],
+      ["2001:db8:1::1", "ip -6 route add unreachable 2001:db8:1::/48"],
+      ["2001:db8:2::1", "ip -6 route add prohibit 2001:db8:2::/48"],
+      ["2001:db8:3::1", "ip -6 route add blackhole 2001:db8:3::/48"],
+      ["2001:db8:4::1", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"],
+    ];
+    for (const [address, setUp] of table) {
+      await run(setUp);
+      assert.deepEqual(await check({ "example.com": ["192.0.2.1", address] }), { asked: 1 });
+      const only = await check({ "example.com": [address] });
+      assert.deepEqual(only, { note: "not checked: this host has no route to example.com", asked: 0 });
+    }
+  });
+
+  Deno.test("C9: name servers that are lame or silent are skipped; without any other the system's resolver is asked", async () => {
+    const table: [servers: string, result: RegExp][] = [
+      ["right refusing expired denying silent", /^\{\}$/],
+      ["right empty", /^\{"fault":"empty\.1\.example has no TXT record at _acme-challenge\.1\.example"\}$/],
+      ["refusing expired", /^\{"note":"no name server of 2\.example answers for it \(.*, .*\)"\}$/],
+    ];
+    const file = (name: string, text: string) => Deno.writeTextFile(join(directory, name), text);
+    const denying = `zone "." { type primary; file "root"; };`;
+    const zones = { resolver: "", right: "", empty: "", refusing: "", expired: "", denying };
+    await file("root", `$TTL 1\n. SOA ns. hostmaster. 1 60 60 60 60\n. NS ns.\nns. A 192.0.2.1\n`);
+    for (const [i, [servers]] of table.entries()) {
+      const delegations = servers.split(" ").map((name) => `@ NS ${name}\n${name} A ${addressOf(name)}\n`);
+      const records = `$TTL 1\n@ SOA ns hostmaster 1 60 60 60 60\n${delegations.join("")}`;
+      await file(`right${i}`, `${records}_acme-challenge TXT "value"\n`);
+      await file(`empty${i}`, records);
+      const zone = (text: string) => `zone "${i}.example" { type ${text}; };`;
+      zones.resolver = zones.right += zone(`primary; file "right${i}"`);
+      zones.empty += zone(`primary; file "empty${i}"`);
+      zones.expired += zone("secondary; primaries { 127.0.0.1 port 5; }");
+    }
+    const views = Object.entries(zones).map(([name, text]) =>
+      `view "${name}" { match-destinations { ${addressOf(name)}; }; recursion no; ${text} };\n`
     );
-    const listen = views.map(([, address]) => `${address};`).join(" ");
     await file(
       "named.conf",
       `options { directory "${directory}"; pid-file none; session-keyfile none; dnssec-validation no;
-         listen-on { ${listen} }; listen-on-v6 { none; }; }; controls {};\n${texts.join("\n")}`,
+         listen-on { ${Object.keys(zones).map(addressOf).join("; ")}; }; listen-on-v6 { none; }; };
+       controls {};\n${views.join("")}`,
     );
-    const child = new Deno.Command("named", {
-      args: ["-f", "-c", join(directory, "named.conf")],
-      stdout: "null",
-      stderr: "inherit",
-    }).spawn();
+    const args = ["-f", "-c", join(directory, "named.conf")];
+    const bind = new Deno.Command("named", { args, stdout: "null", stderr: "inherit" }).spawn();
     let serves = false;
-    const at = { address: SERVERS.right, port: 53 };
     const ask = () =>
-      systemQuery("example.com", "SOA", at).then(({ length }) => serves = length > 0, () => {});
+      systemQuery("2.example", "SOA").then(({ length }) => serves = length > 0).catch(() => {});
     await until("BIND serves", () => (ask(), serves));
-    const silent = createSocket("udp4").bind(53, SERVERS.silent);
+    const silent = createSocket("udp4").bind(53, addressOf("silent"));
     await once(silent, "listening");
-    return {
-      async [Symbol.asyncDispose]() {
-        silent.close();
-        child.kill();
-        await child.status;
-      },
-    };
-  }
 
-  const lame = "no name server of example.com answers for it";
-  for (
-    const [servers, fault, note] of [
-      [["right", "alsoRight"]],
-      [["right", "refusing", "expired", "denying", "silent"]],
-      [["right", "empty"], "empty.example.com has no TXT record at _acme-challenge.example.com"],
-      [["refusing", "expired"], undefined, `${lame} (refusing.example.com, expired.example.com)`],
-    ] as [(keyof typeof SERVERS)[], string?, string?][]
-  ) {
-    Deno.test(`a zone whose name servers are ${servers.join(", ")}: ${fault ?? note ?? "right"}`, async () => {
-      await using _bind = await named(servers);
-      const judge = (records: Records) => records.fault((text) => text === "value");
+    for (const [i, [servers, expected]] of table.entries()) {
       const checked = await checkRecords(
-        "_acme-challenge.example.com",
-        judge,
-        context(),
+        `_acme-challenge.${i}.example`,
+        (records) => records.fault((text) => text === "value"),
+        contextWith(),
         AbortSignal.timeout(10_000),
       );
-      if (note === undefined) assert.deepEqual(checked, { fault, note });
-      else {assert.deepEqual(
-          [checked.fault, checked.note?.split(", ").length],
-          [undefined, 2],
-          JSON.stringify(checked),
-        );}
-    });
-  }
-
-  Deno.test("options of resolv.conf that Deno does not know do not prevent look-ups", async () => {
-    assert.match(Deno.readTextFileSync("/etc/resolv.conf"), /no-aaaa/);
-    await using _bind = await named(["right"]);
-    assert.deepEqual(await systemQuery("right.example.com", "A"), [SERVERS.right]);
+      assert.match(JSON.stringify(checked), expected, servers);
+    }
+    // with options in resolv.conf that Deno does not know
+    assert.deepEqual(await systemQuery("right.0.example", "A"), [addressOf("right")]);
+    silent.close();
+    bind.kill();
+    await bind.status;
   });
 }

@@ -18,6 +18,13 @@ export function blocks(file: string, heading = ""): string[] {
   );
 }
 
+/** The block that begins with `start`. */
+export function blockOf(file: string, start: string, heading = ""): string {
+  const found = blocks(file, heading).find((text) => text.startsWith(start));
+  if (found === undefined) throw new Error(`no block of ${file} begins with ${start}`);
+  return found;
+}
+
 /** Text with words replaced, each of which must occur. */
 export function adapt(text: string, words: Readonly<Record<string, string>>): string {
   for (const [word, replacement] of Object.entries(words)) {

@@ -466,18 +466,8 @@ function deliveryProblem(
     .flatMap(({ sights }) => sights.map(({ certificate }) => moment(certificate?.notAfter)));
   const servedUntil = earliest(served) ?? formerNotAfter;
   const lines = [...new Set(pending.map(({ entry }) => entry.line))];
-  const alert = isOld(new Date(failure.since));
-  return [
-    problemOf(
-      { kind: "delivery", delivery, failure, servedUntil },
-      `delivery ${section.name}`,
-      alert,
-      lines,
-      [
-        section,
-      ],
-    ),
-  ];
+  const problem: ProblemKind = { kind: "delivery", delivery, failure, servedUntil };
+  return [problemOf(problem, `delivery ${section.name}`, isOld(new Date(failure.since)), lines, [section])];
 }
 
 function endpointProblems(

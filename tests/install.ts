@@ -24,42 +24,28 @@ export interface Installation {
   as(...command: string[]): string[];
 }
 
-/**
- * Installs lematt for the user `uid` below `directory`, which all may read then. Its packages come from Deno's cache of
- * the user who runs the tests; without them, the user has an empty one.
- */
+/** Installs lematt for the user `uid` below `directory`, which all may read then; without `packages`, the cache is empty. */
 export async function install(
   directory: string,
   uid = Deno.uid()!,
   { packages = true } = {},
 ): Promise<Installation> {
-  const [bin, program, home] = [join(directory, "bin"), join(directory, "program"), join(directory, "home")];
-  for (const path of [bin, program, home]) await Deno.mkdir(path);
+  const [bin, program, home] = [`${directory}/bin`, `${directory}/program`, `${directory}/home`];
+  await run("mkdir", "-p", bin, program, `${home}/.cache/deno`);
   await Deno.chmod(directory, 0o755);
-  await Deno.link(Deno.execPath(), join(bin, "deno"))
-    .catch(() => Deno.copyFile(Deno.execPath(), join(bin, "deno")));
+  await run("sh", "-c", 'ln "$0" "$1" || cp "$0" "$1"', Deno.execPath(), `${bin}/deno`);
   const files = ["deno.json", "deno.lock", "lematt.ts", "leforward.ts", "lib"];
   await run("cp", "-r", ...files.map((file) => join(ROOT, file)), program);
   const { npmPackages } = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
-  for (
-    const { name, localPath, registryUrl } of Object.values<Record<string, string>>(
-      packages ? npmPackages : {},
-    )
-  ) {
-    const at = join(home, ".cache/deno/npm", new URL(registryUrl!).hostname, dirname(name!));
-    await Deno.mkdir(at, { recursive: true });
-    await run("cp", "-r", dirname(localPath!), at);
+  for (const { localPath } of Object.values<{ localPath: string }>(packages ? npmPackages : {})) {
+    const [cache, path] = dirname(localPath).split("/npm/");
+    await run("env", "-C", cache!, "cp", "-r", "--parents", `npm/${path}`, `${home}/.cache/deno`);
   }
   const other = uid !== Deno.uid();
   if (other) await run("chown", "-R", `${uid}:${uid}`, home);
-  return {
-    bin,
-    program,
-    home,
-    env: { HOME: home, PATH: `${bin}:/usr/bin:/bin` },
-    as: (...command) =>
-      other ? ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups", ...command] : command,
-  };
+  const user = other ? ["setpriv", `--reuid=${uid}`, `--regid=${uid}`, "--clear-groups"] : [];
+  const env = { HOME: home, PATH: `${bin}:/usr/bin:/bin` };
+  return { bin, program, home, env, as: (...command) => [...user, ...command] };
 }
 
 /** Runs a command to its end and returns its standard output; throws if it fails. */

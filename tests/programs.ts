@@ -32,13 +32,8 @@ export async function startLeforward(args: readonly string[], { stdin = "piped",
   stdin?: "piped" | "null";
   by?: readonly string[];
 } = {}) {
-  const [command, ...rest] = by;
-  const child = new Deno.Command(command!, {
-    args: [...rest, "--port", "0", ...args],
-    stdin,
-    stdout: "piped",
-    stderr: "piped",
-  }).spawn();
+  const [command, ...rest] = [...by, "--port", "0", ...args];
+  const child = new Deno.Command(command!, { args: rest, stdin, stdout: "piped", stderr: "piped" }).spawn();
   const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   const port = Number(/^leforward: port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);
   const stderr = new Response(child.stderr).text();
@@ -52,8 +47,7 @@ export async function startLeforward(args: readonly string[], { stdin = "piped",
         child.kill("SIGKILL");
       } catch { /* it has ended already */ }
       if (stdin === "piped") await child.stdin.abort().catch(() => {});
-      await reader.cancel();
-      await Promise.all([child.status, stderr]);
+      await Promise.all([reader.cancel(), child.status, stderr]);
     },
   };
 }
@@ -63,16 +57,13 @@ export async function startResets(port: number, perSecond: number): Promise<Asyn
   // python3, as Deno has no SO_LINGER
   const script = `
 import socket, struct, time
-begun, count = time.time(), 0
-while True:
-    if count > (time.time() - begun) * ${perSecond}:
-        time.sleep(0.0005)
-        continue
+begun = time.time()
+for count in range(10**9):
+    time.sleep(max(0, begun + count / ${perSecond} - time.time()))
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.setblocking(False)
         connection.connect_ex(("127.0.0.1", ${port}))
-    count += 1
     if count == 20:
         print("begun", flush=True)
 `;

@@ -9,6 +9,7 @@ import { settled } from "../lib/context.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { adapt, blocks, ROOT, shell } from "./documents.ts";
+import { temporaryDirectory } from "./programs.ts";
 import { pebbleTest, startPebble } from "./pebble.ts";
 import { makeCertificate } from "./tls.ts";
 import { lackOf } from "./together.ts";
@@ -18,10 +19,7 @@ const MIGRATE = `${ROOT}/conf/migrate/migrate.ts`;
 
 /** Another program with certificates for example.com and www.example.com (EC key) and for mail.example.com (RSA key). */
 interface Way {
-  /**
-   * Issues both below `old`, by the CA at $URL whose root is the file $CA; `web` is served. Afterwards RELOAD is to be run after
-   * a renewal, if the program remembers such commands.
-   */
+  /** Issues both below `old`, by the CA at $URL whose root is the file $CA, over `web`, with $RELOAD after a renewal if it can. */
   readonly script: string;
   /** A file with the URL of the account. */
   readonly account: string;
@@ -29,11 +27,6 @@ interface Way {
   readonly places: string;
   readonly reloads?: true;
 }
-
-const LEGO = `
-lego() { LEGO_CA_CERTIFICATES=$CA command lego -s $URL -a -m root@example.com --path old --http --http.webroot web "$@" run; }
-lego -d example.com -d www.example.com -k ec256
-lego -d mail.example.com -k rsa2048`;
 
 const WAYS: Record<string, Way> = {
   certbot: {
@@ -60,33 +53,12 @@ dehydrated -f config -c -d mail.example.com --alias mail --algo rsa`,
     places: "certs/example.com/fullchain.pem certs/example.com/privkey.pem certs/mail/fullchain.pem",
   },
   lego: {
-    script: LEGO,
+    script: `
+lego() { LEGO_CA_CERTIFICATES=$CA command lego -s $URL -a -m root@example.com --path old --http --http.webroot web "$@" run; }
+lego -d example.com -d www.example.com -k ec256
+lego -d mail.example.com -k rsa2048`,
     account: "accounts/*/*/account.json",
     places: "certificates/example.com.crt certificates/example.com.key certificates/mail.example.com.crt",
-  },
-  // its files as its documentation and its source have them, made of lego's
-  "acme.sh": {
-    script: `${LEGO}
-mv old lego
-mkdir -p ssl old/ca/127.0.0.1/dir old/example.com_ecc old/mail.example.com
-cp lego/accounts/*/*/account.json old/ca
-cp lego/accounts/*/*/keys/*.key old/ca/127.0.0.1/dir/account.key
-touch old/http.header
-for name in example.com_ecc mail.example.com; do
-  cp lego/certificates/\${name%_ecc}.crt old/$name/fullchain.cer
-  cp lego/certificates/\${name%_ecc}.key old/$name
-done
-cp old/example.com_ecc/fullchain.cer ssl/cert.pem
-cp old/example.com_ecc/example.com.key ssl/key.pem
-cp old/mail.example.com/fullchain.cer ssl/mail.pem
-conf() { printf "Le_%s='%s'\\n" Webroot "$PWD/web" API "$URL" "$@"; }
-reload=__ACME_BASE64__START_$(printf %s "$RELOAD" | base64 -w 0)__ACME_BASE64__END_
-conf Domain example.com Alt www.example.com ReloadCmd "$reload" RealKeyPath $PWD/ssl/key.pem \\
-  RealFullChainPath $PWD/ssl/cert.pem > old/example.com_ecc/example.com.conf
-conf Domain mail.example.com Alt no RealFullChainPath $PWD/ssl/mail.pem > old/mail.example.com/mail.example.com.conf`,
-    account: "ca/account.json",
-    places: "../ssl/cert.pem ../ssl/key.pem ../ssl/mail.pem",
-    reloads: true,
   },
 };
 
@@ -143,34 +115,57 @@ async function migrateAndRenew(program: string, { script, account, places, reloa
   assert.equal(domains, "example.com www.example.com\nmail.example.com\n");
 }
 
-const installed = Object.entries(WAYS).filter(([program]) => {
-  const lack = lackOf(program === "acme.sh" ? "lego" : program);
+const ways = Object.entries(WAYS).filter(([program]) => {
+  const lack = lackOf(program);
   if (lack !== undefined) console.log(`migration from ${program} is not tested: ${lack}`);
   return lack === undefined;
 });
 
 pebbleTest("migration from another program issues nothing again, and keeps the account", async () => {
   const fail = (program: string) => (cause: unknown) => Promise.reject(new Error(program, { cause }));
-  await settled(installed.map(([program, way]) => migrateAndRenew(program, way).catch(fail(program))));
+  await settled(ways.map(([program, way]) => migrateAndRenew(program, way).catch(fail(program))));
 });
 
-Deno.test("migrate.ts reports that a wildcard needs dns-01, and leaves a name of two certificates out of `domains`", async () => {
-  await using bed = await testBed({});
-  const directory = join(bed.home, "lego/certificates");
-  await Deno.mkdir(directory, { recursive: true });
-  for (
-    const words of ["_.example.com *.example.com example.com", "example.com example.com www.example.com"]
-  ) {
-    const [file, ...names] = words.split(" ");
-    await makeCertificate(directory, file!, "ec", names);
-    await Deno.rename(join(directory, `${file}.pem`), join(directory, `${file}.crt`));
+Deno.test("migration from acme.sh keeps places and reloads, a wildcard needs dns-01, and a name of two certificates is in no section", async () => {
+  await using temporary = await temporaryDirectory();
+  const home = temporary.path;
+  const reload = `__ACME_BASE64__START_${btoa("service nginx reload")}__ACME_BASE64__END_`;
+  const installed =
+    `Le_ReloadCmd='${reload}'\nLe_RealKeyPath='/ssl/key.pem'\nLe_RealFullChainPath='/ssl/cert.pem'`;
+  const certificates = [
+    ["*.example.com", "rsa", "Le_Webroot='dns_cf'\nLe_RealFullChainPath='/ssl/*.example.com.pem'"],
+    ["www.example.com_ecc", "ec", `Le_Webroot='/srv/web'\n${installed}`],
+  ] as const;
+  for (const [name, keyType, conf] of certificates) {
+    const [directory, primary] = [join(home, name), name.replace("_ecc", "")];
+    await Deno.mkdir(directory);
+    await makeCertificate(directory, primary, keyType, [primary, "example.com"]);
+    await Deno.rename(join(directory, `${primary}.pem`), join(directory, "fullchain.cer"));
+    await Deno.writeTextFile(
+      join(directory, `${primary}.conf`),
+      `Le_API='https://ca.example/dir'\n${conf}\n`,
+    );
   }
-  const migrate = (option = "") => shell(`${MIGRATE} lego lego ${option}`, bed.home);
-  assert.match(await migrate(), /^- \*\.example\.com needs challenge: dns-01 /m);
-  assert.equal(await migrate("--domains"), "*.example.com example.com\nexample.com www.example.com\n");
-  const sections = (await migrate("--actions")).match(/^domains: .*|(?<="cp KEY_FILE .*\/)[^/"]*(?=")/gm);
-  const expected = ["domains: *.example.com", "_.example.com.key", "domains: www.example.com", "DOMAIN.key"];
-  assert.deepEqual(sections, expected);
+  const migrate = (option = "") => shell(`${MIGRATE} acme.sh . ${option}`, home);
+  const overview = await migrate();
+  assert.match(overview, /^account at https:\/\/ca\.example\/dir: .*\/ca\/ca\.example\/dir\/account\.key$/m);
+  assert.match(overview, /^- \*\.example\.com needs challenge: dns-01 /m);
+  assert.equal(await migrate("--domains"), "*.example.com example.com\nwww.example.com example.com\n");
+  assert.equal(
+    await migrate("--actions"),
+    `[acme.sh-rsa]
+domains: *.example.com
+keyTypes: rsa
+uploadEach: ["cp CERT_FILE '/ssl/*.example.com.pem'"]
+
+[acme.sh-ec]
+domains: www.example.com
+keyTypes: ec
+uploadEach: ["cp CERT_FILE /ssl/cert.pem",
+  "cp KEY_FILE /ssl/key.pem"]
+update: ["service nginx reload"]
+`,
+  );
 });
 
 Deno.test("migration from the Python original issues and delivers nothing again", async () => {

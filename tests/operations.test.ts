@@ -10,6 +10,7 @@ import { usualInterval } from "../lib/renewal.ts";
 import { readCertificate } from "../lib/x509.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { adapt, blockOf, blocks, ROOT, shell } from "./documents.ts";
+import { install } from "./install.ts";
 import { RELOAD, startSite, UPLOAD } from "./site.ts";
 import { lackOf, together } from "./together.ts";
 
@@ -17,11 +18,11 @@ const PAGE = "conf/operations.md";
 const block = (heading: string, start: string) => blockOf(PAGE, start, heading);
 const LOGGED = `uploadCerts: ["echo delivered >> HERE/log"]\n`;
 
-/** Installs lematt in opt/lematt and its configuration in etc/lematt, below the home of a bed; returns how to run commands. */
-async function install({ home }: Bed) {
-  const files = ["deno.json", "deno.lock", "lematt.ts", "lib"].map((name) => join(ROOT, name)).join(" ");
+/** lematt, and its configuration in etc/lematt, below the home of a bed; returns how to run commands of the page there. */
+async function installHost({ home }: Bed) {
+  const { program } = await install(home, undefined, { packages: false });
   await shell(
-    `mkdir -p opt/lematt etc/systemd/system etc/cron.d bin var/tmp standby/lematt && cp -r ${files} opt/lematt
+    `mkdir -p etc/systemd/system etc/cron.d var/tmp standby/lematt
     mv conf etc/lematt && ln -s etc/lematt conf && chmod 700 etc/lematt`,
     home,
   );
@@ -29,7 +30,7 @@ async function install({ home }: Bed) {
   return (commands: string, etc = "etc") => {
     const here = `PATH=${home}/bin:$PATH\n${blocks(PAGE)[0]}${commands}`
       .replaceAll("su - certmaint -c", "sh -c").replaceAll("-C /etc ", `-C ${home}/${etc} `)
-      .replaceAll("/etc/", `${home}/${etc}/`).replaceAll("/opt/", `${home}/opt/`)
+      .replaceAll("/etc/", `${home}/${etc}/`).replaceAll("/opt/lematt", program)
       .replaceAll("/var/tmp", `${home}/var/tmp`);
     return shell(here, home);
   };
@@ -43,7 +44,7 @@ test(
     const actions = `[default]\n${LOGGED}${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]\n`;
     await using site = await startSite({ actions });
     const { bed } = site;
-    const sh = await install(bed);
+    const sh = await installHost(bed);
     await sh("lematt --prod --renew www.example.com");
     assert.deepEqual(bed.take(), ["delivered"]);
 
@@ -78,29 +79,33 @@ test(
 
 test("a host is moved to /etc/lematt, upgraded, restored, freed of a key and of a name, handed over, uninstalled", async () => {
   const domains = "www.example.com\nold.example.com";
-  await using bed = await testBed({ domains, settings: "keyTypes: ec", actions: `[default]\n${LOGGED}` });
+  await using bed = await testBed({
+    domains,
+    settings: "keyTypes: ec\nari: no",
+    actions: `[default]\n${LOGGED}`,
+  });
   const { home } = bed;
-  const sh = await install(bed);
+  const sh = await installHost(bed);
   const assertIdle = async () => {
     assert.match(await sh("lematt --prod"), /^nothing due/m);
     assert.deepEqual(bed.take(), []);
   };
 
   // the configuration of 0.1.0 was where unpacking replaces it
-  await shell("mv etc/lematt opt/lematt/conf", home);
+  await shell("mv etc/lematt program/conf", home);
   await sh("/opt/lematt/lematt.ts --test; /opt/lematt/lematt.ts --prod");
   assert.deepEqual(bed.take(), ["delivered", "delivered"]);
   await sh(adapt(block("Upgrade", "install -d"), { "-o certmaint ": "", "account-key.pem": "account.key" }));
-  await shell(`cp -r ${join(ROOT, "conf")} opt/lematt`, home);
+  await shell(`cp -r ${join(ROOT, "conf")} program`, home);
   await assertIdle();
 
   const upgraded = await sh(block("Upgrade", "cp -a"));
-  assert.match(upgraded, /no errors[^]*^nothing due, 2 kept[^]*^keep +old/m);
+  assert.match(upgraded, /no errors[^]*^nothing due, 2 kept[^]*^keep +2 /m);
 
   await sh(block("Backup", "umask"));
   await Deno.remove(join(home, "etc/lematt"), { recursive: true });
   const restored = await sh(block("Backup", "tar"));
-  assert.match(restored, /^keep +old/m);
+  assert.match(restored, /^keep +2 /m);
   assert.doesNotMatch(restored, /^(issue|deliver|roll out)/m);
 
   const served = () => readCertificate(bed.text("prod/cert/www.example.com-cert-combined.prime256v1.pem"));
@@ -121,7 +126,7 @@ test("a host is moved to /etc/lematt, upgraded, restored, freed of a key and of 
   const files = ["etc/systemd/system/lematt.service", "etc/systemd/system/lematt.timer", "etc/cron.d/lematt"];
   for (const file of files) await Deno.writeTextFile(join(home, file), "");
   await sh(block("Uninstall", "systemctl"));
-  for (const path of [...files, "etc/lematt", "opt/lematt"]) assert(!existsSync(join(home, path)), path);
+  for (const path of [...files, "etc/lematt", "program"]) assert(!existsSync(join(home, path)), path);
 });
 
 test(

@@ -418,7 +418,7 @@ Deno.test("while a CA rate-limits every request, one of the waiting requests is 
 });
 
 Deno.test("requests beyond the limit per second are retried one after the other", async () => {
-  await using bed = await testBed({ ca: { limits: { requestsPerSecond: { newOrder: 5 } } } });
+  await using bed = await testBed({ ca: { limits: { newOrder: { count: 5, windowMs: 1000 } } } });
   const client = await connect(bed, {
     // requests that wait until the same time advance the clock only once
     async sleep(ms) {

@@ -55,7 +55,7 @@ Deno.test("renewal information is requested with the certificate identifier of R
   const zeros = ids.filter((id) => /\.A[I-P]/.test(id));
   assert.equal(zeros.length, 2, "half of the serial numbers begin with 00 8…");
   const ran = await bed.run();
-  assert.deepEqual(asked(ran).map(({ path }) => path.replace("/renewal-info/", "")).sort(), ids.toSorted());
+  assert.deepEqual(asked(ran).map(({ url }) => url.replace(/^.*[/]/, "")).sort(), ids.toSorted());
   assert.deepEqual(asked(ran).map(({ status }) => status), [200, 200, 200, 200]);
 });
 

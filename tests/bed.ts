@@ -270,7 +270,7 @@ export class Bed implements AsyncDisposable {
       await child.status;
     }
     this.#http.close();
-    await Promise.all([this.ca.close(), this.web.close()]);
+    await Promise.all([this.ca, this.web].map((server) => server[Symbol.asyncDispose]()));
     await Deno.remove(this.home, { recursive: true });
     assert.deepEqual(this.ca.violations, []);
   }

@@ -12,7 +12,7 @@ const WINDOW_MS = 3 * 3600_000;
 
 /** https://letsencrypt.org/docs/rate-limits/; of the limits per second, the one for nonces is the lowest. */
 export function likeLetsEncrypt(orders: number): NonNullable<Switches["limits"]> {
-  return { newOrder: { count: orders, windowMs: WINDOW_MS }, requestsPerSecond: { newNonce: 20 } };
+  return { newOrder: { count: orders, windowMs: WINDOW_MS }, newNonce: { count: 20, windowMs: 1000 } };
 }
 
 /** Runs every three hours until all certificates are issued. Throws if a run fails for another reason than a rate limit. */

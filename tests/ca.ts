@@ -10,17 +10,19 @@ import { Buffer } from "node:buffer";
 import { createPrivateKey, createPublicKey, randomBytes, X509Certificate } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import * as jose from "jose";
-import { validate } from "./ca-validate.ts";
+import { ISSUER, validate } from "./ca-validate.ts";
 import {
   type Answer,
   answerUnder,
   type Fault,
+  json,
   listen,
   type Listener,
   malformed,
   Problem,
   type ProblemDocument,
   refusal,
+  respond,
   violation,
 } from "./ca-wire.ts";
 import {
@@ -37,12 +39,12 @@ export { type Dns, startDns } from "./ca-dns.ts";
 export { type Fault, startWebroot, type Webroot } from "./ca-wire.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
-/** The issuer domain name, for dns-persist-01. */
-const ISSUER = "ca.example";
 /** The profiles and their lifetimes, as at Let's Encrypt in 2026. The first one is the default. */
-const LETS_ENCRYPT = { classic: 90 * DAY, tlsserver: 45 * DAY, shortlived: 160 * HOUR };
-
-// ---- options -----------------------------------------------------------------------------------------------------
+const LETS_ENCRYPT: Readonly<Record<string, number>> = {
+  classic: 90 * DAY,
+  tlsserver: 45 * DAY,
+  shortlived: 160 * HOUR,
+};
 
 /** The path of each resource; the group is the part of the path that identifies an object. */
 const ROUTES = {
@@ -71,10 +73,14 @@ export interface Exchange {
   readonly resource: Resource;
 }
 
-/** At most `count` in any `windowMs` of the CA's clock. */
-interface Limit {
-  readonly count: number;
-  readonly windowMs: number;
+/** An entry of the log. */
+export interface LogEntry extends Exchange {
+  /** The same number for all requests of one connection. */
+  readonly connection: number;
+  /** The account that signed the request, after verification. */
+  kid?: string;
+  /** The status of the answer; 0 if there is none, or not yet. */
+  status: number;
 }
 
 /** How the CA behaves; a test may change it while it runs. */
@@ -83,9 +89,8 @@ export interface Switches {
   httpPort?: number;
   /** The address of a name on loopback; throws if it does not resolve. Default: 127.0.0.1 and `httpPort`. */
   resolve?: (hostname: string) => { hostname: string; port: number };
-  /** The TXT records at a name, for dns-01 and dns-persist-01, and the target of its CNAME. */
-  txt?: (name: string) => Promise<readonly string[]>;
-  cname?: (name: string) => Promise<string | undefined>;
+  /** Port of the DNS server on 127.0.0.1, for dns-01 and dns-persist-01. */
+  dnsPort?: number;
   /** The delay before each validation. */
   validationDelayMs?: number;
   /**
@@ -95,9 +100,7 @@ export interface Switches {
   failure?: "order" | "authorization" | "challenge";
   /** Which authorizations of the account a new order reuses: none, valid ones (default), or pending ones too. */
   reuse?: "none" | "valid" | "pending";
-  /** How long a valid authorization can be reused. Default 30 days. */
-  authorizationLifetimeMs?: number;
-  /** How long an order is `processing` after finalize. Default 0: finalize answers `valid`. */
+  /** How long an order is `processing` after finalize. */
   processingMs?: number;
   /** Retry-After while the CA is busy with an object; polling sooner is a violation. Default: not sent. */
   retryAfterSeconds?: number;
@@ -107,13 +110,9 @@ export interface Switches {
   renewalInfo?: boolean;
   /** The reason why a name is rejected, or undefined. */
   reject?: (name: string) => string | undefined;
-  limits?: {
-    /** Orders of an account. */
-    newOrder?: Limit;
-    /** Requests to a resource within a second, from all clients together. */
-    requestsPerSecond?: Partial<Record<Resource, number>>;
-  };
-  /** Returns the fault to inject into an exchange. A CA that is started without this function cannot break connections. */
+  /** At most `count` requests in any `windowMs` of the CA's clock. */
+  limits?: Partial<Record<Resource, { readonly count: number; readonly windowMs: number }>>;
+  /** Returns the fault to inject into an exchange. */
   fault?: (exchange: Exchange) => Fault | undefined;
 }
 
@@ -122,7 +121,7 @@ export interface Switches {
 /** RFC 8555 §7.1.2. */
 interface Account {
   readonly url: string;
-  contact: readonly string[];
+  contact: unknown;
   key: SigningKey;
   /** The newest authorization of each name. */
   readonly authorizations: Map<string, Authorization>;
@@ -157,7 +156,7 @@ interface Authorization {
   readonly url: string;
   readonly account: Account;
   readonly identifier: Identifier;
-  readonly wildcard: boolean;
+  readonly wildcard?: true;
   readonly challenges: readonly Challenge[];
   status: "pending" | "valid" | "invalid";
   expires: Date;
@@ -193,19 +192,9 @@ interface Issued {
   renewalWindow?: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
 }
 
-/** An entry of the log. */
-export interface LogEntry extends Exchange {
-  readonly path: string;
-  /** The same number for all requests of one connection. */
-  readonly connection: number;
-  /** The account that signed the request, after verification. */
-  kid?: string;
-  /** The status of the answer; 0 if there is none, or not yet. */
-  status: number;
-}
-
 /** A request with a valid signature. */
 interface Signed {
+  /** JSON, or empty. */
   readonly payload: string;
   readonly key: SigningKey;
   /** Only if it was signed with `kid`. */
@@ -221,26 +210,17 @@ export async function startCa(switches: Switches = {}): Promise<Ca> {
   const [rootPem, intermediatePem] = await Promise.all(
     [root, issuer].map((subject) => certify({ ...subject, ...life, authority: true }, root)),
   );
-  const listener = await listenerCertificate();
+  const identity = await listenerCertificate();
+  const listener = await listen(identity, (request, connection) => ca.serve(request, connection));
   const directory = await Deno.makeTempDir({ prefix: "lematt-ca-" });
-  return new Ca(
-    switches,
-    directory,
-    issuer,
-    { rootPem: rootPem!, intermediatePem: intermediatePem! },
-    listener,
-  );
+  const ca = new Ca(switches, listener, directory, identity.root, issuer, rootPem!, intermediatePem!);
+  return ca;
 }
 
 /** A running CA. */
 export class Ca implements AsyncDisposable {
-  /** PEM of the root certificate of the HTTPS listener. */
-  readonly caBundle: string;
   /** A file with `caBundle`, removed when the CA is closed. */
   readonly caBundleFile: string;
-  /** PEM of the root and the intermediate certificate of issued certificates. */
-  readonly rootPem: string;
-  readonly intermediatePem: string;
   /** `https://localhost:PORT` */
   readonly origin: string;
   readonly directoryUrl: string;
@@ -255,39 +235,32 @@ export class Ca implements AsyncDisposable {
   readonly validations: { readonly type: string; readonly name: string; readonly error?: ProblemDocument }[] =
     [];
 
-  readonly #issuer: Authority;
-  readonly #listener: Listener;
   readonly #nonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
   /** The earliest time of the next poll of each URL, by the CA's clock. */
-  readonly #retryAfter = new Map<string, number>();
+  readonly #pollAt = new Map<string, number>();
   readonly #byUrl = new Map<string, Order | Authorization | Issued>();
   /** The times of the requests that count for each limit, by the CA's clock. */
-  readonly #uses = new Map<string, number[]>();
+  readonly #uses: Partial<Record<Resource, number[]>> = {};
   readonly #validating = new Set<Promise<void>>();
   readonly #closing = new AbortController();
   #offsetMs = 0;
 
   constructor(
     readonly switches: Switches,
-    readonly directory: string,
-    issuer: Authority,
-    { rootPem, intermediatePem }: { rootPem: string; intermediatePem: string },
-    { certificate, key, root: caBundle }: Record<"certificate" | "key" | "root", string>,
+    private readonly listener: Listener,
+    private readonly directory: string,
+    /** PEM of the root certificate of the HTTPS listener. */
+    readonly caBundle: string,
+    private readonly issuer: Authority,
+    /** PEM of the root and the intermediate certificate of issued certificates. */
+    readonly rootPem: string,
+    readonly intermediatePem: string,
   ) {
-    this.#issuer = issuer;
-    this.rootPem = rootPem;
-    this.intermediatePem = intermediatePem;
-    this.caBundle = caBundle;
     this.caBundleFile = `${directory}/ca-bundle.pem`;
     Deno.writeTextFileSync(this.caBundleFile, caBundle);
-    const breakable = switches.fault !== undefined;
-    this.#listener = listen(
-      { cert: certificate, key, breakable },
-      (request, connection) => this.#serve(request, connection),
-    );
-    this.origin = `https://localhost:${this.#listener.port}`;
+    this.origin = `https://localhost:${listener.port}`;
     this.directoryUrl = `${this.origin}/dir`;
   }
 
@@ -305,46 +278,39 @@ export class Ca implements AsyncDisposable {
   async forge(
     key: string,
     names: readonly string[],
-    life: { notBefore: Date; notAfter: Date },
+    life: { readonly notBefore: Date; readonly notAfter: Date },
   ): Promise<string> {
-    return await certify(
-      { publicKey: createPublicKey(createPrivateKey(key)), names, ...life },
-      this.#issuer,
-    ) +
-      this.intermediatePem;
+    const publicKey = createPublicKey(createPrivateKey(key));
+    return await certify({ publicKey, names, ...life }, this.issuer) + this.intermediatePem;
   }
 
-  async close(): Promise<void> {
+  async [Symbol.asyncDispose](): Promise<void> {
     this.#closing.abort();
-    await this.#listener.close();
+    await this.listener[Symbol.asyncDispose]();
     await Promise.all(this.#validating);
     await Deno.remove(this.directory, { recursive: true });
   }
 
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.close();
-  }
-
   // ---- an exchange -------------------------------------------------------------------------------------------------
 
-  async #serve(request: Request, connection: number): Promise<Response> {
-    const { pathname: path } = new URL(request.url);
-    const resource = (Object.keys(ROUTES) as Resource[]).find((name) => ROUTES[name].test(path))!;
-    const { method } = request;
+  async serve(request: Request, connection: number): Promise<Response> {
+    const { pathname } = new URL(request.url);
+    const url = this.origin + pathname;
+    const resource = (Object.keys(ROUTES) as Resource[]).find((name) => ROUTES[name].test(pathname))!;
+    const [, part = ""] = ROUTES[resource].exec(pathname)!;
     const n = this.log.length + 1;
-    const entry: LogEntry = { n, method, url: this.origin + path, resource, path, connection, status: 0 };
+    const entry: LogEntry = { n, method: request.method, url, resource, connection, status: 0 };
     this.log.push(entry);
-
-    const fault = this.switches.fault?.(entry);
-    const previous = this.#previous.get(entry.url);
-    const { answer, response } = await answerUnder(fault, {
-      handle: () => this.#handle(request, entry, ROUTES[resource].exec(path)![1] ?? ""),
-      break: (alsoNext) => this.#listener.break(connection, alsoNext),
+    const answer = await answerUnder(this.switches.fault?.(entry), {
+      handle: () => this.#handle(request, entry, part),
+      previous: this.#previous.get(url),
+      badNonce: () => this.#refuse(refusal(400, "badNonce", "injected"), entry),
+      break: (alsoNext) => this.listener.break(connection, alsoNext),
       closing: this.#closing.signal,
-      badNonce: () => this.#finish(problem(refusal(400, "badNonce", "injected")), method),
-      previous,
     });
-    entry.status = answer?.status ?? 0;
+    if (answer === undefined) return new Response(null, { status: 503 }); // the connection is broken
+    entry.status = answer.status;
+    const response = respond(answer);
     response.headers.set("date", this.now.toUTCString());
     return response;
   }
@@ -352,95 +318,75 @@ export class Ca implements AsyncDisposable {
   async #handle(request: Request, entry: LogEntry, part: string): Promise<Answer> {
     let answer: Answer;
     try {
-      answer = await this.#answer(request, entry, part);
+      answer = this.#finish(await this.#answer(request, entry, part), entry);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      if (error.isViolation) this.#addViolation(entry, error.type, error.message);
-      answer = problem(error);
+      answer = this.#refuse(error, entry);
     }
-    this.#finish(answer, entry.method);
-    if (this.switches.fault !== undefined) {
-      this.#previous.set(entry.url, { ...answer, headers: new Headers(answer.headers) });
-    }
+    this.#previous.set(entry.url, answer);
     return answer;
   }
 
-  #addViolation({ n, method, url, resource }: LogEntry, type: string, detail: string): void {
-    this.violations.push({ n, method, url, resource, type, detail });
+  #refuse({ status, type, message, document, headers, isViolation }: Problem, entry: LogEntry): Answer {
+    if (isViolation) this.violations.push({ ...entry, type, detail: message });
+    const contentType = { "content-type": "application/problem+json" };
+    return this.#finish(json(status, document, { ...contentType, ...headers }), entry);
   }
 
   /** Adds the headers of every answer (RFC 8555 §6.5, §7.1). */
-  #finish(answer: Answer, method: string): Answer {
-    answer.headers.append("link", `<${this.directoryUrl}>;rel="index"`);
-    if (method !== "GET") answer.headers.set("replay-nonce", this.#newNonce());
-    return answer;
-  }
-
-  #newNonce(): string {
+  #finish(answer: Answer, { method }: LogEntry): Answer {
+    const { link } = answer.headers;
+    const index = `<${this.directoryUrl}>;rel="index"`;
+    const headers = { ...answer.headers, link: link === undefined ? index : `${link}, ${index}` };
+    if (method === "GET") return { ...answer, headers };
     const nonce = randomBytes(16).toString("base64url");
     this.#nonces.add(nonce);
-    return nonce;
+    return { ...answer, headers: { ...headers, "replay-nonce": nonce } };
   }
 
   async #answer(request: Request, entry: LogEntry, part: string): Promise<Answer> {
-    const { resource, method, path } = entry;
-    const count = this.switches.limits?.requestsPerSecond?.[resource];
-    if (count !== undefined) this.#use(`requests to ${resource} within a second`, { count, windowMs: 1000 });
-    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${path}`);
+    const { resource, method } = entry;
+    const url = this.origin + part;
+    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${entry.url}`);
     const allowed = { directory: "GET", newNonce: "HEAD", renewalInfo: "GET" }[resource as string] ?? "POST";
     if (method !== allowed) throw violation(405, "malformed", `${method} is not for ${resource}`);
-    switch (resource) {
-      case "directory":
-        return this.#describe();
-      case "newNonce":
-        return { status: 200, headers: new Headers({ "cache-control": "no-store" }) };
-      case "renewalInfo":
-        return this.#renewalInfo(entry, part);
-    }
+    if (resource !== "newOrder") this.#use(resource);
+    if (resource === "directory") return this.#describe();
+    if (resource === "newNonce") return { status: 200, headers: { "cache-control": "no-store" } };
+    if (resource === "renewalInfo") return this.#renewalInfo(entry, part);
+
     const signed = await this.#authenticate(request, entry);
     if (resource === "newAccount") return this.#newAccount(signed);
     if (resource === "revokeCert") return await this.#revoke(signed);
     const { account, payload } = signed;
     if (account === undefined) throw malformed(`${resource} is signed by kid`);
-    const url = this.origin + part;
     switch (resource) {
-      case "newOrder": {
-        const order = this.#createOrder(account, parseObject(payload));
-        return json(201, showOrder(order), { location: order.url });
-      }
+      case "newOrder":
+        return await this.#createOrder(account, parsed(payload));
       case "keyChange":
         return await this.#changeKey(account, payload);
       case "account":
         if (url !== account.url) throw violation(403, "unauthorized", `${url} is another account`);
-        if (payload !== "") account.contact = parseObject(payload).contact as string[];
-        return showAccount(account, 200);
+        if (payload !== "") account.contact = parsed(payload).contact;
+        return showAccount(account);
       case "challenge":
         return this.#challenge(this.#find<Authorization>(url, account), entry, payload);
       case "finalize": {
         const order = this.#find<Order>(url, account);
-        await this.#finalize(order, parseObject(payload).csr as string);
-        return this.#order(order, entry);
+        await this.#finalize(order, `${parsed(payload).csr}`);
+        return await this.#order(order, entry);
       }
     }
     if (payload !== "") throw malformed("POST-as-GET has an empty payload"); // RFC 8555 §6.3
-    switch (resource) {
-      case "authz": {
-        const authorization = this.#find<Authorization>(url, account);
-        return this.#withRetryAfter(
-          json(200, showAuthorization(authorization)),
-          entry,
-          url,
-          isValidating(authorization),
-        );
-      }
-      case "order":
-        return this.#order(this.#find<Order>(url, account), entry);
-      case "certificate": {
-        const headers = new Headers({ "content-type": "application/pem-certificate-chain" });
-        const { pem } = this.#find<Issued>(url, account);
-        return { status: 200, headers, body: pem + this.intermediatePem };
-      }
+    if (resource === "order") return await this.#order(this.#find<Order>(url, account), entry);
+    if (resource === "authz") {
+      const authorization = this.#find<Authorization>(url, account);
+      const retryAfter = this.#retryAfter(entry, url, isValidating(authorization));
+      return json(200, showAuthorization(authorization), retryAfter);
     }
+    const { pem } = this.#find<Issued>(url, account);
+    const headers = { "content-type": "application/pem-certificate-chain" };
+    return { status: 200, headers, body: pem + this.intermediatePem };
   }
 
   /** RFC 8555 §6.2 to §6.5. */
@@ -451,32 +397,30 @@ export class Ca implements AsyncDisposable {
     const text = await request.text().catch(() => {
       throw refusal(400, "malformed", "the client went away in the middle of its request");
     });
-    const jws = parseObject(text) as unknown as jose.FlattenedJWSInput;
-    const { nonce, url, kid, jwk } = headerOf(jws);
+    const { nonce, url, kid, jwk } = headerOf(text);
     if (!this.#nonces.delete(nonce!)) {
       throw violation(400, "badNonce", "the nonce was used before, or is not from here");
     }
     if (url !== entry.url) throw violation(403, "unauthorized", `the signed URL is ${url}, not ${entry.url}`);
     if ((jwk === undefined) === (kid === undefined)) throw malformed("the header needs either jwk or kid");
-    if (jwk !== undefined) return await verified(jws);
+    if (jwk !== undefined) return await verified(text);
     const account = this.accounts.find(({ url }) => url === kid);
-    if (account === undefined) {
-      throw violation(400, "accountDoesNotExist", `there is no account ${JSON.stringify(kid)}`);
-    }
-    const { payload, key } = await verified(jws, account.key);
+    if (account === undefined) throw violation(400, "accountDoesNotExist", `there is no account ${kid}`);
+    const signed = await verified(text, account.key);
     entry.kid = kid;
-    return { payload, key, account };
+    return { ...signed, account };
   }
 
-  /** Counts a request for a limit; throws `rateLimited` if the limit is exceeded. */
-  #use(subject: string, { count, windowMs }: Limit): void {
+  /** Counts a request; throws `rateLimited` if its limit is exceeded. */
+  #use(resource: Resource): void {
+    const limit = this.switches.limits?.[resource];
+    if (limit === undefined) return;
+    const { count, windowMs } = limit;
     const now = this.now.getTime();
-    const uses = (this.#uses.get(subject) ?? []).filter((at) => at > now - windowMs);
-    this.#uses.set(subject, uses);
+    const uses = this.#uses[resource] = (this.#uses[resource] ?? []).filter((at) => at > now - windowMs);
     if (uses.length < count) return void uses.push(now);
     const seconds = Math.ceil((uses[uses.length - count]! + windowMs - now) / 1000);
-    const headers = { "retry-after": `${seconds}` };
-    throw refusal(429, "rateLimited", `too many ${subject} (${count})`, {}, headers);
+    throw refusal(429, "rateLimited", `too many ${resource} (${count})`, { "retry-after": `${seconds}` });
   }
 
   /** The object at a URL, which must belong to the account; its kind follows from the route. */
@@ -487,29 +431,27 @@ export class Ca implements AsyncDisposable {
     return found as Kind;
   }
 
-  /** Adds Retry-After to the answer if the CA is busy with the object. Polling too soon is a violation. */
-  #withRetryAfter(
-    answer: Answer,
+  /** The Retry-After of an answer about the object at `url`, if the CA is busy with it. Polling too soon is a violation. */
+  #retryAfter(
     entry: LogEntry,
     url: string,
     isBusy: boolean,
     seconds = this.switches.retryAfterSeconds,
-  ): Answer {
+  ): Record<string, string> {
     const now = this.now.getTime();
-    const until = this.#retryAfter.get(url) ?? 0;
-    this.#retryAfter.delete(url);
-    if (entry.url === url && now < until) {
-      this.#addViolation(entry, "tooSoon", `${until - now} ms before Retry-After`);
+    const early = (this.#pollAt.get(url) ?? now) - now;
+    this.#pollAt.delete(url);
+    if (entry.url === url && early > 0) {
+      this.violations.push({ ...entry, type: "tooSoon", detail: `${early} ms before Retry-After` });
     }
-    if (!isBusy || seconds === undefined) return answer;
-    answer.headers.set("retry-after", `${seconds}`);
-    this.#retryAfter.set(url, now + seconds * 1000);
-    return answer;
+    if (!isBusy || seconds === undefined) return {};
+    this.#pollAt.set(url, now + seconds * 1000);
+    return { "retry-after": `${seconds}` };
   }
 
   /** RFC 8555 §7.1.1. */
   #describe(): Answer {
-    const { renewalInfo, profiles = LETS_ENCRYPT } = this.switches;
+    const { renewalInfo = true, profiles = LETS_ENCRYPT } = this.switches;
     const at = (path: string) => this.origin + path;
     const offered = Object.keys(profiles).map((name) => [name, `https://localhost/profiles#${name}`]);
     return json(200, {
@@ -518,7 +460,7 @@ export class Ca implements AsyncDisposable {
       newOrder: at("/new-order"),
       revokeCert: at("/revoke-cert"),
       keyChange: at("/key-change"),
-      renewalInfo: renewalInfo === false ? undefined : at("/renewal-info"),
+      renewalInfo: renewalInfo ? at("/renewal-info") : undefined,
       meta: {
         termsOfService: at("/terms"),
         caaIdentities: [ISSUER],
@@ -529,71 +471,59 @@ export class Ca implements AsyncDisposable {
 
   // ---- accounts (RFC 8555 §7.3) ------------------------------------------------------------------------------------
 
-  #accountOf({ thumbprint }: SigningKey): Account | undefined {
-    return this.accounts.find(({ key }) => key.thumbprint === thumbprint);
-  }
-
   #newAccount({ account, payload, key }: Signed): Answer {
     if (account !== undefined) throw malformed("newAccount is signed by jwk");
-    const { onlyReturnExisting, contact = [] } = parseObject(payload);
-    const existing = this.#accountOf(key);
-    if (existing !== undefined) return showAccount(existing, 200);
+    const { onlyReturnExisting, contact = [] } = parsed(payload);
+    const existing = this.accounts.find((known) => known.key.thumbprint === key.thumbprint);
+    if (existing !== undefined) return showAccount(existing);
     if (onlyReturnExisting) throw refusal(400, "accountDoesNotExist", "there is no account with this key");
     const url = `${this.origin}/account/${this.accounts.length + 1}`;
-    const created: Account = { url, contact: contact as string[], key, authorizations: new Map() };
+    const created: Account = { url, contact, key, authorizations: new Map() };
     this.accounts.push(created);
     return showAccount(created, 201);
   }
 
   /** §7.3.5: the outer JWS is signed with the old key, the inner JWS with the new one. */
   async #changeKey(account: Account, payload: string): Promise<Answer> {
-    const inner = await verified(parseObject(payload) as unknown as jose.FlattenedJWSInput);
-    const change = parseObject(inner.payload);
+    const inner = await verified(payload);
+    const change = parsed(inner.payload);
     const old = await jose.calculateJwkThumbprint(change.oldKey as jose.JWK);
     if (change.account !== account.url || old !== account.key.thumbprint) {
       throw malformed("the inner payload names another account or another old key");
     }
     account.key = inner.key;
-    return showAccount(account, 200);
+    return showAccount(account);
   }
 
   // ---- orders (§7.4) -----------------------------------------------------------------------------------------------
 
-  #createOrder(account: Account, request: Record<string, unknown>): Order {
+  async #createOrder(account: Account, request: Record<string, unknown>): Promise<Answer> {
     const identifiers = request.identifiers as Identifier[];
-    const { limits, profiles = LETS_ENCRYPT, reject } = this.switches;
+    const { profiles = LETS_ENCRYPT, reject = () => undefined } = this.switches;
     const profile = (request.profile ?? Object.keys(profiles)[0]) as string | undefined;
     if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
       throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
     }
-    const rejected = identifiers.filter(({ value }) => reject?.(value) !== undefined)
-      .map((identifier) => refusal(400, "rejectedIdentifier", reject!(identifier.value)!, { identifier }));
+    const rejected = identifiers.filter(({ value }) => reject(value) !== undefined);
     if (rejected.length > 0) {
-      const subproblems = rejected.map(({ document }) => document);
-      throw refusal(400, "rejectedIdentifier", "the policy forbids it", { subproblems });
+      const problem = refusal(400, "rejectedIdentifier", "the policy forbids it");
+      problem.document.subproblems = rejected.map((identifier) => {
+        return { ...refusal(400, "rejectedIdentifier", reject(identifier.value)!).document, identifier };
+      });
+      throw problem;
     }
     const replaces = request.replaces as string | undefined;
-    if (replaces !== undefined && this.#findByCertId(replaces).account !== account) {
+    if (replaces === undefined) this.#use("newOrder"); // others are exempt, as at Let's Encrypt
+    else if (this.#findByCertId(replaces).account !== account) {
       throw violation(403, "unauthorized", "the certificate to be replaced belongs to another account");
     }
-    // orders with `replaces` are exempt, as at Let's Encrypt
-    if (replaces === undefined && limits?.newOrder) {
-      this.#use(`new orders of ${account.url}`, limits.newOrder);
-    }
-
-    const order: Order = {
-      url: `${this.origin}/order/${this.orders.length + 1}`,
-      account,
-      identifiers,
-      authorizations: identifiers.map((identifier) => this.#authorize(account, identifier)),
-      profile,
-      replaces,
-      status: "pending",
-    };
+    const url = `${this.origin}/order/${this.orders.length + 1}`;
+    const authorizations = identifiers.map((identifier) => this.#authorize(account, identifier));
+    const order: Order = { url, account, identifiers, authorizations, profile, replaces, status: "pending" };
     this.orders.push(order);
-    this.#byUrl.set(order.url, order);
-    this.#update(order);
-    return order;
+    this.#byUrl.set(url, order);
+    await this.#update(order);
+    return json(201, showOrder(order), { location: url });
   }
 
   /** The authorization of a new order for a name: an existing one if `reuse` allows it, otherwise a new one. */
@@ -603,22 +533,18 @@ export class Ca implements AsyncDisposable {
     if (last !== undefined && reuse !== "none" && last.expires > this.now) {
       if (last.status === "valid" || last.status === "pending" && reuse === "pending") return last;
     }
-    const wildcard = value.startsWith("*.");
+    const isWildcard = value.startsWith("*.");
     const url = `${this.origin}/authz/${this.#byUrl.size + 1}`;
     const types = ["tls-alpn-01", "dns-persist-01", "dns-01", "http-01"].filter((challenge) =>
-      type === "ip" ? !challenge.startsWith("dns") : !wildcard || challenge.startsWith("dns")
+      challenge.startsWith("dns") ? type === "dns" : !isWildcard
     );
+    const token = () => randomBytes(32).toString("base64url");
     const authorization: Authorization = {
       url,
       account,
-      identifier: { type, value: wildcard ? value.slice(2) : value },
-      wildcard,
-      challenges: types.map((type) => ({
-        url: `${url}/${type}`,
-        type,
-        token: randomBytes(32).toString("base64url"),
-        status: "pending",
-      })),
+      identifier: { type, value: isWildcard ? value.slice(2) : value },
+      wildcard: isWildcard || undefined,
+      challenges: types.map((type) => ({ url: `${url}/${type}`, type, token: token(), status: "pending" })),
       status: "pending",
       expires: new Date(this.now.getTime() + 7 * DAY),
     };
@@ -631,8 +557,9 @@ export class Ca implements AsyncDisposable {
    * Updates the status of an order from its authorizations and the clock (RFC 8555 §7.1.6). It becomes invalid only after
    * the last validation, so that its error contains every failure.
    */
-  #update(order: Order): void {
+  async #update(order: Order): Promise<void> {
     const { status, authorizations } = order;
+    if (status === "processing" && performance.now() >= order.doneAt!) await this.#issue(order);
     if (status !== "pending" || authorizations.some(isValidating)) return;
     const failed = authorizations.filter(({ status }) => status === "invalid");
     if (failed.length > 0 && this.switches.failure !== "authorization") {
@@ -644,20 +571,18 @@ export class Ca implements AsyncDisposable {
   }
 
   async #order(order: Order, entry: LogEntry): Promise<Answer> {
-    if (order.status === "processing" && performance.now() >= order.doneAt!) await this.#issue(order);
-    this.#update(order);
+    await this.#update(order);
+    const { url, status, authorizations } = order;
+    const isBusy = status === "processing" || status === "pending" && authorizations.some(isValidating);
     // Boulder sends Location after finalize as well
-    const answer = json(200, showOrder(order), entry.resource === "finalize" ? { location: order.url } : {});
-    const isBusy = order.status === "processing" ||
-      order.status === "pending" && order.authorizations.some(isValidating);
-    return this.#withRetryAfter(answer, entry, order.url, isBusy);
+    return json(200, showOrder(order), { location: url, ...this.#retryAfter(entry, url, isBusy) });
   }
 
   // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
 
   #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
     const challenge = authorization.challenges.find(({ url }) => url === entry.url);
-    if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.path}`);
+    if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.url}`);
     if (payload !== "{}") throw malformed("the answer to a challenge is {}");
     if (challenge.status === "pending") {
       if (authorization.status !== "pending" || isValidating(authorization)) {
@@ -667,34 +592,41 @@ export class Ca implements AsyncDisposable {
       const done = this.#validate(authorization, challenge).finally(() => this.#validating.delete(done));
       this.#validating.add(done);
     }
-    const shown = showChallenge(challenge, authorization);
-    const answer = json(200, shown, { link: `<${authorization.url}>;rel="up"` });
-    return this.#withRetryAfter(answer, entry, challenge.url, challenge.status === "processing");
+    const headers = this.#retryAfter(entry, challenge.url, challenge.status === "processing");
+    const link = `<${authorization.url}>;rel="up"`;
+    return json(200, showChallenge(challenge, authorization), { link, ...headers });
   }
 
   async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
-    const { account, identifier, wildcard } = authorization;
+    const { account, identifier: { value: name }, wildcard: isWildcard = false } = authorization;
     const { type, token } = challenge;
-    const name = wildcard ? `*.${identifier.value}` : identifier.value;
     const { switches, now } = this;
     const closing = this.#closing.signal;
-    const { validationDelayMs, authorizationLifetimeMs = 30 * DAY } = switches;
+    const validation = { type, name: isWildcard ? `*.${name}` : name };
+    const proof = {
+      type,
+      name,
+      isWildcard,
+      token,
+      thumbprint: account.key.thumbprint,
+      accountUrl: account.url,
+    };
     try {
-      if (validationDelayMs) await delay(validationDelayMs, undefined, { signal: closing });
-      const keyAuthorization = `${token}.${account.key.thumbprint}`;
-      const of = { type, identifier, wildcard, token, keyAuthorization, accountUrl: account.url };
-      await validate({ ...of, issuer: ISSUER }, switches, closing);
+      if (switches.validationDelayMs) {
+        await delay(switches.validationDelayMs, undefined, { signal: closing });
+      }
+      await validate(proof, switches, closing);
       challenge.status = authorization.status = "valid";
       challenge.error = undefined;
-      authorization.expires = new Date(now.getTime() + authorizationLifetimeMs);
-      this.validations.push({ type, name });
+      authorization.expires = new Date(now.getTime() + 30 * DAY);
+      this.validations.push(validation);
     } catch (error) {
       if (closing.aborted) return;
       if (!(error instanceof Problem)) throw error;
       if (switches.failure === "challenge") challenge.status = "pending";
       else challenge.status = authorization.status = "invalid";
       challenge.error = error.document;
-      this.validations.push({ type, name, error: error.document });
+      this.validations.push({ ...validation, error: error.document });
     }
   }
 
@@ -702,7 +634,7 @@ export class Ca implements AsyncDisposable {
 
   /** Accepts the CSR (base64url) of an order that is ready; it must have exactly the names of the order. */
   async #finalize(order: Order, csr: string): Promise<void> {
-    this.#update(order);
+    await this.#update(order);
     if (order.status !== "ready") {
       // a correct client repeats finalize if the answer is lost
       const problemOf = order.csr === csr ? refusal : violation;
@@ -711,43 +643,42 @@ export class Ca implements AsyncDisposable {
     const request = await readRequest(new Uint8Array(Buffer.from(csr, "base64url"))).catch((error) => {
       throw violation(400, "badCSR", `the CSR cannot be read: ${error.message}`);
     });
-    const [asked, ordered] = [request.identifiers, order.identifiers].map(byValue);
+    const [asked, ordered] = [request, order].map(({ identifiers }) =>
+      identifiers.map(({ type, value }) => `${type}:${value}`).sort().join()
+    );
     if (asked !== ordered) {
       throw violation(400, "badCSR", `the CSR is for ${asked}, the order for ${ordered}`);
     }
-    order.request = request;
-    order.csr = csr;
-    order.status = "processing";
-    order.doneAt = performance.now() + (this.switches.processingMs ?? 0);
+    const doneAt = performance.now() + (this.switches.processingMs ?? 0);
+    Object.assign(order, { request, csr, status: "processing", doneAt });
   }
 
   async #issue(order: Order): Promise<void> {
+    order.doneAt = Infinity; // another request for this order does not issue as well
     const { account, identifiers, profile, replaces, request } = order;
     const { commonNames, publicKey } = request!;
     const names = identifiers.map(({ value }) => value);
-    const profiles: Readonly<Record<string, number>> = this.switches.profiles ?? LETS_ENCRYPT;
     // backdated by an hour, as at other CAs; the first and the last second belong to the lifetime
     const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
-    const notAfter = new Date(notBefore.getTime() + (profiles[profile ?? ""] ?? 90 * DAY) - 1000);
+    const lifetime = (this.switches.profiles ?? LETS_ENCRYPT)[profile ?? ""] ?? 90 * DAY;
+    const notAfter = new Date(notBefore.getTime() + lifetime - 1000);
+    const life = { notBefore, notAfter };
     // every second serial begins with a set bit: in DER, and so in the certID, it needs a zero octet before it
-    const serial = Buffer.concat([Uint8Array.of(this.issued.length % 2 ? 0x4e : 0xce), randomBytes(15)]);
-    const derSerial = this.issued.length % 2 ? serial : Buffer.concat([Uint8Array.of(0), serial]);
+    const isHigh = this.orders.indexOf(order) % 2 === 0;
+    const serial = (isHigh ? "CE" : "4E") + randomBytes(15).toString("hex").toUpperCase();
     const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
-    const hex = serial.toString("hex").toUpperCase();
     const issued: Issued = {
-      url: `${this.origin}/certificate/${hex}`,
+      url: `${this.origin}/certificate/${serial}`,
       account,
-      serial: hex,
-      certId: `${base64url(this.#issuer.keyId)}.${base64url(derSerial)}`,
+      serial,
+      certId: `${base64url(this.issuer.keyId)}.${base64url((isHigh ? "00" : "") + serial)}`,
       names,
       keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
       profile,
       replaces,
-      notBefore,
-      notAfter,
-      pem: await certify({ publicKey, commonName, names, notBefore, notAfter, serial: hex }, this.#issuer),
+      ...life,
+      pem: await certify({ publicKey, commonName, names, serial, ...life }, this.issuer),
     };
-    if (order.certificate !== undefined) return; // another request has been quicker
     this.issued.push(issued);
     this.#byUrl.set(issued.url, issued);
     order.certificate = issued;
@@ -759,7 +690,7 @@ export class Ca implements AsyncDisposable {
     const issued = this.issued.find((issued) => issued.certId === certId);
     if (issued !== undefined) return issued;
     // with the key identifier of this CA, the client has encoded the serial wrongly; otherwise the certificate is of another CA
-    const isOwn = certId.startsWith(base64url(this.#issuer.keyId));
+    const isOwn = certId.startsWith(base64url(this.issuer.keyId));
     throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
   }
 
@@ -768,54 +699,45 @@ export class Ca implements AsyncDisposable {
     const { renewalWindow, revoked, notBefore, notAfter } = this.#findByCertId(certId);
     // around a third of the lifetime before expiry, or a half for short lifetimes, as Let's Encrypt recommends
     const lifetime = notAfter.getTime() - notBefore.getTime();
-    const middle = notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
-    const [start, end] = revoked
-      ? [revoked.at.getTime() - HOUR, revoked.at.getTime()]
-      : [middle - lifetime / 50, middle + lifetime / 50];
+    const middle = revoked?.at.getTime() ?? notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
+    const [start, end] = revoked ? [middle - HOUR, middle] : [middle - lifetime / 50, middle + lifetime / 50];
     const { explanationURL, ...suggestedWindow }: NonNullable<Issued["renewalWindow"]> = renewalWindow ??
       { start: new Date(start), end: new Date(end) };
-    const answer = json(200, { suggestedWindow, explanationURL });
-    return this.#withRetryAfter(answer, entry, entry.url, true, 6 * 3600); // as Let's Encrypt
+    const headers = this.#retryAfter(entry, entry.url, true, 6 * 3600); // as Let's Encrypt
+    return json(200, { suggestedWindow, explanationURL }, headers);
   }
 
   /** RFC 8555 §7.6: signed by the account that ordered the certificate, or with the certificate's own key. */
   async #revoke({ account, payload, key }: Signed): Promise<Answer> {
-    const { certificate, reason = 0 } = parseObject(payload) as { certificate: string; reason?: number };
+    const { certificate, reason = 0 } = parsed(payload) as { certificate: string; reason?: number };
     const leaf = new X509Certificate(Buffer.from(certificate, "base64url"));
     const issued = this.issued.find(({ serial }) => serial === leaf.serialNumber);
     if (issued === undefined) throw violation(404, "malformed", "the certificate is not from here");
     const own = await keyOf(leaf.publicKey.export({ format: "jwk" }) as jose.JWK);
     const isAllowed = account ? issued.account === account : own.thumbprint === key.thumbprint;
     if (!isAllowed) {
-      throw violation(
-        403,
-        "unauthorized",
-        "neither the account that ordered the certificate nor its own key",
-      );
+      const detail = "neither the account that ordered the certificate nor its own key";
+      throw violation(403, "unauthorized", detail);
     }
-    if (issued.revoked !== undefined) {
-      throw refusal(400, "alreadyRevoked", "the certificate is revoked already");
-    }
+    if (issued.revoked) throw refusal(400, "alreadyRevoked", "the certificate is revoked already");
     issued.revoked = { at: this.now, reason };
-    return { status: 200, headers: new Headers() };
+    return { status: 200, headers: {} };
   }
 }
 
 // ---- signatures ----------------------------------------------------------------------------------------------------
 
-function parseObject(json: string): Record<string, unknown> {
+function parsed(text: string): Record<string, unknown> {
   try {
-    return { ...JSON.parse(json) };
+    return { ...JSON.parse(text) };
   } catch {
     throw malformed("no JSON");
   }
 }
 
-function headerOf(
-  jws: jose.FlattenedJWSInput,
-): { nonce?: string; url?: string; kid?: string; jwk?: jose.JWK } {
+function headerOf(jws: string): { nonce?: string; url?: string; kid?: string; jwk?: jose.JWK } {
   try {
-    return jose.decodeProtectedHeader(jws);
+    return jose.decodeProtectedHeader(parsed(jws));
   } catch {
     throw malformed("no protected header");
   }
@@ -826,16 +748,13 @@ const keyOf = async (jwk: jose.JWK): Promise<SigningKey> => ({
   thumbprint: await jose.calculateJwkThumbprint(jwk),
 });
 
-/** Verifies a signature with the account's key, or with the key in the header. */
-async function verified(jws: jose.FlattenedJWSInput, key?: SigningKey): Promise<Omit<Signed, "account">> {
+/** Verifies a flattened JWS with the account's key, or with the key in its header. */
+async function verified(jws: string, key?: SigningKey): Promise<Signed> {
   try {
-    const { payload, protectedHeader } = key === undefined
-      ? await jose.flattenedVerify(jws, jose.EmbeddedJWK)
-      : await jose.flattenedVerify(jws, ({ alg } = {}) => jose.importJWK(key.jwk, alg));
-    return {
-      payload: new TextDecoder().decode(payload),
-      key: key ?? await keyOf(protectedHeader!.jwk as jose.JWK),
-    };
+    const find: jose.FlattenedVerifyGetKey = (header, token) =>
+      key === undefined ? jose.EmbeddedJWK(header, token) : jose.importJWK(key.jwk, header?.alg);
+    const { payload, protectedHeader } = await jose.flattenedVerify(JSON.parse(jws), find);
+    return { payload: new TextDecoder().decode(payload), key: key ?? await keyOf(protectedHeader!.jwk!) };
   } catch (error) {
     throw malformed(`the signature does not verify: ${(error as Error).message}`);
   }
@@ -843,15 +762,9 @@ async function verified(jws: jose.FlattenedJWSInput, key?: SigningKey): Promise<
 
 // ---- rendering -----------------------------------------------------------------------------------------------------
 
-function json(status: number, body: unknown, headers: Record<string, string> = {}): Answer {
-  const type = { "content-type": "application/json" };
-  return { status, headers: new Headers({ ...type, ...headers }), body: JSON.stringify(body) };
-}
+const base64url = (hex: string): string => Buffer.from(hex, "hex").toString("base64url");
 
-const problem = ({ status, document, headers }: Problem): Answer =>
-  json(status, document, { "content-type": "application/problem+json", ...headers });
-
-const showAccount = ({ url, contact }: Account, status: 200 | 201): Answer =>
+const showAccount = ({ url, contact }: Account, status = 200): Answer =>
   json(status, { status: "valid", contact, termsOfServiceAgreed: true }, { location: url });
 
 const showOrder = ({ url, authorizations, certificate, status, identifiers, profile, error }: Order) => ({
@@ -864,17 +777,12 @@ const showOrder = ({ url, authorizations, certificate, status, identifiers, prof
   error,
 });
 
+/** A valid authorization shows only the challenge that was validated (§7.1.4). */
 function showAuthorization(authorization: Authorization) {
   const { status, expires, identifier, wildcard, challenges } = authorization;
-  // a valid authorization shows only the challenge that was validated (§7.1.4)
-  const shown = challenges.filter((challenge) => status === "pending" || challenge.status !== "pending");
-  return {
-    status,
-    expires,
-    identifier,
-    wildcard: wildcard || undefined,
-    challenges: shown.map((challenge) => showChallenge(challenge, authorization)),
-  };
+  const shown = challenges.filter((challenge) => status === "pending" || challenge.status !== "pending")
+    .map((challenge) => showChallenge(challenge, authorization));
+  return { status, expires, identifier, wildcard, challenges: shown };
 }
 
 function showChallenge({ type, url, status, token, error }: Challenge, { account }: Authorization) {
@@ -884,22 +792,14 @@ function showChallenge({ type, url, status, token, error }: Challenge, { account
   return { type, url, status, ...proof, error };
 }
 
-const base64url = (value: string | Uint8Array): string =>
-  (typeof value === "string" ? Buffer.from(value, "hex") : Buffer.from(value)).toString("base64url");
-
-const byValue = (identifiers: readonly Identifier[]) =>
-  identifiers.map(({ type, value }) => `${type}:${value}`).sort().join();
-
 /** Whether a validation is running. */
 const isValidating = ({ challenges }: Authorization): boolean =>
   challenges.some(({ status }) => status === "processing");
 
 /** The error of an order: that of its only failure, or a compound of several (RFC 8555 §6.7.1). */
 function summary(failed: readonly Authorization[]): ProblemDocument {
-  const subproblems = failed.map(({ challenges, identifier }): ProblemDocument => ({
-    ...challenges.find(({ error }) => error !== undefined)!.error!,
-    identifier,
-  }));
-  if (subproblems.length === 1) return { ...subproblems[0]!, identifier: undefined };
-  return refusal(403, "compound", "several names cannot be validated", { subproblems }).document;
+  const errors = failed.map(({ challenges }) => challenges.find(({ error }) => error !== undefined)!.error!);
+  if (errors.length === 1) return errors[0]!;
+  const subproblems = errors.map((error, i) => ({ ...error, identifier: failed[i]!.identifier }));
+  return { ...refusal(403, "compound", "several names cannot be validated").document, subproblems };
 }

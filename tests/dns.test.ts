@@ -25,9 +25,9 @@ async function dnsBed({ domains = NAME, settings = "", actions = dns01(), ca = {
   let zone = "";
   const files = (name: string) => existsSync(join(zone, name)) ? readdirSync(join(zone, name)) : [];
   const dns = stack.use(await startDns((name, type) => type === "TXT" ? files(name) : []));
-  const { txt, cname, port } = dns;
+  const { port } = dns;
   settings = `keyTypes: ec\n${settings}`;
-  const bed = stack.use(await testBed({ domains, settings, ca: { txt, cname, ...ca } }));
+  const bed = stack.use(await testBed({ domains, settings, ca: { dnsPort: port, ...ca } }));
   zone = join(bed.home, "zone");
   bed.act(actions.replaceAll("ZONE", zone));
   const delegate = (zone: string, ...servers: string[]) => {

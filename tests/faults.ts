@@ -101,7 +101,7 @@ export class Subject implements AsyncDisposable {
 
   static async create({ ca = {}, settings = "keyTypes: ec" }: { ca?: Switches; settings?: string } = {}) {
     const domains = "example.com www\nsolo.example.org\n";
-    const subject = new Subject(await testBed({ domains, settings, ca: { fault: () => undefined, ...ca } }));
+    const subject = new Subject(await testBed({ domains, settings, ca }));
     Deno.mkdirSync(subject.served);
     subject.configure();
     return subject;
@@ -164,7 +164,7 @@ ${more}`);
   /** One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders. */
   async recover({ orders = 1 } = {}): Promise<Ran> {
     const { bed } = this;
-    bed.ca.switches.fault = () => undefined;
+    bed.ca.switches.fault = undefined;
     const ran = await bed.run({ retry: true });
     assert.equal(ran.code, 0, `the undisturbed run failed:\n${ran.stdout}${ran.stderr}`);
     await this.afterFault(ran);

@@ -366,7 +366,7 @@ test("certificates are issued through the remote host and delivered to it, twice
   const portOf = (name: string) => ports[name] ?? httpPort;
   Object.assign(bed.ca.switches, {
     resolve: (name: string) => ({ hostname, port: portOf(name) }),
-    authorizationLifetimeMs: 86_400_000, // each run validates again
+    reuse: "none", // each run validates again
   });
   const ssh = `ssh ${remote.ssh.join(" ")}`;
   // the example in conf/actions.conf, which names what the kit makes

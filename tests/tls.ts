@@ -5,9 +5,9 @@
 import { once } from "node:events";
 import { createServer, type Socket } from "node:net";
 import { join } from "node:path";
-import { setTimeout as delay } from "node:timers/promises";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
+import { until } from "./bed.ts";
 import { run } from "./install.ts";
 
 /** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; returns the certificate. */
@@ -19,21 +19,9 @@ export async function makeCertificate(
 ): Promise<Certificate> {
   const path = join(directory, file);
   const newKey = keyType === "rsa" ? ["rsa:2048"] : ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
-  const san = names.length === 0
-    ? []
-    : ["-addext", `subjectAltName=${names.map((name) => `DNS:${name}`).join(",")}`];
-  const options = [
-    "-nodes",
-    "-keyout",
-    `${path}.key`,
-    "-out",
-    `${path}.pem`,
-    "-days",
-    "30",
-    "-subj",
-    "/CN=test",
-  ];
-  await run("openssl", "req", "-x509", "-newkey", ...newKey, ...options, ...san);
+  const san = names.length === 0 ? [] : ["-addext", `subjectAltName=${names.map((name) => `DNS:${name}`)}`];
+  const files = ["-nodes", "-keyout", `${path}.key`, "-out", `${path}.pem`];
+  await run("openssl", "req", "-x509", "-subj", "/CN=test", "-newkey", ...newKey, ...files, ...san);
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 
@@ -57,30 +45,23 @@ export async function startServer(
   port: number,
   { cwd }: { cwd?: string } = {},
 ): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
-  const child = new Deno.Command(command, {
-    args: [...args],
-    stdin: "null",
-    stdout: "null",
-    stderr: "piped",
-    cwd,
-  }).spawn();
+  const options = { stdin: "null", stdout: "null", stderr: "piped", cwd } as const;
+  const child = new Deno.Command(command, { args: [...args], ...options }).spawn();
   const stderr = new Response(child.stderr).text();
   let ended = false;
   child.status.then(() => ended = true);
-  for (const deadline = Date.now() + 60_000; !await accepts(port);) {
-    if (ended || Date.now() > deadline) {
-      if (!ended) child.kill("SIGKILL");
-      throw new Error(`Cannot start ${command}: ${await stderr}`);
-    }
-    await delay(20);
-  }
-  return {
-    child,
-    async [Symbol.asyncDispose]() {
-      if (!ended) child.kill("SIGTERM");
-      await Promise.all([child.status, stderr]);
-    },
+  const end = async (signal: Deno.Signal) => {
+    if (!ended) child.kill(signal);
+    await Promise.all([child.status, stderr]);
   };
+  try {
+    await until(`${command} listens`, async () => await accepts(port) || ended, 60);
+    if (ended) throw new Error(`Cannot start ${command}: ${await stderr}`);
+  } catch (error) {
+    await end("SIGKILL");
+    throw error;
+  }
+  return { child, [Symbol.asyncDispose]: () => end("SIGTERM") };
 }
 
 /** Whether connections are accepted at a port of 127.0.0.1. */
@@ -100,15 +81,23 @@ export async function startNginx(
   const prefix = await Deno.makeTempDir({ dir: directory });
   const pair = (...files: string[]) =>
     files.map((file) => `ssl_certificate ../${file}.pem; ssl_certificate_key ../${file}.key;`).join(" ");
-  const own = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((what) =>
+  const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((what) =>
     `${what}_temp_path ${what};`
   );
   await Deno.writeTextFile(
     join(prefix, "nginx.conf"),
     `daemon off; worker_processes 1; pid nginx.pid; error_log error.log; events { worker_connections 4096; }
-http { access_log off; ${own.join(" ")} ${servers(pair)} }\n`,
+http { access_log off; ${temporary.join(" ")} ${servers(pair)} }\n`,
   );
   return await startServer(which("nginx")!, ["-p", prefix, "-c", "nginx.conf", "-e", "error.log"], port);
+}
+
+/** nginx at a free port of 127.0.0.1 and 127.0.0.2, with the pairs x.pem and x.key of the directory. */
+export async function startHttps(directory: string, ...files: readonly string[]) {
+  const port = freePort();
+  const listen = `listen 127.0.0.1:${port} ssl; listen 127.0.0.2:${port} ssl;`;
+  const server = await startNginx(directory, port, (pair) => `server { ${listen} ${pair(...files)} }`);
+  return Object.assign(server, { port });
 }
 
 /** A TCP server on loopback that gives every connection to `serve`. */

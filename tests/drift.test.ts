@@ -5,107 +5,15 @@
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
-import { connect } from "node:net";
 import { join } from "node:path";
-import { probe } from "../lib/probe.ts";
 import { status } from "../lib/run.ts";
 import { exitStatus, statusMetrics } from "../lib/status.ts";
-import { readCertificate } from "../lib/x509.ts";
-import { which } from "./bench-measure.ts";
-import { type Bed, type Ran, testBed, until } from "./bed.ts";
-import { output } from "./programs.ts";
+import { type Ran, testBed, until } from "./bed.ts";
 import { violations } from "./schema.ts";
-import { makeCertificate, startHttps, tcpServer } from "./tls.ts";
+import { ACTIONS, COPY, NAME, type Options, RELOAD, type Site, startSite, VERIFY } from "./site.ts";
+import { makeCertificate, nginxTest, startBalancer, startHttps, tcpServer } from "./tls.ts";
 
-const HOUR = 3600_000, DAY = 24 * HOUR;
-const NAME = "www.example.com";
-const TAGS = { rsa: "rsa2048", ec: "prime256v1" };
-
-const COPY = "cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key";
-const UPLOAD = `uploadEach: ["${COPY}"]`;
-const RELOAD = `update: ["kill -HUP $(cat HERE/web/pid)"]`;
-const VERIFY = `verify: ["127.0.0.1:PORT#${NAME}"]`;
-const ACTIONS = `[default]\n${UPLOAD}\n${RELOAD}\n${VERIFY}\n`;
-
-type Options = Parameters<Bed["run"]>[0];
-type Site = Awaited<ReturnType<typeof startSite>>;
-
-function siteTest(name: string, fn: () => Promise<void>): void {
-  Deno.test({ name: `${name} (nginx)`, ignore: which("nginx") === undefined, fn });
-}
-
-/**
- * A bed with an nginx that serves the certificates of www.example.com by the files that lematt delivers; the first ones are
- * `age` days old. PORT in actions is replaced by its port. Whenever a run waits, nginx finishes its reload.
- */
-async function startSite({ actions = ACTIONS, age = 0, domains = NAME, keyTypes = ["ec"] }: {
-  actions?: string;
-  age?: number;
-  domains?: string;
-  keyTypes?: readonly ("rsa" | "ec")[];
-} = {}) {
-  await using stack = new AsyncDisposableStack();
-  const bed = stack.use(await testBed({ domains, settings: `keyTypes: ${keyTypes.join(" ")}\nari: no` }));
-  const web = join(bed.home, "web");
-  await Deno.mkdir(web);
-  await bed.plant({ mode: "prod", age });
-  for (const type of keyTypes) {
-    for (const [directory, what, end] of [["cert", "cert-combined", "pem"], ["key", "key", "key"]]) {
-      const planted = bed.path("prod", directory!, `${NAME}-${what}.${TAGS[type]}.pem`);
-      await Deno.copyFile(planted, join(web, `${NAME}.${type}.${end}`));
-    }
-  }
-  const { child, port } = stack.use(await startHttps(web, ...keyTypes.map((type) => `${NAME}.${type}`)));
-  await Deno.writeTextFile(join(web, "pid"), `${child.pid}`);
-  const served = () => Deno.readTextFileSync(join(web, `${NAME}.ec.pem`));
-  const copy = (from: string, to: string) => {
-    for (const end of ["pem", "key"]) {
-      Deno.copyFileSync(join(web, `${from}.${end}`), join(web, `${to}.${end}`));
-    }
-  };
-  const settle = async () => {
-    const { fingerprint } = readCertificate(served());
-    const endpoint = { text: "nginx", host: "127.0.0.1", port, sni: NAME };
-    await until("nginx has the new file", async () => {
-      const [sight] = await probe([{ endpoint, keyType: "ec" }], bed.context());
-      return sight!.certificate?.fingerprint === fingerprint;
-    });
-    // a worker with the old file takes connections for 100 ms more
-    const children = ["/bin/sh", "-c", `cat /proc/${child.pid}/task/*/children`];
-    await until("one worker", async () => (await output(children)).stdout.trim().split(" ").length === 1);
-  };
-  const reload = async () => {
-    child.kill("SIGHUP");
-    await settle();
-  };
-  const act = (text: string) => bed.act(text.replaceAll("PORT", `${port}`));
-  const sleep = async (ms: number) => {
-    await settle();
-    bed.ca.advance(ms);
-  };
-  const run = (options: Options = {}) => bed.run({ mode: "prod", sleep, ...options });
-  const restore = async (file: string) => {
-    copy(file, `${NAME}.ec`);
-    await reload();
-  };
-  const save = (file: string) => copy(`${NAME}.ec`, file);
-  act(actions);
-  const open = stack.move();
-  const close = () => open.disposeAsync();
-  return { bed, port, web, act, run, served, save, restore, settle, reload, [Symbol.asyncDispose]: close };
-}
-
-/** A server that forwards each connection to the next of the ports in turn, and counts them. */
-async function startBalancer(...ports: readonly number[]) {
-  const counts = { connections: 0 };
-  const server = await tcpServer((client) => {
-    const upstream = connect(ports[counts.connections++ % ports.length]!, "127.0.0.1");
-    upstream.on("error", () => client.destroy());
-    client.on("error", () => upstream.destroy());
-    client.pipe(upstream).pipe(client);
-  });
-  return Object.assign(server, { counts });
-}
+const HOUR = 3_600_000, DAY = 24 * HOUR;
 
 /** Options of a run that finds the site's port at these ports of 127.0.0.1 or of another `address`. */
 function routed({ port }: Site, ...found: readonly { port: number; address?: string }[]) {
@@ -118,7 +26,7 @@ function routed({ port }: Site, ...found: readonly { port: number; address?: str
 const kinds = ({ events }: Ran) =>
   events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
-siteTest(
+nginxTest(
   "R9: a delivery is verified for each key type of its section; one that only RSA received is reported",
   async () => {
     const onlyRsa = ACTIONS.replace(COPY, `test KEY_TYPE = ec || { ${COPY}; }`);
@@ -143,7 +51,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "R5: old files restored a week later are detected by the next run, replaced, and reported by --cron",
   async () => {
     await using site = await startSite({ domains: `${NAME}\nother.example.com`, age: 80 });
@@ -173,7 +81,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "a self-signed certificate is replaced; one for other names is left alone, and reported once a day",
   async () => {
     await using site = await startSite();
@@ -201,7 +109,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "R8: a server that is down is reported; an old certificate is found at each of several servers, and repaired three times",
   async () => {
     await using site = await startSite({ age: 80 });
@@ -239,7 +147,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "R7: an endpoint in two sections is probed once; one without a line's name is probed for the section's names",
   async () => {
     const unnamed = `verify: ["127.0.0.1:PORT", "127.0.0.1:PORT#web1.internal.example"]`;
@@ -254,7 +162,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "R10: --test accepts production's certificate and reports its own in that place; the next --prod repairs that",
   async () => {
     await using site = await startSite();
@@ -349,7 +257,7 @@ async function threeNights(
 const ALERT = `alert: ["{ echo SUBJECT; cat; } >> HERE/alerts"]\n`;
 const NIGHTS = { age: 58.5, actions: ACTIONS + ALERT };
 
-siteTest(
+nginxTest(
   "R2: a failed upload is reported every night, although the state is lost and the section renamed, and made up for",
   async () => {
     const upload = "test ! -e HERE/down || { echo no route to host >&2; exit 255; }; cp";
@@ -363,7 +271,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "a reload without effect is reported every night; a service that is reloaded later is not reloaded again",
   async () => {
     await using site = await startSite({
@@ -375,7 +283,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "a clock that is a year behind is reported every night; a certificate is issued once it is right",
   async () => {
     await using site = await startSite(NIGHTS);
@@ -385,7 +293,7 @@ siteTest(
   },
 );
 
-siteTest(
+nginxTest(
   "R14: a month without runs is shown by --status and --metrics, and reported by the next run",
   async () => {
     await using site = await startSite(NIGHTS);

@@ -13,8 +13,7 @@ import type { Switches } from "./ca.ts";
 import { adapt, blockOf, ROOT, shell } from "./documents.ts";
 import { output } from "./programs.ts";
 import { postgres, startDovecot, startHaproxy, startPostfix, startPostgres } from "./services.ts";
-import { startBalancer } from "./site.ts";
-import { freePort, makeCertificate, startNginx, startServer } from "./tls.ts";
+import { freePort, makeCertificate, startBalancer, startNginx, startServer } from "./tls.ts";
 import { lackOf, together } from "./together.ts";
 
 const test = together("conf/recipes");
@@ -130,7 +129,7 @@ recipeTest("recipes Postfix, Dovecot and TLSA", ["postfix", "dovecot"], async ()
   const [postfix, dovecot] = [`${host.home}/postfix`, `${host.home}/dovecot`];
   for (const directory of [postfix, dovecot]) await Deno.mkdir(directory);
   await using _postfix = await startPostfix(postfix, smtp, host.block("mail.md", "smtpd_tls_chain_files"));
-  await using _dovecot = await startDovecot(dovecot, imap, "imap", host.block("mail.md", "ssl_cert ="));
+  await using _dovecot = await startDovecot(dovecot, imap, host.block("mail.md", "ssl_cert ="));
   await host.deliver("mail.md", { 25: smtp, 143: imap }, {
     "sudo postfix": `${which("postfix")} -c ${postfix}`,
     "sudo doveadm": `${which("doveadm")} -c ${dovecot}/dovecot.conf`,

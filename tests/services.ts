@@ -64,30 +64,25 @@ postlog unix-dgram n - n - 1 postlogd\n`,
   };
 }
 
-/** Dovecot with `home`/dovecot.conf. */
-export async function startDovecot(
-  home: string,
-  port: number,
-  protocol: "imap" | "pop3",
-  tls: string,
-): Promise<Running> {
+/** Dovecot (IMAP) with `home`/dovecot.conf. */
+export async function startDovecot(home: string, port: number, tls: string): Promise<Running> {
   await Deno.writeTextFile(
     join(home, "dovecot.conf"),
     `base_dir = ${home}/run
 state_dir = ${home}/state
-protocols = ${protocol}
+protocols = imap
 log_path = ${home}/log
 ssl = yes
 ${tls}
 passdb {
   driver = static
 }
-service ${protocol}-login {
-  inet_listener ${protocol} {
+service imap-login {
+  inet_listener imap {
     address = 127.0.0.1
     port = ${port}
   }
-  inet_listener ${protocol}s {
+  inet_listener imaps {
     port = 0
   }
 }\n`,

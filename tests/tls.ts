@@ -3,7 +3,7 @@
  */
 
 import { once } from "node:events";
-import { createServer, type Socket } from "node:net";
+import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
@@ -72,6 +72,11 @@ export async function accepts(port: number): Promise<boolean> {
   );
 }
 
+/** Deno.test() if nginx is installed. */
+export function nginxTest(name: string, fn: () => Promise<void>): void {
+  Deno.test({ name: `${name} (nginx)`, ignore: which("nginx") === undefined, fn });
+}
+
 /** nginx with these server blocks; `pair("x")` names the files x.pem and x.key of the directory. */
 export async function startNginx(
   directory: string,
@@ -119,4 +124,16 @@ export async function tcpServer(serve: (socket: Socket) => void, hostname = "127
       await once(server, "close");
     },
   };
+}
+
+/** A server that forwards each connection to the next of the ports in turn, and counts them. */
+export async function startBalancer(...ports: readonly number[]) {
+  const counts = { connections: 0 };
+  const server = await tcpServer((client) => {
+    const upstream = connect(ports[counts.connections++ % ports.length]!, "127.0.0.1");
+    upstream.on("error", () => client.destroy());
+    client.on("close", () => upstream.destroy());
+    client.pipe(upstream).pipe(client);
+  });
+  return Object.assign(server, { counts });
 }

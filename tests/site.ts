@@ -1,0 +1,81 @@
+/** A site: a bed with an nginx that serves the certificates of www.example.com, by the files that lematt delivers. */
+
+import { join } from "node:path";
+import { probe } from "../lib/probe.ts";
+import { readCertificate } from "../lib/x509.ts";
+import { type Bed, testBed, until } from "./bed.ts";
+import { output } from "./programs.ts";
+import { startHttps } from "./tls.ts";
+
+export const NAME = "www.example.com";
+const TAGS = { rsa: "rsa2048", ec: "prime256v1" };
+
+export const COPY = "cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key";
+export const UPLOAD = `uploadEach: ["${COPY}"]`;
+export const RELOAD = `update: ["kill -HUP $(cat HERE/web/pid)"]`;
+export const VERIFY = `verify: ["127.0.0.1:PORT#${NAME}"]`;
+export const ACTIONS = `[default]\n${UPLOAD}\n${RELOAD}\n${VERIFY}\n`;
+
+export type Options = Parameters<Bed["run"]>[0];
+export type Site = Awaited<ReturnType<typeof startSite>>;
+
+/**
+ * A bed with an nginx that serves the certificates of www.example.com by the files that lematt delivers; the first ones are
+ * `age` days old. PORT in actions is replaced by its port. Whenever a run waits, nginx finishes its reload.
+ */
+export async function startSite({ actions = ACTIONS, age = 0, domains = NAME, keyTypes = ["ec"] }: {
+  actions?: string;
+  age?: number;
+  domains?: string;
+  keyTypes?: readonly ("rsa" | "ec")[];
+} = {}) {
+  await using stack = new AsyncDisposableStack();
+  const bed = stack.use(await testBed({ domains, settings: `keyTypes: ${keyTypes.join(" ")}\nari: no` }));
+  const web = join(bed.home, "web");
+  await Deno.mkdir(web);
+  await bed.plant({ mode: "prod", age });
+  for (const type of keyTypes) {
+    for (const [directory, what, end] of [["cert", "cert-combined", "pem"], ["key", "key", "key"]]) {
+      const planted = bed.path("prod", directory!, `${NAME}-${what}.${TAGS[type]}.pem`);
+      await Deno.copyFile(planted, join(web, `${NAME}.${type}.${end}`));
+    }
+  }
+  const { child, port } = stack.use(await startHttps(web, ...keyTypes.map((type) => `${NAME}.${type}`)));
+  await Deno.writeTextFile(join(web, "pid"), `${child.pid}`);
+  const served = () => Deno.readTextFileSync(join(web, `${NAME}.ec.pem`));
+  const copy = (from: string, to: string) => {
+    for (const end of ["pem", "key"]) {
+      Deno.copyFileSync(join(web, `${from}.${end}`), join(web, `${to}.${end}`));
+    }
+  };
+  const settle = async () => {
+    const { fingerprint } = readCertificate(served());
+    const endpoint = { text: "nginx", host: "127.0.0.1", port, sni: NAME };
+    await until("nginx has the new file", async () => {
+      const [sight] = await probe([{ endpoint, keyType: "ec" }], bed.context());
+      return sight!.certificate?.fingerprint === fingerprint;
+    });
+    // a worker with the old file takes connections for 100 ms more
+    const children = ["/bin/sh", "-c", `cat /proc/${child.pid}/task/*/children`];
+    await until("one worker", async () => (await output(children)).stdout.trim().split(" ").length === 1);
+  };
+  const reload = async () => {
+    child.kill("SIGHUP");
+    await settle();
+  };
+  const act = (text: string) => bed.act(text.replaceAll("PORT", `${port}`));
+  const sleep = async (ms: number) => {
+    await settle();
+    bed.ca.advance(ms);
+  };
+  const run = (options: Options = {}) => bed.run({ mode: "prod", sleep, ...options });
+  const restore = async (file: string) => {
+    copy(file, `${NAME}.ec`);
+    await reload();
+  };
+  const save = (file: string) => copy(`${NAME}.ec`, file);
+  act(actions);
+  const open = stack.move();
+  const close = () => open.disposeAsync();
+  return { bed, port, web, act, run, served, save, restore, settle, reload, [Symbol.asyncDispose]: close };
+}

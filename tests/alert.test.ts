@@ -4,8 +4,8 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { join } from "node:path";
 import { type Bed, testBed } from "./bed.ts";
-import { siteTest, startSite } from "./site.ts";
-import { makeCertificate } from "./tls.ts";
+import { startSite, VERIFY } from "./site.ts";
+import { makeCertificate, nginxTest } from "./tls.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 
@@ -72,22 +72,21 @@ Deno.test("R12: an alert for a delivery pending for 20 hours has command, output
   assert.match(takeAlerts(bed), /^well again .*\nwell again: \[default\]/);
 });
 
-siteTest(
+nginxTest(
   "an endpoint that fails its clients, or that a delivery broke, causes an alert at once",
   async () => {
-    const verify = `verify: ["127.0.0.1:PORT#DOMAIN"]\n${ALERT}`;
-    await using site = await startSite({ actions: `[default]\n${verify}`, settings: "verifyWait: 0" });
-    const { bed, run, port } = site;
+    const verify = `${VERIFY}\nverifyWait: 0\n${ALERT}`;
+    await using site = await startSite({ actions: `[default]\n${verify}` });
+    const { bed, run, web } = site;
     const alerts = async () => (await run(), takeAlerts(bed));
-    const right = site.save();
-    await makeCertificate(bed.home, "other", "ec", ["other.example.com"]);
-    const [pem, key] = ["pem", "key"].map((end) => Deno.readTextFileSync(join(bed.home, `other.${end}`)));
-    await site.restore({ "www.example.com.ec.pem": pem!, "www.example.com.ec.key": key! });
+    site.save("right");
+    await makeCertificate(web, "other", "ec", ["other.example.com"]);
+    await site.restore("other");
     assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
-    await site.restore(right);
+    await site.restore("right");
     assert.match(await alerts(), /^well again [^]*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
     const end = "kill $(cat HERE/web/pid); while kill -0 $(cat HERE/web/pid); do sleep 0.01; done";
-    bed.act(`[default]\nupdate: ["${end}"]\n${verify}`.replace("PORT", `${port}`)); // a reload that ends the server
+    site.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
     assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
   },
 );

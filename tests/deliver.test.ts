@@ -229,11 +229,9 @@ Deno.test("--accept records as delivered what is in place, and runs no command; 
 
 // ---- retries ---------------------------------------------------------------------------------------------
 
-Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4 … 20 hours, and a problem meanwhile", async () => {
-  await using bed = await bedOf(
-    "a.example.com",
-    `[default]\nuploadCerts: ["echo >> HERE/log; test -e HERE/up"]`,
-  );
+Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4 … 20 hours, also while the CA is unreachable", async () => {
+  const actions = `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`;
+  await using bed = await bedOf("a.example.com", actions);
   const tries = async () => (await bed.run(), bed.take().length);
   assert.deepEqual([await tries(), await tries()], [1, 1]);
   for (const hours of [1, 2, 4, 8, 16, 20, 20]) {
@@ -243,19 +241,12 @@ Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4
     assert.equal(await tries(), 1, `after ${hours} h`);
   }
   const waiting = await bed.run();
-  assert.deepEqual([waiting.code, bed.take()], [1, []]);
+  assert.equal(waiting.code, 1);
   assert.match(waiting.stderr, /^problem +\[default\] .*exit status 1.*--retry/m);
   touch(bed, "up");
-  assert.equal((await bed.run({ retry: true })).code, 0);
-  assert.deepEqual([bed.take().length, bed.state().deliveries], [1, {}]);
-});
-
-Deno.test("pending deliveries are made even if the CA is unreachable", async () => {
-  const actions = `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`;
-  await using bed = await bedOf("a.example.com\nb.example.com", actions);
-  await bed.plant();
-  removeCert(bed, "b.example.com");
-  const { code, stderr } = await bed.run({ fetch: () => Promise.reject(new TypeError("the cable is out")) });
-  assert.deepEqual([code, bed.take()], [1, ["a.example.com"]]);
+  bed.configure({ domains: "a.example.com\nb.example.com" });
+  const fetch = () => Promise.reject(new TypeError("the cable is out"));
+  const { code, stderr } = await bed.run({ retry: true, fetch });
+  assert.deepEqual([code, bed.take(), bed.state().deliveries], [1, ["a.example.com"], {}]);
   assert.match(stderr, /the cable is out/);
 });

@@ -91,8 +91,6 @@ nginxTest(
   },
 );
 
-// ---- runs that cannot do their work ----------------------------------------------------------------------
-
 Deno.test("an error that ends a run causes an alert, once in 20 hours", async () => {
   const verify = `verify: ["127.0.0.1:1"]`;
   await using bed = await bedOf("a.example.com", `[default]\nupdate: ["true"]\n${verify}\n${ALERT}`);

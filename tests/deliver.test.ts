@@ -24,8 +24,6 @@ async function settle(bed: Bed): Promise<void> {
   bed.take();
 }
 
-// ---- the lists of a section ------------------------------------------------------------------------------
-
 Deno.test("R3: each section runs its lists whole and in order, with its own names, whatever another section runs", async () => {
   const [a, b] = ["a.example.com", "b.example.com"] as const;
   const echo = (...texts: string[]) =>
@@ -114,8 +112,6 @@ update: ["echo DOMAINS_CN / DOMAINS_ALL / $LEMATT_DOMAINS_ALL >> HERE/log"]
   assert.deepEqual(bed.take(), stems.map((stem) => `${stem}-cert-combined.rsa2048.test.pem`));
 });
 
-// ---- order -----------------------------------------------------------------------------------------------
-
 Deno.test("S2: a line whose challenge is slow delays only its own section and [every], which is last", async () => {
   await using bed = await bedOf(
     "a.example.com\nb.example.com\nc.example.com",
@@ -165,8 +161,6 @@ Deno.test("new certificates are delivered to eight sections at once, while a rol
   const counts = bed.take().map(Number);
   assert.deepEqual([counts.length, Math.max(...counts)], [12, 8]);
 });
-
-// ---- receipts --------------------------------------------------------------------------------------------
 
 Deno.test("R2: whatever changes in the configuration, a section is delivered what it has not received, and nothing else", async () => {
   const [a, b] = ["a.example.com", "b.example.com"] as const;
@@ -226,8 +220,6 @@ Deno.test("--accept records as delivered what is in place, and runs no command; 
     assert.deepEqual(log.sort(), expected);
   }
 });
-
-// ---- retries ---------------------------------------------------------------------------------------------
 
 Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4 … 20 hours, also while the CA is unreachable", async () => {
   const actions = `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`;

@@ -21,8 +21,6 @@ async function failureOf(promise: Promise<unknown>): Promise<CommandError> {
 const linesOf = (path: string) => textOf(path).split("\n").slice(0, -1);
 const running = (log: string) => linesOf(log).map(Number).filter(isRunning).length;
 
-// ---- command lines -----------------------------------------------------------------------------------------------
-
 const VALUES = {
   DOMAIN: "example.com",
   DOMAINS_CN: ["a.example", "b.example"],
@@ -87,8 +85,6 @@ Deno.test("4,000 paths are passed to a command in disjoint parts, up to the part
   assert.match(whole.message, /Argument list too long/);
 });
 
-// ---- running -----------------------------------------------------------------------------------------------------
-
 Deno.test("a command has our environment, our directory, the values and its input; its output is cleaned for a terminal", async () => {
   const cleaned = `printf 'a\\033[31mb\\007\\033]0;title\\007\\tc\\r\\n\\302\\233x'`;
   const variables = 'echo "$PATH"; pwd; echo "$LEMATT_MODE $LEMATT_DOMAINS_CN $LEMATT_SUBJECT MODE"';
@@ -139,8 +135,6 @@ Deno.test("only the end of long output is kept, also of one long line", async ()
   assert.match(line, /^\[…\]\nx+end$/);
   assert.ok(Math.max(kept.length, line.length) <= 64 * 1024 + 10);
 });
-
-// ---- ending ------------------------------------------------------------------------------------------------------
 
 const test = together("commands are ended", 9);
 
@@ -195,8 +189,6 @@ test("a second Ctrl-C ends a run whose clean-up command hangs", async () => {
   assert.ok(performance.now() - begun < 9000);
   await until("the command has ended", () => running(log) === 0);
 });
-
-// ---- prepare -----------------------------------------------------------------------------------------------------
 
 test("lines share one process of a prepare command, which starts again if it is needed while it ends", async () => {
   await using directory = await temporaryDirectory();

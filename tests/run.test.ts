@@ -18,9 +18,7 @@ const certOf = (bed: Bed, stem: string) =>
 const keyOf = (bed: Bed, stem: string) => bed.text("test", "key", `${stem}-key.prime256v1.test.pem`);
 const issuedBy = (bed: Bed) => bed.ca.issued.map(({ names }) => names[0]);
 
-// ---- failures and limits ---------------------------------------------------------------------------------
-
-Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 hours, and is a problem meanwhile", async () => {
+Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 hours, and is a problem meanwhile; other lines do not wait", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
   bed.refused.add("a.example.com");
   assert.deepEqual([(await bed.run()).code, issuedBy(bed)], [1, ["b.example.com"]]);
@@ -30,31 +28,24 @@ Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 ho
     assert.deepEqual([early.requests.length, early.code], [0, 1], `before ${minutes} minutes`);
     assert.match(early.stderr, /^problem +a\.example\.com .*not this one.*--retry/m);
     bed.ca.advance(30_000);
-    const { requests } = await bed.run();
-    const orders = requests.filter(({ resource }) => resource === "newOrder");
-    assert.equal(orders.length, 1, `after ${minutes} minutes`);
+    assert.ok((await bed.run()).requests.length > 0, `after ${minutes} minutes`);
   }
   bed.refused.clear();
-  assert.equal((await bed.run({ retry: true })).code, 0);
-  assert.deepEqual(bed.state().failures, {});
-});
-
-Deno.test("a rate limit that names a line delays only that line, until Retry-After; its URL is printed whole, also by later runs", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com");
+  // a rate limit ends at Retry-After
   const unpause = `https://portal.example.org/sfe/v1/unpause?jwt=${"x".repeat(900)}.${"y".repeat(300)}`;
-  const headers = { "retry-after": new Date(Date.now() + 5 * HOUR).toUTCString() };
+  const headers = { "retry-after": new Date(bed.ca.now.getTime() + 5 * HOUR).toUTCString() };
   const refusal = refusing(429, "rateLimited", `too many for a.example.com. Visit: ${unpause}`, { headers });
   bed.ca.switches.fault = faultAt("newOrder", refusal);
-  assert.ok((await bed.run({ parallel: 1 })).stderr.includes(unpause));
-  assert.deepEqual(issuedBy(bed), ["b.example.com"]);
+  bed.configure({ domains: "a.example.com\nc.example.com" });
+  const limited = await bed.run({ retry: true, parallel: 1 });
   bed.ca.advance(4 * HOUR);
-  const { stderr, requests } = await bed.run();
-  assert.deepEqual([stderr.includes(unpause), requests.length], [true, 0]);
+  const later = await bed.run();
+  for (const { stderr } of [limited, later]) assert.ok(stderr.includes(unpause), "the whole URL");
+  assert.deepEqual([issuedBy(bed), later.requests.length], [["b.example.com", "c.example.com"], 0]);
   bed.ca.advance(HOUR + MINUTE);
   assert.equal((await bed.run()).code, 0);
+  assert.deepEqual(bed.state().failures, {});
 });
-
-// ---- restricted runs -------------------------------------------------------------------------------------
 
 Deno.test("--renew issues the lines that it names, with --new-key under new keys; --only forces nothing", async () => {
   const three = "a.example.com www\nb.example.com\nc.example.com";
@@ -102,8 +93,6 @@ Deno.test("a restricted run delivers and prints only what it names, and reports 
   assert.deepEqual([(await bed.run()).code, bed.take()], [0, []]);
 });
 
-// ---- interrupted -----------------------------------------------------------------------------------------
-
 Deno.test("R15: an interrupted run ends its commands, records no failure, and leaves the rest to the next run", async () => {
   const actions = (b: string) =>
     `[a]\ndomains: a.example.com\nupdate: ["echo a >> HERE/log"]\n[b]\ndomains: b.example.com\nupdate: ["${b}"]`;
@@ -128,8 +117,6 @@ Deno.test("R15: an interrupted run ends its commands, records no failure, and le
   await assert.rejects(bed.run({ signal: again.signal }), { name: "AbortError" });
   assert.deepEqual([bed.state().failures, bed.state().deliveries], [{}, {}]);
 });
-
-// ---- the state -------------------------------------------------------------------------------------------
 
 const LOG = `[default]\nupdate: ["echo DOMAINS_CN >> HERE/log"]`;
 
@@ -164,8 +151,6 @@ Deno.test("a directory of 0.1.0 is taken over with its pending deliveries and re
   assert.notEqual(keyOf(bed, "c.example.com"), key);
   assert.equal((await bed.run(), bed.take().length), 0);
 });
-
-// ---- revocation ------------------------------------------------------------------------------------------
 
 Deno.test("R4, R19: what was shown is revoked, even if it was renewed since; it is a problem until replaced, under a new key even if its files are gone", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
@@ -206,28 +191,21 @@ Deno.test("what an option names must exist: lines, sections, certificates by a p
   for (const what of wrong) assert.throws(() => chosen(what), refusal, what);
 });
 
-// ---- --cron ----------------------------------------------------------------------------------------------
-
 Deno.test("--cron prints nothing unless something changed or failed, and repeats a failure after 20 hours", async () => {
-  const update = `[default]\nupdate: ["echo >> HERE/log; test ! -e HERE/down"]`;
-  await using bed = await bedOf("a.example.com", update);
-  const printed = async () => {
+  const actions = `[default]\nupdate: ["echo >> HERE/log; test ! -e HERE/down"]`;
+  await using bed = await bedOf("a.example.com", actions);
+  const printed = async (hours = 0) => {
+    bed.ca.advance(hours * HOUR);
     const { stdout, stderr } = await bed.run({ cron: true, retry: true });
-    return [stdout !== "", stderr !== ""];
+    return [stdout !== "", stderr !== ""].join();
   };
-  assert.deepEqual(await printed(), [true, false]);
-  assert.deepEqual(await printed(), [false, false]);
+  assert.deepEqual([await printed(), await printed()], ["true,false", "false,false"]);
   bed.take();
   Deno.writeTextFileSync(join(bed.home, "down"), "");
-  bed.act(update.replace("echo", "echo x"));
-  assert.deepEqual(await printed(), [false, true]);
-  for (const hours of [1, 18]) {
-    bed.ca.advance(hours * HOUR);
-    assert.deepEqual(await printed(), [false, false], `${hours} h later`);
-  }
-  assert.equal(bed.take().length, 3, "tried all the same");
-  bed.ca.advance(2 * HOUR);
-  assert.deepEqual(await printed(), [false, true]);
+  bed.act(actions.replace("echo", "echo x"));
+  const failing = [await printed(), await printed(1), await printed(18), await printed(2)];
+  assert.deepEqual(failing, ["false,true", "false,false", "false,false", "false,true"]);
+  assert.equal(bed.take().length, 4, "tried all the same");
   Deno.removeSync(join(bed.home, "down"));
-  assert.deepEqual(await printed(), [true, false]);
+  assert.equal(await printed(), "true,false");
 });

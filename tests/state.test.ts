@@ -47,9 +47,8 @@ Deno.test("S8: a state is read as it was written, and its records have no protot
 
 Deno.test("a state that was edited by hand is unusable", () => {
   const runs = ["yesterday", "1764212400000"].map((at) => ({ version: 2, runs: [{ at }] }));
-  const owed = { web: { since: PAST } };
   for (
-    const state of [[], {}, { version: 2.5 }, { version: 2, receipts: [] }, ...runs, { version: 1, owed }]
+    const state of [[], {}, { version: 2.5 }, { version: 2, receipts: [] }, ...runs]
   ) {
     assert.match(read(state).unusable, /./, JSON.stringify(state));
   }
@@ -68,16 +67,6 @@ Deno.test("a time in the future does not count, and nothing waits longer than a 
     deliveries: { web: { ...failure, key: "k", output: "no route", urgent: true } },
     alerts: { web: { CA: { at: NEVER, what: "issuance of 3 lines" } } }, // so that its end is reported
     runs: ahead.runs, // they show that a clock was wrong
-  });
-});
-
-Deno.test("a state of version 1 is taken over", () => {
-  const { renewals, holds } = stateOf(PAST, SOON);
-  const failures = { a: { count: 2, at: PAST, error: "refused", retryAt: SOON } };
-  const owed = { web: { since: PAST, certificates: { "a.pem": "f" }, attempts: 1, retryAt: SOON } };
-  assert.deepEqual(read({ version: 1, renewals, holds, failures, owed, alerts: { web: { owed: PAST } } }), {
-    ...{ ...plain(emptyState()), renewals, holds, undelivered: { web: { "a.pem": "f" } } },
-    failures: { a: { ...failures.a, since: PAST } },
   });
 });
 

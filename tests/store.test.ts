@@ -39,8 +39,6 @@ async function issue(bed: Bed, names: readonly string[], keyPem?: string) {
   return { keyPem, chainPem, csrPem: "", certificate: readCertificate(chainPem) };
 }
 
-// ---- names -------------------------------------------------------------------------------------------------------
-
 Deno.test("stemOf() joins the names, and shortens what is too long for a file name", () => {
   const config = { mode: "prod", rsaTag: "rsa2048", curveTag: "prime256v1" } as Config;
   const stem = (...names: string[]) => stemOf(config, names);
@@ -123,8 +121,6 @@ Deno.test("a name with a line of its own keeps its file; if it is on two other l
   assert.match(changingLinks(config, readInventory(config)).join(), /^a\.example-.* c\.example_a\.example-/);
 });
 
-// ---- what is found -----------------------------------------------------------------------------------------------
-
 Deno.test("an inventory shows what is wrong with each pair of files", async () => {
   await using bed = await bedOf("example.com");
   await bed.plant();
@@ -187,8 +183,6 @@ Deno.test("--prune moves orphaned files and replaces none; a line that is back k
   assert.deepEqual([prunable(bed.config()), kinds(bed)], [[], "present"]);
 });
 
-// ---- keys --------------------------------------------------------------------------------------------------------
-
 Deno.test("T4: a link to another certificate's key is no key; a link to elsewhere is the user's, and is kept", async () => {
   await using bed = await bedOf("example.com www");
   await bed.plant();
@@ -217,8 +211,6 @@ Deno.test("a revoked key is never used again, nor one that was kept for an order
   const path = bed.path("test/revoked-keys");
   assert.deepEqual([Deno.readTextFileSync(path), modeOf(path)], [`${publicKeyHash(keyPem)}\n`, "600"]);
 });
-
-// ---- commits that were cut off -----------------------------------------------------------------------------------
 
 Deno.test("a run killed between its renames is completed by the next one; a run killed before them is undone", async () => {
   await using bed = await bedOf("example.com www\nother.example");
@@ -252,8 +244,6 @@ Deno.test("a run killed between its renames is completed by the next one; a run 
   assert.deepEqual([await notices(), placed()], ["", ["present,present", second.chainPem]]);
   assert.deepEqual(find(bed.path("test"), "%f").filter((name) => name.endsWith(".new")), []);
 });
-
-// ---- owners and modes --------------------------------------------------------------------------------------------
 
 Deno.test("T5: a replaced file keeps its mode, except for access of others to a key", async () => {
   await using bed = await bedOf("example.com");

@@ -152,7 +152,7 @@ Deno.test("new certificates are delivered to eight sections at once, while a rol
   for (const name of names) removeCert(bed, name);
   // each waits until eight and the rollout have begun, and logs how many are running
   const update = JSON.stringify([
-    "echo >> HERE/begun; mkdir -p HERE/at/DOMAINS_CN; until test $(wc -l < HERE/begun) -ge 9; do sleep 0.01; done",
+    "mkdir -p HERE/at/DOMAINS_CN; echo >> HERE/begun; until test $(wc -l < HERE/begun) -ge 9; do sleep 0.01; done",
     "ls HERE/at | wc -l >> HERE/log; sleep 0.02; rmdir HERE/at/DOMAINS_CN",
   ]);
   const rollout = `[old]\ndomains: old.example.com\nupdate: ["echo >> HERE/begun"]\n`;

@@ -8,7 +8,6 @@ import { isIP } from "node:net";
 import * as x509 from "@peculiar/x509";
 import {
   checkChain,
-  coversExactly,
   createCsr,
   generateKey,
   isKeyOf,
@@ -92,21 +91,17 @@ Deno.test("keys are read in PKCS#8, PKCS#1 and SEC1, also after EC PARAMETERS or
 
 Deno.test("readCertificate() agrees with node:crypto about names, dates and fingerprint, and rejects truncated certificates", async () => {
   const names = ["*.example.com", "xn--bcher-kva.example", "192.0.2.255", "::", "2001:db8:0:1::"];
-  for (const years of [[1999, 2049], [2050, 9999]]) {
-    const [notBefore, notAfter] = years.map((year) => new Date(Date.UTC(year, 11, 31, 23, 59, 59)));
-    const certPem = await certify({ notBefore, notAfter }, names);
-    const [reference, read] = [new X509Certificate(certPem), readCertificate(certPem)];
-    assert.deepEqual([read.names, read.notBefore, read.notAfter], [names, notBefore, notAfter]);
-    assert.equal(read.fingerprint, reference.fingerprint256.replaceAll(":", "").toLowerCase());
-    assert.deepEqual([read.issuer, read.selfSigned], ["Authority", false]);
-    assert(coversExactly(read, names.toReversed()) && !coversExactly(read, [...names, "www.example.com"]));
-    for (let length = 1; length < reference.raw.length; length++) {
-      const text = reference.raw.subarray(0, length).toString("base64");
-      const cut = certPem.replace(/(-\n)[^-]*/, `$1${text}\n`);
-      assert.throws(() => readCertificate(cut));
-    }
-  }
+  const [notBefore, notAfter] = [new Date("1999-12-31T23:59:59Z"), new Date("2050-12-31T23:59:59Z")];
+  const certPem = await certify({ notBefore, notAfter }, names);
+  const [reference, read] = [new X509Certificate(certPem), readCertificate(certPem)];
+  assert.deepEqual([read.names, read.notBefore, read.notAfter], [names, notBefore, notAfter]);
+  assert.equal(read.fingerprint, reference.fingerprint256.replaceAll(":", "").toLowerCase());
+  assert.deepEqual([read.issuer, read.selfSigned], ["Authority", false]);
   assert(readCertificate(await certify({ subject: "CN=self", issuer: "CN=self" })).selfSigned);
+  for (let length = 1; length < reference.raw.length; length++) {
+    const text = reference.raw.subarray(0, length).toString("base64");
+    assert.throws(() => readCertificate(certPem.replace(/(-\n)[^-]*/, `$1${text}\n`)));
+  }
 });
 
 Deno.test("S3, S6, S7: checkChain() accepts only certificates, each issued by the next, for this key, these names and servers", async () => {

@@ -16,65 +16,57 @@ interface Schema {
   readonly properties?: Readonly<Record<string, Schema>>;
   readonly items?: Schema;
   readonly allOf?: readonly Schema[];
-  readonly [other: string]: unknown;
 }
 
-const KNOWN = new Set(
-  "$schema $id $ref $defs title description type format const enum required properties items allOf".split(
-    " ",
-  ),
-);
+const KNOWN =
+  /^(\$(schema|id|ref|defs)|title|description|type|format|const|enum|required|properties|items|allOf)$/;
 
 /** Where a document does not match the schema `<name>.schema.json`. */
 export function violations(document: unknown, name: string): string[] {
-  return [...check(document, read(`${name}.schema.json`), name, "$")];
+  return [...check(document, read(`${name}.schema.json`), "$")];
 }
 
 function read(file: string): Schema {
-  return JSON.parse(Deno.readTextFileSync(join(import.meta.dirname!, "../conf/monitoring", file)));
+  const text = Deno.readTextFileSync(join(import.meta.dirname!, "../conf/monitoring", file));
+  return JSON.parse(text.replaceAll(`"#/`, `"${file}#/`));
 }
 
-/** The schema itself, and all that it refers to or is made of, each with the file that it is in. */
-function* partsOf(schema: Schema, file: string): Generator<readonly [Schema, string]> {
-  yield [schema, file];
-  for (const part of schema.allOf ?? []) yield* partsOf(part, file);
-  if (schema.$ref === undefined) return;
-  const [, other, name] = /^(?:(.*)\.schema\.json)?#\/\$defs\/(.*)$/.exec(schema.$ref)!;
-  const target = read(`${other ?? file}.schema.json`).$defs![name!];
-  if (target === undefined) throw new Error(`${file}: ${schema.$ref} leads nowhere`);
-  yield* partsOf(target, other ?? file);
+/** The schema itself, and all that it refers to or is made of. */
+function partsOf(schema: Schema): Schema[] {
+  const [file, name] = schema.$ref?.split("#/$defs/") ?? [];
+  const parts = file === undefined ? schema.allOf : [read(file).$defs![name!]!];
+  return [schema, ...(parts ?? []).flatMap(partsOf)];
 }
 
-function* check(value: unknown, schema: Schema, file: string, path: string): Generator<string> {
-  const described = new Set<string>();
-  const isObject = typeof value === "object" && value !== null && !Array.isArray(value);
-  const object = (isObject ? value : {}) as Record<string, unknown>;
-  let open = false;
-  for (const [part, home] of partsOf(schema, file)) {
-    for (const keyword of Object.keys(part)) if (!KNOWN.has(keyword)) throw new Error(`${home}: ${keyword}?`);
-    const { type, properties = {} } = part;
-    const types = { object: isObject, array: Array.isArray(value), integer: Number.isInteger(value) };
-    if (type !== undefined && !(types[type as keyof typeof types] ?? typeof value === type)) {
-      yield `${path}: no ${type}`;
+function typesOf(value: unknown): string[] {
+  if (Array.isArray(value)) return ["array"];
+  return Number.isInteger(value) ? ["integer", "number"] : [value === null ? "null" : typeof value];
+}
+
+function* check(value: unknown, schema: Schema, path: string): Generator<string> {
+  const parts = partsOf(schema);
+  const types = typesOf(value);
+  for (const part of parts) {
+    const unknown = Object.keys(part).find((keyword) => !KNOWN.test(keyword));
+    if (unknown !== undefined) throw new Error(`unknown keyword ${unknown}`);
+    if (part.type !== undefined && !types.includes(part.type)) yield `${path}: not of type ${part.type}`;
+    const allowed = "const" in part ? [part.const] : part.enum;
+    if (allowed?.includes(value) === false) {
+      yield `${path}: ${JSON.stringify(value)} is not one of ${allowed}`;
     }
-    if (part.const !== undefined && value !== part.const) yield `${path}: not ${part.const}`;
-    if (part.enum?.includes(value) === false) {
-      yield `${path}: ${JSON.stringify(value)} is not one of ${part.enum}`;
+    const isDate = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(String(value));
+    if (part.format === "date-time" && !isDate) yield `${path}: not a date`;
+    if (part.items !== undefined && Array.isArray(value)) {
+      for (const [index, item] of value.entries()) yield* check(item, part.items, `${path}[${index}]`);
     }
-    if (part.format === "date-time" && !/^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(String(value))) {
-      yield `${path}: no date`;
-    }
-    for (const key of part.required ?? []) {
-      if (!Object.hasOwn(object, key)) yield `${path}: ${key} is missing`;
-    }
-    if (type === "object" && part.properties === undefined) open = true;
-    for (const [key, property] of Object.entries(properties)) {
-      described.add(key);
-      if (Object.hasOwn(object, key)) yield* check(object[key], property, home, `${path}.${key}`);
-    }
-    if (part.items === undefined || !Array.isArray(value)) continue;
-    for (const [index, item] of value.entries()) yield* check(item, part.items, home, `${path}[${index}]`);
   }
-  if (open) return;
-  for (const key of Object.keys(object)) if (!described.has(key)) yield `${path}: ${key} is not described`;
+  if (!types.includes("object")) return;
+  for (const key of parts.flatMap(({ required = [] }) => required)) {
+    if (!Object.hasOwn(value as object, key)) yield `${path}: ${key} is missing`;
+  }
+  for (const [key, member] of Object.entries(value as object)) {
+    const described = parts.flatMap(({ properties }) => properties?.[key] ?? []);
+    for (const property of described) yield* check(member, property, `${path}.${key}`);
+    if (described.length === 0) yield `${path}: ${key} is not described`;
+  }
 }

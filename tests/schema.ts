@@ -64,6 +64,7 @@ function* check(value: unknown, schema: Schema, path: string): Generator<string>
   for (const key of parts.flatMap(({ required = [] }) => required)) {
     if (!Object.hasOwn(value as object, key)) yield `${path}: ${key} is missing`;
   }
+  if (parts.every(({ properties }) => properties === undefined)) return; // of any shape
   for (const [key, member] of Object.entries(value as object)) {
     const described = parts.flatMap(({ properties }) => properties?.[key] ?? []);
     for (const property of described) yield* check(member, property, `${path}.${key}`);

@@ -2,121 +2,80 @@
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
-
-const ROOT = join(import.meta.dirname!, "..");
+import { ROOT } from "./documents.ts";
+import { run } from "./install.ts";
 
 /** From the lowest layer to the highest; a file may import only from lower layers, also when it imports only types. */
-const LAYERS = [
-  "names",
-  "ini trust files",
-  "context",
-  "x509",
-  "selfcheck http state",
-  "settings",
-  "config",
-  "hooks probe acme",
-  "store challenge",
-  "renewal account",
-  "endpoints",
-  "order",
-  "issue",
-  "plan",
-  "receipts text",
-  "deliver",
-  "report",
-  "status",
-  "run",
-  "lematt",
-].map((layer) => layer.split(" "));
+const LAYERS =
+  ("names | ini trust files | context | x509 | selfcheck http state | settings | config | hooks probe acme | " +
+    "store challenge | renewal account | endpoints | order | issue | plan | receipts text | deliver | report | status | " +
+    "run | lematt").split(" | ").map((layer) => layer.split(" "));
+
+const textOf = (...names: string[]) => Deno.readTextFileSync(join(ROOT, ...names));
+const { version, permissions, tasks, imports: packages } = JSON.parse(textOf("deno.json"));
 
 /** Base name without its ending -> its text without comments. */
 const sources = new Map(
   [
-    ...[...Deno.readDirSync(join(ROOT, "lib"))].map(({ name }) => join(ROOT, "lib", name)),
-    ...["lematt.ts", "leforward.ts"].map((name) => join(ROOT, name)),
-  ].map((
-    path,
-  ) => [basename(path, ".ts"), Deno.readTextFileSync(path).replace(/\/\*[^]*?\*\/|(?<=^|\s)\/\/.*/g, "")]),
+    "lematt.ts",
+    "leforward.ts",
+    ...Array.from(Deno.readDirSync(join(ROOT, "lib")), ({ name }) => `lib/${name}`),
+  ]
+    .map((path) => [basename(path, ".ts"), textOf(path).replace(/\/\*[^]*?\*\/|(?<=^|\s)\/\/.*/g, "")]),
 );
 
-/** What a source imports, and whether it takes no more than types. */
-function importsOf(source: string): { from: string; typesOnly: boolean }[] {
-  const lines = source.matchAll(/^(?:import|export)\s(?:defer\s)?(?:([^;"]*?)\sfrom\s)?"([^"]+)";/gm);
-  const dynamic = source.matchAll(/\bimport\("([^"]+)"\)/g);
-  return [
-    ...Array.from(lines, ([, clause = "", from]) => {
-      const names = /^\{([^}]*)\}$/.exec(clause)?.[1]?.split(",").map((name) => name.trim()).filter((name) =>
-        name !== ""
-      );
-      const typesOnly = clause.startsWith("type ") ||
-        (names?.every((name) => name.startsWith("type ")) ?? false);
-      return { from: from!, typesOnly };
-    }),
-    ...Array.from(dynamic, ([, from]) => ({ from: from!, typesOnly: false })),
-  ];
+interface Dependency {
+  specifier: string;
+  code?: unknown; // absent if only types are imported
 }
+const graph = JSON.parse(await run(Deno.execPath(), "info", "--json", join(ROOT, "lematt.ts")));
+const imports: { file: string; from: string; types: boolean }[] = graph.modules
+  .filter(({ specifier }: Dependency) => specifier.startsWith("file:"))
+  .flatMap(({ specifier, dependencies = [] }: Dependency & { dependencies?: Dependency[] }) =>
+    dependencies.map((one) => ({ file: basename(specifier, ".ts"), from: one.specifier, types: !one.code }))
+  );
 
 Deno.test("a file imports only from lower layers", () => {
+  assert.deepEqual([...sources.keys()].sort(), ["leforward", ...LAYERS.flat()].sort());
   const layerOf = (name: string) => LAYERS.findIndex((layer) => layer.includes(name));
-  for (const [name, source] of sources) {
-    if (name === "leforward") continue;
-    assert.notEqual(layerOf(name), -1, `${name}.ts has no layer yet`);
-    for (const { from } of importsOf(source).filter(({ from }) => from.startsWith("."))) {
-      const target = basename(from, ".ts");
-      assert.ok(layerOf(target) < layerOf(name), `${name}.ts must not import ${target}.ts`);
-    }
+  for (const { file, from } of imports.filter(({ from }) => from.startsWith("."))) {
+    assert.ok(layerOf(basename(from, ".ts")) < layerOf(file), `${file}.ts must not import ${from}`);
   }
 });
 
-Deno.test("leforward.ts imports nothing, so it is installed by copying one file", () => {
-  assert.deepEqual(importsOf(sources.get("leforward")!), []);
-});
-
 Deno.test("modules that decide are pure: they read no files and no clock, and import nothing that does", () => {
-  const imports = {
+  const allowed = {
     renewal: ["./x509.ts"],
     endpoints: ["./names.ts", "./renewal.ts"],
     plan: ["./endpoints.ts", "./renewal.ts", "./x509.ts"],
   };
-  for (const [name, expected] of Object.entries(imports)) {
-    const source = sources.get(name)!;
-    const values = importsOf(source).filter(({ typesOnly }) => !typesOnly).map(({ from }) => from);
-    assert.deepEqual(values.sort(), expected);
-    assert.doesNotMatch(source, /\bDeno\.|new Date\(\)|Date\.now|Math\.random/);
-    assert.doesNotMatch(source, /\bdelete |\?\?= |\bstate\.[\w.[\]]+ = /, "they change no state");
+  for (const [name, expected] of Object.entries(allowed)) {
+    const found = imports.filter(({ file, types }) => file === name && !types).map(({ from }) => from);
+    assert.deepEqual(found.sort(), expected);
+    assert.doesNotMatch(sources.get(name)!, /\bDeno\.|new Date\(\)|Date\.now|Math\.random/);
+    assert.doesNotMatch(sources.get(name)!, /\bdelete |\?\?= |\bstate\.[\w.[\]]+ = /, "they change no state");
   }
 });
 
-Deno.test("each package is imported by one file", () => {
-  for (
-    const [name, owner] of [["jose", "http"], ["zx", "hooks"], ["@peculiar/x509", "x509"], [
-      "reflect-metadata",
-      "x509",
-    ]]
-  ) {
-    const importers = [...sources].filter(([, source]) =>
-      importsOf(source).some(({ from, typesOnly }) => from === name && !typesOnly)
-    );
-    assert.deepEqual(importers.map(([importer]) => importer), [owner], name);
-  }
-  const outside = [...sources.values()].flatMap(importsOf).map(({ from }) => from).filter((from) =>
-    !/^(\.|node:)/.test(from)
-  );
-  const { imports } = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json")));
-  assert.deepEqual([...new Set(outside)].sort(), Object.keys(imports).sort());
-});
-
-Deno.test("modules that are slow to load are loaded only when they are needed", () => {
+Deno.test("each package is imported by one file, and only when it is needed, since that is slow", () => {
+  const used = imports.filter(({ from, types }) => !/^(\.|node:)/.test(from) && !types);
+  assert.deepEqual(used.map(({ file, from }) => `${file}: ${from}`).sort(), [
+    "hooks: zx",
+    "http: jose",
+    "x509: @peculiar/x509",
+    "x509: reflect-metadata",
+  ]);
+  assert.deepEqual(used.map(({ from }) => from).sort(), Object.keys(packages).sort());
   for (const source of sources.values()) {
     assert.doesNotMatch(source, /^import (?!type )[^;]*from "(jose|zx|@peculiar\/x509|reflect-metadata)";/m);
   }
 });
 
-Deno.test("an older Deno can parse lematt.ts, which then reports that Deno is too old", () => {
-  const values = importsOf(sources.get("lematt")!.replace(/\bimport\(.*/g, "")).filter(({ typesOnly }) =>
-    !typesOnly
-  );
-  assert.ok(values.every(({ from }) => from.startsWith("node:")));
+Deno.test("leforward.ts imports nothing, and lematt.ts statically only what an older Deno can read", () => {
+  assert.doesNotMatch(sources.get("leforward")!, /^import |\bimport\(/m);
+  for (const [, from] of sources.get("lematt")!.matchAll(/^import (?!type )[^;]*from "([^"]*)";/gm)) {
+    assert.match(from!, /^node:/);
+  }
 });
 
 Deno.test("each side effect occurs only in the files that own it", () => {
@@ -133,34 +92,23 @@ Deno.test("each side effect occurs only in the files that own it", () => {
   }
 });
 
-Deno.test("the programs name their permissions, and none has all of them", () => {
-  const { permissions } = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json")));
+Deno.test("the programs name their permissions, and what is written in two places agrees", () => {
   assert.deepEqual(Object.keys(permissions.lematt).sort(), ["env", "net", "read", "run", "sys", "write"]);
-  assert.deepEqual(Object.keys(permissions.leforward).sort(), ["env", "net"]);
-  const firstLine = (name: string) => Deno.readTextFileSync(join(ROOT, name)).split("\n")[0]!;
-  assert.match(firstLine("lematt.ts"), /^#!\/usr\/bin\/env -S .*deno run .*-P=lematt/);
-  assert.match(firstLine("leforward.ts"), /^#!\/usr\/bin\/env -S .*deno run .*-N -E=SSH_ORIGINAL_COMMAND/); // it has no deno.json
-  for (const name of ["lematt.ts", "leforward.ts"]) {
-    assert.doesNotMatch(firstLine(name), / (-A|--allow-all)\b/);
-  }
-});
-
-Deno.test("values written in two places agree: version, V8 flags, permissions of lematt and of the tests", () => {
-  const text = (name: string) => Deno.readTextFileSync(join(ROOT, name));
-  const { version, permissions, tasks } = JSON.parse(text("deno.json"));
-  assert.equal(/^const VERSION = "(.*)";$/m.exec(text("lematt.ts"))?.[1], version);
-  const flagsOf = (text: string) => text.match(/--v8-flags=\S+/g);
-  for (const name of ["lematt", "leforward"]) {
-    const [line] = text(`${name}.ts`).split("\n");
-    assert.equal(flagsOf(line!)?.length, 1);
-    assert.deepEqual(flagsOf(tasks[`compile:${name}`]), flagsOf(line!));
-  }
+  assert.deepEqual(permissions.leforward, { net: true, env: ["SSH_ORIGINAL_COMMAND"] });
   assert.deepEqual(permissions.tests, permissions.lematt);
+  assert.equal(/^const VERSION = "(.*)";$/m.exec(textOf("lematt.ts"))?.[1], version);
+  const named = { lematt: /-P=lematt /, leforward: /-N -E=SSH_ORIGINAL_COMMAND / }; // leforward has no deno.json
+  for (const [name, flags] of Object.entries(named)) {
+    const [line] = textOf(`${name}.ts`).split("\n", 1);
+    assert.match(line!, /^#!\/usr\/bin\/env -S DENO_NO_UPDATE_CHECK=1 deno run -q --no-prompt /);
+    assert.match(line!, flags);
+    assert.doesNotMatch(line!, / (-A|--allow-all)\b/);
+    assert.deepEqual(tasks[`compile:${name}`].match(/--v8-flags=\S+/g), line!.match(/--v8-flags=\S+/g));
+  }
 });
 
 Deno.test("no test changes what all test files of a process share: directory, umask, environment", () => {
   for (const { name } of Deno.readDirSync(import.meta.dirname!)) {
-    const text = Deno.readTextFileSync(join(import.meta.dirname!, name));
-    assert.doesNotMatch(text, /\b(Deno|process)\.(chdir|umask|env\.(set|delete))\(/, name);
+    assert.doesNotMatch(textOf("tests", name), /\b(Deno|process)\.(chdir|umask|env\.(set|delete))\(/, name);
   }
 });

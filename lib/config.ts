@@ -244,7 +244,7 @@ function readSettings(source: SourceFile) {
 function checkSettings(settings: Settings, written: ReadonlyMap<string, number>, source: SourceFile) {
   const { rsaTag, curveTag, keyBitsRSA, curve, keyTypes, generateNewCertsAfterDays: age } = settings;
   const days = settings.reauthorizeDays ?? 15;
-  if (rsaTag?.toLowerCase() === curveTag?.toLowerCase()) { // some file systems ignore case
+  if (rsaTag && rsaTag.toLowerCase() === curveTag?.toLowerCase()) { // some file systems ignore case
     const later = (written.get("rsaTag") ?? 0) > (written.get("curveTag") ?? 0) ? "rsaTag" : "curveTag";
     const why = "the files of both key types would have the same names";
     source.error(`${later}: ${why}`, written.get(later), "make rsaTag and curveTag differ");

@@ -16,10 +16,13 @@ const pem = { type: "pkcs8", format: "pem" } as const;
 const accountKey = generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey.export(pem) as string;
 Deno.mkdirSync(join(base, "drop"));
 const write = (name: string, text: string) => Deno.writeTextFileSync(join(base, name), text, { mode: 0o600 });
-write("account.key", accountKey);
-write("eab", "c2VjcmV0LXNlY3JldA\n");
-write("eab-standard", "++//++//\n");
-write("not-eab", "not base64!\n");
+const secrets = {
+  "account.key": accountKey,
+  "eab": "c2VjcmV0LXNlY3JldA\n",
+  "eab-standard": "++//++//\n",
+  "no-eab": "!",
+};
+for (const [name, text] of Object.entries(secrets)) write(name, text);
 
 interface Files {
   settings?: string; // lines after the required ones of lematt.conf, from line 4
@@ -34,11 +37,8 @@ function directoryOf({ settings = "", conf, domains = "example.com\n", actions =
   const directory = join(base, `conf${count++}`);
   Deno.mkdirSync(directory);
   const needed = "[config]\naccountKey: ../account.key\nchallengeDropDir: ../drop\n";
-  const texts = {
-    "lematt.conf": conf === undefined ? needed + settings : conf,
-    domains,
-    "actions.conf": actions,
-  };
+  conf = conf === undefined ? needed + settings : conf;
+  const texts = { "lematt.conf": conf, domains, "actions.conf": actions };
   for (const [name, text] of Object.entries(texts)) {
     if (text !== null) Deno.writeTextFileSync(join(directory, name), text);
   }
@@ -75,12 +75,12 @@ function matches(notices: readonly Notice[], patterns: readonly string[], what =
   ok(right, `${what}: ${JSON.stringify(found, null, 1)} is not ${JSON.stringify(patterns, null, 1)}`);
 }
 
-/** Rows of a table: cells between " => ", in which ⏎ and ␛ stand for control characters. A line that begins with "=>" continues the row. */
+/** Rows of a table, with cells between " => ". ⏎ and ␛ stand for these characters; a line that begins with "=>" goes on. */
 function rows({ raw }: TemplateStringsArray): string[][] {
-  return raw[0]!.trim().split(/\n(?!\s*=>)/)
-    .map((row) =>
-      row.trim().split(/\s+=> /).map((cell) => cell.replaceAll("⏎", "\n").replaceAll("␛", "\x1b"))
-    );
+  const text = raw[0]!.trim().replaceAll("⏎", "\v").replaceAll("␛", "\x1b");
+  return text.split(/\n(?! *=>)/).map((row) =>
+    row.trim().split(/\s+=> /).map((cell) => cell.replaceAll("\v", "\n"))
+  );
 }
 
 /** Separates the cells that are files: "S: " lines of [config], "C: " lematt.conf, "D: " domains, "A: " actions.conf. */
@@ -111,10 +111,7 @@ ocspStapleRequired: no\nupdate: ["ssh reload-postfix", "ssh reload-dovecot"]\n`,
   same(rest, { ...defaults, ...paths, challengeDropDir: `${base}/drop`, accountKey: `${base}/account.key` });
   const placed = [...warnings, ...advice].map(({ file, line }) => `${file}:${line}`);
   same(placed, ["lematt.conf:5", "actions.conf:1", "actions.conf:3"]);
-  same(sections.map(({ update }) => update.join()), [
-    "sudo service nginx reload",
-    "ssh reload-postfix,ssh reload-dovecot",
-  ]);
+  same(sections.map(({ update }) => update.length), [1, 2]);
   same(lines.map(({ line, names, sections: [first] }) => [line, ...names, first!.name].join(" ")), [
     "2 example.com www.example.com default",
     "4 mail.example.com override-mail",
@@ -153,26 +150,20 @@ Deno.test("loadConfig() normalizes names, removes duplicates, and knows the file
     example.com www www.example.com example.com => example.com www.example.com
       => example.com example.com www.example.com
     b.org z.a.com a.org c.b.org b.a.com a.com a.net => b.org a.com a.net a.org b.a.com z.a.com c.b.org
-    ﻿example.com\twww mail \r⏎ => example.com mail.example.com www.example.com
     a.com b⏎A.com b.a.com => a.com b.a.com => A.com b.a.com
     Exämple.com ÄPFEL faß.de => xn--exmple-cua.com xn--pfel-koa.xn--exmple-cua.com xn--fa-hia.de
     2001:DB8:0:0:1:0:0:1 => 2001:db8::1:0:0:1 => 2001:DB8:0:0:1:0:0:1
     a-b.c--d.x1 3com => a-b.c--d.x1 3com.a-b.c--d.x1`;
   const label = "a".repeat(63);
   const long = `${"a".repeat(49)}.`.repeat(5) + "com";
-  for (const [text, ...expected] of [...accepted, [`${label}.com`, `${label}.com`], [long, long]]) {
-    const [line] = load({ domains: text!.replace("\\t", "\t").replace("\\r", "\r") }).lines;
+  accepted.push([`${label}.com`, `${label}.com`], [long, long]);
+  accepted.push(["\ufeffexample.com\twww mail \r\n", "example.com mail.example.com www.example.com"]);
+  for (const [domains, ...expected] of accepted) {
+    const [line] = load({ domains }).lines;
     same([line!.names, ...line!.formerNames].map((names) => names.join(" ")), expected);
   }
-  for (
-    const line of [
-      `a${label}.com`,
-      `${"a.".repeat(126)}com`,
-      `a.com ${Array.from(label.repeat(2).slice(0, 100), (_, n) => n).join(" ")}`,
-    ]
-  ) {
-    matches(errors({ domains: line }), ["domains:1"]);
-  }
+  const many = Array.from({ length: 101 }, (_, n) => `${n}.com`).join(" ");
+  for (const line of [`a${label}.com`, `a.${long}`, many]) matches(errors({ domains: line }), ["domains:1"]);
 });
 
 Deno.test("a line has the sections of its names, or [default], then [every], with their key types, challenges and profiles", () => {
@@ -191,8 +182,8 @@ Deno.test("a line has the sections of its names, or [default], then [every], wit
     ["default every", ["ec"], "of-every"],
     ["__proto__ every", ["ec"], "of-every"],
   ]);
-  same(sections.map(({ keyTypes, verifyWaitSeconds }) => [...keyTypes, verifyWaitSeconds].join()), [
-    ...["rsa,ec,7", "rsa,3", "ec,7", "ec,7"],
+  same(sections.map(({ keyTypes, verifyWaitSeconds }) => `${keyTypes} ${verifyWaitSeconds}`), [
+    ...["rsa,ec 7", "rsa 3", "ec 7", "ec 7"],
   ]);
   same(sections.map(({ rehearse, dnsParallel }) => rehearse && dnsParallel), [false, false, true, false]);
   same(sectionsOf(config, "toString").map(({ name }) => name), ["default", "every"]);
@@ -222,24 +213,6 @@ Deno.test("loadConfig() reads the endpoints of verify, and rejects invalid ones"
 
 // ---- errors ----------------------------------------------------------------------------------------------
 
-const invalidSettings = rows`
-  reauthorizeDays => soon => -1 => inf => 15 # days => 15⏎ curve: P-256
-  keyBitsRSA => 2049 => 512
-  curve => secp256k1
-  rsaTag => a/b => a b => r%(prefix)s
-  keyTypes => rsa dsa
-  directory => http://ca.test/⏎testDirectory: https://b/
-  contact => a@example.com, b@example.com
-  profile => a b
-  caBundle => nowhere.pem => ../account.key => ~/ca.pem`;
-Deno.test("loadConfig() rejects an invalid value, with its line", () => {
-  for (const [key, ...values] of invalidSettings) {
-    for (const value of values) {
-      matches(errors({ settings: `${key}: ${value}` }), [`lematt.conf:4 ${key}`], value);
-    }
-  }
-});
-
 Deno.test("loadConfig() rejects each invalid name, with its line and the name", () => {
   const invalid =
     ("$(reboot).example.com a.com,b.com https://example.com ../example.com example.com:443 -rf.com " +
@@ -254,10 +227,22 @@ Deno.test("loadConfig() rejects each invalid name, with its line and the name", 
 
 /** The behaviour, the files, and the place and a part of each problem. */
 const invalid = rows`
+  no number => S: reauthorizeDays: soon => lematt.conf:4 reauthorizeDays
+  a number out of range => S: reauthorizeDays: -1⏎parallel: 101 => lematt.conf:4 reauthorizeDays => lematt.conf:5 parallel
+  a comment behind a value => S: reauthorizeDays: 15 # days => lematt.conf:4 a comment needs a line of its own
+  an indented line => S: reauthorizeDays: 15⏎ curve: P-256 => lematt.conf:4 line 5 is indented
+  no multiple of 8, and no curve => S: keyBitsRSA: 2049⏎curve: secp256k1 => lematt.conf:4 2049 => lematt.conf:5 curve
+  no tags => S: rsaTag: a/b⏎curveTag: r%(prefix)s => lematt.conf:4 rsaTag => lematt.conf:5 curveTag
+  no key types, no profile => S: keyTypes: rsa dsa⏎profile: a b => lematt.conf:4 keyTypes => lematt.conf:5 profile
+  a URL without TLS => S: directory: http://ca.test/⏎testDirectory: https://b/ => lematt.conf:4 directory
+  a comma between addresses => S: contact: a@example.com, b@example.com => lematt.conf:4 contact
+  a bundle that is missing => S: caBundle: nowhere.pem => lematt.conf:4 caBundle
+  a bundle without certificates => S: caBundle: ../account.key => lematt.conf:4 caBundle
+  a path for the shell => S: caBundle: ~/ca.pem => lematt.conf:4 caBundle
   rsaTag and curveTag that differ only in case => S: rsaTag: x⏎curveTag: X => lematt.conf:5
   eabKeyId without eabHmacKey => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
-  an eabHmacKey that is not base64 => S: eabKeyId: kid⏎eabHmacKey: ../not-eab
-    => lematt.conf:5 BASE/not-eab
+  an eabHmacKey that is not base64 => S: eabKeyId: kid⏎eabHmacKey: ../no-eab
+    => lematt.conf:5 BASE/no-eab
   a mistyped setting => S: reautorizeDays: 15 => lematt.conf:4 did you mean reauthorizeDays
   keys without a section => C: # nothing => lematt.conf: [config]
   a section without domains => A: [a]⏎update: [] => actions.conf:1 "domains"
@@ -282,7 +267,7 @@ const invalid = rows`
     => D: *.a.com⏎b.com => A: [a]⏎domains: *.a.com⏎challenge: dns-persist-01 => lematt.conf:1 http://b.com/
   a drop directory that does not exist => C: [config]⏎accountKey: ../account.key⏎challengeDropDir: ../it's
     => lematt.conf:3 mkdir -p 'BASE/it'\''s'`;
-Deno.test("loadConfig() rejects incomplete or contradictory files, with the line of each problem", () => {
+Deno.test("loadConfig() rejects invalid, incomplete or contradictory values, with the line of each problem", () => {
   for (const [behaviour, ...cells] of invalid) {
     const [files, problems] = filesOf(cells);
     matches(errors(files), problems, behaviour);
@@ -314,11 +299,8 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
 
 Deno.test("T9: no message contains a secret from a file", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
-  const values = [`${secret}=`, `\n${secret}==`, `\n${secret}`, `~${secret}`, `${secret}\n${secret}: 1`];
-  const texts = [
-    ...values.map((value) => `eabHmacKey: ${value}`),
-    `directory: https://me:${secret}@ca.test/`,
-  ];
+  const values = [`${secret}=`, `\n${secret}==`, `~${secret}`, `${secret}\n${secret}: 1`];
+  const texts = [...values.map((value) => `eabHmacKey: ${value}`), `directory: https://a:${secret}@b/`];
   for (const text of texts) {
     const problems = JSON.stringify(errors({ settings: `eabKeyId: kid\n${text}` }));
     ok(!problems.includes(secret.slice(0, 12)), problems);
@@ -380,26 +362,14 @@ Deno.test("loadConfig() accepts harmless mistakes with a warning that names the 
 // ---- files and their owners ------------------------------------------------------------------------------
 
 Deno.test("loadConfig() accepts an account key in each format, and rejects one that the CA or lematt cannot use", () => {
-  const { privateKey: rsa } = generateKeyPairSync("rsa", { modulusLength: 2048 });
-  const { privateKey: small } = generateKeyPairSync("rsa", { modulusLength: 1024 });
+  const rsa = (modulusLength: number) => generateKeyPairSync("rsa", { modulusLength }).privateKey;
   const ec = (namedCurve: string) => generateKeyPairSync("ec", { namedCurve }).privateKey;
-  const block = (label: string, body: string) =>
+  const block = (label: string, body = "c2VjcmV0") =>
     `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
-  const fromOpenssl = block("EC PARAMETERS", "BgUrgQQAIg==") +
-    ec("secp384r1").export({ type: "sec1", format: "pem" });
-  const accepted = [rsa.export(pem), rsa.export({ type: "pkcs1", format: "pem" }), fromOpenssl];
-  const rejected = [
-    ...[
-      "",
-      block("PUBLIC KEY", "c2VjcmV0"),
-      block("PRIVATE KEY", "c2VjcmV0"),
-      block("PRIVATE KEY", "-a".repeat(5e6)),
-    ],
-    ...[ec("secp256k1").export(pem), small.export(pem)],
-    block("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0"),
-  ];
+  const sec1 = ec("secp384r1").export({ type: "sec1", format: "pem" });
   const conf = "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n";
-  for (const key of accepted) {
+  const fromOpenssl = block("EC PARAMETERS", "BgUrgQQAIg==") + sec1;
+  for (const key of [rsa(2048).export({ type: "pkcs1", format: "pem" }), fromOpenssl]) {
     write("key", String(key));
     same(load({ conf }).accountKey, join(base, "key"));
   }
@@ -407,8 +377,10 @@ Deno.test("loadConfig() accepts an account key in each format, and rejects one t
   write("key.test", ""); // that of --test
   loadConfig("prod", directory);
   matches(errors(directory, "test"), ["lematt.conf:2 BASE/key.test"]);
-  for (const key of rejected) {
-    write("key", String(key));
+  const encrypted = block("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0");
+  const unusable = [rsa(1024), ec("secp256k1")].map((key) => String(key.export(pem)));
+  for (const key of ["", block("PUBLIC KEY"), block("PRIVATE KEY"), encrypted, ...unusable]) {
+    write("key", key);
     matches(errors({ conf }), ["lematt.conf:2 BASE/key"]);
   }
 });
@@ -432,8 +404,8 @@ async function notices(directory: string, { cwd = "/", as = [] }: { cwd?: string
 }
 
 /** A user who is not root, but may read all files, since deno and the packages may be root's. */
-const OTHER = "setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search " +
-  "--ambient-caps=+dac_read_search";
+const OTHER =
+  "setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search";
 const as = Deno.uid() === 0 ? OTHER.split(" ") : [];
 
 Deno.test("paths relative to the working directory, and directories that the user cannot write to, are rejected", async () => {
@@ -461,74 +433,63 @@ const open = rows`
   a drop directory writable by its group => drop 2775 33 33
   an account key writable by all => key 602 0 0 => lematt.conf:2 others may write
   an account key readable by others => key 640 0 0 => lematt.conf:2 chmod 600`;
-const forRoot = { ignore: Deno.uid() !== 0 };
-Deno.test(
-  "S5: root is told which files others may change; alert commands in them are not used",
-  forRoot,
-  () => {
-    for (const [what, change, ...expected] of open) {
-      const conf = directoryOf({
-        conf: "[config]\naccountKey: key\nchallengeDropDir: drop\n",
-        actions: '[every]\nalert: ["mail x"]\n',
-      });
-      for (const directory of ["drop", "prod", "prod/key"]) Deno.mkdirSync(join(conf, directory));
-      Deno.writeTextFileSync(join(conf, "prod/state.json"), "{}");
-      Deno.writeTextFileSync(join(conf, "key"), accountKey, { mode: 0o600 });
-      const [path, mode, uid, gid] = change!.split(" ") as [string, string, string, string];
-      Deno.chownSync(join(conf, path), Number(uid), Number(gid));
-      Deno.chmodSync(join(conf, path), parseInt(mode, 8));
-      try {
-        matches(loadConfig("prod", conf).warnings, expected, what);
-      } catch (error) {
-        if (!(error instanceof ConfigError)) throw error;
-        matches(error.problems, expected, what);
-        same(error.alerts?.length, path === "." ? undefined : path === "actions.conf" ? 0 : 1, what);
-      }
+const asRoot = { ignore: Deno.uid() !== 0 };
+Deno.test("S5: root reads no files that others may change, nor alert commands in them", asRoot, () => {
+  for (const [what, change, ...expected] of open) {
+    const conf = directoryOf({
+      conf: "[config]\naccountKey: key\nchallengeDropDir: drop\n",
+      actions: '[every]\nalert: ["mail x"]\n',
+    });
+    for (const directory of ["drop", "prod", "prod/key"]) Deno.mkdirSync(join(conf, directory));
+    Deno.writeTextFileSync(join(conf, "prod/state.json"), "{}");
+    Deno.writeTextFileSync(join(conf, "key"), accountKey, { mode: 0o600 });
+    const [path, mode, uid, gid] = change!.split(" ") as [string, string, string, string];
+    Deno.chownSync(join(conf, path), Number(uid), Number(gid));
+    Deno.chmodSync(join(conf, path), parseInt(mode, 8));
+    try {
+      matches(loadConfig("prod", conf).warnings, expected, what);
+    } catch (error) {
+      if (!(error instanceof ConfigError)) throw error;
+      matches(error.problems, expected, what);
+      same(error.alerts?.length, path === "." ? undefined : path === "actions.conf" ? 0 : 1, what);
     }
-  },
-);
-
-Deno.test(
-  "T6: a tree that belongs to root is a warning, files of the user's own group are not",
-  forRoot,
-  async () => {
-    const conf = directoryOf({ conf: "[config]\naccountKey: key\nchallengeDropDir: drop\n" });
-    Deno.mkdirSync(join(conf, "drop"));
-    for (const name of ["", "lematt.conf", "domains", "actions.conf", "drop"]) {
-      Deno.chownSync(join(conf, name), 65534, 65534);
-      Deno.chmodSync(join(conf, name), 0o775);
-    }
-    same((await notices(conf, { as })).match(/BASE.*/), null);
-    Deno.mkdirSync(join(conf, "prod"));
-    const text = await notices(conf, { as });
-    ok(text.includes("BASE/CONF/prod: ") && text.includes("chown -R 65534 BASE/CONF/prod\n"), text);
-  },
-);
-
-Deno.test("loadConfig() rejects a directory whose path has characters special to the shell", () => {
-  const named = (name: string) => {
-    const directory = join(base, name);
-    Deno.renameSync(directoryOf(), directory);
-    return directory;
-  };
-  for (const name of ["with blank", "ünicode", "$HOME"]) same(errors(named(name)).length, 1, name);
-  loadConfig("prod", named("a-Z.0_@+,:%"));
+  }
 });
 
-Deno.test("loadConfig() rejects missing files, directories, FIFOs and binary files, without blocking", () => {
+Deno.test("T6: a tree of root is a warning, files of the user's own group are not", asRoot, async () => {
+  const conf = directoryOf({ conf: "[config]\naccountKey: key\nchallengeDropDir: drop\n" });
+  Deno.mkdirSync(join(conf, "drop"));
+  for (const name of ["", "lematt.conf", "domains", "actions.conf", "drop"]) {
+    Deno.chownSync(join(conf, name), 65534, 65534);
+    Deno.chmodSync(join(conf, name), 0o775);
+  }
+  same((await notices(conf, { as })).match(/BASE.*/), null);
+  Deno.mkdirSync(join(conf, "prod"));
+  const text = await notices(conf, { as });
+  ok(text.includes("BASE/CONF/prod: ") && text.includes("chown -R 65534 BASE/CONF/prod\n"), text);
+});
+
+Deno.test("loadConfig() rejects paths special to the shell, and missing, special and binary files, without blocking", () => {
   const directory = directoryOf({ conf: null, domains: null, actions: null });
+  const path = (name: string) => `${name}: BASE/CONF/${name}`;
   matches(errors(directory), [
-    ...["lematt.conf: BASE/CONF/lematt.conf", "domains: BASE/CONF/domains"],
+    path("lematt.conf"),
+    path("domains"),
     "actions.conf: touch BASE/CONF/actions.conf",
   ]);
   Deno.mkdirSync(join(directory, "lematt.conf"));
   new Deno.Command("mkfifo", { args: [join(directory, "actions.conf")] }).outputSync();
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
-  const [first, second] = ["lematt.conf: BASE/CONF/lematt.conf", "actions.conf: BASE/CONF/actions.conf"];
-  matches(errors(directory), [first!, "domains:2 UTF-8", second!]);
+  matches(errors(directory), [path("lematt.conf"), "domains:2 UTF-8", path("actions.conf")]);
+  for (
+    const [name, count] of [["with blank", 1], ["ünicode", 1], ["$HOME", 1], ["a-Z.0_@+,:%", 0]] as const
+  ) {
+    Deno.renameSync(directoryOf({ settings: "curve: x" }), join(base, name));
+    same(errors(join(base, name)).length, 1 + count, name);
+  }
 });
 
-// ---- samples and hostile input ---------------------------------------------------------------------------
+// ---- samples and addresses ---------------------------------------------------------------------------
 
 Deno.test("the samples in conf/ have every key, need only names and the drop directory, and their examples are valid", () => {
   const read = (name: string) => Deno.readTextFileSync(new URL(`../conf/${name}`, import.meta.url));
@@ -553,20 +514,8 @@ Deno.test("the samples in conf/ have every key, need only names and the drop dir
   const names = config.lines.map(({ names }) => names[0]).join(" ");
   same(names, "example.com mail.example.com git.example.com example.org 192.0.2.10");
   same(config.sections.map(({ name }) => name).slice(0, 4), ["default", "every", "mail", "intranet"]);
-  same([config.preferredChain, config.dnsWaitSeconds, config.profile], ["ISRG Root X1", 120, "tlsserver"]);
   const warnings = printed(config.warnings).join("\n");
   ok(!/unknown|not replaced/.test(warnings), warnings);
-});
-
-Deno.test("loadConfig() reads hostile values in linear time", () => {
-  for (const unit of [" ", ...'9 a - . _ 1_ " \\ \\" "", [ DOMAIN $ a@ ::'.split(" ")]) {
-    const long = unit.repeat(200_000);
-    errors({
-      settings: ["reauthorizeDays", "contact", "rsaTag"].map((key) => `${key}: ${long}!\n`).join(""),
-      domains: `${long}!\n`,
-      actions: `[default]\nupdate: ["${long}\nverify: ["${long}"]\nalert: ${long}]x\n`,
-    });
-  }
 });
 
 Deno.test("isIP() agrees with node:net, except for zone identifiers", () => {

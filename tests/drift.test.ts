@@ -10,7 +10,7 @@ import { status } from "../lib/run.ts";
 import { exitStatus, statusMetrics } from "../lib/status.ts";
 import { type Ran, testBed, until } from "./bed.ts";
 import { violations } from "./schema.ts";
-import { ACTIONS, COPY, NAME, type Options, RELOAD, type Site, startSite, VERIFY } from "./site.ts";
+import { ACTIONS, NAME, type Options, RELOAD, type Site, startSite, VERIFY } from "./site.ts";
 import { makeCertificate, nginxTest, startBalancer, startHttps, tcpServer } from "./tls.ts";
 
 const HOUR = 3_600_000, DAY = 24 * HOUR;
@@ -26,91 +26,60 @@ function routed({ port }: Site, ...found: readonly { port: number; address?: str
 const kinds = ({ events }: Ran) =>
   events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
-nginxTest(
-  "R9: a delivery is verified for each key type of its section; one that only RSA received is reported",
-  async () => {
-    const onlyRsa = ACTIONS.replace(COPY, `test KEY_TYPE = ec || { ${COPY}; }`);
-    await using site = await startSite({
-      age: 80,
-      actions: `${onlyRsa}verifyWait: 0`,
-      keyTypes: ["rsa", "ec"],
-    });
-    const wrong = await site.run();
-    assert.equal(wrong.code, 1);
-    assert.match(wrong.stderr, /^WRONG .* \(ec\) serves an older/m);
-    site.act(ACTIONS);
-    const { code, stdout, stderr } = await site.run();
-    assert.deepEqual([code, stderr], [0, ""]);
-    for (const type of ["rsa", "ec"]) {
-      assert.match(stdout, new RegExp(`^verified .* \\(${type}\\) serves the newest .* valid until `, "m"));
-    }
-    const pg = `[pg]\ndomains: ${NAME}\nkeyTypes: rsa\n`;
-    site.act(`${ACTIONS.replace("[default]\n", pg)}[every]\nupdate: ["true"]`);
-    const again = await site.run({ named: { deliver: ["[pg]"] } });
-    assert.deepEqual(again.stdout.match(/^verified .*\)/gm)?.map((line) => line.slice(-5)), ["(rsa)"]);
-  },
-);
+nginxTest("R5: old files that are restored a week later are replaced, and reported by --cron", async () => {
+  await using site = await startSite({ domains: `${NAME}\nother.example.com`, age: 80 });
+  const { bed, run } = site;
+  site.save("old");
+  await run();
+  bed.ca.advance(DAY);
+  assert.equal((await run({ cron: true })).stdout, "");
+  await site.restore("old");
+  const soon = await run({ cron: true }); // the last good probe is younger than five hours
+  assert.deepEqual([soon.code, soon.stdout, soon.stderr], [0, "", ""]);
+  bed.ca.advance(7 * HOUR);
+  const { code, stdout, requests } = await run({ cron: true });
+  assert.deepEqual([code, requests.length], [0, 0]);
+  assert.match(stdout, /^drift +\[default\] .*#www\.example\.com \(ec\) serves an older certificate/m);
+  assert.match(stdout, /^delivered \[default\] 1 certificate: drift$/m);
+  assert.match(stdout, /^verified /m);
+  assert.equal((await run({ cron: true })).stdout, "");
+
+  // a new certificate of another line of the section has the first one probed as well
+  await site.restore("old");
+  bed.ca.advance(7 * HOUR);
+  Deno.removeSync(bed.path("prod", "cert", "other.example.com-cert-combined.prime256v1.pem"));
+  const document = JSON.parse((await run({ json: true })).stdout);
+  assert.deepEqual(violations(document, "run"), []);
+  assert.deepEqual([document.issued[0].names, document.drift.length], [["other.example.com"], 1]);
+});
+
+nginxTest("a self-signed certificate is replaced; one for other names is reported once a day", async () => {
+  await using site = await startSite();
+  const { bed, run, web } = site;
+  await run();
+  await makeCertificate(web, "self", "ec", [NAME]);
+  await site.restore("self");
+  bed.ca.advance(7 * HOUR);
+  const repaired = await run();
+  assert.deepEqual([repaired.code, kinds(repaired)], [0, ["drift", "delivery"]]);
+  assert.match(repaired.stdout, /serves a self-signed certificate/);
+
+  site.save("other");
+  const life = { notBefore: bed.ca.now, notAfter: new Date(bed.ca.now.getTime() + 90 * DAY) };
+  const key = Deno.readTextFileSync(join(web, "other.key"));
+  const chain = await bed.ca.forge(key, ["\x1b[31m\r\u0085www.example.com"], life);
+  Deno.writeTextFileSync(join(web, "other.pem"), chain);
+  await site.restore("other");
+  bed.ca.advance(7 * HOUR);
+  const wrong = await run({ cron: true });
+  assert.deepEqual([wrong.code, kinds(wrong)], [1, []]);
+  assert.match(wrong.stderr, /serves a certificate for /);
+  assert.doesNotMatch(wrong.stderr, /[^\x20-\x7e\n]/);
+  assert.equal((await run({ cron: true })).stderr, "");
+});
 
 nginxTest(
-  "R5: old files restored a week later are detected by the next run, replaced, and reported by --cron",
-  async () => {
-    await using site = await startSite({ domains: `${NAME}\nother.example.com`, age: 80 });
-    const { bed, run } = site;
-    site.save("old");
-    await run();
-    bed.ca.advance(DAY);
-    assert.equal((await run({ cron: true })).stdout, "");
-    await site.restore("old");
-    const soon = await run({ cron: true }); // the last good probe is younger than five hours
-    assert.deepEqual([soon.code, soon.stdout, soon.stderr], [0, "", ""]);
-    bed.ca.advance(7 * HOUR);
-    const { code, stdout, requests } = await run({ cron: true });
-    assert.deepEqual([code, requests.length], [0, 0]);
-    assert.match(stdout, /^drift +\[default\] .*#www\.example\.com \(ec\) serves an older certificate/m);
-    assert.match(stdout, /^delivered \[default\] 1 certificate: drift$/m);
-    assert.match(stdout, /^verified /m);
-    assert.equal((await run({ cron: true })).stdout, "");
-
-    // a new certificate of another line of the section has the first one probed as well
-    await site.restore("old");
-    bed.ca.advance(7 * HOUR);
-    Deno.removeSync(bed.path("prod", "cert", "other.example.com-cert-combined.prime256v1.pem"));
-    const document = JSON.parse((await run({ json: true })).stdout);
-    assert.deepEqual(violations(document, "run"), []);
-    assert.deepEqual([document.issued[0].names, document.drift.length], [["other.example.com"], 1]);
-  },
-);
-
-nginxTest(
-  "a self-signed certificate is replaced; one for other names is left alone, and reported once a day",
-  async () => {
-    await using site = await startSite();
-    const { bed, run, web } = site;
-    await run();
-    await makeCertificate(web, "self", "ec", [NAME]);
-    await site.restore("self");
-    bed.ca.advance(7 * HOUR);
-    const repaired = await run();
-    assert.deepEqual([repaired.code, kinds(repaired)], [0, ["drift", "delivery"]]);
-    assert.match(repaired.stdout, /serves a self-signed certificate/);
-
-    site.save("other");
-    const life = { notBefore: bed.ca.now, notAfter: new Date(bed.ca.now.getTime() + 90 * DAY) };
-    const key = Deno.readTextFileSync(join(web, "other.key"));
-    const chain = await bed.ca.forge(key, ["\x1b[31m\r\u0085www.example.com"], life);
-    Deno.writeTextFileSync(join(web, "other.pem"), chain);
-    await site.restore("other");
-    bed.ca.advance(7 * HOUR);
-    const wrong = await run({ cron: true });
-    assert.deepEqual([wrong.code, kinds(wrong)], [1, []]);
-    assert.match(wrong.stderr, /serves a certificate for /);
-    assert.doesNotMatch(wrong.stderr, /[^\x20-\x7e\n]/);
-    assert.equal((await run({ cron: true })).stderr, "");
-  },
-);
-
-nginxTest(
-  "R8: a server that is down is reported; an old certificate is found at each of several servers, and repaired three times",
+  "R8: an old certificate is found at each of several servers, and replaced three times",
   async () => {
     await using site = await startSite({ age: 80 });
     const { bed, run, port, web } = site;
@@ -148,7 +117,7 @@ nginxTest(
 );
 
 nginxTest(
-  "R7: an endpoint in two sections is probed once; one without a line's name is probed for the section's names",
+  "R7: an endpoint of two sections is probed once, by a name of the section if it has none",
   async () => {
     const unnamed = `verify: ["127.0.0.1:PORT", "127.0.0.1:PORT#web1.internal.example"]`;
     await using site = await startSite({ actions: `${ACTIONS.replace(VERIFY, unnamed)}[every]\n${VERIFY}` });
@@ -162,29 +131,26 @@ nginxTest(
   },
 );
 
-nginxTest(
-  "R10: --test accepts production's certificate and reports its own in that place; the next --prod repairs that",
-  async () => {
-    await using site = await startSite();
-    const { run, settle } = site;
-    assert.equal((await run()).code, 0);
-    const rehearsal = await run({ mode: "test" });
-    assert.deepEqual([rehearsal.code, rehearsal.stderr], [0, ""]);
-    assert.match(rehearsal.stdout, /^verified .*finishes the handshake/m);
-    const after = await run();
-    assert.deepEqual([after.code, kinds(after)], [0, []]);
+nginxTest("R10: --test reports its own certificate in production's place; --prod repairs that", async () => {
+  await using site = await startSite();
+  const { run, settle } = site;
+  assert.equal((await run()).code, 0);
+  const rehearsal = await run({ mode: "test" });
+  assert.deepEqual([rehearsal.code, rehearsal.stderr], [0, ""]);
+  assert.match(rehearsal.stdout, /^verified .*finishes the handshake/m);
+  const after = await run();
+  assert.deepEqual([after.code, kinds(after)], [0, []]);
 
-    site.act(`${ACTIONS}rehearse: yes\nverifyWait: 0`);
-    const wrong = await run({ mode: "test", sleep: settle });
-    assert.equal(wrong.code, 1);
-    assert.match(wrong.stderr, /^WRONG .*serves the certificate of --test/m);
-    site.act(ACTIONS);
-    const repaired = await run();
-    assert.equal(repaired.code, 0, repaired.stderr);
-    assert.match(repaired.stdout, /^drift .*serves the certificate of --test/m);
-    assert.match(repaired.stdout, /^verified /m);
-  },
-);
+  site.act(`${ACTIONS}rehearse: yes\nverifyWait: 0`);
+  const wrong = await run({ mode: "test", sleep: settle });
+  assert.equal(wrong.code, 1);
+  assert.match(wrong.stderr, /^WRONG .*serves the certificate of --test/m);
+  site.act(ACTIONS);
+  const repaired = await run();
+  assert.equal(repaired.code, 0, repaired.stderr);
+  assert.match(repaired.stdout, /^drift .*serves the certificate of --test/m);
+  assert.match(repaired.stdout, /^verified /m);
+});
 
 Deno.test("S2: an endpoint that never answers delays no other section", async () => {
   await using silent = await tcpServer(() => {});
@@ -210,12 +176,6 @@ async function night({ bed, run }: Site, options: Options = {}) {
   bed.ca.advance(DAY - 60_000);
   const ran = await run({ cron: true, ...options });
   return { ...ran, output: ran.stdout + ran.stderr, alerts: bed.take("alerts").join("\n") };
-}
-
-/** Waits until nginx serves the newest certificate. */
-async function serves({ bed, served, settle }: Site): Promise<void> {
-  await settle();
-  assert.equal(served(), bed.text("prod/cert/www.example.com-cert-combined.prime256v1.pem"));
 }
 
 /** Three nights in which the certificate is not served, while HERE/down exists, then one in which it is. */
@@ -249,7 +209,8 @@ async function threeNights(
   const last = await night(site);
   assert.deepEqual([last.code, kinds(last)], [0, delivers ? ["delivery"] : []], last.output);
   assert.match(last.alerts, /^well again/);
-  await serves(site);
+  await site.settle();
+  assert.equal(site.served(), bed.text("prod/cert/www.example.com-cert-combined.prime256v1.pem"));
   const quiet = await night(site);
   assert.deepEqual([quiet.code, quiet.output, quiet.alerts], [0, "", ""]);
 }
@@ -257,56 +218,39 @@ async function threeNights(
 const ALERT = `alert: ["{ echo SUBJECT; cat; } >> HERE/alerts"]\n`;
 const NIGHTS = { age: 58.5, actions: ACTIONS + ALERT };
 
-nginxTest(
-  "R2: a failed upload is reported every night, although the state is lost and the section renamed, and made up for",
-  async () => {
-    const upload = "test ! -e HERE/down || { echo no route to host >&2; exit 255; }; cp";
-    const actions = NIGHTS.actions.replace("cp", upload);
-    await using site = await startSite({ ...NIGHTS, actions });
-    const output =
-      /^FAILED .*\n.*exit status 255\n +\| no route to host\nproblem .*serves an older certificate at /m;
-    const loseState = () => Deno.removeSync(site.bed.path("prod", "state.json"));
-    const rename = () => site.act(actions.replace("[default]", `[web]\ndomains: ${NAME}`));
-    await threeNights(site, output, { between: [loseState, rename] });
-  },
-);
+nginxTest("R2: a failed upload is reported although the state is lost and the section renamed", async () => {
+  const upload = "test ! -e HERE/down || { echo no route to host >&2; exit 255; }; cp";
+  const actions = NIGHTS.actions.replace("cp", upload);
+  await using site = await startSite({ ...NIGHTS, actions });
+  const output =
+    /^FAILED .*\n.*exit status 255\n +\| no route to host\nproblem .*serves an older certificate at /m;
+  const loseState = () => Deno.removeSync(site.bed.path("prod", "state.json"));
+  const rename = () => site.act(actions.replace("[default]", `[web]\ndomains: ${NAME}`));
+  await threeNights(site, output, { between: [loseState, rename] });
+});
+
+nginxTest("a reload without effect is reported, and (R14) a month without runs", async () => {
+  const actions = NIGHTS.actions.replace(RELOAD, `update: ["true"]`);
+  await using site = await startSite({ ...NIGHTS, actions });
+  const output = /^(WRONG|problem) .*serves an older certificate at 127\.0\.0\.1, valid until /m;
+  await threeNights(site, output, { repair: site.reload, delivers: false });
+
+  const { bed } = site;
+  bed.ca.advance(29 * DAY); // R14
+  const found = await status(bed.config("prod"), true, bed.context(), () => {});
+  assert.equal(exitStatus(found), 1);
+  assert.match(statusMetrics(found), /^lematt_problems\{.*kind="not run"\} 1$/m);
+  const { code, output: printed } = await night(site);
+  assert.equal(code, 0);
+  assert.match(printed, /has not run since /);
+});
 
 nginxTest(
-  "a reload without effect is reported every night; a service that is reloaded later is not reloaded again",
-  async () => {
-    await using site = await startSite({
-      ...NIGHTS,
-      actions: NIGHTS.actions.replace(RELOAD, `update: ["true"]`),
-    });
-    const output = /^(WRONG|problem) .*serves an older certificate at 127\.0\.0\.1, valid until /m;
-    await threeNights(site, output, { repair: site.reload, delivers: false });
-  },
-);
-
-nginxTest(
-  "a clock that is a year behind is reported every night; a certificate is issued once it is right",
+  "a clock that is a year behind is reported; once it is right, a certificate is issued",
   async () => {
     await using site = await startSite(NIGHTS);
     const now = () => new Date(site.bed.ca.now.getTime() - 365 * DAY);
     const output = /this host's clock says .*, but a certificate is valid from /;
     await threeNights(site, output, { options: { now } });
-  },
-);
-
-nginxTest(
-  "R14: a month without runs is shown by --status and --metrics, and reported by the next run",
-  async () => {
-    await using site = await startSite(NIGHTS);
-    const { bed } = site;
-    await night(site);
-    bed.ca.advance(29 * DAY);
-    const found = await status(bed.config("prod"), true, bed.context(), () => {});
-    assert.equal(exitStatus(found), 1);
-    assert.match(statusMetrics(found), /^lematt_problems\{.*kind="not run"\} 1$/m);
-    assert.match(statusMetrics(found), /^lematt_endpoint_not_after_seconds\{/m);
-    const { code, output } = await night(site);
-    assert.equal(code, 0);
-    assert.match(output, /has not run since .*\n(.*\n)*issued .*\n(.*\n)*verified /);
-    await serves(site);
   },
 );

@@ -8,10 +8,9 @@ import { output } from "./programs.ts";
 import { startHttps } from "./tls.ts";
 
 export const NAME = "www.example.com";
-const TAGS = { rsa: "rsa2048", ec: "prime256v1" };
 
-export const COPY = "cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key";
-export const UPLOAD = `uploadEach: ["${COPY}"]`;
+export const UPLOAD =
+  `uploadEach: ["cp CERT_FILE HERE/web/DOMAIN.KEY_TYPE.pem && cp KEY_FILE HERE/web/DOMAIN.KEY_TYPE.key"]`;
 export const RELOAD = `update: ["kill -HUP $(cat HERE/web/pid)"]`;
 export const VERIFY = `verify: ["127.0.0.1:PORT#${NAME}"]`;
 export const ACTIONS = `[default]\n${UPLOAD}\n${RELOAD}\n${VERIFY}\n`;
@@ -20,27 +19,19 @@ export type Options = Parameters<Bed["run"]>[0];
 export type Site = Awaited<ReturnType<typeof startSite>>;
 
 /**
- * A bed with an nginx that serves the certificates of www.example.com by the files that lematt delivers; the first ones are
+ * A bed with an nginx that serves the certificate of www.example.com by the files that lematt delivers; the first one is
  * `age` days old. PORT in actions is replaced by its port. Whenever a run waits, nginx finishes its reload.
  */
-export async function startSite({ actions = ACTIONS, age = 0, domains = NAME, keyTypes = ["ec"] }: {
-  actions?: string;
-  age?: number;
-  domains?: string;
-  keyTypes?: readonly ("rsa" | "ec")[];
-} = {}) {
+export async function startSite({ actions = ACTIONS, age = 0, domains = NAME } = {}) {
   await using stack = new AsyncDisposableStack();
-  const bed = stack.use(await testBed({ domains, settings: `keyTypes: ${keyTypes.join(" ")}\nari: no` }));
+  const bed = stack.use(await testBed({ domains, settings: "keyTypes: ec\nari: no" }));
   const web = join(bed.home, "web");
   await Deno.mkdir(web);
   await bed.plant({ mode: "prod", age });
-  for (const type of keyTypes) {
-    for (const [directory, what, end] of [["cert", "cert-combined", "pem"], ["key", "key", "key"]]) {
-      const planted = bed.path("prod", directory!, `${NAME}-${what}.${TAGS[type]}.pem`);
-      await Deno.copyFile(planted, join(web, `${NAME}.${type}.${end}`));
-    }
-  }
-  const { child, port } = stack.use(await startHttps(web, ...keyTypes.map((type) => `${NAME}.${type}`)));
+  const [cert, key] = [`cert/${NAME}-cert-combined`, `key/${NAME}-key`];
+  await Deno.copyFile(bed.path(`prod/${cert}.prime256v1.pem`), join(web, `${NAME}.ec.pem`));
+  await Deno.copyFile(bed.path(`prod/${key}.prime256v1.pem`), join(web, `${NAME}.ec.key`));
+  const { child, port } = stack.use(await startHttps(web, `${NAME}.ec`));
   await Deno.writeTextFile(join(web, "pid"), `${child.pid}`);
   const served = () => Deno.readTextFileSync(join(web, `${NAME}.ec.pem`));
   const copy = (from: string, to: string) => {

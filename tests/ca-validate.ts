@@ -9,9 +9,9 @@ export interface Proof {
   readonly type: string;
   readonly name: string;
   readonly isWildcard: boolean;
-  readonly token: string;
-  readonly thumbprint: string;
-  readonly accountUrl: string;
+  /** `<token>.<thumbprint>` (RFC 8555 §8.1). */
+  readonly keyAuthorization: string;
+  readonly account: string;
 }
 
 /** The issuer domain name, for dns-persist-01. */
@@ -24,18 +24,18 @@ const noConnection = (detail: string) => refusal(400, "connection", detail);
 
 /** Throws the problem of the challenge if validation fails; `closing` aborts it. */
 export async function validate(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
-  const { type, name, token, thumbprint } = proof;
-  const expected = `${token}.${thumbprint}`;
+  const { type, name, keyAuthorization } = proof;
   if (type === "http-01") {
+    const [token] = keyAuthorization.split(".");
     const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
     const { found, at } = await fetchFile(new URL(url), switches, closing);
-    if (found.trimEnd() === expected) return;
+    if (found.trimEnd() === keyAuthorization) return;
     throw unauthorized(`${at} holds ${JSON.stringify(found.slice(0, 100))}`);
   }
   const record = `${type === "dns-01" ? "_acme-challenge" : "_validation-persist"}.${name}`;
   const nameServer = { ipAddr: "127.0.0.1", port: switches.dnsPort };
   const records = await Deno.resolveDns(`${record}.`, "TXT", { nameServer }).catch(() => []);
-  const digest = createHash("sha256").update(expected).digest("base64url");
+  const digest = createHash("sha256").update(keyAuthorization).digest("base64url");
   const proves = (value: string) => type === "dns-01" ? value === digest : isPersistent(value, proof);
   if (records.some((parts) => proves(parts.join("")))) return;
   throw unauthorized(`none of the ${records.length} TXT records at ${record} proves it`);
@@ -74,12 +74,12 @@ function whereIs({ hostname, port }: URL, { resolve, httpPort = 80 }: Switches) 
 }
 
 /** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble checks the syntax more strictly. */
-function isPersistent(record: string, { accountUrl, isWildcard }: Proof): boolean {
+function isPersistent(record: string, { account, isWildcard }: Proof): boolean {
   const [issuer, ...parameters] = record.split(";").map((part) => part.trim());
   const values = new Map(parameters.map((parameter) => {
     const [tag = "", value] = parameter.split("=").map((part) => part.trim());
     return [tag.toLowerCase(), value];
   }));
-  return issuer === ISSUER && values.get("accounturi") === accountUrl &&
+  return issuer === ISSUER && values.get("accounturi") === account &&
     (!isWildcard || values.get("policy")?.toLowerCase() === "wildcard");
 }

@@ -68,73 +68,19 @@ export type Fault =
   | { kind: "rewrite text"; rewrite: (body: string) => string | Promise<string> }
   | { kind: "after"; fault: Fault };
 
-const HTML = "<!doctype html><title>Sign in</title><h1>Hotel Wi-Fi</h1>";
+export const HTML = "<!doctype html><title>Sign in</title><h1>Hotel Wi-Fi</h1>";
 
-/** What a fault uses of an exchange. */
-export interface Scene {
-  /** Handles the request without a fault. */
-  handle(): Promise<Answer>;
-  /** The previous answer for this URL. */
-  readonly previous: Answer | undefined;
-  badNonce(): Answer;
-  /** Breaks the connection, and the next one too if `alsoNext`. */
-  break(alsoNext: boolean): void;
-  readonly closing: AbortSignal;
-}
-
-/** The answer under a fault; undefined if the client gets none. */
-export async function answerUnder(fault: Fault | undefined, scene: Scene): Promise<Answer | undefined> {
-  const rewritten = async (rewrite: (body: string) => string | Promise<string>) => {
-    const answer = await scene.handle();
-    return { ...answer, body: await rewrite(answer.body ?? "") };
-  };
-  switch (fault?.kind) {
-    case undefined:
-      return await scene.handle();
-    case "reset":
-    case "refuse":
-      return void scene.break(fault.kind === "refuse");
-    case "silence":
-      return void await once(scene.closing, "abort");
-    case "status": {
-      const { status, body, contentType = "application/problem+json", headers } = fault;
-      return { status, headers: { "content-type": contentType, ...headers }, body };
-    }
-    case "html":
-      return { status: 200, headers: { "content-type": "text/html; charset=utf-8" }, body: HTML };
-    case "badNonce":
-      return scene.badNonce();
-    case "repeat":
-      return scene.previous ?? await scene.handle();
-    case "truncate":
-      return await rewritten((body) => body.slice(0, body.length / 2));
-    case "drop header": {
-      const { headers: { [fault.name]: _, ...headers }, ...answer } = await scene.handle();
-      return { ...answer, headers };
-    }
-    case "rewrite":
-      return await rewritten((body) => JSON.stringify(fault.rewrite(JSON.parse(body || "{}"))));
-    case "rewrite text":
-      return await rewritten(fault.rewrite);
-    case "reset mid-body":
-      return { ...await scene.handle(), isCut: true };
-    case "after": {
-      const answer = await scene.handle();
-      return await answerUnder(fault.fault, { ...scene, handle: () => Promise.resolve(answer) });
-    }
-  }
-}
-
-/** Too short a body breaks an HTTP/1.1 connection or an HTTP/2 stream. */
-export function respond({ status, headers, body, isCut = false }: Answer): Response {
-  if (!isCut) return new Response(body, { status, headers });
+export function respond({ status, headers, body, isCut = false }: Answer, now: Date): Response {
+  const all = { ...headers, date: now.toUTCString() };
+  if (!isCut) return new Response(body, { status, headers: all });
+  // too short a body breaks an HTTP/1.1 connection or an HTTP/2 stream
   const bytes = new TextEncoder().encode(body);
   const half = ReadableStream.from([bytes.subarray(0, bytes.length / 2)]);
-  return new Response(half, { status, headers: { ...headers, "content-length": `${bytes.length}` } });
+  return new Response(half, { status, headers: { ...all, "content-length": `${bytes.length}` } });
 }
 
 /** A listening HTTPS server on loopback. */
-export interface Listener extends AsyncDisposable {
+export interface Server extends AsyncDisposable {
   readonly port: number;
   /** Breaks the connection with the number that `handler` got, and the next one too if `alsoNext`. */
   break(connection: number, alsoNext: boolean): void;
@@ -147,7 +93,7 @@ export interface Listener extends AsyncDisposable {
 export async function listen(
   { certificate, key }: { certificate: string; key: string },
   handler: (request: Request, connection: number) => Promise<Response>,
-): Promise<Listener> {
+): Promise<Server> {
   const stop = new AbortController();
   const server = Deno.serve(
     { hostname: "127.0.0.1", port: 0, cert: certificate, key, signal: stop.signal, onListen: () => {} },

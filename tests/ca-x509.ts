@@ -50,14 +50,17 @@ export function createAuthority(commonName: string): Authority {
 const spkiOf = (key: KeyObject) => key.export({ format: "der", type: "spki" });
 const keyIdOf = (key: KeyObject) => createHash("sha256").update(spkiOf(key)).digest("hex").slice(0, 40);
 
+export interface Life {
+  readonly notBefore: Date;
+  readonly notAfter: Date;
+}
+
 /** The contents of a certificate. */
-export interface Contents {
+export interface Contents extends Life {
   readonly publicKey: KeyObject;
   readonly commonName?: string;
   /** DNS names and IP addresses. */
   readonly names?: readonly string[];
-  readonly notBefore: Date;
-  readonly notAfter: Date;
   /** In hexadecimal; random by default. */
   readonly serial?: string;
   /** Whether it is for a CA. */

@@ -1,69 +1,38 @@
 /**
  * An ACME CA in this process, for the tests, `deno task demo` and the benchmarks: those parts of RFC 8555 (and 8738, 9773,
- * profiles, dns-persist-01) that lematt uses, with a clock that tests can advance, and with faults that tests inject. It imports
- * nothing from lib/.
+ * profiles, dns-persist-01) that lematt uses, with a clock that tests can advance, and with faults that tests inject. It
+ * imports nothing from lib/. Pebble (pebble.ts) is stricter, but has neither this clock nor these faults.
  *
  * Every exchange is in `ca.log`; requests that a correct client never sends are in `ca.violations`, which tests expect to be
- * empty. Pebble (pebble.ts) is stricter, but has neither this clock nor these faults. State is in memory.
+ * empty.
  */
 import { Buffer } from "node:buffer";
 import { createPrivateKey, createPublicKey, randomBytes, X509Certificate } from "node:crypto";
+import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import * as jose from "jose";
 import { ISSUER, validate } from "./ca-validate.ts";
-import {
-  type Answer,
-  answerUnder,
-  type Fault,
-  json,
-  listen,
-  type Listener,
-  malformed,
-  Problem,
-  type ProblemDocument,
-  refusal,
-  respond,
-  violation,
-} from "./ca-wire.ts";
-import {
-  type Authority,
-  certify,
-  createAuthority,
-  type Identifier,
-  listenerCertificate,
-  readRequest,
-  type Request as CertificateRequest,
-} from "./ca-x509.ts";
+import * as wire from "./ca-wire.ts";
+import { type Answer, type Fault, json, malformed, refusal, violation } from "./ca-wire.ts";
+import * as x509 from "./ca-x509.ts";
 
 export { type Dns, startDns } from "./ca-dns.ts";
 export { type Fault, startWebroot, type Webroot } from "./ca-wire.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
 /** The profiles and their lifetimes, as at Let's Encrypt in 2026. The first one is the default. */
-const LETS_ENCRYPT: Readonly<Record<string, number>> = {
+const PROFILES: Readonly<Record<string, number>> = {
   classic: 90 * DAY,
   tlsserver: 45 * DAY,
   shortlived: 160 * HOUR,
 };
 
-/** The path of each resource; the group is the part of the path that identifies an object. */
-const ROUTES = {
-  directory: /^\/dir$/,
-  newNonce: /^\/new-nonce$/,
-  newAccount: /^\/new-account$/,
-  newOrder: /^\/new-order$/,
-  revokeCert: /^\/revoke-cert$/,
-  keyChange: /^\/key-change$/,
-  renewalInfo: /^\/renewal-info\/([^/]*)$/,
-  account: /^(\/account\/\d+)$/,
-  authz: /^(\/authz\/\d+)$/,
-  challenge: /^(\/authz\/\d+)\/[a-z0-9-]+$/,
-  order: /^(\/order\/\d+)$/,
-  finalize: /^(\/order\/\d+)\/finalize$/,
-  certificate: /^(\/certificate\/[0-9A-F]+)$/,
-  unknown: /^/,
-};
-export type Resource = keyof typeof ROUTES;
+/** Each is the first segment of a path. */
+const RESOURCES = [
+  ...["directory", "newNonce", "newAccount", "newOrder", "revokeCert", "keyChange", "renewalInfo"] as const,
+  ...["account", "authz", "challenge", "order", "finalize", "certificate", "unknown"] as const,
+];
+export type Resource = typeof RESOURCES[number];
 
 /** A request; `n` counts the requests to this CA, from 1. */
 export interface Exchange {
@@ -73,12 +42,9 @@ export interface Exchange {
   readonly resource: Resource;
 }
 
-/** An entry of the log. */
 export interface LogEntry extends Exchange {
   /** The same number for all requests of one connection. */
   readonly connection: number;
-  /** The account that signed the request, after verification. */
-  kid?: string;
   /** The status of the answer; 0 if there is none, or not yet. */
   status: number;
 }
@@ -118,18 +84,14 @@ export interface Switches {
 
 // ---- its objects -------------------------------------------------------------------------------------------------
 
-/** RFC 8555 §7.1.2. */
 interface Account {
   readonly url: string;
   contact: unknown;
   key: SigningKey;
-  /** The newest authorization of each name. */
-  readonly authorizations: Map<string, Authorization>;
 }
 
 interface SigningKey {
   readonly jwk: jose.JWK;
-  /** RFC 7638, base64url. */
   readonly thumbprint: string;
 }
 
@@ -137,43 +99,41 @@ interface SigningKey {
 export interface Order {
   readonly url: string;
   readonly account: Account;
-  readonly identifiers: readonly Identifier[];
+  readonly identifiers: readonly x509.Identifier[];
   readonly authorizations: readonly Authorization[];
   readonly profile?: string;
   readonly replaces?: string;
   status: "pending" | "ready" | "processing" | "valid" | "invalid";
-  error?: ProblemDocument;
+  error?: wire.ProblemDocument;
   /** The CSR that finalize accepted, in base64url and parsed. */
   csr?: string;
-  request?: CertificateRequest;
+  request?: x509.Request;
   /** When `processing` ends, by performance.now(). */
   doneAt?: number;
-  certificate?: Issued;
+  certificate?: string;
 }
 
 /** RFC 8555 §7.1.4. */
 interface Authorization {
   readonly url: string;
   readonly account: Account;
-  readonly identifier: Identifier;
+  readonly identifier: x509.Identifier;
   readonly wildcard?: true;
   readonly challenges: readonly Challenge[];
   status: "pending" | "valid" | "invalid";
   expires: Date;
 }
 
-/** RFC 8555 §8. */
+/** RFC 8555 §8, as it is shown. */
 interface Challenge {
   readonly url: string;
   readonly type: string;
-  readonly token: string;
+  readonly token?: string;
   status: "pending" | "processing" | "valid" | "invalid";
-  error?: ProblemDocument;
+  error?: wire.ProblemDocument;
 }
 
-/** A certificate that was issued. */
 interface Issued {
-  readonly url: string;
   readonly account: Account;
   /** Upper-case hexadecimal, as node:crypto and openssl show it. */
   readonly serial: string;
@@ -183,21 +143,17 @@ interface Issued {
   readonly keyType: "rsa" | "ec";
   readonly profile?: string;
   readonly replaces?: string;
-  readonly notBefore: Date;
-  readonly notAfter: Date;
-  /** The leaf alone. */
+  /** With its chain. */
   readonly pem: string;
   revoked?: { readonly at: Date; readonly reason: number };
-  /** The renewal information (RFC 9773 §4.2), if a test has set it. */
-  renewalWindow?: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
+  /** The renewal information (RFC 9773 §4.2); a test may change it. */
+  renewalWindow: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
 }
 
-/** A request with a valid signature. */
+/** A request with a valid signature; `account` only if it was signed with `kid`. */
 interface Signed {
-  /** JSON, or empty. */
   readonly payload: string;
   readonly key: SigningKey;
-  /** Only if it was signed with `kid`. */
   readonly account?: Account;
 }
 
@@ -205,42 +161,36 @@ interface Signed {
 
 /** Starts a CA on a free port of loopback. */
 export async function startCa(switches: Switches = {}): Promise<Ca> {
-  const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 20 * 365 * DAY) };
-  const [root, issuer] = [createAuthority("lematt test root 1"), createAuthority("lematt test intermediate")];
-  const [rootPem, intermediatePem] = await Promise.all(
-    [root, issuer].map((subject) => certify({ ...subject, ...life, authority: true }, root)),
-  );
-  const identity = await listenerCertificate();
-  const listener = await listen(identity, (request, connection) => ca.serve(request, connection));
-  const directory = await Deno.makeTempDir({ prefix: "lematt-ca-" });
-  const ca = new Ca(switches, listener, directory, identity.root, issuer, rootPem!, intermediatePem!);
+  const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 1e12) };
+  const [root, issuer] = ["lematt test root 1", "lematt test intermediate"].map(x509.createAuthority);
+  const chain = await x509.certify({ ...issuer!, ...life, authority: true }, root!);
+  const listener = await x509.listenerCertificate();
+  const server = await wire.listen(listener, (request, connection) => ca.serve(request, connection));
+  const caBundleFile = await Deno.makeTempFile({ prefix: "lematt-ca-", suffix: ".pem" });
+  await Deno.writeTextFile(caBundleFile, listener.root);
+  const ca = new Ca(switches, listener.root, caBundleFile, server, issuer!, chain);
   return ca;
 }
 
-/** A running CA. */
 export class Ca implements AsyncDisposable {
-  /** A file with `caBundle`, removed when the CA is closed. */
-  readonly caBundleFile: string;
   /** `https://localhost:PORT` */
   readonly origin: string;
   readonly directoryUrl: string;
-
   readonly log: LogEntry[] = [];
   /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
   readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
   readonly accounts: Account[] = [];
   readonly orders: Order[] = [];
   readonly issued: Issued[] = [];
-  /** The validations; `name` begins with `*.` for a wildcard, `error` is set if it failed. */
-  readonly validations: { readonly type: string; readonly name: string; readonly error?: ProblemDocument }[] =
-    [];
+  /** The validations, also those that failed; `name` begins with `*.` for a wildcard. */
+  readonly validations: { readonly type: string; readonly name: string }[] = [];
 
   readonly #nonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
   /** The earliest time of the next poll of each URL, by the CA's clock. */
   readonly #pollAt = new Map<string, number>();
-  readonly #byUrl = new Map<string, Order | Authorization | Issued>();
+  readonly #authorizations: Authorization[] = [];
   /** The times of the requests that count for each limit, by the CA's clock. */
   readonly #uses: Partial<Record<Resource, number[]>> = {};
   readonly #validating = new Set<Promise<void>>();
@@ -249,19 +199,15 @@ export class Ca implements AsyncDisposable {
 
   constructor(
     readonly switches: Switches,
-    private readonly listener: Listener,
-    private readonly directory: string,
-    /** PEM of the root certificate of the HTTPS listener. */
+    /** PEM of the root certificate of the listener, and a file with it. */
     readonly caBundle: string,
-    private readonly issuer: Authority,
-    /** PEM of the root and the intermediate certificate of issued certificates. */
-    readonly rootPem: string,
-    readonly intermediatePem: string,
+    readonly caBundleFile: string,
+    private readonly server: wire.Server,
+    private readonly issuer: x509.Authority,
+    private readonly chain: string,
   ) {
-    this.caBundleFile = `${directory}/ca-bundle.pem`;
-    Deno.writeTextFileSync(this.caBundleFile, caBundle);
-    this.origin = `https://localhost:${listener.port}`;
-    this.directoryUrl = `${this.origin}/dir`;
+    this.origin = `https://localhost:${server.port}`;
+    this.directoryUrl = `${this.origin}/directory`;
   }
 
   /** The CA's clock, used for certificates, expiry and limits. */
@@ -274,60 +220,95 @@ export class Ca implements AsyncDisposable {
     this.#offsetMs += ms;
   }
 
-  /** A certificate for a private key (PEM) without an order, signed by this CA, with its chain (PEM). */
-  async forge(
-    key: string,
-    names: readonly string[],
-    life: { readonly notBefore: Date; readonly notAfter: Date },
-  ): Promise<string> {
+  /** A certificate for a private key (PEM) without an order, with its chain (PEM). */
+  async forge(key: string, names: readonly string[], life: x509.Life): Promise<string> {
     const publicKey = createPublicKey(createPrivateKey(key));
-    return await certify({ publicKey, names, ...life }, this.issuer) + this.intermediatePem;
+    return await x509.certify({ publicKey, names, ...life }, this.issuer) + this.chain;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing.abort();
-    await this.listener[Symbol.asyncDispose]();
+    await this.server[Symbol.asyncDispose]();
     await Promise.all(this.#validating);
-    await Deno.remove(this.directory, { recursive: true });
+    await Deno.remove(this.caBundleFile);
   }
 
   // ---- an exchange -------------------------------------------------------------------------------------------------
 
   async serve(request: Request, connection: number): Promise<Response> {
     const { pathname } = new URL(request.url);
-    const url = this.origin + pathname;
-    const resource = (Object.keys(ROUTES) as Resource[]).find((name) => ROUTES[name].test(pathname))!;
-    const [, part = ""] = ROUTES[resource].exec(pathname)!;
-    const n = this.log.length + 1;
-    const entry: LogEntry = { n, method: request.method, url, resource, connection, status: 0 };
+    const [, first, id = ""] = pathname.split("/");
+    const resource = RESOURCES.find((name) => name === first) ?? "unknown";
+    const [n, method, url] = [this.log.length + 1, request.method, this.origin + pathname];
+    const entry: LogEntry = { n, method, url, resource, connection, status: 0 };
     this.log.push(entry);
-    const answer = await answerUnder(this.switches.fault?.(entry), {
-      handle: () => this.#handle(request, entry, part),
-      previous: this.#previous.get(url),
-      badNonce: () => this.#refuse(refusal(400, "badNonce", "injected"), entry),
-      break: (alsoNext) => this.listener.break(connection, alsoNext),
-      closing: this.#closing.signal,
-    });
+    const handle = () => this.#handle(request, entry, id);
+    const answer = await this.#answerUnder(this.switches.fault?.(entry), entry, handle);
     if (answer === undefined) return new Response(null, { status: 503 }); // the connection is broken
     entry.status = answer.status;
-    const response = respond(answer);
-    response.headers.set("date", this.now.toUTCString());
-    return response;
+    return wire.respond(answer, this.now);
   }
 
-  async #handle(request: Request, entry: LogEntry, part: string): Promise<Answer> {
+  /** The answer under a fault; undefined if the client gets none. */
+  async #answerUnder(
+    fault: Fault | undefined,
+    entry: LogEntry,
+    handle: () => Promise<Answer>,
+  ): Promise<Answer | undefined> {
+    const rewritten = async (rewrite: (body: string) => string | Promise<string>) => {
+      const answer = await handle();
+      return { ...answer, body: await rewrite(answer.body ?? "") };
+    };
+    switch (fault?.kind) {
+      case undefined:
+        return await handle();
+      case "reset":
+      case "refuse":
+        return void this.server.break(entry.connection, fault.kind === "refuse");
+      case "silence":
+        return void await once(this.#closing.signal, "abort");
+      case "status": {
+        const { status, body, contentType = "application/problem+json", headers } = fault;
+        return { status, headers: { "content-type": contentType, ...headers }, body };
+      }
+      case "html":
+        return { status: 200, headers: { "content-type": "text/html; charset=utf-8" }, body: wire.HTML };
+      case "badNonce":
+        return this.#refuse(refusal(400, "badNonce", "injected"), entry);
+      case "repeat":
+        return this.#previous.get(entry.url) ?? await handle();
+      case "truncate":
+        return await rewritten((body) => body.slice(0, body.length / 2));
+      case "drop header": {
+        const { headers: { [fault.name]: _, ...headers }, ...answer } = await handle();
+        return { ...answer, headers };
+      }
+      case "rewrite":
+        return await rewritten((body) => JSON.stringify(fault.rewrite(JSON.parse(body || "{}"))));
+      case "rewrite text":
+        return await rewritten(fault.rewrite);
+      case "reset mid-body":
+        return { ...await handle(), isCut: true };
+      case "after": {
+        const answer = await handle();
+        return await this.#answerUnder(fault.fault, entry, () => Promise.resolve(answer));
+      }
+    }
+  }
+
+  async #handle(request: Request, entry: LogEntry, id: string): Promise<Answer> {
     let answer: Answer;
     try {
-      answer = this.#finish(await this.#answer(request, entry, part), entry);
+      answer = this.#finish(await this.#answer(request, entry, id), entry);
     } catch (error) {
-      if (!(error instanceof Problem)) throw error;
+      if (!(error instanceof wire.Problem)) throw error;
       answer = this.#refuse(error, entry);
     }
     this.#previous.set(entry.url, answer);
     return answer;
   }
 
-  #refuse({ status, type, message, document, headers, isViolation }: Problem, entry: LogEntry): Answer {
+  #refuse({ status, type, message, document, headers, isViolation }: wire.Problem, entry: LogEntry): Answer {
     if (isViolation) this.violations.push({ ...entry, type, detail: message });
     const contentType = { "content-type": "application/problem+json" };
     return this.#finish(json(status, document, { ...contentType, ...headers }), entry);
@@ -335,25 +316,25 @@ export class Ca implements AsyncDisposable {
 
   /** Adds the headers of every answer (RFC 8555 §6.5, §7.1). */
   #finish(answer: Answer, { method }: LogEntry): Answer {
-    const { link } = answer.headers;
     const index = `<${this.directoryUrl}>;rel="index"`;
-    const headers = { ...answer.headers, link: link === undefined ? index : `${link}, ${index}` };
-    if (method === "GET") return { ...answer, headers };
-    const nonce = randomBytes(16).toString("base64url");
-    this.#nonces.add(nonce);
-    return { ...answer, headers: { ...headers, "replay-nonce": nonce } };
+    const headers: Record<string, string> = {
+      ...answer.headers,
+      link: [index, answer.headers.link ?? []].flat().join(),
+    };
+    if (method !== "GET") {
+      headers["replay-nonce"] = randomBytes(16).toString("base64url");
+      this.#nonces.add(headers["replay-nonce"]);
+    }
+    return { ...answer, headers };
   }
 
-  async #answer(request: Request, entry: LogEntry, part: string): Promise<Answer> {
-    const { resource, method } = entry;
-    const url = this.origin + part;
-    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${entry.url}`);
-    const allowed = { directory: "GET", newNonce: "HEAD", renewalInfo: "GET" }[resource as string] ?? "POST";
-    if (method !== allowed) throw violation(405, "malformed", `${method} is not for ${resource}`);
+  async #answer(request: Request, entry: LogEntry, id: string): Promise<Answer> {
+    const { resource, url } = entry;
+    if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${url}`);
     if (resource !== "newOrder") this.#use(resource);
-    if (resource === "directory") return this.#describe();
+    if (resource === "directory") return this.#directory();
     if (resource === "newNonce") return { status: 200, headers: { "cache-control": "no-store" } };
-    if (resource === "renewalInfo") return this.#renewalInfo(entry, part);
+    if (resource === "renewalInfo") return this.#renewalInfo(entry, id);
 
     const signed = await this.#authenticate(request, entry);
     if (resource === "newAccount") return this.#newAccount(signed);
@@ -362,7 +343,7 @@ export class Ca implements AsyncDisposable {
     if (account === undefined) throw malformed(`${resource} is signed by kid`);
     switch (resource) {
       case "newOrder":
-        return await this.#createOrder(account, parsed(payload));
+        return await this.#newOrder(account, parsed(payload));
       case "keyChange":
         return await this.#changeKey(account, payload);
       case "account":
@@ -370,23 +351,16 @@ export class Ca implements AsyncDisposable {
         if (payload !== "") account.contact = parsed(payload).contact;
         return showAccount(account);
       case "challenge":
-        return this.#challenge(this.#find<Authorization>(url, account), entry, payload);
-      case "finalize": {
-        const order = this.#find<Order>(url, account);
-        await this.#finalize(order, `${parsed(payload).csr}`);
-        return await this.#order(order, entry);
-      }
+        return this.#challenge(own(this.#authorizations, id, account), entry, payload);
+      case "finalize":
+        await this.#finalize(own(this.orders, id, account), `${parsed(payload).csr}`);
+        return await this.#order(own(this.orders, id, account), entry);
     }
     if (payload !== "") throw malformed("POST-as-GET has an empty payload"); // RFC 8555 §6.3
-    if (resource === "order") return await this.#order(this.#find<Order>(url, account), entry);
-    if (resource === "authz") {
-      const authorization = this.#find<Authorization>(url, account);
-      const retryAfter = this.#retryAfter(entry, url, isValidating(authorization));
-      return json(200, showAuthorization(authorization), retryAfter);
-    }
-    const { pem } = this.#find<Issued>(url, account);
+    if (resource === "order") return await this.#order(own(this.orders, id, account), entry);
+    if (resource === "authz") return this.#authorization(own(this.#authorizations, id, account), entry);
     const headers = { "content-type": "application/pem-certificate-chain" };
-    return { status: 200, headers, body: pem + this.intermediatePem };
+    return { status: 200, headers, body: own(this.issued, id, account).pem };
   }
 
   /** RFC 8555 §6.2 to §6.5. */
@@ -397,25 +371,21 @@ export class Ca implements AsyncDisposable {
     const text = await request.text().catch(() => {
       throw refusal(400, "malformed", "the client went away in the middle of its request");
     });
-    const { nonce, url, kid, jwk } = headerOf(text);
-    if (!this.#nonces.delete(nonce!)) {
+    const { header: { nonce, url, kid }, ...signed } = await verified(text, (kid) => {
+      const account = this.accounts.find(({ url }) => url === kid);
+      if (account === undefined) throw violation(400, "accountDoesNotExist", `there is no account ${kid}`);
+      return account.key;
+    });
+    if (!this.#nonces.delete(`${nonce}`)) {
       throw violation(400, "badNonce", "the nonce was used before, or is not from here");
     }
     if (url !== entry.url) throw violation(403, "unauthorized", `the signed URL is ${url}, not ${entry.url}`);
-    if ((jwk === undefined) === (kid === undefined)) throw malformed("the header needs either jwk or kid");
-    if (jwk !== undefined) return await verified(text);
-    const account = this.accounts.find(({ url }) => url === kid);
-    if (account === undefined) throw violation(400, "accountDoesNotExist", `there is no account ${kid}`);
-    const signed = await verified(text, account.key);
-    entry.kid = kid;
-    return { ...signed, account };
+    return { ...signed, account: this.accounts.find(({ url }) => url === kid) };
   }
 
   /** Counts a request; throws `rateLimited` if its limit is exceeded. */
   #use(resource: Resource): void {
-    const limit = this.switches.limits?.[resource];
-    if (limit === undefined) return;
-    const { count, windowMs } = limit;
+    const { count, windowMs } = this.switches.limits?.[resource] ?? { count: Infinity, windowMs: 0 };
     const now = this.now.getTime();
     const uses = this.#uses[resource] = (this.#uses[resource] ?? []).filter((at) => at > now - windowMs);
     if (uses.length < count) return void uses.push(now);
@@ -423,15 +393,7 @@ export class Ca implements AsyncDisposable {
     throw refusal(429, "rateLimited", `too many ${resource} (${count})`, { "retry-after": `${seconds}` });
   }
 
-  /** The object at a URL, which must belong to the account; its kind follows from the route. */
-  #find<Kind extends Order | Authorization | Issued>(url: string, account: Account): Kind {
-    const found = this.#byUrl.get(url);
-    if (found === undefined) throw violation(404, "malformed", `there is nothing at ${url}`);
-    if (found.account !== account) throw violation(403, "unauthorized", `${url} belongs to another account`);
-    return found as Kind;
-  }
-
-  /** The Retry-After of an answer about the object at `url`, if the CA is busy with it. Polling too soon is a violation. */
+  /** The headers of an answer about the object at `url`, if the CA is busy with it. Polling too soon is a violation. */
   #retryAfter(
     entry: LogEntry,
     url: string,
@@ -450,23 +412,15 @@ export class Ca implements AsyncDisposable {
   }
 
   /** RFC 8555 §7.1.1. */
-  #describe(): Answer {
-    const { renewalInfo = true, profiles = LETS_ENCRYPT } = this.switches;
-    const at = (path: string) => this.origin + path;
-    const offered = Object.keys(profiles).map((name) => [name, `https://localhost/profiles#${name}`]);
-    return json(200, {
-      newNonce: at("/new-nonce"),
-      newAccount: at("/new-account"),
-      newOrder: at("/new-order"),
-      revokeCert: at("/revoke-cert"),
-      keyChange: at("/key-change"),
-      renewalInfo: renewalInfo ? at("/renewal-info") : undefined,
-      meta: {
-        termsOfService: at("/terms"),
-        caaIdentities: [ISSUER],
-        profiles: offered.length > 0 ? Object.fromEntries(offered) : undefined,
-      },
-    });
+  #directory(): Answer {
+    const { renewalInfo = true, profiles = PROFILES } = this.switches;
+    const offered = RESOURCES.slice(1, renewalInfo ? 7 : 6).map((name) => [name, `${this.origin}/${name}`]);
+    const described = Object.keys(profiles).map((name) => [name, `https://localhost/profiles#${name}`]);
+    const meta = {
+      caaIdentities: [ISSUER],
+      profiles: described.length > 0 ? Object.fromEntries(described) : undefined,
+    };
+    return json(200, { ...Object.fromEntries(offered), meta });
   }
 
   // ---- accounts (RFC 8555 §7.3) ------------------------------------------------------------------------------------
@@ -477,15 +431,14 @@ export class Ca implements AsyncDisposable {
     const existing = this.accounts.find((known) => known.key.thumbprint === key.thumbprint);
     if (existing !== undefined) return showAccount(existing);
     if (onlyReturnExisting) throw refusal(400, "accountDoesNotExist", "there is no account with this key");
-    const url = `${this.origin}/account/${this.accounts.length + 1}`;
-    const created: Account = { url, contact, key, authorizations: new Map() };
+    const created: Account = { url: `${this.origin}/account/${this.accounts.length + 1}`, contact, key };
     this.accounts.push(created);
     return showAccount(created, 201);
   }
 
   /** §7.3.5: the outer JWS is signed with the old key, the inner JWS with the new one. */
   async #changeKey(account: Account, payload: string): Promise<Answer> {
-    const inner = await verified(payload);
+    const inner = await verified(payload, () => account.key);
     const change = parsed(inner.payload);
     const old = await jose.calculateJwkThumbprint(change.oldKey as jose.JWK);
     if (change.account !== account.url || old !== account.key.thumbprint) {
@@ -497,9 +450,9 @@ export class Ca implements AsyncDisposable {
 
   // ---- orders (§7.4) -----------------------------------------------------------------------------------------------
 
-  async #createOrder(account: Account, request: Record<string, unknown>): Promise<Answer> {
-    const identifiers = request.identifiers as Identifier[];
-    const { profiles = LETS_ENCRYPT, reject = () => undefined } = this.switches;
+  async #newOrder(account: Account, request: Record<string, unknown>): Promise<Answer> {
+    const identifiers = request.identifiers as x509.Identifier[];
+    const { profiles = PROFILES, reject = () => undefined } = this.switches;
     const profile = (request.profile ?? Object.keys(profiles)[0]) as string | undefined;
     if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
       throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
@@ -517,39 +470,45 @@ export class Ca implements AsyncDisposable {
     else if (this.#findByCertId(replaces).account !== account) {
       throw violation(403, "unauthorized", "the certificate to be replaced belongs to another account");
     }
-    const url = `${this.origin}/order/${this.orders.length + 1}`;
+    const url = `${this.origin}/order/${this.orders.length}`;
     const authorizations = identifiers.map((identifier) => this.#authorize(account, identifier));
     const order: Order = { url, account, identifiers, authorizations, profile, replaces, status: "pending" };
     this.orders.push(order);
-    this.#byUrl.set(url, order);
     await this.#update(order);
     return json(201, showOrder(order), { location: url });
   }
 
   /** The authorization of a new order for a name: an existing one if `reuse` allows it, otherwise a new one. */
-  #authorize(account: Account, { type, value }: Identifier): Authorization {
-    const last = account.authorizations.get(value);
+  #authorize(account: Account, { type, value }: x509.Identifier): Authorization {
+    const isWildcard = value.startsWith("*.");
+    const name = value.replace(/^\*\./, "");
+    const last = this.#authorizations.findLast((known) =>
+      known.account === account && known.identifier.value === name &&
+      known.wildcard === (isWildcard || undefined)
+    );
     const { reuse = "valid" } = this.switches;
     if (last !== undefined && reuse !== "none" && last.expires > this.now) {
       if (last.status === "valid" || last.status === "pending" && reuse === "pending") return last;
     }
-    const isWildcard = value.startsWith("*.");
-    const url = `${this.origin}/authz/${this.#byUrl.size + 1}`;
+    const id = this.#authorizations.length;
     const types = ["tls-alpn-01", "dns-persist-01", "dns-01", "http-01"].filter((challenge) =>
       challenge.startsWith("dns") ? type === "dns" : !isWildcard
     );
-    const token = () => randomBytes(32).toString("base64url");
+    const persistent = { accounturi: account.url, "issuer-domain-names": [ISSUER] };
+    const token = () => ({ token: randomBytes(32).toString("base64url") });
     const authorization: Authorization = {
-      url,
+      url: `${this.origin}/authz/${id}`,
       account,
-      identifier: { type, value: isWildcard ? value.slice(2) : value },
+      identifier: { type, value: name },
       wildcard: isWildcard || undefined,
-      challenges: types.map((type) => ({ url: `${url}/${type}`, type, token: token(), status: "pending" })),
+      challenges: types.map((type) => {
+        const proof = type === "dns-persist-01" ? persistent : token();
+        return { url: `${this.origin}/challenge/${id}/${type}`, type, ...proof, status: "pending" };
+      }),
       status: "pending",
       expires: new Date(this.now.getTime() + 7 * DAY),
     };
-    account.authorizations.set(value, authorization);
-    this.#byUrl.set(url, authorization);
+    this.#authorizations.push(authorization);
     return authorization;
   }
 
@@ -580,6 +539,14 @@ export class Ca implements AsyncDisposable {
 
   // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
 
+  #authorization(authorization: Authorization, entry: LogEntry): Answer {
+    const { url, account: _, challenges, ...shown } = authorization;
+    const headers = this.#retryAfter(entry, url, isValidating(authorization));
+    // a valid one shows only the challenge that was validated (§7.1.4)
+    const seen = challenges.filter(({ status }) => shown.status === "pending" || status !== "pending");
+    return json(200, { ...shown, challenges: seen }, headers);
+  }
+
   #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
     const challenge = authorization.challenges.find(({ url }) => url === entry.url);
     if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.url}`);
@@ -593,41 +560,29 @@ export class Ca implements AsyncDisposable {
       this.#validating.add(done);
     }
     const headers = this.#retryAfter(entry, challenge.url, challenge.status === "processing");
-    const link = `<${authorization.url}>;rel="up"`;
-    return json(200, showChallenge(challenge, authorization), { link, ...headers });
+    return json(200, challenge, { link: `<${authorization.url}>;rel="up"`, ...headers });
   }
 
   async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
     const { account, identifier: { value: name }, wildcard: isWildcard = false } = authorization;
     const { type, token } = challenge;
     const { switches, now } = this;
-    const closing = this.#closing.signal;
-    const validation = { type, name: isWildcard ? `*.${name}` : name };
-    const proof = {
-      type,
-      name,
-      isWildcard,
-      token,
-      thumbprint: account.key.thumbprint,
-      accountUrl: account.url,
-    };
+    const { signal } = this.#closing;
     try {
-      if (switches.validationDelayMs) {
-        await delay(switches.validationDelayMs, undefined, { signal: closing });
-      }
-      await validate(proof, switches, closing);
+      if (switches.validationDelayMs) await delay(switches.validationDelayMs, undefined, { signal });
+      const keyAuthorization = `${token}.${account.key.thumbprint}`;
+      await validate({ type, name, isWildcard, keyAuthorization, account: account.url }, switches, signal);
       challenge.status = authorization.status = "valid";
       challenge.error = undefined;
       authorization.expires = new Date(now.getTime() + 30 * DAY);
-      this.validations.push(validation);
     } catch (error) {
-      if (closing.aborted) return;
-      if (!(error instanceof Problem)) throw error;
+      if (signal.aborted) return;
+      if (!(error instanceof wire.Problem)) throw error;
       if (switches.failure === "challenge") challenge.status = "pending";
       else challenge.status = authorization.status = "invalid";
       challenge.error = error.document;
-      this.validations.push({ ...validation, error: error.document });
     }
+    this.validations.push({ type, name: isWildcard ? `*.${name}` : name });
   }
 
   // ---- certificates (§7.4, §7.6, RFC 9773) -------------------------------------------------------------------------
@@ -640,7 +595,7 @@ export class Ca implements AsyncDisposable {
       const problemOf = order.csr === csr ? refusal : violation;
       throw problemOf(403, "orderNotReady", `the order is ${order.status}`);
     }
-    const request = await readRequest(new Uint8Array(Buffer.from(csr, "base64url"))).catch((error) => {
+    const request = await x509.readRequest(new Uint8Array(Buffer.from(csr, "base64url"))).catch((error) => {
       throw violation(400, "badCSR", `the CSR cannot be read: ${error.message}`);
     });
     const [asked, ordered] = [request, order].map(({ identifiers }) =>
@@ -660,15 +615,17 @@ export class Ca implements AsyncDisposable {
     const names = identifiers.map(({ value }) => value);
     // backdated by an hour, as at other CAs; the first and the last second belong to the lifetime
     const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
-    const lifetime = (this.switches.profiles ?? LETS_ENCRYPT)[profile ?? ""] ?? 90 * DAY;
+    const lifetime = (this.switches.profiles ?? PROFILES)[profile ?? ""] ?? 90 * DAY;
     const notAfter = new Date(notBefore.getTime() + lifetime - 1000);
-    const life = { notBefore, notAfter };
     // every second serial begins with a set bit: in DER, and so in the certID, it needs a zero octet before it
     const isHigh = this.orders.indexOf(order) % 2 === 0;
     const serial = (isHigh ? "CE" : "4E") + randomBytes(15).toString("hex").toUpperCase();
     const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
+    const contents = { publicKey, commonName, names, serial, notBefore, notAfter };
+    // around a third of the lifetime before expiry, or a half for short lifetimes, as Let's Encrypt recommends
+    const middle = notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
+    const [start, end] = [-1, 1].map((side) => new Date(middle + side * lifetime / 50));
     const issued: Issued = {
-      url: `${this.origin}/certificate/${serial}`,
       account,
       serial,
       certId: `${base64url(this.issuer.keyId)}.${base64url((isHigh ? "00" : "") + serial)}`,
@@ -676,12 +633,10 @@ export class Ca implements AsyncDisposable {
       keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
       profile,
       replaces,
-      ...life,
-      pem: await certify({ publicKey, commonName, names, serial, ...life }, this.issuer),
+      pem: await x509.certify(contents, this.issuer) + this.chain,
+      renewalWindow: { start: start!, end: end! },
     };
-    this.issued.push(issued);
-    this.#byUrl.set(issued.url, issued);
-    order.certificate = issued;
+    order.certificate = `${this.origin}/certificate/${this.issued.push(issued) - 1}`;
     order.status = "valid";
   }
 
@@ -694,15 +649,8 @@ export class Ca implements AsyncDisposable {
     throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
   }
 
-  /** The renewal window: the one that was set; in the past for a revoked certificate; otherwise by lifetime. */
   #renewalInfo(entry: LogEntry, certId: string): Answer {
-    const { renewalWindow, revoked, notBefore, notAfter } = this.#findByCertId(certId);
-    // around a third of the lifetime before expiry, or a half for short lifetimes, as Let's Encrypt recommends
-    const lifetime = notAfter.getTime() - notBefore.getTime();
-    const middle = revoked?.at.getTime() ?? notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
-    const [start, end] = revoked ? [middle - HOUR, middle] : [middle - lifetime / 50, middle + lifetime / 50];
-    const { explanationURL, ...suggestedWindow }: NonNullable<Issued["renewalWindow"]> = renewalWindow ??
-      { start: new Date(start), end: new Date(end) };
+    const { explanationURL, ...suggestedWindow } = this.#findByCertId(certId).renewalWindow;
     const headers = this.#retryAfter(entry, entry.url, true, 6 * 3600); // as Let's Encrypt
     return json(200, { suggestedWindow, explanationURL }, headers);
   }
@@ -713,14 +661,15 @@ export class Ca implements AsyncDisposable {
     const leaf = new X509Certificate(Buffer.from(certificate, "base64url"));
     const issued = this.issued.find(({ serial }) => serial === leaf.serialNumber);
     if (issued === undefined) throw violation(404, "malformed", "the certificate is not from here");
-    const own = await keyOf(leaf.publicKey.export({ format: "jwk" }) as jose.JWK);
-    const isAllowed = account ? issued.account === account : own.thumbprint === key.thumbprint;
+    const leafKey = await keyOf(leaf.publicKey.export({ format: "jwk" }) as jose.JWK);
+    const isAllowed = account ? issued.account === account : leafKey.thumbprint === key.thumbprint;
     if (!isAllowed) {
       const detail = "neither the account that ordered the certificate nor its own key";
       throw violation(403, "unauthorized", detail);
     }
     if (issued.revoked) throw refusal(400, "alreadyRevoked", "the certificate is revoked already");
     issued.revoked = { at: this.now, reason };
+    issued.renewalWindow = { start: new Date(this.now.getTime() - HOUR), end: this.now };
     return { status: 200, headers: {} };
   }
 }
@@ -735,28 +684,23 @@ function parsed(text: string): Record<string, unknown> {
   }
 }
 
-function headerOf(jws: string): { nonce?: string; url?: string; kid?: string; jwk?: jose.JWK } {
-  try {
-    return jose.decodeProtectedHeader(parsed(jws));
-  } catch {
-    throw malformed("no protected header");
-  }
-}
-
 const keyOf = async (jwk: jose.JWK): Promise<SigningKey> => ({
   jwk,
   thumbprint: await jose.calculateJwkThumbprint(jwk),
 });
 
-/** Verifies a flattened JWS with the account's key, or with the key in its header. */
-async function verified(jws: string, key?: SigningKey): Promise<Signed> {
+/** Verifies a flattened JWS with the key that `keyFor` returns for its `kid`, or with the key in its header. */
+async function verified(text: string, keyFor: (kid: string) => SigningKey) {
   try {
-    const find: jose.FlattenedVerifyGetKey = (header, token) =>
-      key === undefined ? jose.EmbeddedJWK(header, token) : jose.importJWK(key.jwk, header?.alg);
-    const { payload, protectedHeader } = await jose.flattenedVerify(JSON.parse(jws), find);
-    return { payload: new TextDecoder().decode(payload), key: key ?? await keyOf(protectedHeader!.jwk!) };
+    const jws = JSON.parse(text);
+    const { kid, jwk } = jose.decodeProtectedHeader(jws);
+    const key = typeof kid === "string" ? keyFor(kid) : await keyOf(jwk as jose.JWK);
+    const find = ({ alg }: jose.JWSHeaderParameters = {}) => jose.importJWK(key.jwk, alg);
+    const { payload, protectedHeader: header } = await jose.flattenedVerify(jws, find);
+    return { payload: new TextDecoder().decode(payload), key, header: header! };
   } catch (error) {
-    throw malformed(`the signature does not verify: ${(error as Error).message}`);
+    if (error instanceof wire.Problem) throw error;
+    throw malformed(`the JWS cannot be verified: ${(error as Error).message}`);
   }
 }
 
@@ -765,31 +709,19 @@ async function verified(jws: string, key?: SigningKey): Promise<Signed> {
 const base64url = (hex: string): string => Buffer.from(hex, "hex").toString("base64url");
 
 const showAccount = ({ url, contact }: Account, status = 200): Answer =>
-  json(status, { status: "valid", contact, termsOfServiceAgreed: true }, { location: url });
+  json(status, { status: "valid", contact }, { location: url });
 
-const showOrder = ({ url, authorizations, certificate, status, identifiers, profile, error }: Order) => ({
-  status,
-  identifiers,
-  profile,
-  authorizations: authorizations.map(({ url }) => url),
-  finalize: `${url}/finalize`,
-  certificate: certificate?.url,
-  error,
-});
+const showOrder = ({ url, authorizations, certificate, status, identifiers, profile, error }: Order) => {
+  const urls = authorizations.map(({ url }) => url);
+  const finalize = url.replace("/order/", "/finalize/");
+  return { status, identifiers, profile, authorizations: urls, finalize, certificate, error };
+};
 
-/** A valid authorization shows only the challenge that was validated (§7.1.4). */
-function showAuthorization(authorization: Authorization) {
-  const { status, expires, identifier, wildcard, challenges } = authorization;
-  const shown = challenges.filter((challenge) => status === "pending" || challenge.status !== "pending")
-    .map((challenge) => showChallenge(challenge, authorization));
-  return { status, expires, identifier, wildcard, challenges: shown };
-}
-
-function showChallenge({ type, url, status, token, error }: Challenge, { account }: Authorization) {
-  const proof = type === "dns-persist-01"
-    ? { accounturi: account.url, "issuer-domain-names": [ISSUER] }
-    : { token };
-  return { type, url, status, ...proof, error };
+/** One of the account's objects. */
+function own<T extends { readonly account: Account }>(list: readonly T[], id: string, account: Account): T {
+  const found = list[Number(id)];
+  if (found?.account === account) return found;
+  throw violation(404, "malformed", "this account has nothing at this URL");
 }
 
 /** Whether a validation is running. */
@@ -797,7 +729,7 @@ const isValidating = ({ challenges }: Authorization): boolean =>
   challenges.some(({ status }) => status === "processing");
 
 /** The error of an order: that of its only failure, or a compound of several (RFC 8555 §6.7.1). */
-function summary(failed: readonly Authorization[]): ProblemDocument {
+function summary(failed: readonly Authorization[]): wire.ProblemDocument {
   const errors = failed.map(({ challenges }) => challenges.find(({ error }) => error !== undefined)!.error!);
   if (errors.length === 1) return errors[0]!;
   const subproblems = errors.map((error, i) => ({ ...error, identifier: failed[i]!.identifier }));

@@ -228,7 +228,7 @@ Deno.test("loadConfig() rejects each invalid name, with its line and the name", 
 /** The behaviour, the files, and the place and a part of each problem. */
 const invalid = rows`
   no number => S: reauthorizeDays: soon => lematt.conf:4 reauthorizeDays
-  a number out of range => S: reauthorizeDays: -1⏎parallel: 101 => lematt.conf:4 reauthorizeDays => lematt.conf:5 parallel
+  no value, and a number out of range => S: reauthorizeDays:⏎parallel: 101 => lematt.conf:4 no value => lematt.conf:5 parallel
   a comment behind a value => S: reauthorizeDays: 15 # days => lematt.conf:4 a comment needs a line of its own
   an indented line => S: reauthorizeDays: 15⏎ curve: P-256 => lematt.conf:4 line 5 is indented
   no multiple of 8, and no curve => S: keyBitsRSA: 2049⏎curve: secp256k1 => lematt.conf:4 2049 => lematt.conf:5 curve

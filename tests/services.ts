@@ -18,42 +18,30 @@ const POSTGRES = ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"
 
 /** HAProxy; SIGUSR2 makes it read its files again. `bind` is the line of its frontend. */
 export async function startHaproxy(home: string, port: number, bind: string): Promise<Running> {
-  await Deno.writeTextFile(
-    join(home, "haproxy.cfg"),
-    `defaults
-  mode http
-  timeout connect 5s
-  timeout client 5s
-  timeout server 5s
-frontend web
-  ${bind}\n`,
-  );
-  return await startServer(which("haproxy")!, ["-W", "-f", join(home, "haproxy.cfg")], port);
+  const file = join(home, "haproxy.cfg");
+  await Deno.writeTextFile(file, `defaults\n  mode http\nfrontend web\n  ${bind}\n`);
+  return await startServer(which("haproxy")!, ["-W", "-f", file], port);
 }
 
 /** Postfix with `home` as its configuration directory. */
 export async function startPostfix(home: string, port: number, tls: string): Promise<Running> {
   for (const name of ["queue", "data"]) await Deno.mkdir(join(home, name));
   await run("chown", "postfix", join(home, "data"));
-  await Deno.writeTextFile(
-    join(home, "main.cf"),
-    `compatibility_level = 3.6
+  const settings = `compatibility_level = 3.6
 queue_directory = ${home}/queue
 data_directory = ${home}/data
 maillog_file = /dev/stdout
 inet_interfaces = loopback-only
 local_recipient_maps =
 smtpd_tls_security_level = may
-${tls}\n`,
-  );
-  await Deno.writeTextFile(
-    join(home, "master.cf"),
-    `127.0.0.1:${port} inet n - n - - smtpd
+${tls}\n`;
+  await Deno.writeTextFile(join(home, "main.cf"), settings);
+  const processes = `127.0.0.1:${port} inet n - n - - smtpd
 tlsmgr unix - - n 1000? 1 tlsmgr
 anvil unix - - n - 1 anvil
 rewrite unix - - n - - trivial-rewrite
-postlog unix-dgram n - n - 1 postlogd\n`,
-  );
+postlog unix-dgram n - n - 1 postlogd\n`;
+  await Deno.writeTextFile(join(home, "master.cf"), processes);
   const running = await startServer(which("postfix")!, ["-c", home, "start-fg"], port);
   return {
     child: running.child,
@@ -66,12 +54,10 @@ postlog unix-dgram n - n - 1 postlogd\n`,
 
 /** Dovecot (IMAP) with `home`/dovecot.conf. */
 export async function startDovecot(home: string, port: number, tls: string): Promise<Running> {
-  await Deno.writeTextFile(
-    join(home, "dovecot.conf"),
-    `base_dir = ${home}/run
+  const settings = `base_dir = ${home}/run
 state_dir = ${home}/state
-protocols = imap
 log_path = ${home}/log
+protocols = imap
 ssl = yes
 ${tls}
 passdb {
@@ -85,8 +71,8 @@ service imap-login {
   inet_listener imaps {
     port = 0
   }
-}\n`,
-  );
+}\n`;
+  await Deno.writeTextFile(join(home, "dovecot.conf"), settings);
   return await startServer(which("dovecot")!, ["-F", "-c", join(home, "dovecot.conf")], port);
 }
 

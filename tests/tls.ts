@@ -18,19 +18,20 @@ export async function makeCertificate(
   names: readonly string[],
 ): Promise<Certificate> {
   const path = join(directory, file);
-  const newKey = keyType === "rsa" ? ["rsa:2048"] : ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
-  const san = names.length === 0 ? [] : ["-addext", `subjectAltName=${names.map((name) => `DNS:${name}`)}`];
-  const files = ["-nodes", "-keyout", `${path}.key`, "-out", `${path}.pem`];
-  await run("openssl", "req", "-x509", "-subj", "/CN=test", "-newkey", ...newKey, ...files, ...san);
+  const newKey = keyType === "rsa" ? "rsa:2048" : "ec -pkeyopt ec_paramgen_curve:P-256";
+  const files = `-keyout ${path}.key -out ${path}.pem`;
+  const san = `subjectAltName=${names.map((name) => `DNS:${name}`)}`;
+  const command = `req -x509 -nodes -subj /CN=test -newkey ${newKey} ${files} -addext ${san}`;
+  await run("openssl", ...command.split(" "));
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 
 /** A free port below those that the system assigns by itself, so that nothing else that starts meanwhile gets it. */
-export function freePort(hostname = "127.0.0.1"): number {
+export function freePort(): number {
   for (;;) {
     const port = 10_000 + Math.floor(Math.random() * 20_000);
     try {
-      Deno.listen({ hostname, port }).close();
+      Deno.listen({ hostname: "127.0.0.1", port }).close();
       return port;
     } catch (error) {
       if (!(error instanceof Deno.errors.AddrInUse)) throw error;
@@ -86,14 +87,13 @@ export async function startNginx(
   const prefix = await Deno.makeTempDir({ dir: directory });
   const pair = (...files: string[]) =>
     files.map((file) => `ssl_certificate ../${file}.pem; ssl_certificate_key ../${file}.key;`).join(" ");
-  const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((what) =>
-    `${what}_temp_path ${what};`
-  );
-  await Deno.writeTextFile(
-    join(prefix, "nginx.conf"),
-    `daemon off; worker_processes 1; pid nginx.pid; error_log error.log; events { worker_connections 4096; }
-http { access_log off; ${temporary.join(" ")} ${servers(pair)} }\n`,
-  );
+  const config = `daemon off; worker_processes 1; pid nginx.pid; events { worker_connections 4096; }
+http {
+  access_log off; client_body_temp_path client_body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  ${servers(pair)}
+}\n`;
+  await Deno.writeTextFile(join(prefix, "nginx.conf"), config);
   return await startServer(which("nginx")!, ["-p", prefix, "-c", "nginx.conf", "-e", "error.log"], port);
 }
 

@@ -1,89 +1,103 @@
 /**
  * Delivery: the processor time per command, apart from its shell, for 200 sections with `cp` as upload and `true` as update;
- * and the delay before a delivery while another line waits for a silent host.
+ * and probes of 500 endpoints, compared with the same number of plain `openssl s_client`, and with 50 silent ones among them.
  */
 
-import { existsSync, mkdirSync } from "node:fs";
-import { join } from "node:path";
-import { inTurns, measure, median, need, printFigure, seconds } from "./bench-measure.ts";
-import { type Bed, testBed, until } from "./bed.ts";
-import { LEMATT } from "./programs.ts";
+import { setTimeout as delay } from "node:timers/promises";
+import { testBed } from "./bed.ts";
+import { figure, inTurns, measure, median } from "./bench-measure.ts";
+import { LEMATT, output } from "./programs.ts";
+import { freePort, startNginx, tcpServer } from "./tls.ts";
 
 const SECTIONS = 200;
-const TURNS = 3;
 
 export async function deliveries(): Promise<void> {
-  need("cp", "sh");
-  await commands();
-  await waiting();
-}
-
-async function commands(): Promise<void> {
   const names = Array.from({ length: SECTIONS }, (_, i) => `host${i}.example.com`);
   await using bed = await testBed({ domains: names.join("\n"), settings: "keyTypes: ec\nari: no" });
   await bed.plant();
-  mkdirSync(join(bed.home, "out"));
-  const withoutCommands = names.map((name) => `[${name}]\ndomains: ${name}\n`).join("");
-  const lists = `uploadCerts: ["cp CERTS ${bed.home}/out/"]\nupdate: ["true"]\n`;
-  const withCommands = names.map((name) => `[${name}]\ndomains: ${name}\n${lists}`).join("");
-  const lematt = [...LEMATT, "--test", "--config", bed.conf];
-  const shell = `for i in $(seq ${SECTIONS}); do /bin/sh -c 'cp ${bed.path("domains")} ${bed.home}/out/'; ` +
-    "/bin/sh -c true; done";
-  const cpu = async (command: readonly string[]) => (await measure(command)).cpuSeconds;
-  const [delivering, idle, shells] = await inTurns(
-    TURNS,
-    async () => {
-      bed.configure({ actions: withCommands });
-      await Deno.remove(bed.path("test/state.json")).catch(() => {});
-      return await cpu(lematt);
-    },
-    async () => {
-      bed.configure({ actions: withoutCommands });
-      return await cpu(lematt);
-    },
-    () => cpu(["/bin/sh", "-c", shell]),
-  ) as [number[], number[], number[]];
-  const own = median(delivering.map((all, i) => (all - idle[i]! - shells[i]!) / (2 * SECTIONS) * 1000));
-  printFigure(
-    `${2 * SECTIONS} commands, processor time`,
-    seconds(median(delivering)),
-    `shells ${seconds(median(shells))}`,
+  const lists = `uploadCerts: ["cp CERTS HERE/drop/"]\nupdate: ["true"]\n`;
+  const run = (lists: string) => async () => {
+    bed.act(names.map((name) => `[${name}]\ndomains: ${name}\n${lists}`).join(""));
+    await Deno.remove(bed.path("test/state.json")).catch(() => {});
+    return (await measure(...LEMATT, "--test", bed.conf)).cpuSeconds;
+  };
+  const shells = `for i in $(seq ${SECTIONS}); do sh -c 'cp ${
+    bed.path("domains")
+  } ${bed.drop}/'; sh -c true; done`;
+  const [all, idle, shell] = await inTurns(
+    3,
+    run(lists),
+    run(""),
+    async () => (await measure("sh", "-c", shells)).cpuSeconds,
   );
-  printFigure("lematt's own time per command", `${own.toFixed(2)} ms`, "", { found: own, atMost: 2 });
+  const each = (seconds: readonly number[]) => median(seconds) * 1000 / (2 * SECTIONS);
+  figure("processor time of a command: its shell", each(shell!), "ms");
+  const own = all!.map((seconds, i) => seconds - idle![i]! - shell![i]!);
+  figure("processor time of a command: lematt", each(own), "ms", 2);
 }
 
-async function waiting(): Promise<void> {
-  await using bed = await testBed({
-    domains: "quick.example.com\nslow.example.com\n",
-    settings: "keyTypes: ec",
-  });
-  bed.configure({
-    actions: `[quick]\ndomains: quick.example.com\nupdate: ["echo > ${bed.home}/delivered"]\n` +
-      `[slow]\ndomains: slow.example.com\nprepare: ["sleep 60"]\n`,
-  });
-  const done = await issuedAndDelivered(bed);
-  printFigure("from issuance to delivery", seconds(done), "while another line waits", {
-    found: done,
-    atMost: 0.2,
-  });
-}
+const ENDPOINTS = 500;
+const SILENT = 50;
+const TIMEOUT_SECONDS = 10;
 
-/** Seconds between the certificate of the quick line and its delivery, while the self-check of the other line hangs. */
-async function issuedAndDelivered(bed: Bed): Promise<number> {
-  const stop = new AbortController();
-  const silent = () =>
-    new Promise<never>((_, reject) =>
-      stop.signal.addEventListener("abort", () => reject(stop.signal.reason))
-    );
-  const route = (host: string) =>
-    host.startsWith("slow") ? silent() : Promise.resolve([{ address: "127.0.0.1", port: bed.web.port }]);
-  const run = bed.run({ route, signal: stop.signal });
-  run.catch(() => {}); // it is interrupted below
-  const marker = join(bed.home, "delivered");
-  const mtime = (path: string) => Deno.statSync(path).mtime!.getTime();
-  await until("the delivery is made", () => existsSync(marker), 60);
-  stop.abort(new DOMException("done", "AbortError"));
-  await run.catch(() => {});
-  const cert = bed.path("test/cert/quick.example.com-cert-combined.prime256v1.test.pem");
-  return Math.max(0, mtime(marker) - mtime(cert)) / 1000;
+export async function probes(): Promise<void> {
+  await using bed = await testBed({ domains: "www.example.com", settings: "ari: no\nverifyWait: 0" });
+  await bed.plant({ mode: "prod" });
+  const pairs = ["rsa2048", "prime256v1"].map((tag) =>
+    `ssl_certificate ${bed.path(`prod/cert/www.example.com-cert-combined.${tag}.pem`)};` +
+    `ssl_certificate_key ${bed.path(`prod/key/www.example.com-key.${tag}.pem`)};`
+  );
+  const port = freePort();
+  // all addresses of 127.0.0.0/8 reach both servers
+  await using _nginx = await startNginx(
+    bed.home,
+    port,
+    () => `server { listen ${port} ssl; ${pairs.join("")} }`,
+  );
+  await using silent = await tcpServer(() => {}, "0.0.0.0");
+
+  /** Delivers to a section with all endpoints, and so probes each three times by RSA and by EC. */
+  async function round(other: number, expected: number) {
+    const endpoints = Array.from({ length: ENDPOINTS }, (_, i) => {
+      const host = `127.0.${1 + Math.floor(i / 250)}.${1 + i % 250}`;
+      return `${host}:${i % (ENDPOINTS / SILENT) === 0 ? other : port}#www.example.com`;
+    });
+    bed.act(`[web]\ndomains: www.example.com\nupdate: ["true"]\nverify: ${JSON.stringify(endpoints)}\n`);
+    const [command, ...rest] = LEMATT;
+    const started = performance.now();
+    const args = [...rest, "--prod", "--deliver", "[web]", bed.conf];
+    const child = new Deno.Command(command!, { args, stdin: "null", stdout: "piped", stderr: "piped" })
+      .spawn();
+    let [running, processes, megabytes] = [true, 0, 0];
+    const ended = child.output().finally(() => running = false);
+    while (running) {
+      const { stdout } = await output(
+        `ps --pid ${child.pid} --ppid ${child.pid} -o pid=,rss=,comm=`.split(" "),
+      );
+      const all = [...stdout.matchAll(/(\d+) +(\d+) (\w+)/g)];
+      // a forked child shares the memory of its parent until it executes openssl
+      const counted = all.filter(([, pid, , name]) => Number(pid) === child.pid || name === "openssl");
+      processes = Math.max(processes, counted.length - 1);
+      megabytes = Math.max(megabytes, counted.reduce((sum, [, , size]) => sum + Number(size) / 1024, 0));
+      await delay(100);
+    }
+    const { code, stderr } = await ended;
+    if (code !== expected) throw new Error(new TextDecoder().decode(stderr));
+    return { seconds: (performance.now() - started) / 1000, processes, megabytes };
+  }
+
+  const plain =
+    `seq ${6 * ENDPOINTS} | xargs -P 16 -I N openssl s_client -no-CAfile -no-CApath -no-CAstore ` +
+    `-connect 127.0.0.1:${port} -servername www.example.com >/dev/null 2>&1`;
+  const started = performance.now();
+  await output(["sh", "-c", plain]);
+  const openssl = (performance.now() - started) / 1000;
+  const { seconds, processes, megabytes } = await round(port, 0);
+  figure("openssl alone, 16 at once", openssl, "s");
+  figure("lematt", seconds, "s", 20);
+  figure("lematt beside openssl alone", seconds / openssl, "x");
+  figure("openssl processes at once", processes, "", 16);
+  figure("resident sets, with that of lematt", megabytes, "MB", 250);
+  const longer = (await round(silent.port, 1)).seconds - seconds;
+  figure(`longer with ${SILENT} silent endpoints`, longer, "s", TIMEOUT_SECONDS);
 }

@@ -1,279 +1,148 @@
 /**
- * Certificates from Pebble: the time with a distant CA, and the cost with a CA on this host; compared with lego if it is
- * installed.
- *
- * Both have an account already. lego is started once for each certificate, as many processes at once as lematt handles lines.
+ * Certificates from Pebble, compared with lego: the time with a distant CA, and the cost with a CA on this host. Both have an
+ * account already. lego is started once for each certificate, as many processes at once as lematt handles lines.
  */
 
-import { join } from "node:path";
-import {
-  type Cost,
-  inTurns,
-  measure,
-  median,
-  need,
-  printFigure,
-  ratio,
-  seconds,
-  times,
-  which,
-} from "./bench-measure.ts";
-import { LEMATT } from "./programs.ts";
-import { startRelay } from "./bench-relay.ts";
-import { startWebroot } from "./ca.ts";
+import { connect } from "node:net";
+import { setTimeout as delay } from "node:timers/promises";
+import { testBed } from "./bed.ts";
+import { figure, inTurns, measure, median, ratio } from "./bench-measure.ts";
+import { shell } from "./documents.ts";
+import { run } from "./install.ts";
 import { startPebble } from "./pebble.ts";
+import { LEMATT } from "./programs.ts";
+import { tcpServer } from "./tls.ts";
 
 const AT_ONCE = 10;
 const ROUND_TRIP_MS = 150;
-
 /**
  * The exchanges that each need the result of the one before, for one line and two key types with one poll per order: the
- * minimum for any client.
+ * minimum for any client. The order of the second key type is ready at once only after the validation for the first.
  */
-const IN_SEQUENCE = [
-  "directory",
-  "newNonce",
-  "newOrder",
-  "authorization",
-  "challenge",
-  "order",
-  // the second key type: its order is ready at once only after the validation for the first
-  "newOrder",
-  "finalize",
-  "order",
-  "certificate",
-];
+const IN_SEQUENCE =
+  "directory newNonce newOrder authorization challenge order newOrder finalize order certificate";
 
-/** Ten lines of one name, and one line of 100 names; both key types, with a round trip of 150 ms. */
 export async function latency(): Promise<void> {
-  await using bed = await issuingBed();
-  await using relay = await startRelay(bed.port, ROUND_TRIP_MS / 2);
-  const server = `https://127.0.0.1:${relay.port}/dir`;
-  // TCP and TLS take two round trips, or three if the CA asks for another key share
-  const connecting = await bed.roundTrips(server, ROUND_TRIP_MS) - 1;
-  for (
-    const { what, lines, names, turns, floorRatio, legoRatio } of [
-      { what: "10 names", lines: 10, names: 1, turns: 5, floorRatio: 1.35, legoRatio: 0.62 },
-      // only one turn, since lego takes minutes
-      { what: "one line of 100 names", lines: 1, names: 100, turns: 1, floorRatio: 1.5, legoRatio: 0.62 },
-    ]
-  ) {
+  await using clients = await startClients(ROUND_TRIP_MS / 2);
+  const connecting = await clients.roundTrips(ROUND_TRIP_MS) - 1;
+  const cases = [
+    { what: "10 names", lines: 10, names: 1, turns: 5, atMost: 1.35 },
+    { what: "100 names", lines: 1, names: 100, turns: 1, atMost: 1.5 }, // lego takes minutes
+  ];
+  for (const { what, lines, names, turns, atMost } of cases) {
     // with more than 20 names, the two requests of each name take several rounds of 20 at once
-    const exchanges = IN_SEQUENCE.length + 2 * (Math.ceil(names / 20) - 1);
-    const floor = (connecting + exchanges) * ROUND_TRIP_MS / 1000;
-    printFigure(
-      `${what}: floor`,
-      seconds(floor),
-      `${connecting} round trips to connect, ${exchanges} exchanges`,
+    const trips = connecting + IN_SEQUENCE.split(" ").length + 2 * (Math.ceil(names / 20) - 1);
+    const [ours, theirs] = await clients.compare(turns, lines, names);
+    figure(`${what}: lematt`, median(ours), "s");
+    figure(
+      `${what}: beside its ${trips} round trips`,
+      median(ours) * 1000 / ROUND_TRIP_MS / trips,
+      "x",
+      atMost,
     );
-    const connections = async (work: () => Promise<Cost>) => {
-      const before = relay.connections;
-      const { wallSeconds } = await work();
-      return { wallSeconds, connections: relay.connections - before };
-    };
-    const clients = bed.clients.map((client) => () => connections(() => client.issue(lines, server, names)));
-    const costs = await inTurns(turns, ...clients);
-    const [ours, theirs] = costs.map((turn) => turn.map(({ wallSeconds }) => wallSeconds));
-    const [ourConnections, legoConnections] = costs.map((turn) => turn.at(-1)!.connections);
-    const floors = median(ours!) / floor;
-    printFigure("lematt", seconds(median(ours!)), `${times(floors)} the floor`, {
-      found: floors,
-      atMost: floorRatio,
-    });
-    printFigure("lematt: connections", `${ourConnections}`);
-    if (theirs === undefined) {
-      printFigure("lego", "not installed");
-      continue;
-    }
-    const found = ratio(ours!, theirs);
-    const target = { found, atMost: legoRatio };
-    printFigure("lego", seconds(median(theirs)), `lematt takes ${times(found)} that`, target);
-    printFigure("lego: connections", `${legoConnections}`);
+    figure(`${what}: lego`, median(theirs), "s");
+    figure(`${what}: lematt beside lego`, ratio(ours, theirs), "x", 0.62);
   }
 }
 
-/** 20 names, both key types, the CA on this host. */
 export async function throughput(): Promise<void> {
-  await using bed = await issuingBed();
-  const server = `https://127.0.0.1:${bed.port}/dir`;
-  const names = 20, certificates = 2 * names;
-  const turns = await inTurns(3, ...bed.clients.map((client) => () => client.issue(names, server)));
-  const [ours, theirs] = turns.map((costs) => costs.map(({ wallSeconds }) => wallSeconds));
-  printFigure(
-    "lematt",
-    seconds(median(ours!)),
-    `${(certificates / median(ours!)).toFixed(1)} certificates per second`,
-  );
-  if (theirs === undefined) printFigure("lego", "not installed");
-  else {
-    const found = ratio(ours!, theirs);
-    printFigure("lego", seconds(median(theirs)), `lematt takes ${times(found)} that`, { found, atMost: 1 });
-  }
-
+  await using clients = await startClients();
+  const [lines, certificates] = [20, 40];
+  const [ours, theirs] = await clients.compare(3, lines, 1);
+  figure("certificates per second", certificates / median(ours), "/s");
+  figure("lego: certificates per second", certificates / median(theirs), "/s");
+  figure("time of lematt beside lego", ratio(ours, theirs), "x", 1);
   // the time to make an RSA key varies by a factor of four, so this is measured with existing keys
-  const cpuOf = (costs: readonly Cost[]) => median(costs.map(({ cpuSeconds }) => cpuSeconds)) / certificates;
-  const [again] = await inTurns(3, () => bed.reissue());
-  const found = cpuOf(again!) * 1000;
-  printFigure("processor time per certificate", `${found.toFixed(1)} ms`, "without its key, with start-up", {
-    found,
-    atMost: 30,
-  });
-  printFigure("", seconds(cpuOf(turns[0]!)), "with its key, half of them RSA");
+  const [cpuSeconds] = await inTurns(3, clients.reissue);
+  const each = median(cpuSeconds!) * 1000 / certificates;
+  figure("processor time per certificate, without its key", each, "ms", 30);
 }
 
-interface Client {
-  /** Issues two certificates for each of `lines` new lines with `names` names at a server; returns the cost. */
-  issue(lines: number, server: string, names?: number): Promise<Cost>;
-}
-
-/** Pebble without random errors, a web server, lematt, and lego if it is installed. */
-async function issuingBed() {
-  need("pebble");
+/** Pebble without random errors, `oneWayMs` away, with lematt and lego; each issues two certificates for each line. */
+async function startClients(oneWayMs?: number) {
   await using stack = new AsyncDisposableStack();
-  const home = await Deno.makeTempDir({ prefix: "lematt-bench-issue-" });
-  stack.defer(() => Deno.remove(home, { recursive: true }));
-  const drop = join(home, "webroot/.well-known/acme-challenge");
-  await Deno.mkdir(drop, { recursive: true });
-  const web = stack.use(startWebroot(drop));
-  const env = { PEBBLE_WFE_NONCEREJECT: "0", PEBBLE_AUTHZREUSE: "100" };
-  const pebble = stack.use(await startPebble({ httpPort: web.port, env }));
+  const bed = stack.use(await testBed());
+  const pebble = stack.use(
+    await startPebble({
+      httpPort: bed.web.port,
+      env: { PEBBLE_WFE_NONCEREJECT: "0", PEBBLE_AUTHZREUSE: "100" },
+      records: (_, type) => type === "A" ? ["127.0.0.1"] : [],
+    }),
+  );
+  const near = Number(new URL(pebble.directoryUrl).port);
+  const port = oneWayMs === undefined ? near : stack.use(await distant(near, oneWayMs)).port;
+  const server = `https://127.0.0.1:${port}/dir`;
+  bed.configure({ settings: `testDirectory: ${server}\ncaBundle: ${pebble.caBundleFile}` });
+  await shell("mkdir -p web/.well-known; ln -s ../../drop web/.well-known/acme-challenge", bed.home);
+
   let round = 0;
   const newLines = (lines: number, names: number) =>
     Array.from({ length: lines }, () => {
       round++;
-      const line = Array.from({ length: names }, (_, i) => `n${i}.round${round}.example.com`);
-      for (const name of line) pebble.dns.set(name, "A", "127.0.0.1");
-      return line;
+      return Array.from({ length: names }, (_, i) => `n${i}.round${round}.example.com`);
     });
-
-  const lematt = new Lematt(home, drop, pebble.caBundleFile, newLines);
+  const issue = () => measure(...LEMATT, "--test", bed.conf);
+  async function lematt(lines: number, names: number): Promise<number> {
+    bed.configure({ domains: newLines(lines, names).map((line) => `${line.join(" ")}\n`).join("") });
+    return (await issue()).seconds;
+  }
+  async function lego(lines: number, names: number): Promise<number> {
+    const started = performance.now();
+    const queue = newLines(lines, names).values();
+    await Promise.all(Array.from({ length: AT_ONCE }, async () => {
+      for (const line of queue) {
+        for (const type of ["rsa2048", "ec256"]) {
+          const common = `-s ${server} -a -m a@example.com --path ${bed.home}/${type} -k ${type}`.split(" ");
+          const http = [
+            "--http",
+            "--http.webroot",
+            `${bed.home}/web`,
+            ...line.flatMap((name) => ["-d", name]),
+          ];
+          await run("env", `LEGO_CA_CERTIFICATES=${pebble.caBundleFile}`, "lego", ...common, ...http, "run");
+        }
+      }
+    }));
+    return (performance.now() - started) / 1000;
+  }
+  for (const register of [lematt, lego]) await register(1, 1);
   const open = stack.move();
   return {
-    port: Number(new URL(pebble.directoryUrl).port),
-    clients: which("lego") === undefined
-      ? [lematt]
-      : [lematt, new Lego(home, pebble.caBundleFile, newLines)] as Client[],
-    reissue: () => lematt.reissue(),
-    /** The number of round trips until a new connection has returned the directory. */
-    async roundTrips(server: string, roundTripMs: number): Promise<number> {
+    compare: (turns: number, lines: number, names: number) =>
+      inTurns(turns, () => lematt(lines, names), () => lego(lines, names)) as Promise<[number[], number[]]>,
+    /** Issues the last certificates again with a new account, which has to validate every name; returns processor time. */
+    async reissue(): Promise<number> {
+      for (const what of ["test/cert", "test/state.json", "account.key.test"]) {
+        await Deno.remove(bed.path(what), { recursive: true });
+      }
+      return (await issue()).cpuSeconds;
+    },
+    /** The number of round trips until a new connection has returned the directory; TLS takes one or two of them. */
+    async roundTrips(milliseconds: number): Promise<number> {
       using client = Deno.createHttpClient({ caCerts: [await Deno.readTextFile(pebble.caBundleFile)] });
       const started = performance.now();
       await (await fetch(server, { client })).text();
-      return Math.floor((performance.now() - started) / roundTripMs);
+      return Math.floor((performance.now() - started) / milliseconds);
     },
     [Symbol.asyncDispose]: () => open.disposeAsync(),
   };
 }
 
-type NewLines = (lines: number, names: number) => readonly (readonly string[])[];
-
-class Lematt implements Client {
-  /** Server -> a configuration directory with an account there. */
-  readonly #accounts = new Map<string, string>();
-  #last = "";
-
-  constructor(
-    private readonly home: string,
-    private readonly drop: string,
-    private readonly caBundle: string,
-    private readonly newLines: NewLines,
-  ) {}
-
-  async issue(lines: number, server: string, names = 1): Promise<Cost> {
-    if (!this.#accounts.has(server)) {
-      const first = await this.#configure(1, 1, server);
-      await this.#run(first);
-      this.#accounts.set(server, first);
+/** A way to a port of this host that takes `oneWayMs`, and once a round trip more, as the handshake of TCP does. */
+function distant(to: number, oneWayMs: number) {
+  return tcpServer((near) => {
+    const far = connect(to, "127.0.0.1").setNoDelay();
+    near.setNoDelay();
+    const connected = performance.now() + 2 * oneWayMs;
+    for (const [from, into] of [[near, far], [far, near]] as const) {
+      let sent = Promise.resolve();
+      const later = (act: () => void) => {
+        const due = Math.max(performance.now(), connected) + oneWayMs;
+        sent = sent.then(() => delay(Math.max(0, due - performance.now()))).then(act);
+      };
+      from.on("data", (piece) => later(() => into.write(piece)));
+      from.on("close", () => later(() => into.destroy()));
+      from.on("error", () => from.destroy());
     }
-    this.#last = await this.#configure(lines, names, server, this.#accounts.get(server));
-    return await this.#run(this.#last);
-  }
-
-  /** Issues the last certificates again with a new account, which has to validate every name, and with the existing keys. */
-  async reissue(): Promise<Cost> {
-    for (const what of ["test/cert", "test/state.json", "account.key.test"]) {
-      await Deno.remove(join(this.#last, what), { recursive: true });
-    }
-    return await this.#run(this.#last);
-  }
-
-  #run(conf: string): Promise<Cost> {
-    return measure([...LEMATT, "--test", "--parallel", `${AT_ONCE}`, conf]);
-  }
-
-  /** Makes a configuration directory, with the account of another one if there is one. */
-  async #configure(lines: number, names: number, server: string, account?: string): Promise<string> {
-    const conf = await Deno.makeTempDir({ dir: this.home, prefix: "lematt-" });
-    const write = (name: string, lines: readonly string[]) =>
-      Deno.writeTextFile(join(conf, name), `${lines.join("\n")}\n`);
-    await write("domains", this.newLines(lines, names).map((line) => line.join(" ")));
-    await write("actions.conf", []);
-    await write("lematt.conf", [
-      "[config]",
-      "accountKey: account.key",
-      `challengeDropDir: ${this.drop}`,
-      `caBundle: ${this.caBundle}`,
-      `testDirectory: ${server}`,
-    ]);
-    await Deno.mkdir(join(conf, "test"));
-    for (const file of account === undefined ? [] : ["account.key.test", "test/state.json"]) {
-      await Deno.copyFile(join(account!, file), join(conf, file));
-    }
-    return conf;
-  }
-}
-
-class Lego implements Client {
-  /** Server -> a directory with an account there. */
-  readonly #accounts = new Map<string, string>();
-
-  constructor(
-    private readonly home: string,
-    private readonly caBundle: string,
-    private readonly newLines: NewLines,
-  ) {}
-
-  /** One certificate of a line after the other; lego needs its own directory for each key type. */
-  async issue(lines: number, server: string, names = 1): Promise<Cost> {
-    if (!this.#accounts.has(server)) {
-      const first = await Deno.makeTempDir({ dir: this.home, prefix: "lego-" });
-      await this.#run(server, first, this.newLines(1, 1)[0]!, "ec256");
-      this.#accounts.set(server, first);
-    }
-    const directories: [string, string][] = [];
-    for (const keyType of ["rsa2048", "ec256"]) {
-      const directory = await Deno.makeTempDir({ dir: this.home, prefix: "lego-" });
-      const accounts = join(this.#accounts.get(server)!, "accounts");
-      await new Deno.Command("cp", { args: ["-a", accounts, directory] }).output();
-      directories.push([keyType, directory]);
-    }
-    const queue = this.newLines(lines, names).values();
-    const costs: Cost[] = [];
-    const started = performance.now();
-    await Promise.all(Array.from({ length: AT_ONCE }, async () => {
-      for (const line of queue) {
-        for (const [keyType, directory] of directories) {
-          costs.push(await this.#run(server, directory, line, keyType));
-        }
-      }
-    }));
-    return {
-      wallSeconds: (performance.now() - started) / 1000,
-      cpuSeconds: costs.reduce((sum, { cpuSeconds }) => sum + cpuSeconds, 0),
-      peakMegabytes: Math.max(...costs.map(({ peakMegabytes }) => peakMegabytes)),
-    };
-  }
-
-  #run(server: string, path: string, names: readonly string[], keyType: string): Promise<Cost> {
-    const options = { server, path, email: "bench@example.com", "key-type": keyType };
-    return measure([
-      which("lego")!,
-      ...Object.entries(options).map(([option, value]) => `--${option}=${value}`),
-      ...names.map((name) => `--domains=${name}`),
-      "--accept-tos",
-      "--http",
-      `--http.webroot=${join(this.home, "webroot")}`,
-      "run",
-    ], { LEGO_CA_CERTIFICATES: this.caBundle });
-  }
+  });
 }

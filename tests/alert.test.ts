@@ -17,15 +17,15 @@ const bedOf = (domains: string, actions: string) =>
 const ALERT = `alert: ["{ echo 'SUBJECT (DOMAINS_ALL)'; cat; } >> HERE/alerts"]`;
 const takeAlerts = (bed: Bed) => bed.take("alerts").join("\n");
 
-Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued, whatever an alert command does", async () => {
-  const actions = `[a]\ndomains: a.example.com\n${ALERT}`;
+Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued; a CA that is down is one problem", async () => {
+  const actions = `[every]\n${ALERT}`;
   await using bed = await bedOf("a.example.com www\nb.example.com", actions.replace('["', '["exit 5", "'));
   await bed.plant({ age: 61 });
   bed.refused.add("www.a.example.com");
   for (let run = 0; run < 2; run++) await bed.run({ retry: true });
   assert.equal(takeAlerts(bed), "");
   const third = await bed.run({ retry: true });
-  assert.match(third.stderr, /^FAILED +\[a\] alert\n.*"exit 5"/m);
+  assert.match(third.stderr, /^FAILED +\[every\] alert\n.*"exit 5"/m);
   const [subject, text] = takeAlerts(bed).split("\n");
   assert.equal(subject, "1 problem: a.example.com (a.example.com www.a.example.com)");
   for (const part of ["3 times", "not this one", "expires 20"]) assert.ok(text!.includes(part), text);
@@ -36,9 +36,14 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
   bed.act(actions);
   bed.refused.clear();
   const well = await bed.run({ retry: true, cron: true });
-  assert.match(well.stdout, /^alert +\[a\] well again: .*a\.example\.com/m);
+  assert.match(well.stdout, /^alert +\[every\] well again: .*a\.example\.com/m);
   assert.match(takeAlerts(bed), /^well again .*\nwell again: .*a\.example\.com/);
-  assert.equal((await bed.run(), takeAlerts(bed)), "");
+  bed.configure({ domains: "a.example.com www\nc.example.com\nd.example.com" });
+  for (let run = 0; run < 3; run++) {
+    assert.equal(takeAlerts(bed), "");
+    await bed.run({ fetch: () => Promise.reject(new TypeError("no route to host")) });
+  }
+  assert.match(takeAlerts(bed), /^1 problem: c\..*\n2 lines not issued, 3 times .*no route to host/);
 });
 
 Deno.test("R12: an alert for a delivery pending for 20 hours has command, output and the old certificate's expiry, even if certificates are added and delivered", async () => {

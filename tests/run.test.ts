@@ -147,9 +147,12 @@ Deno.test("a directory of 0.1.0 is taken over with its pending deliveries and re
   const key = keyOf(bed, "c.example.com");
   const fingerprint = (name: string) => revocable(bed.config(), name)[0]!.certificate.fingerprint;
   const certificates = { "b.example.com-cert-combined.prime256v1.test.pem": fingerprint("b.example.com") };
-  const owed = { default: { since: "2026-01-01T00:00:00.000Z", certificates, attempts: 2 } };
-  const revoked = { [fingerprint("c.example.com")]: "2026-01-01T00:00:00.000Z" };
-  Deno.writeTextFileSync(bed.path("test", "state.json"), JSON.stringify({ version: 1, owed, revoked }));
+  const at = "2026-01-01T00:00:00.000Z";
+  const owed = { default: { since: at, certificates, attempts: 2 } };
+  const revoked = { [fingerprint("c.example.com")]: at };
+  const failures = { "c.example.com": { count: 2, at, error: "refused" } };
+  const state = JSON.stringify({ version: 1, owed, revoked, failures });
+  Deno.writeTextFileSync(bed.path("test", "state.json"), state);
   assert.deepEqual([(await bed.run()).code, bed.take()], [0, ["b.example.com c.example.com"]]);
   assert.notEqual(keyOf(bed, "c.example.com"), key);
   assert.equal((await bed.run(), bed.take().length), 0);

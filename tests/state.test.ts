@@ -70,8 +70,9 @@ Deno.test("a time in the future does not count, and nothing waits longer than a 
   });
 });
 
-Deno.test("with a state of a newer lematt, or one that cannot be read, the exit status is 2 and nothing is done", async () => {
-  await using bed = await testBed({ domains: "example.com", settings: "keyTypes: ec\npreflight: no" });
+Deno.test("with a state of a newer lematt, or one that cannot be read, the exit status is 2, and nothing is done but an alert", async () => {
+  const actions = `[default]\nalert: ["cat >> HERE/alerts"]`;
+  await using bed = await testBed({ domains: "example.com", settings: "preflight: no", actions });
   const path = bed.path("test/state.json");
   const ends = async (command: string[], error: RegExp) => {
     const { code, stderr } = await bed.lematt("--test", ...command);
@@ -82,6 +83,7 @@ Deno.test("with a state of a newer lematt, or one that cannot be read, the exit 
   Deno.writeTextFileSync(path, '{"version": 3}');
   for (const command of [[], ["--status"]]) await ends(command, /^lematt: .*state\.json: .*newer.*\n$/);
   assert.equal(bed.text("test/state.json"), '{"version": 3}');
+  assert.match(bed.take("alerts").join(), /newer lematt/);
   Deno.removeSync(path);
   Deno.mkdirSync(path);
   await ends([], /^lematt: .*state\.json: .*directory.*\n$/);

@@ -3,7 +3,6 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { accept, select } from "../lib/run.ts";
 import { type Bed, testBed, until } from "./bed.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE;
@@ -190,25 +189,6 @@ Deno.test("R2: whatever changes in the configuration, a section is delivered wha
   await bed.run();
   bed.act(added.replace("2 ", "3 "));
   assert.deepEqual([(await bed.run()).code, bed.take()], [0, [`3 ${a}`]], "a failed delivery stays pending");
-});
-
-Deno.test("--accept records as delivered what is in place, and runs no command; --deliver delivers what it names once more", async () => {
-  const log = (name: string) => `[${name}]\nupdate: ["echo ${name} DOMAINS_CN >> HERE/log"]\n`;
-  await using bed = await bedOf("a.example.com\nb.example.com", log("default") + log("every"));
-  await bed.plant();
-  const config = bed.config();
-  const selection = select(config, { accept: ["a.example.com", "[every]"] })!;
-  assert.equal(await accept(config, selection, bed.context(), () => {}), 3);
-  const steps: [deliver: string[], log: string[]][] = [
-    [[], ["default b.example.com"]],
-    [["a.example.com"], ["default a.example.com", "every a.example.com"]],
-    [["[every]"], ["every a.example.com b.example.com"]],
-    [["[default]", "b.example.com"], ["default a.example.com b.example.com", "every b.example.com"]],
-    [[], []],
-  ];
-  for (const [deliver, log] of steps) {
-    assert.deepEqual([(await bed.run({ named: { deliver } })).code, bed.take()], [0, log]);
-  }
 });
 
 Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4 … 20 hours, also while the CA is unreachable", async () => {

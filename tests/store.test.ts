@@ -7,7 +7,7 @@ import { basename, dirname, join } from "node:path";
 import type { Config } from "../lib/config.ts";
 import { prunable, prune } from "../lib/run.ts";
 import { changingLinks, readInventory, stemOf, Store } from "../lib/store.ts";
-import { generateKey, readCertificate } from "../lib/x509.ts";
+import { generateKey } from "../lib/x509.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { missing as noStrace } from "./faults-strace.ts";
 import { install, NOBODY } from "./install.ts";
@@ -31,17 +31,16 @@ const find = (path: string, format: string) =>
   execFileSync("find", [path, "-mindepth", "1", "-printf", `${format}\n`], { encoding: "utf8" })
     .trimEnd().split("\n").sort();
 
-/** A certificate that can be put in place. */
+/** A certificate of 90 days, for a new key or for the given one. */
 async function issue(bed: Bed, names: readonly string[], keyPem?: string) {
   keyPem ??= await generateKey({ type: "ec", curve: "P-256" });
-  const [notBefore, notAfter] = [-DAY, 89 * DAY].map((ms) => new Date(bed.ca.now.getTime() + ms));
-  const chainPem = await bed.ca.forge(keyPem, names, { notBefore: notBefore!, notAfter: notAfter! });
-  return { keyPem, chainPem, csrPem: "", certificate: readCertificate(chainPem) };
+  const life = { notBefore: bed.ca.now, notAfter: new Date(bed.ca.now.getTime() + 90 * DAY) };
+  return { keyPem, chainPem: await bed.ca.forge(keyPem, names, life) };
 }
 
 Deno.test("stemOf() joins the names, and shortens what is too long for a file name", () => {
-  const config = { mode: "prod", rsaTag: "rsa2048", curveTag: "prime256v1" } as Config;
-  const stem = (...names: string[]) => stemOf(config, names);
+  const stem = (...names: string[]) =>
+    stemOf({ mode: "prod", rsaTag: "rsa2048", curveTag: "prime256v1" } as Config, names);
   assert.equal(stem("*.example.com", "2001:db8::7"), "_wildcard.example.com_2001-db8--7");
   const end = "-cert-combined.prime256v1.pem".length;
   const fits = `${"a".repeat(60)}.${"b".repeat(255 - end - 61)}`;

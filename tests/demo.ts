@@ -1,107 +1,71 @@
 /**
- * `deno task demo`: lematt on this host alone. Starts the CA of ca.ts and a web server for a drop directory, runs lematt.ts
- * with them twice, and shows the files that it wrote and the commands that it ran.
+ * `deno task demo`: lematt on this host alone. Runs lematt.ts twice with the CA of ca.ts and a web server for a drop
+ * directory, and shows the files that it wrote and the commands that it ran.
  */
-
 import { join, relative } from "node:path";
-import { startCa, startWebroot } from "./ca.ts";
+import { testBed } from "./bed.ts";
 
-const PROGRAM = join(import.meta.dirname!, "../lematt.ts");
-const headline = (text: string) =>
-  console.log(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${text}` : `\n\x1b[1m${text}\x1b[0m`);
-
-const home = await Deno.makeTempDir({ prefix: "lematt-demo-" });
-const conf = join(home, "conf");
-const hosts = join(home, "hosts");
-await Deno.mkdir(conf);
-for (const directory of ["challenges", "web", "mail", "manager"]) {
-  await Deno.mkdir(join(directory === "challenges" ? home : hosts, directory), { recursive: true });
-}
-
-await using webroot = await startWebroot(join(home, "challenges"));
-await using ca = await startCa({ httpPort: webroot.port });
-
-const files = {
-  "lematt.conf": `[config]
-challengeDropDir: ${join(home, "challenges")}
-accountKey: account.key
-testDirectory: ${ca.directoryUrl}
-caBundle: ${ca.caBundleFile}
-# these names exist only for the CA of this demo
-preflight: no
-`,
-  "domains": `mail.example.com
-example.com www shop
-`,
-  "actions.conf": `[default]
-uploadCerts: ["cp -P CERTS ${hosts}/web/"]
-uploadKeys: ["cp -P KEYS ${hosts}/web/"]
-update: ["echo reloading nginx for DOMAINS_CN >> ${home}/reloads"]
+const COMMANDS = `[default]
+uploadCerts: ["cp -P CERTS HERE/hosts/web/"]
+uploadKeys: ["cp -P KEYS HERE/hosts/web/"]
+update: ["echo reloading nginx for DOMAINS_CN >> HERE/reloads"]
 
 [mailserver]
 domains: mail.example.com
-prepare: ["echo port 80 of DOMAIN is open >> ${home}/reloads; cat"]
-uploadCerts: ["cp CERTS ${hosts}/mail/"]
-uploadKeys: ["cp KEYS ${hosts}/mail/"]
-update: ["echo reloading postfix >> ${home}/reloads", "echo reloading dovecot >> ${home}/reloads"]
+prepare: ["echo port 80 of DOMAIN is open >> HERE/reloads; cat"]
+uploadCerts: ["cp CERTS HERE/hosts/mail/"]
+uploadKeys: ["cp KEYS HERE/hosts/mail/"]
+update: ["echo reloading postfix >> HERE/reloads", "echo reloading dovecot >> HERE/reloads"]
 
 [every]
-uploadCerts: ["cp -P CERTS ${hosts}/manager/"]
-`,
-};
-for (const [name, text] of Object.entries(files)) {
-  headline(`conf/${name}`);
-  console.log(text.trimEnd().replaceAll(home, "~"));
-  await Deno.writeTextFile(join(conf, name), text);
+uploadCerts: ["cp -P CERTS HERE/hosts/manager/"]
+`;
+
+await using bed = await testBed({
+  domains: "mail.example.com\nexample.com www shop\n",
+  actions: COMMANDS,
+  settings: "# these names exist only for the CA of this demo\npreflight: no",
+});
+const hosts = join(bed.home, "hosts");
+for (const host of ["web", "mail", "manager"]) await Deno.mkdir(join(hosts, host), { recursive: true });
+
+function show(title: string, text: string): void {
+  console.log(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${title}` : `\n\x1b[1m${title}\x1b[0m`);
+  console.log(text.trimEnd().replaceAll(bed.home, "~"));
 }
 
 async function lematt(...args: string[]): Promise<number> {
-  headline(`lematt.ts ${args.join(" ")} --config ~/conf`);
-  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-    args: ["run", "-q", "--no-prompt", "-P=lematt", PROGRAM, ...args, "--config", conf],
-    cwd: home,
-  }).output();
-  for (const text of [stdout, stderr]) {
-    if (text.length > 0) console.log(new TextDecoder().decode(text).trimEnd().replaceAll(home, "~"));
-  }
+  const { code, stdout, stderr } = await bed.lematt(...args);
+  show(`lematt.ts ${args.join(" ")} --config ~/conf`, stdout + stderr);
   return code;
 }
 
+/** Every file below a directory, with the target of a link, or the permissions. */
 function* tree(directory: string): Iterable<string> {
-  for (
-    const { name, isDirectory } of [...Deno.readDirSync(directory)].sort((a, b) => a.name < b.name ? -1 : 1)
-  ) {
+  const entries = [...Deno.readDirSync(directory)].sort((a, b) => a.name < b.name ? -1 : 1);
+  for (const { name, isDirectory, isSymlink } of entries) {
     const path = join(directory, name);
     if (isDirectory) {
       yield* tree(path);
       continue;
     }
-    const { mode } = Deno.lstatSync(path);
-    const permissions = ((mode ?? 0) & 0o777).toString(8).padStart(4, "0");
-    const link = Deno.lstatSync(path).isSymlink ? ` -> ${Deno.readLinkSync(path)}` : ` (${permissions})`;
-    yield `${relative(home, path)}${link}`;
+    const mode = (Deno.lstatSync(path).mode! & 0o777).toString(8).padStart(4, "0");
+    yield `  ${relative(bed.home, path)} ${isSymlink ? `-> ${Deno.readLinkSync(path)}` : `(${mode})`}`;
   }
 }
 
+for (const name of ["lematt.conf", "domains", "actions.conf"]) show(`conf/${name}`, bed.text(name));
 const first = await lematt("--test");
-headline("The files");
-for (const line of tree(join(conf, "test"))) console.log(`  ${line}`);
-headline("The files that commands have delivered to the three hosts");
-for (const { name } of Deno.readDirSync(hosts)) {
-  console.log(`  ${name}: ${[...tree(join(hosts, name))].length} files`);
-}
-headline("What the commands have written");
-console.log((await Deno.readTextFile(join(home, "reloads"))).trimEnd());
-const second = await lematt("--test");
-headline("The plan for the next run");
-await lematt("--test", "--plan");
-
-await Deno.remove(home, { recursive: true });
-const ok = first === 0 && second === 0 && ca.issued.length === 4 && ca.violations.length === 0;
-console.log(
-  ok
-    ? "\nThe CA has issued 4 certificates, and every request was correct. All files are removed.\n" +
-      "Next: README.md explains how to begin, the samples in conf/ explain every setting; lematt.ts --help."
-    : `\nThe demo failed: ${JSON.stringify(ca.violations)}`,
+show("The files", [...tree(bed.path("test"))].join("\n"));
+const delivered = ["mail", "manager", "web"].map((host) => [host, [...tree(join(hosts, host))].length]);
+show(
+  "Files that commands have delivered",
+  delivered.map(([host, count]) => `  ${host}: ${count}`).join("\n"),
 );
-Deno.exit(ok ? 0 : 1);
+show("What the commands have written", await Deno.readTextFile(join(bed.home, "reloads")));
+const second = await lematt("--test");
+await lematt("--test", "--plan");
+if (first !== 0 || second !== 0 || bed.ca.issued.length !== 4) throw new Error("the demo failed");
+console.log(`
+The CA has issued 4 certificates, and every request was correct. All files are removed.
+Next: README.md explains how to begin, the samples in conf/ explain every setting; lematt.ts --help.`);

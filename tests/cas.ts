@@ -13,7 +13,8 @@
 
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { setTimeout as delay } from "node:timers/promises";
+import { once } from "node:events";
+import { type AddressInfo, connect, createServer } from "node:net";
 import { testBed } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import { startWebroot } from "./ca.ts";
@@ -22,7 +23,6 @@ import { listenerCertificate } from "./ca-x509.ts";
 import { shell } from "./documents.ts";
 import { listing } from "./faults.ts";
 import { type Running, startProgram } from "./pebble.ts";
-import { startRelay } from "./relay.ts";
 
 /** Ports of the CA, of the DNS server, and of the web server of http-01. */
 const PORTS = { ca: 9443, dns: 53, http: 80 };
@@ -186,11 +186,18 @@ async function lifeCycle(name: Name): Promise<number> {
   const [printed, code] = changesKeys ? [CHANGES, 0] as const : [NOT_OFFERED, 1] as const;
   await step("rollover", CHANGED, "--rollover --yes", printed, code);
   await step("renewal after rollover", CHANGED, `--renew ${ONE}`, ISSUED);
-  const { origin, pathname } = new URL(ca.directoryUrl);
-  const relay = await startRelay(origin, ca.root, (_, ask) => delay(1000).then(ask));
-  await use(relay.origin + pathname, relay.root);
+  const relay = createServer((near) => {
+    const far = connect(PORTS.ca, "127.0.0.1");
+    for (const [from, to] of [[near, far], [far, near]] as const) {
+      from.on("data", (data) => setTimeout(() => to.write(data), 500));
+      from.on("error", () => {}).on("close", () => to.destroy());
+    }
+  }).listen(0, "127.0.0.1");
+  await once(relay, "listening");
+  const slow = Object.assign(new URL(ca.directoryUrl), { port: (relay.address() as AddressInfo).port });
+  await use(slow.href, ca.root);
   await step("a slow CA (1 s an answer)", "slow.example.com", "", ISSUED);
-  await relay[Symbol.asyncDispose]();
+  relay.close();
   await use(ca.directoryUrl, ca.root);
   await ca.stop();
   await step("nothing due, the CA stopped", CHANGED, "", IDLE);

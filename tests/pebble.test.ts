@@ -1,5 +1,5 @@
 /**
- * lematt with Pebble, an independent CA: with the random errors that Pebble injects, with a relay that changes answers, and
+ * lematt with Pebble, an independent CA: with the random errors that Pebble injects, with answers changed on their way, and
  * with protocols newer than RFC 8555. The certificates are checked with openssl and node:crypto.
  */
 import assert from "node:assert/strict";
@@ -10,13 +10,17 @@ import { generateKey, type KeySpec, rootOf } from "../lib/x509.ts";
 import { type Ran, testBed } from "./bed.ts";
 import { startWebroot } from "./ca.ts";
 import { type PebbleOptions, pebbleTest, runAt, startPebble } from "./pebble.ts";
-import { type Answer, startRelay } from "./relay.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
 const NAME = "example.com";
 const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
 const MODERN = { modern: true };
 
+interface Answer {
+  readonly status: number;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly body: string;
+}
 type Change = (answer: Answer) => Answer;
 
 /**
@@ -36,8 +40,8 @@ async function pebbleBed(
   const pebble = stack.use(await startPebble({ httpPort: bed.web.port, records, ...options }));
   for (const name of domains.split(/\s+/)) pebble.dns.set(name, "A", "127.0.0.1");
   const act = (text: string) => bed.act(text.replaceAll("ZONE", zone));
-  const set = (settings: string, { directoryUrl, caBundleFile } = pebble) =>
-    bed.configure({ settings: `testDirectory: ${directoryUrl}\ncaBundle: ${caBundleFile}\n${settings}` });
+  const ca = `testDirectory: ${pebble.directoryUrl}\ncaBundle: ${pebble.caBundleFile}\n`;
+  const set = (settings: string) => bed.configure({ settings: ca + settings });
   set(settings);
   act(actions);
   if (accountKey) await Deno.writeTextFile(bed.path("account.key.test"), await generateKey(accountKey));
@@ -50,14 +54,18 @@ async function pebbleBed(
   }
 
   /** A run in this process; `change` returns how to change the answer of a path. */
-  async function relayed(settings: string, change: (path: string) => Change | undefined): Promise<Ran> {
-    const root = await Deno.readTextFile(pebble.caBundleFile);
-    await using relay = await startRelay(new URL(pebble.directoryUrl).origin, root, async (path, ask) => {
-      const answer = await ask();
-      return change(path)?.(answer) ?? answer;
+  async function changed(settings: string, change: (path: string) => Change | undefined): Promise<Ran> {
+    set(settings);
+    const { fetch } = bed.context();
+    const ran = await runAt(bed, {
+      async fetch(url, init) {
+        const response = await fetch(url, init);
+        const { status, headers } = response;
+        const answer = { status, headers: Object.fromEntries(headers), body: await response.text() };
+        const { body, ...head } = change(new URL(url).pathname)?.(answer) ?? answer;
+        return new Response(body || null, head);
+      },
     });
-    set(settings, { ...pebble, directoryUrl: `${relay.origin}/dir` });
-    const ran = await runAt(relay.root, bed);
     assert.deepEqual([ran.code, ran.stderr], [0, ""]);
     return ran;
   }
@@ -94,7 +102,7 @@ async function pebbleBed(
 
   const open = stack.move();
   const close = () => open.disposeAsync();
-  return { bed, pebble, set, act, lematt, relayed, issued, [Symbol.asyncDispose]: close };
+  return { bed, pebble, set, act, lematt, changed, issued, [Symbol.asyncDispose]: close };
 }
 
 // ---- RFC 8555 ----------------------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ pebbleTest(
       "/finalize-order": [notFound, badNonce, problem(403, "orderNotReady"), tomorrow],
       "/certZ": [...all],
     };
-    await ca.relayed("ari: no", (path) => changes[/^\/[^/]*/.exec(path)![0]]!.shift());
+    await ca.changed("ari: no", (path) => changes[/^\/[^/]*/.exec(path)![0]]!.shift());
     assert.equal((await ca.issued()).size, 4);
     assert.deepEqual(Object.values(changes).flat(), []);
   },
@@ -178,7 +186,7 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
   ];
   for (const [wanted, changed, change, expected] of table) {
     const settings = `ari: no\nkeyTypes: ec\npreferredChain: ${wanted}`;
-    const { stdout } = await ca.relayed(settings, (path) => changed.test(path) ? change : undefined);
+    const { stdout } = await ca.changed(settings, (path) => changed.test(path) ? change : undefined);
     assert.equal(rootOf(ca.bed.text(CERT)), expected, wanted);
     assert.equal(new RegExp(`^note .*"${wanted}"`, "m").test(stdout), expected !== wanted, stdout);
     await Deno.remove(ca.bed.path("test/cert"), { recursive: true });

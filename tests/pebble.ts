@@ -113,15 +113,10 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   };
 }
 
-/**
- * A run in this process with another CA, whose listener has this root certificate (PEM). Waits are cut to a twentieth, since
- * that CA needs some real time.
- */
-export async function runAt(root: string, bed: Bed, context: Partial<Context> = {}): Promise<Ran> {
-  using client = Deno.createHttpClient({ caCerts: [root] });
+/** A run in this process with another CA. Waits are cut to a twentieth, since that CA needs some real time. */
+export async function runAt(bed: Bed, context: Partial<Context> = {}): Promise<Ran> {
   return await bed.run({
     retry: true,
-    fetch: (url, init) => fetch(url, { ...init, client }),
     async sleep(ms) {
       await delay(ms / 20);
       bed.ca.advance(ms);

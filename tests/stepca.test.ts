@@ -52,7 +52,8 @@ Deno.test({
 
     // in this process, where waits are short
     bed.configure({ domains: `${NAME} two.example.com\nlost.example.com` });
-    const ran = await runAt(ca.root, bed);
+    using client = Deno.createHttpClient({ caCerts: [ca.root] });
+    const ran = await runAt(bed, { fetch: (url, init) => fetch(url, { ...init, client }) });
     assert.equal(ran.code, 1);
     assert.match(
       ran.stderr,

@@ -85,22 +85,23 @@ test("errors of all three files are printed together, with exit status 2 and no 
 });
 
 test("a run, --plan and --status exit with 1 if there is a problem, with 2 if an option names what does not exist", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com", `[default]\nupdate: ["test -e HERE/up"]`);
+  const actions = `[constructor]\ndomains: a.example.com b.example.com\nupdate: ["test -e HERE/up"]`; // S8
+  await using bed = await bedOf("a.example.com\nb.example.com", actions);
   const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
   const planned = await run("--plan");
   assert.deepEqual([planned.code, planned.stderr], [0, ""]);
   assert.match(planned.stdout, /^issue +2 lines: .*\n +a\.example\.com.*\n +b\.example\.com/m);
   assert.deepEqual((await run("--plan --only a.example.com")).stdout.match(/[ab]\.example/g), ["a.example"]);
-  assert.equal((await run("--plan --accept [default]")).code, 0);
+  assert.equal((await run("--plan --accept [constructor]")).code, 0);
   assert.deepEqual([listing(bed.conf).length, bed.ca.log.length], [3, 0], "--plan changes nothing");
 
   const first = await run();
   assert.equal(first.code, 1);
   assert.match(first.stdout, /^issued +a\.example\.com /m);
-  assert.match(first.stderr, /^FAILED +\[default\] /m);
+  assert.match(first.stderr, /^FAILED +\[constructor\] /m);
   const table = await run("--status --offline");
   assert.equal(table.code, 1);
-  assert.match(table.stdout, /^1 problem:\n +\[default\] /);
+  assert.match(table.stdout, /^1 problem:\n +\[constructor\] /);
   assert.equal((await run("--status --json")).code, 1);
   const metrics = await run("--status --metrics");
   assert.equal(metrics.code, 0, "R14: or the file of metrics would not be replaced");
@@ -110,7 +111,7 @@ test("a run, --plan and --status exit with 1 if there is a problem, with 2 if an
   assert.equal((await run()).code, 0);
   const third = await run();
   assert.deepEqual([third.code, third.stderr], [0, ""]);
-  assert.match(third.stdout, /next renewal \d{4}-\d\d-\d\d/);
+  assert.match(third.stdout, /^nothing due.* next renewal \d{4}-\d\d-\d\d.*\n$/);
   await all(["--renew", "--only", "--deliver", "--accept", "--revoke"].map(async (option) => {
     const { code, stdout, stderr } = await run(`${option} c.example.com`);
     assert.deepEqual([code, stdout], [2, ""], option);

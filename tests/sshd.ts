@@ -1,15 +1,15 @@
 /**
- * A remote host as conf/remote/README.md makes it, on loopback: a real sshd with the kit's own files, in which
- * only names, paths and ports are changed. As root it has a user of its own, else that of the tests.
+ * A remote host as conf/remote/README.md makes it, on loopback: a real sshd with the kit's own files, in which only names, paths
+ * and ports are changed. As root it has a user of its own, else that of the tests.
  */
 
 import { join } from "node:path";
 import { limit } from "../lib/context.ts";
 import { which } from "./bench-measure.ts";
-import { until } from "./bed.ts";
 import { adapt, ROOT } from "./documents.ts";
 import { run } from "./install.ts";
-import { accepts, freePort } from "./tls.ts";
+import { output } from "./programs.ts";
+import { freePort, startServer } from "./tls.ts";
 import { lackOf } from "./together.ts";
 
 const KIT = join(ROOT, "conf/remote");
@@ -21,31 +21,8 @@ export const CENTRAL = "http://central.example.com";
 /** What a remote host and its tests need and this machine lacks. */
 export const lacking = lackOf("ssh", "ssh-keygen", "sshd", "rsync", "rrsync", "scp", "nginx", "openssl");
 
-export interface Remote extends AsyncDisposable {
-  /** Everything is below it; readable for all. */
-  readonly directory: string;
-  /** upload-only as it is installed. */
-  readonly uploadOnly: string;
-  /** Where uploads go, with `private` below it. */
-  readonly certificates: string;
-  /** The user that logs in. */
-  readonly user: string;
-  /** Where sshd listens. */
-  readonly port: number;
-  /** Where leforward listens. */
-  readonly httpPort: number;
-  /** Arguments that make ssh and scp find the aliases: mail-forward, mail-upload, mail-reload-postfix, … */
-  readonly ssh: readonly ["-F", string];
-  /** Ids of the processes of sshd's connections. */
-  sessions(): Promise<number[]>;
-  /** The log of sshd. */
-  log(): string;
-}
-
-/** Starts a remote host. The reload keys run `reload`; `keys` edits authorized_keys. */
-export async function startRemote(
-  { reload = "true", keys = (text) => text }: { reload?: string; keys?: (text: string) => string } = {},
-): Promise<Remote> {
+/** Starts a remote host, whose reload key runs `reload`. */
+export async function startRemote(reload = "true") {
   await using stack = new AsyncDisposableStack();
   const directory = await Deno.makeTempDir({ prefix: "lematt-remote-" });
   stack.defer(() => Deno.remove(directory, { recursive: true }));
@@ -66,102 +43,63 @@ export async function startRemote(
 
   // deno may be where only its owner can read it
   await Deno.link(Deno.execPath(), `${bin}/deno`).catch(() => Deno.copyFile(Deno.execPath(), `${bin}/deno`));
-  for (const path of [join(ROOT, "leforward.ts"), join(KIT, "upload-only")]) {
-    await run("install", "-m", "755", path, bin);
-  }
-  const [sshPort, httpPort] = [freePort(), freePort()];
-  let authorizedKeys = adapt(await Deno.readTextFile(join(KIT, "authorized_keys")), {
-    "/usr/local/lib/lematt:/usr/bin": `${bin}:/usr/bin`,
-    "/usr/local/bin": bin,
-    "/etc/ssl/lematt": certificates,
-    [CENTRAL]: `${CENTRAL} --port ${httpPort} --host 127.0.0.1`,
-    "exec sudo -n /usr/sbin/service postfix reload": reload.replaceAll("HERE", directory),
-    "exec sudo -n /usr/sbin/service dovecot reload": reload.replaceAll("HERE", directory),
-  });
-  for (const key of ["host_key", "forward", "upload", "reload-postfix", "reload-dovecot"]) {
-    await run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", join(directory, key));
-    const publicKey = (await Deno.readTextFile(join(directory, `${key}.pub`))).trim();
-    if (key === "host_key") await Deno.writeTextFile(join(directory, "known_hosts"), `remote ${publicKey}\n`);
-    else authorizedKeys = adapt(authorizedKeys, { [`@${key}@`]: publicKey });
-  }
-  await Deno.writeTextFile(join(directory, "authorized_keys"), keys(authorizedKeys));
-  const config = adapt(await Deno.readTextFile(join(KIT, "ssh_config")), {
-    "mail.example.com": "127.0.0.1",
-    "User certmaint": `User ${user}
-  Port ${sshPort}
-  HostKeyAlias remote
-  UserKnownHostsFile ${directory}/known_hosts`,
-    "~/.ssh": directory,
-  });
-  await Deno.writeTextFile(join(directory, "ssh_config"), config);
-  await Deno.writeTextFile(
-    join(directory, "sshd_config"),
-    `Port ${sshPort}
+  await run("install", "-m", "755", join(ROOT, "leforward.ts"), join(KIT, "upload-only"), bin);
+  const [port, httpPort] = [freePort(), freePort()];
+  const keys = ["host_key", "forward", "upload", "reload-postfix", "reload-dovecot"];
+  for (const key of keys) await run("ssh-keygen", "-qt", "ed25519", "-N", "", "-f", join(directory, key));
+  const publicKey = (key: string) => Deno.readTextFileSync(join(directory, `${key}.pub`)).trim();
+  const kit = (file: string, words: Record<string, string>) =>
+    adapt(Deno.readTextFileSync(join(KIT, file)), words);
+  const files = {
+    known_hosts: `remote ${publicKey("host_key")}\n`,
+    authorized_keys: kit("authorized_keys", {
+      ...Object.fromEntries(keys.slice(1).map((key) => [`@${key}@`, publicKey(key)])),
+      "/usr/local/lib/lematt:/usr/bin": `${bin}:/usr/bin`,
+      "/usr/local/bin": bin,
+      "/etc/ssl/lematt": certificates,
+      [CENTRAL]: `${CENTRAL} --port ${httpPort} --host 127.0.0.1`,
+      "exec sudo -n /usr/sbin/service postfix reload": reload.replaceAll("HERE", directory),
+      "exec sudo -n /usr/sbin/service dovecot reload": reload.replaceAll("HERE", directory),
+    }),
+    ssh_config: kit("ssh_config", {
+      "mail.example.com": "127.0.0.1",
+      "User certmaint":
+        `User ${user}\nPort ${port}\nHostKeyAlias remote\nUserKnownHostsFile ${directory}/known_hosts`,
+      "~/.ssh": directory,
+    }),
+    // StrictModes no: the directory is below /tmp, where everyone can write; the default key exchange takes 0.3 s longer
+    sshd_config: `Port ${port}
 ListenAddress 127.0.0.1
 HostKey ${directory}/host_key
 PidFile none
 AuthorizedKeysFile ${directory}/authorized_keys
-# the directory is below /tmp, where everyone can write
 StrictModes no
 UsePAM no
-PasswordAuthentication no
 MaxStartups 100
-KbdInteractiveAuthentication no
-# the default takes a third of a second longer
 KexAlgorithms curve25519-sha256
 SetEnv PATH=/usr/local/bin:/usr/bin:/bin DENO_DIR=${directory}/deno
-Subsystem sftp internal-sftp
-`,
-  );
-  const child = new Deno.Command(which("sshd")!, {
-    args: ["-D", "-e", "-f", join(directory, "sshd_config")],
-    stdin: "null",
-    stdout: "null",
-    stderr: "piped",
-  }).spawn();
-  let log = "";
-  const reading = child.stderr.pipeThrough(new TextDecoderStream()).pipeTo(
-    new WritableStream({ write: (text) => void (log += text) }),
-  );
-  stack.defer(async () => {
-    for (const session of await sessions(child.pid)) kill(session, "SIGTERM");
-    kill(child.pid, "SIGTERM");
-    await Promise.all([child.status, reading]);
-  });
-  await until(`sshd answers: ${log}`, () => accepts(sshPort));
-
+Subsystem sftp internal-sftp\n`,
+  };
+  for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
+  const sshd = await startServer(which("sshd")!, ["-D", "-e", "-f", join(directory, "sshd_config")], port);
+  stack.use(sshd);
+  /** Kills the processes of its connections, not what they run. */
+  const killSessions = () =>
+    output([
+      "sh",
+      "-c",
+      `for pid in $(pgrep -P ${sshd.child.pid}); do pkill -KILL -P $pid sshd; kill -KILL $pid; done`,
+    ]);
+  stack.defer(async () => void await killSessions());
   const cleanup = stack.move();
   return {
-    directory,
-    uploadOnly: join(bin, "upload-only"),
-    certificates,
-    user,
-    port: sshPort,
-    httpPort,
+    ...{ directory, user, httpPort, killSessions },
+    /** upload-only as it is installed, and where uploads go, with `private` below it. */
+    ...{ uploadOnly: join(bin, "upload-only"), certificates },
+    /** Arguments that make ssh and scp find the aliases: mail-forward, mail-upload, mail-reload-postfix, … */
     ssh: ["-F", join(directory, "ssh_config")],
-    sessions: () => sessions(child.pid),
-    log: () => log,
     [Symbol.asyncDispose]: () => cleanup.disposeAsync(),
   };
 }
 
-/** Sends a signal to a process that may be gone. */
-export function kill(pid: number, signal: Deno.Signal): void {
-  try {
-    Deno.kill(pid, signal);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-  }
-}
-
-/** The sshd processes below `pid`, not what they run. */
-async function sessions(pid: number): Promise<number[]> {
-  const processes = (await run("ps", "-e", "-o", "pid=,ppid=,comm=")).trim().split("\n")
-    .map((line) => line.trim().split(/ +/)).filter(([, , command]) => command?.startsWith("sshd"));
-  const below = (parent: number): number[] =>
-    processes.filter(([, ppid]) => Number(ppid) === parent).flatMap(([id]) => [
-      Number(id),
-      ...below(Number(id)),
-    ]);
-  return below(pid);
-}
+export type Remote = Awaited<ReturnType<typeof startRemote>>;

@@ -9,6 +9,7 @@
 import { Buffer } from "node:buffer";
 import { createPrivateKey, createPublicKey, randomBytes, X509Certificate } from "node:crypto";
 import { once } from "node:events";
+import { dirname } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import * as jose from "jose";
 import { ISSUER, validate } from "./ca-validate.ts";
@@ -166,7 +167,8 @@ export async function startCa(switches: Switches = {}): Promise<Ca> {
   const chain = await x509.certify({ ...issuer!, ...life, authority: true }, root!);
   const listener = await x509.listenerCertificate();
   const server = await wire.listen(listener, (request, connection) => ca.serve(request, connection));
-  const caBundleFile = await Deno.makeTempFile({ prefix: "lematt-ca-", suffix: ".pem" });
+  // in a directory of its own, which a test may open to another user
+  const caBundleFile = `${await Deno.makeTempDir({ prefix: "lematt-ca-" })}/bundle.pem`;
   await Deno.writeTextFile(caBundleFile, listener.root);
   const ca = new Ca(switches, listener.root, caBundleFile, server, issuer!, chain);
   return ca;
@@ -230,7 +232,7 @@ export class Ca implements AsyncDisposable {
     this.#closing.abort();
     await this.server[Symbol.asyncDispose]();
     await Promise.all(this.#validating);
-    await Deno.remove(this.caBundleFile);
+    await Deno.remove(dirname(this.caBundleFile), { recursive: true });
   }
 
   // ---- an exchange -------------------------------------------------------------------------------------------------

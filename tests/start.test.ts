@@ -233,30 +233,25 @@ systemd-analyze security --offline=true --threshold=20 lematt.service leforward.
   assert.deepEqual(stdout.split("\n").filter(isOurs), []);
 });
 
-Deno.test("deno task compile makes self-contained programs that never prompt", async () => {
+Deno.test("deno task compile makes programs with all packages in them that never prompt", async () => {
   await using temporary = await temporaryDirectory();
   const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
-  const latin1 = (bytes: Uint8Array) => new TextDecoder("latin1").decode(bytes);
   // denort, to which the program is appended, is not installed everywhere: any executable shows what is appended
   const env = { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" };
-  const compile = async (name: string) => {
-    const command = adapt(tasks[`compile:${name}`], {
-      "deno ": `${Deno.execPath()} `,
-      " -q": "",
-      "bin/l": `${temporary.path}/l`,
-    });
-    const { code, stderr } = await output(["sh", "-c", command], { cwd: ROOT, env });
+  for (
+    const [name, packages] of [["leforward", []], ["lematt", [
+      "jose",
+      "zx",
+      "x509",
+      "reflect-metadata",
+    ]]] as const
+  ) {
+    const words = { "deno ": `${Deno.execPath()} `, " -q": "", "bin/l": `${temporary.path}/l` };
+    const compile = adapt(tasks[`compile:${name}`], words);
+    const { code, stderr } = await output(["sh", "-c", compile], { cwd: ROOT, env });
     assert.equal(code, 0, stderr);
-    const appended = latin1(await Deno.readFile(join(temporary.path, name)));
-    assert.match(appended, /"permissions":\{[^}]*"prompt":false\}/, name);
-    return { appended, printed: stderr };
-  };
-  await compile("leforward");
-  const { appended, printed } = await compile("lematt");
-  for (const { name } of Deno.readDirSync(join(ROOT, "lib"))) {
-    assert.ok(appended.includes(latin1(Deno.readFileSync(join(ROOT, "lib", name)).subarray(0, 80))), name);
-  }
-  for (const name of ["jose", "zx", "x509", "reflect-metadata"]) {
-    assert.match(printed, new RegExp(`${name}/([\\d.]+/)?\\*`), name);
+    for (const one of packages) assert.match(stderr, new RegExp(`${one}/([\\d.]+/)?\\*`));
+    const program = new TextDecoder("latin1").decode(await Deno.readFile(join(temporary.path, name)));
+    assert.match(program, /"permissions":\{[^}]*"prompt":false\}/, name);
   }
 });

@@ -22,12 +22,7 @@ async function needs(command: string): Promise<{ ignore: boolean }> {
 }
 
 /** Runs a line for /bin/sh as the user of an installation, with no variables but the user's and `more`. */
-function shell(
-  { as, env }: Installation,
-  line: string,
-  more: Record<string, string> = {},
-  by: string[] = [],
-) {
+function shell({ as, env }: Installation, line: string, more: Record<string, string>, ...by: string[]) {
   const options = { cwd: "/", env: { NO_COLOR: "1", ...more, ...env }, clearEnv: true };
   return output([...by, ...as("/bin/sh", "-euc", line)], options);
 }
@@ -83,38 +78,34 @@ alert: ["cat"]
 }
 
 const terminal = await needs("command -v script");
-Deno.test(
-  "R1: on a terminal the programs ask only their own questions, for each user",
-  terminal,
-  async () => {
-    const commands: [args: string, code: number, answers?: Record<string, string>][] = [
-      ["--check", 0],
-      ["--prod --plan", 0],
-      ["--prod", 0],
-      ["--prod --prune", 0],
-      ["--prod --status", 0],
-      ["--prod --rollover", 0, { "[y/N]": "y\n" }],
-      ["--prod --revoke a.example.com", 2, { "[y/N]": "n\n" }],
-      ["--prod --revoke a.example.com", 0, { "[y/N]": "y\n" }],
-    ];
-    const starts = [[UID, "exec "], [Deno.uid()!, "exec deno run -P=NAME "]] as const;
-    await settled(starts.map(async ([uid, by]) => {
-      await using host = await bedFor(uid);
-      const start = (name: string) => `${by.replace("NAME", name)}${host.program}/${name}.ts`;
-      for (const [args, code, answers] of commands) {
-        const ended = await atTerminal(host, `${start("lematt")} ${args}`, answers);
-        assert.equal(ended.code, code, `${args}: ${ended.seen}`);
-      }
-      assert.equal(Deno.statSync(join(host.bed.home, "host", "served")).uid, uid);
-      host.bed.act(""); // else the prepare command has 30 s to make the name answer
-      const failed = await atTerminal(host, `${start("lematt")} --check --challenges`);
-      assert.equal(failed.code, 1, failed.seen);
-      const line = `${start("leforward")} --port 0 --baseurl http://c.example`;
-      const { code, seen } = await atTerminal(host, line, { "redirects to": "\x03" });
-      assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
-    }));
-  },
-);
+Deno.test("R1: on a terminal the programs ask only their own questions", terminal, async () => {
+  const commands: [args: string, code: number, answers?: Record<string, string>][] = [
+    ["--check", 0],
+    ["--prod --plan", 0],
+    ["--prod", 0],
+    ["--prod --prune", 0],
+    ["--prod --status", 0],
+    ["--prod --rollover", 0, { "[y/N]": "y\n" }],
+    ["--prod --revoke a.example.com", 2, { "[y/N]": "n\n" }],
+    ["--prod --revoke a.example.com", 0, { "[y/N]": "y\n" }],
+  ];
+  const starts = [[UID, "exec "], [Deno.uid()!, "exec deno run -P=NAME "]] as const;
+  await settled(starts.map(async ([uid, by]) => {
+    await using host = await bedFor(uid);
+    const start = (name: string) => `${by.replace("NAME", name)}${host.program}/${name}.ts`;
+    for (const [args, code, answers] of commands) {
+      const ended = await atTerminal(host, `${start("lematt")} ${args}`, answers);
+      assert.equal(ended.code, code, `${args}: ${ended.seen}`);
+    }
+    assert.equal(Deno.statSync(join(host.bed.home, "host", "served")).uid, uid);
+    host.bed.act(""); // else the prepare command has 30 s to make the name answer
+    const failed = await atTerminal(host, `${start("lematt")} --check --challenges`);
+    assert.equal(failed.code, 1, failed.seen);
+    const line = `${start("leforward")} --port 0 --baseurl http://c.example`;
+    const { code, seen } = await atTerminal(host, line, { "redirects to": "\x03" });
+    assert.deepEqual([code, seen.includes("leforward: ended: SIGINT")], [0, true], seen);
+  }));
+});
 
 const namespaces = await needs(`${OFFLINE.join(" ")} true`);
 Deno.test(
@@ -149,12 +140,12 @@ Deno.test(
 
     await run("chmod", "-R", "a-w", cache);
     for (const way of ["", "deno run -q -P=lematt ", "deno run -q -P=lematt --cached-only --frozen "]) {
-      const checked = await shell(host, `${way}${host.program}/lematt.ts --check ${etc}`, {}, OFFLINE);
+      const checked = await shell(host, `${way}${host.program}/lematt.ts --check ${etc}`, {}, ...OFFLINE);
       assert.deepEqual([checked.code, checked.stderr], [0, ""], `${way}: ${checked.stdout}`);
     }
     for (const way of ["", "deno run -q -P=leforward --cached-only --frozen "]) {
       const line = `${way}${host.program}/leforward.ts --help`;
-      const helped = await shell(host, line, { DENO_DIR: "/nowhere" }, OFFLINE);
+      const helped = await shell(host, line, { DENO_DIR: "/nowhere" }, ...OFFLINE);
       assert.deepEqual([helped.code, helped.stdout.includes("--baseurl")], [0, true], way);
     }
     await run("chmod", "-R", "u+w", cache);

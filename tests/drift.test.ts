@@ -53,7 +53,7 @@ nginxTest("R5: old files that are restored a week later are replaced, and report
   assert.deepEqual([document.issued[0].names, document.drift.length], [["other.example.com"], 1]);
 });
 
-nginxTest("a self-signed certificate is replaced; one for other names is reported once a day", async () => {
+nginxTest("a self-signed certificate is replaced; one from elsewhere is reported once a day", async () => {
   await using site = await startSite();
   const { bed, run, web } = site;
   await run();
@@ -64,18 +64,22 @@ nginxTest("a self-signed certificate is replaced; one for other names is reporte
   assert.deepEqual([repaired.code, kinds(repaired)], [0, ["drift", "delivery"]]);
   assert.match(repaired.stdout, /serves a self-signed certificate/);
 
-  site.save("other");
-  const life = { notBefore: bed.ca.now, notAfter: new Date(bed.ca.now.getTime() + 90 * DAY) };
-  const key = Deno.readTextFileSync(join(web, "other.key"));
-  const chain = await bed.ca.forge(key, ["\x1b[31m\r\u0085www.example.com"], life);
-  Deno.writeTextFileSync(join(web, "other.pem"), chain);
-  await site.restore("other");
-  bed.ca.advance(7 * HOUR);
-  const wrong = await run({ cron: true });
-  assert.deepEqual([wrong.code, kinds(wrong)], [1, []]);
-  assert.match(wrong.stderr, /serves a certificate for /);
-  assert.doesNotMatch(wrong.stderr, /[^\x20-\x7e\n]/);
-  assert.equal((await run({ cron: true })).stderr, "");
+  for (const name of [NAME, "\x1b[31m\r\u0085www.example.com"]) {
+    const key = Deno.readTextFileSync(join(web, `${NAME}.ec.key`));
+    const life = { notBefore: bed.ca.now, notAfter: new Date(bed.ca.now.getTime() + 90 * DAY) };
+    Deno.writeTextFileSync(join(web, "other.pem"), await bed.ca.forge(key, [name], life));
+    Deno.writeTextFileSync(join(web, "other.key"), key);
+    await site.restore("other");
+    bed.ca.advance(21 * HOUR);
+    const wrong = await run({ cron: true });
+    assert.deepEqual([wrong.code, kinds(wrong)], [1, []]);
+    assert.match(
+      wrong.stderr,
+      name === NAME ? /certificate that lematt did not deliver/ : /certificate for /,
+    );
+    assert.doesNotMatch(wrong.stderr, /[^\x20-\x7e\n]/);
+    assert.equal((await run({ cron: true })).stderr, "");
+  }
 });
 
 nginxTest(

@@ -182,8 +182,10 @@ test("S2: many silent endpoints take one time-out together; of 4,000 addresses 3
   const warnings: string[] = [];
   const route = () => Promise.resolve(addresses);
   const warn = (text: string) => void warnings.push(text);
-  assert.equal((await see({ host: NAME, port: 443 }, undefined, { route, warn })).length, 2 * 32);
-  assert.match(warnings.join(), /^www\.example\.com has 4000 addresses; 32 /);
+  const two = ["a.example.com", "b.example.com"].flatMap((sni) => targets({ host: NAME, port, sni }, ["ec"]));
+  assert.equal((await probe(two, context({ route, warn }))).length, 2 * 32);
+  assert.equal(warnings.length, 1, "resolved once");
+  assert.match(warnings[0]!, /^www\.example\.com has 4000 addresses; 32 /);
 });
 
 test("a probe ends at once when its signal aborts", async () => {

@@ -22,12 +22,12 @@ const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}) => {
 Deno.test("events are printed as they happen: certificates issued, commands run, failures on standard error", async () => {
   await using bed = await bedOf(
     "a.example.com www\nbad.example.com",
-    `[default]\nupdate: ["true"]\n[every]\nupdate: ["echo out; echo err >&2; exit 3"]`,
+    `[default]\nupdate: ["true"]\n[every]\nupdate: ["date", "echo out; echo err >&2; exit 3"]`,
   );
   const { code, stdout, stderr } = await bed.run();
   assert.equal(code, 1);
   assert.match(stdout, /^issued +a\.example\.com \+1 \(ec\) until \d{4}-\d\d-\d\d: no certificate yet$/m);
-  assert.match(stdout, /^ran +\[default\] true \(\d+\.\d s\)$/m);
+  assert.match(stdout, /^ran +\[default\] true \(\d+\.\d s\)$[^]*^ran +\[every\] date \(/m);
   assert.match(stdout, /^delivered \[default\] 1 certificate: new certificate$/m);
   assert.match(stderr, /^FAILED +bad\.example\.com \(ec\)\n {10}cannot create an order: .*not this one/m);
   const every =

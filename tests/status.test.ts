@@ -115,8 +115,8 @@ Deno.test("a crowded status: a table that fits the terminal, a document as in it
   const at = bed.ca.now.toISOString();
   state.probes["xn--bcher-kva.example:443 ec"] = { at, sights: [served()] };
   const sights = [
-    served({ fingerprint: "1", names: ["other.example.com"] }),
     served({ fingerprint: "2", notAfter: "2020-01-01T00:00:00.000Z" }),
+    served({ fingerprint: "1", names: ["other.example.com"] }),
     { address: "192.0.2.9", kind: "unreachable", detail: "no route to host" } as const,
   ];
   state.probes[`${endpoint} ec`] = { at, badSince: at, sights };

@@ -4,87 +4,62 @@
  *
  * It runs the `pebble` on PATH: the newest (`go install`), or Debian's 2.4, which implements RFC 8555 and nothing later.
  */
-import { existsSync, readFileSync } from "node:fs";
-import { delimiter, join } from "node:path";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
+import { which } from "./bench-measure.ts";
 import type { Context } from "../lib/context.ts";
 import type { Bed, Ran } from "./bed.ts";
-import { type Dns, type Further, startDns } from "./ca-dns.ts";
+import { type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
+import { temporaryDirectory } from "./programs.ts";
 import { freePort } from "./tls.ts";
 
 /** How Pebble behaves. */
 export interface PebbleOptions {
   /** Port on which http-01 is fetched instead of 80. */
   readonly httpPort: number;
-  /**
-   * Members of the object "pebble" of its configuration file. An old Pebble ignores unknown members. With
-   * `domainBlocklist` it breaks the connection on names with fewer labels.
-   */
+  /** Members of the object "pebble" of its configuration file. */
   readonly config?: Readonly<Record<string, unknown>>;
-  /** PEBBLE_VA_NOSLEEP is 1 here, which is not its own default. */
   readonly env?: Readonly<Record<string, string>>;
-  /** Records in addition to those of `dns`. */
+  /** Records in addition to those of its name server, in which names have no address until a test sets it. */
   readonly records?: Further;
 }
 
-/** A running Pebble. */
-export interface Pebble extends AsyncDisposable {
-  readonly directoryUrl: string;
-  /** A file with the root certificate of its listeners. */
-  readonly caBundleFile: string;
-  /** Its name server; names have no address until `dns.set(name, "A", "127.0.0.1")`. */
-  readonly dns: Dns;
-  /** PEM of the root of issued certificates; `chain` counts PEBBLE_ALTERNATE_ROOTS. */
-  rootPem(chain?: number): Promise<string>;
-  /** Sends a request to its management interface, a POST if there is a body. Throws if the status is not 2xx. */
-  manage(path: string, body?: unknown): Promise<string>;
-}
-
-const BINARY = (Deno.env.get("PATH") ?? "").split(delimiter)
-  .map((directory) => join(directory, "pebble")).find((path) => existsSync(path));
+const BINARY = which("pebble");
 /** A Pebble newer than RFC 8555 contains the name of this challenge; no option prints what it supports. */
-const MODERN = BINARY !== undefined && readFileSync(BINARY).includes("dns-persist-01");
+const isModern = BINARY !== undefined && readFileSync(BINARY).includes("dns-persist-01");
 const READY_WITHIN_MS = 30_000;
 
 /** Deno.test() with Pebble; `modern` needs more than RFC 8555. The name of a skipped test contains the reason. */
 export function pebbleTest(name: string, body: () => Promise<void>, { modern = false } = {}): void {
   const lack = BINARY === undefined
-    ? "no pebble on PATH"
-    : modern && !MODERN
-    ? "pebble is too old"
-    : undefined;
-  Deno.test({ name: lack ? `${name} (${lack})` : name, ignore: lack !== undefined, fn: body });
+    ? " (no pebble on PATH)"
+    : modern && !isModern
+    ? " (pebble is too old)"
+    : "";
+  Deno.test({ name: name + lack, ignore: lack !== "", fn: body });
 }
 
 /** Starts Pebble on free loopback ports and waits until it answers. Throws with its log if it does not. */
-export async function startPebble({ httpPort, config, env, records }: PebbleOptions): Promise<Pebble> {
+export async function startPebble({ httpPort, config, env, records }: PebbleOptions) {
   await using stack = new AsyncDisposableStack();
   const dns = stack.use(await startDns(records));
-  const directory = await Deno.makeTempDir({ prefix: "lematt-pebble-" });
-  stack.defer(() => Deno.remove(directory, { recursive: true }));
+  const { path: directory } = stack.use(await temporaryDirectory());
+  const caBundleFile = join(directory, "root.pem");
   const { root, certificate, key } = await listenerCertificate();
   const files = { "root.pem": root, "listener.pem": certificate, "listener.key": key };
   for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
   const launch = async (tries: number): Promise<Running & { management: string }> => {
-    const [acme, management] = [freePort(), freePort()].map((port) => `127.0.0.1:${port}`) as [
-      string,
-      string,
-    ];
-    const pebble = {
-      listenAddress: acme,
-      managementListenAddress: management,
-      certificate: "listener.pem",
-      privateKey: "listener.key",
-      httpPort,
-      keyAlgorithm: "ecdsa", // starts faster
-      ...config,
-    };
+    const [acme, management] = [`127.0.0.1:${freePort()}`, `127.0.0.1:${freePort()}`];
+    const addresses = { listenAddress: acme, managementListenAddress: management };
+    const identity = { certificate: "listener.pem", privateKey: "listener.key", keyAlgorithm: "ecdsa" };
+    const pebble = { ...addresses, ...identity, httpPort, ...config };
     await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
     const command = [BINARY!, "-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
     const urls = [`https://${acme}/dir`, `https://${management}/roots/0`];
-    const variables = { PEBBLE_VA_NOSLEEP: "1", ...env };
     try {
+      const variables = { PEBBLE_VA_NOSLEEP: "1", ...env };
       return { management, ...await startProgram(directory, command, urls, () => root, variables) };
     } catch (error) {
       if (tries === 1 || !(error as Error).message.includes("address already in use")) throw error;
@@ -93,8 +68,8 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   };
   const { management, directoryUrl, stop } = await launch(3);
   stack.defer(stop);
-
   const client = stack.use(Deno.createHttpClient({ caCerts: [root] }));
+  /** Sends a request to its management interface, a POST if there is a body. */
   const manage = async (path: string, body?: unknown) => {
     const init = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
     const response = await fetch(`https://${management}${path}`, { ...init, client });
@@ -102,15 +77,11 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
     if (!response.ok) throw new Error(`cannot ask Pebble for ${path}: ${response.status} ${text}`);
     return text;
   };
+  /** PEM of the root of issued certificates; `chain` counts PEBBLE_ALTERNATE_ROOTS. */
+  const rootPem = (chain = 0) => manage(`/roots/${chain}`);
   const open = stack.move();
-  return {
-    directoryUrl,
-    caBundleFile: join(directory, "root.pem"),
-    dns,
-    rootPem: (chain = 0) => manage(`/roots/${chain}`),
-    manage,
-    [Symbol.asyncDispose]: () => open.disposeAsync(),
-  };
+  const close = () => open.disposeAsync();
+  return { directoryUrl, caBundleFile, dns, rootPem, manage, [Symbol.asyncDispose]: close };
 }
 
 /** A run in this process with another CA. Waits are cut to a twentieth, since that CA needs some real time. */

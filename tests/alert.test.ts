@@ -21,7 +21,7 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
   const actions = `[every]\n${ALERT}`;
   await using bed = await bedOf("a.example.com www\nb.example.com", actions.replace('["', '["exit 5", "'));
   await bed.plant({ age: 61 });
-  bed.refused.add("www.a.example.com");
+  bed.ca.refused.add("www.a.example.com");
   for (let run = 0; run < 2; run++) await bed.run({ retry: true });
   assert.equal(takeAlerts(bed), "");
   const third = await bed.run({ retry: true });
@@ -34,7 +34,7 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
   bed.ca.advance(HOUR + MINUTE);
   assert.match((await bed.run({ retry: true }), takeAlerts(bed)), /5 times/);
   bed.act(actions);
-  bed.refused.clear();
+  bed.ca.refused.clear();
   const well = await bed.run({ retry: true, cron: true });
   assert.match(well.stdout, /^alert +\[every\] well again: .*a\.example\.com/m);
   assert.match(takeAlerts(bed), /^well again .*\nwell again: .*a\.example\.com/);

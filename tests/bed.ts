@@ -19,17 +19,9 @@ import { run, select } from "../lib/run.ts";
 import type { State } from "../lib/state.ts";
 import { readInventory, Store } from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
-import {
-  type Ca,
-  type Exchange,
-  type Fault,
-  type LogEntry,
-  startCa,
-  startWebroot,
-  type Switches,
-  type Webroot,
-} from "./ca.ts";
-import { LEMATT } from "./programs.ts";
+import { type Ca, type Fault, type LogEntry, type Resource, startCa, startWebroot } from "./ca.ts";
+import type { Switches, Webroot } from "./ca.ts";
+import { LEMATT, output } from "./programs.ts";
 
 const DAY = 86_400_000;
 /** The client waits only this fraction of the time it wants to wait. */
@@ -43,11 +35,7 @@ export interface Texts {
 }
 
 /** How the program ended. */
-export interface Ended {
-  readonly code: number;
-  readonly stdout: string;
-  readonly stderr: string;
-}
+export type Ended = Awaited<ReturnType<typeof output>>;
 
 /** The result of a run in this process, and its requests to the CA. */
 export interface Ran extends Ended {
@@ -55,16 +43,23 @@ export interface Ran extends Ended {
   readonly requests: readonly LogEntry[];
 }
 
+/** Options of a run; where the program gets `--only NAME`, `named` is `{ only: [NAME] }`. */
+interface Options {
+  mode?: Mode;
+  parallel?: number;
+  retry?: boolean;
+  cron?: boolean;
+  json?: boolean;
+  verbose?: boolean;
+  named?: Parameters<typeof select>[1];
+}
+
 /** Writes the configuration and starts the servers; `ca` are switches of the CA. */
-export async function testBed(
-  { ca = {}, ...texts }: Texts & { ca?: Switches } = {},
-): Promise<Bed> {
+export async function testBed({ ca = {}, ...texts }: Texts & { ca?: Switches } = {}): Promise<Bed> {
   const home = await Deno.makeTempDir({ prefix: "lematt-bed-" });
   for (const name of ["conf", "drop"]) await Deno.mkdir(join(home, name));
   const web = startWebroot(join(home, "drop"));
-  const refused = new Set<string>();
-  const reject = (name: string) => refused.has(name) ? "not this one" : undefined;
-  const bed = new Bed(home, web, await startCa({ httpPort: web.port, reject, ...ca }), refused);
+  const bed = new Bed(home, web, await startCa({ httpPort: web.port, ...ca }));
   bed.configure({ domains: "", actions: "", settings: "", ...texts });
   return bed;
 }
@@ -77,13 +72,7 @@ export class Bed implements AsyncDisposable {
   readonly #http: Deno.HttpClient;
   readonly #children: Deno.ChildProcess[] = [];
 
-  constructor(
-    readonly home: string,
-    readonly web: Webroot,
-    readonly ca: Ca,
-    /** Names that the CA refuses to issue for; a test changes them. */
-    readonly refused: Set<string>,
-  ) {
+  constructor(readonly home: string, readonly web: Webroot, readonly ca: Ca) {
     this.conf = join(home, "conf");
     this.drop = join(home, "drop");
     this.#http = Deno.createHttpClient({ caCerts: [ca.caBundle] });
@@ -183,28 +172,9 @@ export class Bed implements AsyncDisposable {
   }
 
   /** A run in this process, with output as to a pipe. */
-  async run(
-    {
-      mode = "test",
-      parallel,
-      retry = false,
-      cron = false,
-      json = false,
-      verbose = false,
-      named = {},
-      ...context
-    }:
-      & {
-        mode?: Mode;
-        parallel?: number;
-        retry?: boolean;
-        cron?: boolean;
-        json?: boolean;
-        verbose?: boolean;
-        named?: Parameters<typeof select>[1];
-      }
-      & Partial<Context> = {},
-  ): Promise<Ran> {
+  async run(options: Options & Partial<Context> = {}): Promise<Ran> {
+    const { mode = "test", parallel, retry = false, cron = false, json = false, ...rest } = options;
+    const { verbose = false, named = {}, ...context } = rest;
     const { ca } = this;
     const [begun, events, out, err] = [ca.log.length, [] as Event[], [] as string[], [] as string[]];
     const report = new Report({
@@ -239,18 +209,14 @@ export class Bed implements AsyncDisposable {
 
   /** The same, started by a command that gets the program's command line as its last arguments. */
   async lemattBy(by: readonly string[], ...args: string[]): Promise<Ended> {
-    return await endOf(this.#spawn(by, args));
+    return await output([...by, ...LEMATT, ...args, "--config", this.conf], { cwd: this.home });
   }
 
   /** Starts the program, with its output piped. It is killed when the bed is disposed of. */
   start(...args: string[]): Deno.ChildProcess {
-    return this.#spawn([], args);
-  }
-
-  #spawn(by: readonly string[], args: readonly string[]): Deno.ChildProcess {
-    const [command, ...rest] = [...by, ...LEMATT];
+    const [command, ...flags] = LEMATT;
     const child = new Deno.Command(command!, {
-      args: [...rest, ...args, "--config", this.conf],
+      args: [...flags, ...args, "--config", this.conf],
       cwd: this.home,
       stdin: "null",
       stdout: "piped",
@@ -301,13 +267,8 @@ export async function until(what: string, condition: () => boolean | Promise<boo
 }
 
 /** Injects the fault into the first `times` exchanges with that resource. */
-export function faultAt(
-  resource: Exchange["resource"],
-  fault: Fault,
-  times = 1,
-): (exchange: Exchange) => Fault | undefined {
-  let left = times;
-  return (exchange) => exchange.resource === resource && left-- > 0 ? fault : undefined;
+export function faultAt(resource: Resource, fault: Fault, times = 1): NonNullable<Switches["fault"]> {
+  return (exchange) => exchange.resource === resource && times-- > 0 ? fault : undefined;
 }
 
 /** A refusal as a CA words it (RFC 7807), `type` without the URN of ACME. */

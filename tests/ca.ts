@@ -75,8 +75,6 @@ export interface Switches {
   profiles?: Readonly<Record<string, number>>;
   /** Whether the directory offers renewalInfo. Default true. */
   renewalInfo?: boolean;
-  /** The reason why a name is rejected, or undefined. */
-  reject?: (name: string) => string | undefined;
   /** At most `count` requests in any `windowMs` of the CA's clock. */
   limits?: Partial<Record<Resource, { readonly count: number; readonly windowMs: number }>>;
   /** Returns the fault to inject into an exchange. */
@@ -178,6 +176,8 @@ export class Ca implements AsyncDisposable {
   /** `https://localhost:PORT` */
   readonly origin: string;
   readonly directoryUrl: string;
+  /** Names for which it does not issue; a test changes them. */
+  readonly refused = new Set<string>();
   readonly log: LogEntry[] = [];
   /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
   readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
@@ -454,16 +454,16 @@ export class Ca implements AsyncDisposable {
 
   async #newOrder(account: Account, request: Record<string, unknown>): Promise<Answer> {
     const identifiers = request.identifiers as x509.Identifier[];
-    const { profiles = PROFILES, reject = () => undefined } = this.switches;
+    const { profiles = PROFILES } = this.switches;
     const profile = (request.profile ?? Object.keys(profiles)[0]) as string | undefined;
     if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
       throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
     }
-    const rejected = identifiers.filter(({ value }) => reject(value) !== undefined);
-    if (rejected.length > 0) {
+    const refused = identifiers.filter(({ value }) => this.refused.has(value));
+    if (refused.length > 0) {
       const problem = refusal(400, "rejectedIdentifier", "the policy forbids it");
-      problem.document.subproblems = rejected.map((identifier) => {
-        return { ...refusal(400, "rejectedIdentifier", reject(identifier.value)!).document, identifier };
+      problem.document.subproblems = refused.map((identifier) => {
+        return { ...refusal(400, "rejectedIdentifier", "not this one").document, identifier };
       });
       throw problem;
     }

@@ -170,10 +170,10 @@ Deno.test("any text in the files of certificates and keys is classified without 
 Deno.test("any text in state.json is used or set aside, and the next run continues", async () => {
   await using subject = await Subject.create({ ca: { renewalInfo: false } });
   const { bed } = subject;
-  bed.ca.switches.reject = (name) => name.startsWith("www.") ? "no" : undefined;
+  bed.ca.refused.add("www.example.com");
   subject.configure({ upload: "exit 1", more: 'alert: ["cat"]\nverify: ["DOMAIN:1"]' });
   await bed.run();
-  bed.ca.switches.reject = undefined;
+  bed.ca.refused.clear();
   const path = bed.path("test/state.json");
   const at = bed.ca.now.toISOString();
   const window = { start: at, end: "2099-01-01T00:00:00Z", at: "2098-01-01T00:00:00Z" };

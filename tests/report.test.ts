@@ -9,7 +9,7 @@ import { violations } from "./schema.ts";
 /** A bed in which bad.example.com is refused. */
 async function bedOf(domains: string, actions = "") {
   const bed = await testBed({ domains, actions, settings: "keyTypes: ec\nari: no\nverifyWait: 0" });
-  bed.refused.add("bad.example.com");
+  bed.ca.refused.add("bad.example.com");
   return bed;
 }
 

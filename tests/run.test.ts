@@ -20,7 +20,7 @@ const issuedBy = (bed: Bed) => bed.ca.issued.map(({ names }) => names[0]);
 
 Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 hours, and is a problem meanwhile; other lines do not wait", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com");
-  bed.refused.add("a.example.com");
+  bed.ca.refused.add("a.example.com");
   assert.deepEqual([(await bed.run()).code, issuedBy(bed)], [1, ["b.example.com"]]);
   for (const minutes of [1, 10, 100, 1000, 1200, 1200]) {
     bed.ca.advance(minutes * MINUTE - 30_000);
@@ -30,7 +30,7 @@ Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 ho
     bed.ca.advance(30_000);
     assert.ok((await bed.run()).requests.length > 0, `after ${minutes} minutes`);
   }
-  bed.refused.clear();
+  bed.ca.refused.clear();
   // a rate limit ends at Retry-After
   const unpause = `https://portal.example.org/sfe/v1/unpause?jwt=${"x".repeat(900)}.${"y".repeat(300)}`;
   const headers = { "retry-after": new Date(bed.ca.now.getTime() + 5 * HOUR).toUTCString() };
@@ -174,9 +174,9 @@ Deno.test("R4, R19: what was shown is revoked, even if it was renewed since; it 
   assert.ok(bed.ca.issued.indexOf(revoked[0]!) < 2, "not the renewed one");
   const stem = "a.example.com_www.a.example.com";
   const key = keyOf(bed, stem);
-  bed.refused.add("a.example.com");
+  bed.ca.refused.add("a.example.com");
   assert.equal((await bed.run()).code, 1);
-  bed.refused.clear();
+  bed.ca.refused.clear();
   Deno.removeSync(certOf(bed, stem));
   assert.equal((await bed.run({ retry: true })).code, 0);
   assert.notEqual(keyOf(bed, stem), key);

@@ -69,7 +69,7 @@ Deno.test("what is missing, changed or orphaned is shown; R16: a line whose new 
   assert.match(statusTable(found), /^ORPHANED FILES.*\n +cert\/www\.d\.example\.com-/m);
   assert.deepEqual(listing(), before);
 
-  bed.refused.add("shop.d.example.com");
+  bed.ca.refused.add("shop.d.example.com");
   await bed.run({ mode: "prod" });
   const expiry = certificates[3]!.notAfter!.slice(0, 10);
   const text = (await tableOf(bed)).replaceAll(/\s+/g, " ");
@@ -102,7 +102,7 @@ Deno.test("a crowded status: a table that fits the terminal, a document as in it
   );
   await bed.plant({ mode: "prod", age: 0.5, life: 2 });
   Deno.removeSync(bed.path("prod", "cert", "bad.example.com-cert-combined.prime256v1.pem"));
-  bed.refused.add("bad.example.com");
+  bed.ca.refused.add("bad.example.com");
   await bed.run({ mode: "prod", route: () => Promise.resolve([]) });
   Deno.writeTextFileSync(bed.path("prod", "key", `${"z".repeat(200)}\x1b[31m\n.pem`), "");
   const { finding } = readInventory(bed.config("prod")).find(({ stem }) => stem.startsWith("xn--"))!;

@@ -84,7 +84,7 @@ test("errors of all three files are printed together, with exit status 2 and no 
   assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"]);
 });
 
-test("a run, --plan and --status exit with 1 if there is a problem, with 2 if an option names what does not exist", async () => {
+test("each command has its exit status: 0, 1 if there is a problem, 2 for what does not exist and questions without an answer", async () => {
   const actions = `[constructor]\ndomains: a.example.com b.example.com\nupdate: ["test -e HERE/up"]`; // S8
   await using bed = await bedOf("a.example.com\nb.example.com", actions);
   const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
@@ -123,6 +123,19 @@ test("a run, --plan and --status exit with 1 if there is a problem, with 2 if an
   assert.match(corrupt.stderr, /cannot use test\/state\.json/);
   JSON.parse(corrupt.stdout); // without the notice
   assert.equal(bed.text("test", "state.json"), "{", "--status changes nothing");
+
+  const asked = await run("--revoke A.example.com"); // without a terminal
+  assert.equal(asked.code, 2);
+  assert.match(asked.stdout, /[0-9a-f]{64}, valid until .*\n +for a\.example\.com\n$/);
+  assert.equal(bed.ca.issued.some(({ revoked }) => revoked !== undefined), false);
+  assert.equal((await run("--revoke a.example.com --reason superseded --yes")).code, 0);
+  assert.deepEqual(bed.ca.issued.map(({ revoked }) => revoked?.reason).sort(), [4, undefined]);
+  bed.configure({ domains: "b.example.com" });
+  const shown = await run("--prune");
+  assert.equal(shown.code, 2);
+  assert.match(shown.stdout, /^ +cert\/a\.example\.com-cert-combined\.prime256v1\.test\.pem$/m);
+  assert.equal((await run("--prune --yes")).code, 0);
+  assert.deepEqual(listing(bed.path("test", "cert")), ["b.example.com-cert-combined.prime256v1.test.pem"]);
 });
 
 test("a run continues after the reader of its output has gone", async () => {
@@ -132,26 +145,6 @@ test("a run continues after the reader of its output has gone", async () => {
   await output(["/bin/sh", "-c", script, "sh", ...LEMATT, "--test"], { cwd: bed.home });
   await until("the run has ended", () => textOf(join(bed.home, "code")) === "0\n");
   assert.ok(existsSync(join(bed.home, "delivered")));
-});
-
-test("--revoke and --prune do nothing without --yes if no terminal can be asked", async () => {
-  await using bed = await bedOf("a.example.com\nb.example.com");
-  const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
-  await run();
-  const asked = await run("--revoke A.example.com");
-  assert.equal(asked.code, 2);
-  assert.match(asked.stdout, /[0-9a-f]{64}, valid until .*\n +for a\.example\.com\n$/);
-  assert.equal(bed.ca.issued.some(({ revoked }) => revoked !== undefined), false);
-  const done = await run("--revoke a.example.com --reason superseded --yes");
-  assert.deepEqual([done.code, done.stderr], [0, ""]);
-  assert.deepEqual(bed.ca.issued.map(({ revoked }) => revoked?.reason).sort(), [4, undefined]);
-
-  bed.configure({ domains: "b.example.com" });
-  const shown = await run("--prune");
-  assert.equal(shown.code, 2);
-  assert.match(shown.stdout, /^ +cert\/a\.example\.com-cert-combined\.prime256v1\.test\.pem$/m);
-  assert.equal((await run("--prune --yes")).code, 0);
-  assert.deepEqual(listing(bed.path("test", "cert")), ["b.example.com-cert-combined.prime256v1.test.pem"]);
 });
 
 test("a second run exits with status 3 while one is in progress; a signal ends that one at once, with status 1", async () => {

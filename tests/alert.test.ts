@@ -8,6 +8,7 @@ import { startSite, VERIFY } from "./site.ts";
 import { makeCertificate, nginxTest } from "./tls.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
+const AS_ROOT = { ignore: Deno.uid() !== 0 };
 
 /** A bed with EC certificates only. */
 const bedOf = (domains: string, actions: string) =>
@@ -77,58 +78,51 @@ Deno.test("R12: an alert for a delivery pending for 20 hours has command, output
   assert.match(takeAlerts(bed), /^well again .*\nwell again: \[default\]/);
 });
 
-nginxTest(
-  "an endpoint that fails its clients, or that a delivery broke, causes an alert at once",
-  async () => {
-    const verify = `${VERIFY}\nverifyWait: 0\n${ALERT}`;
-    await using site = await startSite({ actions: `[default]\n${verify}` });
-    const { bed, run, web } = site;
-    const alerts = async () => (await run(), takeAlerts(bed));
-    site.save("right");
-    await makeCertificate(web, "other", "ec", ["other.example.com"]);
-    await site.restore("other");
-    assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
-    await site.restore("right");
-    assert.match(await alerts(), /^well again [^]*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
-    const end = "kill $(cat HERE/web/pid); while kill -0 $(cat HERE/web/pid); do sleep 0.01; done";
-    site.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
-    assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
-  },
-);
+nginxTest("an endpoint that fails its clients, or that a delivery broke, is alerted at once", async () => {
+  const verify = `${VERIFY}\nverifyWait: 0\n${ALERT}`;
+  await using site = await startSite({ actions: `[default]\n${verify}` });
+  const { bed, run, web } = site;
+  const alerts = async () => (await run(), takeAlerts(bed));
+  site.save("right");
+  await makeCertificate(web, "other", "ec", ["other.example.com"]);
+  await site.restore("other");
+  assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
+  await site.restore("right");
+  assert.match(await alerts(), /^well again [^]*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
+  const end = "kill $(cat HERE/web/pid); while kill -0 $(cat HERE/web/pid); do sleep 0.01; done";
+  site.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
+  assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
+});
 
-Deno.test(
-  "a disk that is full or read-only causes an alert that says what it prevents",
-  { ignore: Deno.uid() !== 0 },
-  async () => {
-    await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
-    const prod = bed.path("prod");
-    Deno.mkdirSync(prod);
-    execFileSync("mount", ["-t", "tmpfs", "-o", "size=512k,mode=755", "tmpfs", prod]);
-    try {
-      await bed.plant({ mode: "prod", age: 88 });
-      const filler = join(prod, "filler");
-      const file = Deno.openSync(filler, { write: true, create: true });
-      assert.throws(() => {
-        for (;;) file.writeSync(new Uint8Array(4096));
-      });
-      file.close();
-      const { code, stderr } = await bed.run({ mode: "prod" });
-      assert.equal(code, 1);
-      assert.match(stderr, /No space left on device/);
-      assert.match(takeAlerts(bed), /No space left on device[^]*expires \d{4}-\d\d-\d\d/);
-      assert.ok(bed.ca.log.every(({ resource }) => resource !== "newOrder"), "it could not be stored");
-      Deno.removeSync(filler);
-      assert.equal((await bed.run({ mode: "prod" })).code, 0);
-      takeAlerts(bed);
+Deno.test("a full or read-only disk causes an alert that says what it prevents", AS_ROOT, async () => {
+  await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
+  const prod = bed.path("prod");
+  Deno.mkdirSync(prod);
+  execFileSync("mount", ["-t", "tmpfs", "-o", "size=512k,mode=755", "tmpfs", prod]);
+  try {
+    await bed.plant({ mode: "prod", age: 88 });
+    const filler = join(prod, "filler");
+    const file = Deno.openSync(filler, { write: true, create: true });
+    assert.throws(() => {
+      for (;;) file.writeSync(new Uint8Array(4096));
+    });
+    file.close();
+    const { code, stderr } = await bed.run({ mode: "prod" });
+    assert.equal(code, 1);
+    assert.match(stderr, /No space left on device/);
+    assert.match(takeAlerts(bed), /No space left on device[^]*expires \d{4}-\d\d-\d\d/);
+    assert.ok(bed.ca.log.every(({ resource }) => resource !== "newOrder"), "it could not be stored");
+    Deno.removeSync(filler);
+    assert.equal((await bed.run({ mode: "prod" })).code, 0);
+    takeAlerts(bed);
 
-      execFileSync("mount", ["-o", "remount,ro", prod]);
-      await assert.rejects(bed.run({ mode: "prod" }));
-      assert.match(takeAlerts(bed), /Read-only file system/);
-    } finally {
-      execFileSync("umount", [prod]);
-    }
-  },
-);
+    execFileSync("mount", ["-o", "remount,ro", prod]);
+    await assert.rejects(bed.run({ mode: "prod" }));
+    assert.match(takeAlerts(bed), /Read-only file system/);
+  } finally {
+    execFileSync("umount", [prod]);
+  }
+});
 
 Deno.test("configuration errors are printed and alerted by --cron once in 20 hours, and again after a valid configuration", async () => {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);

@@ -239,32 +239,28 @@ Deno.test("T5: a replaced file keeps its mode, except for access of others to a 
   }
 });
 
-Deno.test(
-  "T5, T6: as root, replaced files keep owner and group, and new files get those of the directory",
-  AS_ROOT,
-  async () => {
-    const settings = "accountKey: keys/private/account.key\nalwaysGenerateNewKeys: yes";
-    await using bed = await bedOf("example.com www", settings);
-    await bed.plant();
-    const { key } = inventory(bed)[0]!.files;
-    Deno.mkdirSync(bed.path("keys"));
-    execFileSync("chown", ["-R", `${NOBODY}:${NOBODY}`, bed.path("test"), bed.path("keys")]);
-    Deno.chownSync(key, NOBODY, 1);
-    Deno.chmodSync(key, 0o640);
-    for (const name of ["cert", "csr", ".lock"]) Deno.removeSync(bed.path("test", name), { recursive: true });
-    const victim = join(bed.home, "victim");
-    Deno.writeTextFileSync(victim, "");
-    Deno.symlinkSync(victim, bed.path("test/.lock"));
-    assert.equal((await bed.run()).code, 0);
-    Deno.writeTextFileSync(bed.path("test/csr/orphan"), "");
-    Deno.chownSync(bed.path("test/csr/orphan"), NOBODY, NOBODY);
-    await prune(bed.config(), prunable(bed.config()), bed.context(), () => {});
-    const owners = ["test", "keys"].flatMap((name) => find(bed.path(name), "%u:%g %f"));
-    const others = owners.filter((line) => !line.startsWith("nobody:nogroup "));
-    assert.deepEqual(others, [`nobody:daemon ${basename(key)}`]);
-    assert.deepEqual([modeOf(key), Deno.statSync(victim).uid], ["640", 0], "nothing through a link");
-  },
-);
+Deno.test("T5, T6: as root, files keep their owner, and new ones get the directory's", AS_ROOT, async () => {
+  const settings = "accountKey: keys/private/account.key\nalwaysGenerateNewKeys: yes";
+  await using bed = await bedOf("example.com www", settings);
+  await bed.plant();
+  const { key } = inventory(bed)[0]!.files;
+  Deno.mkdirSync(bed.path("keys"));
+  execFileSync("chown", ["-R", `${NOBODY}:${NOBODY}`, bed.path("test"), bed.path("keys")]);
+  Deno.chownSync(key, NOBODY, 1);
+  Deno.chmodSync(key, 0o640);
+  for (const name of ["cert", "csr", ".lock"]) Deno.removeSync(bed.path("test", name), { recursive: true });
+  const victim = join(bed.home, "victim");
+  Deno.writeTextFileSync(victim, "");
+  Deno.symlinkSync(victim, bed.path("test/.lock"));
+  assert.equal((await bed.run()).code, 0);
+  Deno.writeTextFileSync(bed.path("test/csr/orphan"), "");
+  Deno.chownSync(bed.path("test/csr/orphan"), NOBODY, NOBODY);
+  await prune(bed.config(), prunable(bed.config()), bed.context(), () => {});
+  const owners = ["test", "keys"].flatMap((name) => find(bed.path(name), "%u:%g %f"));
+  const others = owners.filter((line) => !line.startsWith("nobody:nogroup "));
+  assert.deepEqual(others, [`nobody:daemon ${basename(key)}`]);
+  assert.deepEqual([modeOf(key), Deno.statSync(victim).uid], ["640", 0], "nothing through a link");
+});
 
 Deno.test("a key is not readable by another group if its group cannot be kept", AS_ROOT, async () => {
   await using bed = await bedOf("example.com");

@@ -33,8 +33,6 @@ const countOf = ({ requests }: Ran, wanted: string) =>
 const notes = ({ stdout }: Ran) =>
   stdout.split("\n").filter((line) => line.startsWith("note")).map((line) => line.replace(/^note +/, ""));
 
-// ---- asking ------------------------------------------------------------------------------------------------------
-
 Deno.test("the CA is asked again after Retry-After, within bounds, or after five hours; invalid windows are noted and do not count", async () => {
   await using bed = await issuedBed();
   const valid = { suggestedWindow: window(bed, 50 * DAY, 60 * DAY) };
@@ -130,8 +128,6 @@ Deno.test("a certificate without an authority key identifier, or of another CA, 
   assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/);
   bed.ca.violations.splice(0);
 });
-
-// ---- renewing ----------------------------------------------------------------------------------------------------
 
 Deno.test("a certificate is renewed if its time is past, and not again within a day; a plain https link explains it", async () => {
   for (

@@ -181,9 +181,8 @@ Deno.test("a rollover whose answer is lost, or that is interrupted before or aft
 Deno.test("a certificate is revoked with its own key if no account is known; the key is never used again", async () => {
   await using bed = await bedFor();
   await issue(bed);
-  const certificate = bed.path(`test/cert/${NAME}-cert-combined.prime256v1.test.pem`);
-  const revokeIt = () =>
-    revoke(bed.config(), revocable(bed.config(), certificate), 1, bed.context(), () => {});
+  const path = bed.path(`test/cert/${NAME}-cert-combined.prime256v1.test.pem`);
+  const revokeIt = () => revoke(bed.config(), revocable(bed.config(), path), 1, bed.context(), () => {});
   const key = bed.text(KEY);
   for (const file of ["test/state.json", "account.key.test"]) Deno.removeSync(bed.path(file));
   for (let time = 0; time < 2; time++) await revokeIt(); // to revoke it again is not an error

@@ -187,9 +187,8 @@ Deno.test("while a CA rate-limits every request, one of the waiting requests is 
 
 // ---- what a CA may answer ----------------------------------------------------------------------------------------
 
-const ESCAPES =
-  "\x1b]0;owned\x07\x1b[2J\x1b[31mred\r\n\u202efake\u2028line\0\x9b1m $(rm -rf ~) `id`; & | > <";
-const CLEAN = "]0;owned [2J [31mred fake line 1m $(rm -rf ~) `id`; & | > <";
+const ESCAPES = "\x1b]0;owned\x07\x1b[2Jred\r\n\u202efake\u2028line\0\x9b1m $(rm -rf ~) `id`; & | > <";
+const CLEAN = "]0;owned [2Jred fake line 1m $(rm -rf ~) `id`; & | > <";
 const HOSTILE = `${CLEAN}: ${CLEAN} (${CLEAN})`;
 
 Deno.test("a refusal or an invalid answer is an error of one line of limited length without control characters", async () => {

@@ -1,7 +1,4 @@
-/**
- * Goal: requests are repeated after transient errors, and are no more than the CA accepts; nothing that a hostile CA sends is
- * trusted. Whole orders are in issue.test.ts.
- */
+/** Goal: requests are repeated after transient errors, as often as the CA accepts; nothing that a CA sends is trusted. */
 
 import assert from "node:assert/strict";
 import { AcmeClient } from "../lib/acme.ts";

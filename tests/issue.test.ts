@@ -45,9 +45,7 @@ function quick({ ca }: Bed) {
 const reissue = (bed: Bed) => bed.run({ named: { renew: [NAME] }, ...quick(bed) });
 
 /** Replaces members of the answer. */
-const put = (more: Record<string, unknown>): Fault => (
-  { kind: "rewrite", rewrite: (body) => ({ ...body, ...more }) }
-);
+const put = (more: object): Fault => ({ kind: "rewrite", rewrite: (body) => ({ ...body, ...more }) });
 
 const after = (fault: Fault): Fault => ({ kind: "after", fault });
 

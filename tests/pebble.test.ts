@@ -16,11 +16,7 @@ const NAME = "example.com";
 const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
 const MODERN = { modern: true };
 
-interface Answer {
-  readonly status: number;
-  readonly headers: Readonly<Record<string, string>>;
-  readonly body: string;
-}
+type Answer = { status: number; headers: Record<string, string>; body: string };
 type Change = (answer: Answer) => Answer;
 
 /**

@@ -22,33 +22,29 @@ for (const [name, text] of [["eab", "c2VjcmV0"], ["eab-standard", "+///\n"], ["n
   write(name!, text!);
 }
 
-interface Files {
-  settings?: string; // lines after the required ones of lematt.conf, from line 4
-  conf?: string | null; // or the whole lematt.conf; null for no file
-  domains?: string | null;
-  actions?: string | null;
-}
-
 let count = 0;
-/** A new configuration directory with these files, or with a minimal one for each that is not given. */
-function directoryOf({ settings = "", conf, domains = "example.com\n", actions = "" }: Files = {}): string {
+/**
+ * A new configuration directory with these files: "S: " lines of [config], from line 4, or "C: " lematt.conf as a whole,
+ * "D: " domains, "A: " actions.conf; and with minimal ones for the others.
+ */
+function directoryOf(...files: readonly string[]): string {
   const directory = join(base, `conf${count++}`);
   Deno.mkdirSync(directory);
+  const text = (kind: string) => files.find((file) => file.startsWith(`${kind}: `))?.slice(3);
   const needed = "[config]\naccountKey: ../account.key\nchallengeDropDir: ../drop\n";
-  conf = conf === undefined ? needed + settings : conf;
-  const texts = { "lematt.conf": conf, domains, "actions.conf": actions };
-  for (const [name, text] of Object.entries(texts)) {
-    if (text !== null) Deno.writeTextFileSync(join(directory, name), text);
-  }
+  Deno.writeTextFileSync(join(directory, "lematt.conf"), text("C") ?? needed + (text("S") ?? ""));
+  Deno.writeTextFileSync(join(directory, "domains"), text("D") ?? "example.com\n");
+  Deno.writeTextFileSync(join(directory, "actions.conf"), text("A") ?? "");
   return directory;
 }
 
-const load = (files: Files): Config => loadConfig("prod", directoryOf(files));
+const load = (...files: readonly string[]): Config => loadConfig("prod", directoryOf(...files));
+const errors = (...files: readonly string[]) => errorsIn(directoryOf(...files));
 
 /** The errors of a configuration, which has some. */
-function errors(files: Files | string, mode: "test" | "prod" = "prod"): readonly Notice[] {
+function errorsIn(directory: string, mode: "test" | "prod" = "prod"): readonly Notice[] {
   try {
-    loadConfig(mode, typeof files === "string" ? files : directoryOf(files));
+    loadConfig(mode, directory);
   } catch (error) {
     if (error instanceof ConfigError) return error.problems;
     throw error;
@@ -81,24 +77,19 @@ function rows({ raw }: TemplateStringsArray): string[][] {
   );
 }
 
-/** Separates the cells that are files: "S: " lines of [config], "C: " lematt.conf, "D: " domains, "A: " actions.conf. */
-function filesOf(cells: string[]): [files: Files, others: string[]] {
-  const names: Record<string, string> = { S: "settings", D: "domains", A: "actions", C: "conf" };
-  const isFile = (cell: string) => /^[SDAC]: /.test(cell);
-  const files = cells.filter(isFile).map((cell) => [names[cell[0]!], cell.slice(3)]);
-  return [Object.fromEntries(files), cells.filter((cell) => !isFile(cell))];
-}
+/** The cells of a row that are no files. */
+const expectedOf = (cells: readonly string[]) => cells.filter((cell) => !/^[SDAC]: /.test(cell));
 
 // ---- reading ---------------------------------------------------------------------------------------------
 
 Deno.test("loadConfig() reads the three files of a user of the original", () => {
-  const directory = directoryOf({
-    settings: "# days, with fractions\nreauthorizeDays: 42.42\n#generateNewCertsAfterDays: 7\n",
-    domains: "# names\nexample.com www\n\nmail.example.com\ncorp.example.com internal hr\n",
-    actions: `[default]\nupdate: ["sudo service nginx reload"]
+  const directory = directoryOf(
+    "S: # days, with fractions\nreauthorizeDays: 42.42\n#generateNewCertsAfterDays: 7\n",
+    "D: # names\nexample.com www\n\nmail.example.com\ncorp.example.com internal hr\n",
+    `A: [default]\nupdate: ["sudo service nginx reload"]
 [override-mail]\ndomains: mail.example.com\nprepare: ["ssh -t forward http://example.com"]
 ocspStapleRequired: no\nupdate: ["ssh reload-postfix", "ssh reload-dovecot"]\n`,
-  });
+  );
   const { warnings, advice, sections, lines, ...rest } = loadConfig("prod", directory);
   const defaults = JSON.parse(`{"mode": "prod", "reauthorizeDays": 42.42, "generateNewCertsAfterDays": 0,
     "alwaysGenerateNewKeys": false, "keyTypes": ["rsa", "ec"], "keyBitsRSA": 2048, "curve": "P-256",
@@ -132,12 +123,12 @@ const settings = rows`
   preferredChain: ISRG Root X1⏎profile: tlsserver => {"preferredChain":"ISRG Root X1","profile":"tlsserver"}`;
 Deno.test("loadConfig() reads each setting", () => {
   for (const [text, expected] of settings) {
-    const config = load({ settings: text });
+    const config = load(`S: ${text}`);
     for (const [key, value] of Object.entries(JSON.parse(expected!))) {
       same(config[key as keyof Config], value, text);
     }
   }
-  const eab = (file: string) => load({ settings: `eabKeyId: kid-1\neabHmacKey: ../${file}` }).eab;
+  const eab = (file: string) => load(`S: eabKeyId: kid-1\neabHmacKey: ../${file}`).eab;
   same(eab("eab"), { keyId: "kid-1", hmacKey: new TextEncoder().encode("secret") });
   same(eab("eab-standard")!.hmacKey, new Uint8Array([251, 255, 255]));
 });
@@ -157,37 +148,37 @@ Deno.test("loadConfig() normalizes names, removes duplicates, and knows the file
   accepted.push([`${label}.com`, `${label}.com`], [long, long]);
   accepted.push(["\ufeffexample.com\twww mail \r\n", "example.com mail.example.com www.example.com"]);
   for (const [domains, ...expected] of accepted) {
-    const [line] = load({ domains }).lines;
+    const [line] = load(`D: ${domains}`).lines;
     same([line!.names, ...line!.formerNames].map((names) => names.join(" ")), expected);
   }
   const many = Array.from({ length: 101 }, (_, n) => `${n}.com`).join(" ");
-  for (const line of [`a${label}.com`, `a.${long}`, many]) matches(errors({ domains: line }), ["domains:1"]);
+  for (const line of [`a${label}.com`, `a.${long}`, many]) matches(errors(`D: ${line}`), ["domains:1"]);
 });
 
 Deno.test("a line has the sections of its names, or [default], then [every], with their key types, challenges and profiles", () => {
-  const config = load({
-    settings: "keyTypes: ec\nverifyWait: 7\nprofile: of-config\n",
-    domains: "b.com a.com d.com\na.com\nd.com\n*.a.com\n",
-    actions: `[every]\nkeyTypes: rsa ec\nprofile: of-every\nchallenge: dns-01\ndnsPresent: ["x"]
+  const config = load(
+    "S: keyTypes: ec\nverifyWait: 7\nprofile: of-config\n",
+    "D: b.com a.com d.com\na.com\nd.com\n*.a.com\n",
+    `A: [every]\nkeyTypes: rsa ec\nprofile: of-every\nchallenge: dns-01\ndnsPresent: ["x"]
 [constructor]\ndomains: A.com b.com\nchallenge: http-01\nkeyTypes: rsa\nverifyWait: 3\nprofile: of-constructor
 [default]\nrehearse: yes\ndnsParallel: on
-[__proto__]\ndomains: a.com *.a.com\n`,
-  });
+[toString]\ndomains: a.com *.a.com\n`,
+  );
   const { lines, sections } = config;
   same(lines.map((line) => [line.sections.map(({ name }) => name).join(" "), line.keyTypes, line.profile]), [
-    ["constructor __proto__ default every", ["rsa", "ec"], "of-constructor"],
-    ["constructor __proto__ every", ["rsa", "ec"], "of-constructor"],
+    ["constructor toString default every", ["rsa", "ec"], "of-constructor"],
+    ["constructor toString every", ["rsa", "ec"], "of-constructor"],
     ["default every", ["ec"], "of-every"],
-    ["__proto__ every", ["ec"], "of-every"],
+    ["toString every", ["ec"], "of-every"],
   ]);
   same(sections.map(({ keyTypes, verifyWaitSeconds }) => `${keyTypes} ${verifyWaitSeconds}`), [
     ...["rsa,ec 7", "rsa 3", "ec 7", "ec 7"],
   ]);
   same(sections.map(({ rehearse, dnsParallel }) => rehearse && dnsParallel), [false, false, true, false]);
-  same(sectionsOf(config, "toString").map(({ name }) => name), ["default", "every"]);
+  same(sectionsOf(config, "hasOwnProperty").map(({ name }) => name), ["default", "every"]);
   const challenges = ["a.com", "d.com", "*.a.com"].map((name) => challengeOf(config, name));
   same(challenges, ["http-01", "dns-01", "dns-01"]);
-  const usual = load({ settings: "profile: of-config\n" });
+  const usual = load("S: profile: of-config\n");
   same([usual.lines[0]!.profile, challengeOf(usual, "a.com")], ["of-config", "http-01"]);
 });
 
@@ -199,14 +190,14 @@ Deno.test("loadConfig() reads the endpoints of verify, and rejects invalid ones"
     DOMAINS_ALL:443 => {"host":"DOMAINS_ALL","port":443}
     mailhost:993 => {"host":"mailhost","port":993}`;
   const verifying = (texts: string[]) =>
-    `[default]\nverify: ["a.com:1",\n  ${texts.map((text) => JSON.stringify(text)).join(",\n  ")}]\n`;
-  const { verify } = load({ actions: verifying(valid.map(([text]) => text!)) }).sections[0]!;
+    `A: [default]\nverify: ["a.com:1",\n  ${texts.map((text) => JSON.stringify(text)).join(",\n  ")}]\n`;
+  const { verify } = load(verifying(valid.map(([text]) => text!))).sections[0]!;
   same(verify.slice(1), valid.map(([text, expected]) => ({ text, ...JSON.parse(expected!) })));
   const invalid =
     ("mail.example.com 2001:db8::7:443 mail.example.com:65536 mail.example.com:465/smtps [x]:443 " +
       "*.example.com:443 -oProxy:22 mail.example.com:443#192.0.2.1 a\xa0b:22").split(" ");
   const expected = invalid.map((text, index) => `actions.conf:${index + 3} ${JSON.stringify(text)}`);
-  matches(errors({ actions: verifying(invalid) }), expected);
+  matches(errors(verifying(invalid)), expected);
 });
 
 // ---- errors ----------------------------------------------------------------------------------------------
@@ -217,10 +208,10 @@ Deno.test("loadConfig() rejects each invalid name, with its line and the name", 
       "a_b.example.com example.com. a..b.com localhost example.123 192.0.2.256 192.0.2.01 2001:db8::1::2 " +
       "a.*.b.com ::ffff:192.0.2.1 a／b.com xn--a.com").split(" ");
   const named = invalid.map((name, index) => `domains:${index + 1} ${name}`);
-  matches(errors({ domains: invalid.join("\n") }), named);
+  matches(errors(`D: ${invalid.join("\n")}`), named);
   const more = "exam\u200dple.com\n\x1b[31mexample.com\n192.0.2.1 www\nexample.com # mine\na.com *\n";
   const expected = "domains:1 u{200d}|domains:2 u{1b}|domains:3 |domains:4 comment|domains:5 dns-01";
-  matches(errors({ domains: more }), expected.split("|"));
+  matches(errors(`D: ${more}`), expected.split("|"));
 });
 
 /** The behaviour, the files, and the place and a part of each problem. */
@@ -267,14 +258,13 @@ const invalid = rows`
     => lematt.conf:3 mkdir -p 'BASE/it'\''s'`;
 Deno.test("loadConfig() rejects invalid, incomplete or contradictory values, with the line of each problem", () => {
   for (const [behaviour, ...cells] of invalid) {
-    const [files, problems] = filesOf(cells);
-    matches(errors(files), problems, behaviour);
+    matches(errors(...cells), expectedOf(cells), behaviour);
   }
 });
 
 Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of the error and a corrected list", () => {
-  const actions = '[default]\nupdate: ["printf \'a\\nb\'", "", " ", "\\u00e9 \\"x\\" \\\\"]\n';
-  same(load({ actions }).sections[0]!.update, ["printf 'a\nb'", "", " ", 'é "x" \\']);
+  const actions = 'A: [default]\nupdate: ["printf \'a\\nb\'", "", " ", "\\u00e9 \\"x\\" \\\\"]\n';
+  same(load(actions).sections[0]!.update, ["printf 'a\nb'", "", " ", 'é "x" \\']);
   const lists = rows`
     "cmd %% x" => 2 => ["cmd % x"]
     ⏎  one⏎  'two' => 2 => ["one", "two"]
@@ -287,11 +277,11 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
     ["b",⏎ "\u0000"] => 3
     ["b",⏎ "\ud800"] => 3`;
   for (const [list, line, corrected] of lists) {
-    const problems = errors({ actions: `[default]\nupdate: ${list}\n` });
+    const problems = errors(`A: [default]\nupdate: ${list}\n`);
     matches(problems, [`actions.conf:${line}`], list);
     if (!corrected) continue;
     const [, hint] = /write (\[.*\])/.exec(problems[0]!.hint!)!;
-    same(load({ actions: `[default]\nupdate: ${hint}\n` }).sections[0]!.update, JSON.parse(corrected));
+    same(load(`A: [default]\nupdate: ${hint}\n`).sections[0]!.update, JSON.parse(corrected));
   }
 });
 
@@ -300,7 +290,7 @@ Deno.test("T9: no message contains a secret from a file", () => {
   const values = [`${secret}=`, `\n${secret}==`, `~${secret}`, `${secret}\n${secret}: 1`];
   const texts = [...values.map((value) => `eabHmacKey: ${value}`), `directory: https://a:${secret}@b/`];
   for (const text of texts) {
-    const problems = JSON.stringify(errors({ settings: `eabKeyId: kid\n${text}` }));
+    const problems = JSON.stringify(errors(`S: eabKeyId: kid\n${text}`));
     ok(!problems.includes(secret.slice(0, 12)), problems);
   }
 });
@@ -352,8 +342,7 @@ const warned = rows`
     => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p⏎192.0.2.1`;
 Deno.test("loadConfig() accepts harmless mistakes with a warning that names the line, and warns of nothing else", () => {
   for (const [behaviour, ...cells] of warned) {
-    const [files, warnings] = filesOf(cells);
-    matches(load(files).warnings, warnings, behaviour);
+    matches(load(...cells).warnings, expectedOf(cells), behaviour);
   }
 });
 
@@ -365,34 +354,34 @@ Deno.test("loadConfig() accepts an account key in each format, and rejects one t
   const block = (label: string, body = "c2VjcmV0") =>
     `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
   const sec1 = ec("secp384r1").export({ type: "sec1", format: "pem" });
-  const conf = "[config]\naccountKey: ../key\nchallengeDropDir: ../drop\n";
+  const conf = "C: [config]\naccountKey: ../key\nchallengeDropDir: ../drop\n";
   const fromOpenssl = block("EC PARAMETERS", "BgUrgQQAIg==") + sec1;
   for (const key of [rsa(2048).export({ type: "pkcs1", format: "pem" }), fromOpenssl]) {
     write("key", String(key));
-    same(load({ conf }).accountKey, join(base, "key"));
+    same(load(conf).accountKey, join(base, "key"));
   }
-  const directory = directoryOf({ conf });
+  const directory = directoryOf(conf);
   write("key.test", ""); // that of --test
   loadConfig("prod", directory);
-  matches(errors(directory, "test"), ["lematt.conf:2 BASE/key.test"]);
+  matches(errorsIn(directory, "test"), ["lematt.conf:2 BASE/key.test"]);
   const encrypted = block("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0");
   const unusable = [rsa(1024), ec("secp256k1")].map((key) => String(key.export(pem)));
   for (const key of ["", block("PUBLIC KEY"), block("PRIVATE KEY"), encrypted, ...unusable]) {
     write("key", key);
-    matches(errors({ conf }), ["lematt.conf:2 BASE/key"]);
+    matches(errors(conf), ["lematt.conf:2 BASE/key"]);
   }
 });
 
 Deno.test("loadConfig() reads only the certificates of caBundle", () => {
-  const settings = "caBundle: ../bundle.pem\n";
+  const settings = "S: caBundle: ../bundle.pem\n";
   const args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout -".split(
     " ",
   );
   const text = execFileSync("openssl", args, { stdio: "pipe" }).toString(); // key and certificate
   write("bundle.pem", text);
-  same(load({ settings }).caBundle!.match(/BEGIN .*?-/g), ["BEGIN CERTIFICATE-"]);
+  same(load(settings).caBundle!.match(/BEGIN .*?-/g), ["BEGIN CERTIFICATE-"]);
   write("bundle.pem", text.replace(/(BEGIN CERTIFICATE-----\n)..../, "$1AAAA"));
-  matches(errors({ settings }), ["lematt.conf:4 bundle.pem"]);
+  matches(errors(settings), ["lematt.conf:4 bundle.pem"]);
 });
 
 /** A user who is not root, but may read all files, since deno and the packages may be root's. */
@@ -406,7 +395,7 @@ Deno.test("T6, T11: paths of another working directory, and files of another use
     return `${stdout}${stderr}`.replaceAll(base, "BASE");
   };
   const confOf = (key: string, drop: string) =>
-    directoryOf({ conf: `[config]\naccountKey: ${key}\nchallengeDropDir: ${drop}\n` });
+    directoryOf(`C: [config]\naccountKey: ${key}\nchallengeDropDir: ${drop}\n`);
   const elsewhere = await notices(confOf("account.key", "drop"));
   same(elsewhere.match(/write BASE\S+/g), ["write BASE/account.key", "write BASE/drop"]);
   Deno.mkdirSync(join(base, "closed"), { mode: 0o555 });
@@ -441,10 +430,10 @@ const open = rows`
 const asRoot = { ignore: Deno.uid() !== 0 };
 Deno.test("S5: root reads no files that others may change, nor alert commands in them", asRoot, () => {
   for (const [what, change, ...expected] of open) {
-    const conf = directoryOf({
-      conf: "[config]\naccountKey: key\nchallengeDropDir: drop\n",
-      actions: '[every]\nalert: ["mail x"]\n',
-    });
+    const conf = directoryOf(
+      "C: [config]\naccountKey: key\nchallengeDropDir: drop\n",
+      'A: [every]\nalert: ["mail x"]\n',
+    );
     for (const directory of ["drop", "prod", "prod/key"]) Deno.mkdirSync(join(conf, directory));
     Deno.writeTextFileSync(join(conf, "prod/state.json"), "{}");
     Deno.writeTextFileSync(join(conf, "key"), accountKey, { mode: 0o600 });
@@ -462,9 +451,10 @@ Deno.test("S5: root reads no files that others may change, nor alert commands in
 });
 
 Deno.test("loadConfig() rejects paths special to the shell, and missing, special and binary files, without blocking", () => {
-  const directory = directoryOf({ conf: null, domains: null, actions: null });
+  const directory = directoryOf();
+  for (const { name } of Deno.readDirSync(directory)) Deno.removeSync(join(directory, name));
   const path = (name: string) => `${name}: BASE/CONF/${name}`;
-  matches(errors(directory), [
+  matches(errorsIn(directory), [
     path("lematt.conf"),
     path("domains"),
     "actions.conf: touch BASE/CONF/actions.conf",
@@ -472,12 +462,12 @@ Deno.test("loadConfig() rejects paths special to the shell, and missing, special
   Deno.mkdirSync(join(directory, "lematt.conf"));
   execFileSync("mkfifo", [join(directory, "actions.conf")]);
   Deno.writeFileSync(join(directory, "domains"), Uint8Array.of(0x61, 0x2e, 0x62, 0x0a, 0x23, 0xe4));
-  matches(errors(directory), [path("lematt.conf"), "domains:2 UTF-8", path("actions.conf")]);
+  matches(errorsIn(directory), [path("lematt.conf"), "domains:2 UTF-8", path("actions.conf")]);
   for (
     const [name, count] of [["with blank", 1], ["ünicode", 1], ["$HOME", 1], ["a-Z.0_@+,:%", 0]] as const
   ) {
-    Deno.renameSync(directoryOf({ settings: "curve: x" }), join(base, name));
-    same(errors(join(base, name)).length, 1 + count, name);
+    Deno.renameSync(directoryOf("S: curve: x"), join(base, name));
+    same(errorsIn(join(base, name)).length, 1 + count, name);
   }
 });
 
@@ -494,7 +484,7 @@ Deno.test("the samples in conf/ have every key, need only names and the drop dir
     const missing = keys.filter((key) => !new RegExp(`\\b${key}\\b`).test(read(name)));
     same(missing, name === "lematt.conf" ? [] : ["ocspStapleRequired"]);
   }
-  matches(errors(directory), ["lematt.conf:23 challengeDropDir", "domains: no names"]);
+  matches(errorsIn(directory), ["lematt.conf:23 challengeDropDir", "domains: no names"]);
 
   // all examples at once, except for files that do not exist here
   const settings = read("lematt.conf").replace(/^# (?=[a-zA-Z]+: \S+( \S+ \S+)?$)/gm, "")

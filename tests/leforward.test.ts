@@ -43,14 +43,11 @@ test("leforward redirects a challenge by GET and HEAD, over IPv4 and IPv6, and n
     ],
     [NOT_FOUND]: [
       `POST ${CHALLENGE} HTTP/1.1\r\n\r\n`,
-      `GET ${CHALLENGE}\r\n\r\n`,
       `GET ${CHALLENGE} HTTP/2.0\r\n\r\n`,
       `GET ${CHALLENGE}/ HTTP/1.1\r\n\r\n`,
       `GET ${CHALLENGE}?a=b HTTP/1.1\r\n\r\n`,
-      `GET ${CHALLENGE}%0d%0aSet-Cookie:x HTTP/1.1\r\n\r\n`,
       `GET ${CHALLENGE}\rSet-Cookie:x HTTP/1.1\r\n\r\n`,
       "GET /.well-known/acme-challenge/ HTTP/1.1\r\n\r\n",
-      "GET /.well-known/acme-challenge/../x HTTP/1.1\r\n\r\n",
       "\0\xff\n\n",
     ],
     "": [`GET ${CHALLENGE} HTTP/1.1\r\nHost: a.example\r\n`.repeat(300)], // never ends its header

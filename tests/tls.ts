@@ -78,11 +78,12 @@ export function nginxTest(name: string, fn: () => Promise<void>): void {
   Deno.test({ name: `${name} (nginx)`, ignore: which("nginx") === undefined, fn });
 }
 
-/** nginx with these server blocks; `pair("x")` names the files x.pem and x.key of the directory. */
+/** nginx with these server blocks; `pair("x")` names the files x.pem and x.key of the directory. Root may give it a user. */
 export async function startNginx(
   directory: string,
   port: number,
   servers: (pair: (...files: string[]) => string) => string,
+  user?: string,
 ) {
   const prefix = await Deno.makeTempDir({ dir: directory });
   const pair = (...files: string[]) =>
@@ -94,7 +95,10 @@ http {
   ${servers(pair)}
 }\n`;
   await Deno.writeTextFile(join(prefix, "nginx.conf"), config);
-  return await startServer(which("nginx")!, ["-p", prefix, "-c", "nginx.conf", "-e", "error.log"], port);
+  const command = [which("nginx")!, "-p", prefix, "-c", "nginx.conf", "-e", "error.log"];
+  if (user === undefined) return await startServer(command[0]!, command.slice(1), port);
+  await run("chown", "-R", user, prefix);
+  return await startServer("setpriv", ["--reuid", user, "--clear-groups", ...command], port);
 }
 
 /** nginx at a free port of 127.0.0.1 and 127.0.0.2, with the pairs x.pem and x.key of the directory. */

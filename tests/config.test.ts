@@ -212,7 +212,7 @@ const invalid = rows`
   eabKeyId without eabHmacKey => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
   an eabHmacKey that is not base64 => S: eabKeyId: kid⏎eabHmacKey: ../no-eab
     => lematt.conf:5 BASE/no-eab
-  a mistyped setting => S: reautorizeDays: 15 => lematt.conf:4 did you mean reauthorizeDays
+  a mistyped setting, and no setting => S: reautorizeDays: 15⏎what => lematt.conf:4 did you mean reauthorizeDays => lematt.conf:5
   keys without a section => C: # nothing => lematt.conf: [config]
   a section without domains => A: [a]⏎update: [] => actions.conf:1 "domains"
   a section that is almost [default] => A: [Default]⏎update: [] => actions.conf:1 did you mean [default]
@@ -346,7 +346,9 @@ Deno.test("loadConfig() accepts an account key in each format, and rejects one t
   loadConfig("prod", directory);
   matches(errorsIn(directory, "test"), ["lematt.conf:2 BASE/key.test"]);
   const encrypted = block("RSA PRIVATE KEY", "Proc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nc2VjcmV0");
-  const unusable = [rsa(1024), ec("secp256k1")].map((key) => String(key.export(pem)));
+  const unusable = [rsa(1024), ec("secp256k1"), generateKeyPairSync("ed25519").privateKey].map((key) =>
+    String(key.export(pem))
+  );
   for (const key of ["", block("PUBLIC KEY"), block("PRIVATE KEY"), encrypted, ...unusable]) {
     write("key", key);
     matches(errors(conf), ["lematt.conf:2 BASE/key"]);

@@ -21,25 +21,6 @@ function read(text: string): Read {
   return Object.fromEntries(ini.sections.map((one) => [one.name, Object.fromEntries(valuesOf(one))]));
 }
 
-Deno.test("parseIni() reads each kind of line; a failed substitution affects that value alone", () => {
-  const accepted: [text: string, sections: Read][] = [
-    ["[a]\nx: 1\ny=2\nz  =  a:b=c\nZ2: # no\n", { a: { x: "1", y: "2", z: "a:b=c", z2: "# no" } }],
-    ["# c\n[a]\n  ; c\nx: [\n  1,\n# c\n\n\t2 ]\n\n   # c\n", { a: { x: "[\n1,\n\n2 ]" } }],
-    ["  [a]\n    x: 1\n    y: 2\n     z: 3\n", { a: { x: "1", y: "2\nz: 3" } }],
-    ["[a] b] c\nx:\n[A]\n", { "a] b": { x: "" }, A: {} }],
-    ["\ufeff[a]\r\nx: 1\ry: 2\r\n", { a: { x: "1", y: "2" } }],
-    ["[DEFAULT]\nto: %(h)s:%%\n[a]\nh: 1\n[b]\nH: 2\n", {
-      a: { h: "1", to: "1:%" },
-      b: { h: "2", to: "2:%" },
-    }],
-    ["[a]\nx: %(no)s\ny: 1\nz: 5%\nv: %()s\nw: %(v)s\n", {
-      a: { v: null, w: null, x: null, y: "1", z: null },
-    }],
-    ["[__proto__]\nconstructor: 1\n", { ["__proto__"]: { constructor: "1" } }],
-  ];
-  for (const [text, sections] of accepted) same(read(text), sections, text);
-});
-
 Deno.test("parseIni() reports the line number of each problem, and quotes nothing that may be a secret", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0";
   const refused: [behaviour: string, text: string, lines: number[]][] = [
@@ -94,6 +75,16 @@ def read(text):
     return {s: {k: value(parser, s, k) for k in sorted(parser[s])} for s in parser.sections()}
 json.dump([read(text) for text in json.load(sys.stdin)], sys.stdout)
 `;
+/** Each kind of line. */
+const KINDS = [
+  "[a]\nx: 1\ny=2\nz  =  a:b=c\nZ2: # no\n",
+  "# c\n[a]\n  ; c\nx: [\n  1,\n# c\n\n\t2 ]\n\n   # c\n",
+  "  [a]\n    x: 1\n    y: 2\n     z: 3\n",
+  "[a] b] c\nx:\n[A]\n[constructor]\ntoString: 1",
+  "\ufeff[a]\r\nx: 1\ry: 2\r\n",
+  "[DEFAULT]\nto: %(h)s:%%\n[a]\nh: 1\n[b]\nH: 2\n",
+  "[a]\nx: %(no)s\ny: 1\nz: 5%\nv: %()s\nw: %(v)s\n",
+];
 const PIECES = 'x~X~y~Update~long key~é~İx~a%b~[x]~1~a:b=c~["x"]~[~]~%%~%(x)s~%(Y)s~%~%()s~# no~; no'.split(
   "~",
 );
@@ -119,7 +110,7 @@ const ignore = which("python3") === undefined;
 Deno.test("parseIni() agrees with Python's configparser, if python3 is installed", { ignore }, () => {
   const seed = Number(Deno.env.get("LEMATT_SEED") ?? 2026);
   const randomFiles = Array.from({ length: 6000 }, (_, n) => randomFile(seed + n));
-  const texts = [...[8, 9, 10, 11, 12].map(chain), ...randomFiles];
+  const texts = [...KINDS, ...[9, 10, 11].map(chain), ...randomFiles];
   const options = { input: JSON.stringify(texts), maxBuffer: 2 ** 28 };
   const fromPython: Read[] = JSON.parse(spawnSync("python3", ["-c", PYTHON], options).stdout.toString());
   for (const [index, text] of texts.entries()) {

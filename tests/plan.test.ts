@@ -121,11 +121,12 @@ Deno.test("renewal() follows the settings as far as the lifetime and the interva
 });
 
 Deno.test("usualInterval() is the second longest interval of the last twelve runs, so that one outage does not count", () => {
-  const daysOf = (...days: number[]) => renewals.usualInterval(days.map((day) => ({ at: iso(day) }))) / DAY;
-  assert.equal(daysOf(3, 3.5), 1, "two runs are too few");
-  assert.equal(daysOf(0, 1, 10, 11, 12, 13), 1);
-  assert.equal(daysOf(0, 30, 60, ...Array.from({ length: 12 }, (_, n) => 90 + n)), 1, "long ago");
-  assert.equal(daysOf(4, 5, 3, 2, 1, 0), 1, "a clock that was put back");
+  const intervalOf = (...days: number[]) =>
+    renewals.usualInterval(days.map((day) => ({ at: iso(day) }))) / DAY;
+  assert.equal(intervalOf(3, 3.5), 1, "two runs are too few");
+  assert.equal(intervalOf(0, 1, 10, 11, 12, 13), 1);
+  assert.equal(intervalOf(0, 30, 60, ...Array.from({ length: 12 }, (_, n) => 90 + n)), 1, "long ago");
+  assert.equal(intervalOf(4, 5, 3, 2, 1, 0), 1, "a clock that was put back");
 });
 
 Deno.test("a certificate is renewed by the earlier of its dates and the CA's suggestion, and issued at once if it is not as configured", () => {
@@ -135,13 +136,12 @@ Deno.test("a certificate is renewed by the earlier of its dates and the CA's sug
   };
   const hour = present(SITE, { from: -1 / 24, to: 1 / 24 }); // an hour, and begins an hour before it is issued
   const quarters = { runs: runsTo(0, 1 / 96) };
-  const found = (finding: Finding, part = {}) => entry(SITE, finding, part);
   const table: [what: string, now: number, expected: string, state?: Partial<State>, Entry?, object?][] = [
     ["kept", 59.999, "day 60: life"],
     ["due", 60, "life"],
     ["expired", 90, "expired"],
-    ["missing", 1, "missing", {}, found(MISSING)],
-    ["other names", 1, "other names", {}, found(MISSING, FORMER)],
+    ["missing", 1, "missing", {}, entry(SITE, MISSING)],
+    ["other names", 1, "other names", {}, entry(SITE, MISSING, FORMER)],
     ["C18: an hour that begins an hour before it is issued", 0.001, "life", quarters, hour],
     ["issued then", 0.001, "day 0.013889: runs", quarters, { ...hour, issuedAt: day(0) }],
     ["suggested after the next run", 48.5, "day 50: ari", suggested(50)],
@@ -163,13 +163,8 @@ Deno.test("a certificate is renewed by the earlier of its dates and the CA's sug
 Deno.test("certificates of a line are one task, soonest to expire first; failures and rate limits delay tasks", () => {
   const [a, b, c] = ["a", "b", "c"].map((name) => line(`${name}.example`)) as [Line, Line, Line];
   const former = { certificate: certificate(c.names, { to: 80 }), file: "x" };
-  const pair = [present(b, { to: 70 }), present(b, { from: 65, to: 155 }, "ec")];
-  const found = [
-    entry(a, MISSING),
-    entry(a, MISSING, { keyType: "ec" }),
-    ...pair,
-    entry(c, MISSING, { former }),
-  ];
+  const found = [entry(a, MISSING), entry(a, MISSING, { keyType: "ec" }), entry(c, MISSING, { former })];
+  found.push(present(b, { to: 70 }), present(b, { from: 65, to: 155 }, "ec"));
   const failed = { failures: record({ "b.example": failure({ retryAt: iso(70) }) }) };
   const limited = { holds: record({ "https://ca": iso(70), "https://another": iso(99) }) };
   const renew = { selection: { ...NOTHING, lines: new Set([b]), renew: new Set([b]) } };

@@ -85,23 +85,18 @@ test("check_lematt exits with 0 without problems, 1 with a problem, 2 with one t
   const check = async (...args: string[]) => {
     const command = [join(HERE, "check_lematt"), "--config", bed.conf, ...args];
     const { code, stdout } = await output(command, { env: { LEMATT: ran.lematt } });
-    return [code, ...stdout.trimEnd().split("\n")] as [number, string, string];
+    return `${code} ${stdout}`;
   };
-  assert.deepEqual(await check(), [0, "LEMATT OK: no problems | problems=0"]);
+  assert.equal(await check(), "0 LEMATT OK: no problems | problems=0\n");
   bed.act(ACTIONS);
   await bed.run({ mode: "prod" });
-  const [warning, first, second] = await check("--offline");
-  assert.equal(warning, 1);
-  assert.match(first, /^LEMATT WARNING: \[mail\] delivery of [^|]* \| problems=2$/);
-  assert.match(second, /^127\.0\.0\.1:1#mail\.example\.com .*unreachable/);
+  const warning = /^1 LEMATT WARNING: \[mail\] delivery of [^|]* \| problems=2\n127\.0\.0\.1:1#.*unreachable/;
+  assert.match(await check("--offline"), warning);
   const state = bed.state("prod");
   state.deliveries.mail = { ...state.deliveries.mail!, since: new Date(0).toISOString() };
   await Deno.writeTextFile(bed.path("prod", "state.json"), JSON.stringify(state));
-  const [critical, text] = await check("--offline");
-  assert.deepEqual([critical, text.slice(0, 16)], [2, "LEMATT CRITICAL:"]);
-  const [unknown, why] = await check("--no-such-option");
-  assert.equal(unknown, 3);
-  assert.match(why, /^LEMATT UNKNOWN: lematt: /);
+  assert.match(await check("--offline"), /^2 LEMATT CRITICAL: /);
+  assert.match(await check("--no-such-option"), /^3 LEMATT UNKNOWN: lematt: /);
 });
 
 test("the example for jq lists what expires within two weeks", async () => {
@@ -122,14 +117,9 @@ test("the page shows a real status, refuses any other document, loads nothing fr
   const [command] = blocks(README, "A page");
   await shell(ran.here(command!), ran.bed.home);
   const seen = shown(await Deno.readTextFile(join(ran.bed.home, "status.html")));
-  for (
-    const expected of [
-      /2 problems as of \d{4}-/,
-      /example\.com ec · www\.example\.com 89 days \d{4}-/,
-      /127\.0\.0\.1:1#mail\.example\.com .*unreachable at 127\.0\.0\.1: /,
-      /\[mail\] 1 certificate: .*exit status 7 no route \| to <b>mail<\/b> /,
-    ]
-  ) assert.match(seen, expected);
+  assert.match(seen, /2 problems as of \d{4}-.*example\.com ec · www\.example\.com 89 days \d{4}-/);
+  assert.match(seen, /127\.0\.0\.1:1#mail\.example\.com .*unreachable at 127\.0\.0\.1: /);
+  assert.match(seen, /\[mail\] 1 certificate: .*exit status 7 no route \| to <b>mail<\/b> /);
   for (const input of ["", "null", '{"command":"run","version":1}', '{"command":"status","version":2}']) {
     const { code, stdout, stderr } = await output(["sh", "-c", `echo '${input}' | ${HERE}/page.ts`]);
     assert.deepEqual([code, stdout], [1, ""], input);

@@ -188,20 +188,6 @@ test("S2: many silent endpoints take one time-out together; of 4,000 addresses 3
   assert.match(warnings[0]!, /^www\.example\.com has 4000 addresses; 32 /);
 });
 
-test("a probe ends at once when its signal aborts", async () => {
-  const controller = new AbortController();
-  let connections = 0;
-  await using server = await tcpServer((socket) => {
-    socket.write("220 mail.example.com ESMTP\r\n");
-    if (++connections === 2) controller.abort(new Error("interrupted")); // openssl's
-  });
-  const begun = performance.now();
-  const changes = { signal: controller.signal, random: () => 0.9 };
-  const probing = see({ port: server.port, starttls: "smtp" }, undefined, changes);
-  await assert.rejects(probing, { message: "interrupted" });
-  assert(performance.now() - begun < 8000);
-});
-
 // ---- in another process --------------------------------------------------------------------------------------
 
 /** Runs a script with `probe`, `target` and `context` in another process, and returns its output. */

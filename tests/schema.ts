@@ -1,7 +1,4 @@
-/**
- * Validates documents by the JSON Schemas of conf/monitoring, by as much of JSON Schema 2020-12 as they use; in addition,
- * every key of a document must be described.
- */
+/** Validates documents by the JSON Schemas of conf/monitoring, as far as they use JSON Schema; every key must be described. */
 
 import { join } from "node:path";
 
@@ -18,8 +15,7 @@ interface Schema {
   readonly allOf?: readonly Schema[];
 }
 
-const KNOWN =
-  /^(\$(schema|id|ref|defs)|title|description|type|format|const|enum|required|properties|items|allOf)$/;
+const DATE = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/;
 
 /** Where a document does not match the schema `<name>.schema.json`. */
 export function violations(document: unknown, name: string): string[] {
@@ -38,36 +34,28 @@ function partsOf(schema: Schema): Schema[] {
   return [schema, ...(parts ?? []).flatMap(partsOf)];
 }
 
-function typesOf(value: unknown): string[] {
-  if (Array.isArray(value)) return ["array"];
-  return Number.isInteger(value) ? ["integer", "number"] : [value === null ? "null" : typeof value];
+function isOf(value: unknown, type: string): boolean {
+  if (type === "array") return Array.isArray(value);
+  if (type === "integer") return Number.isInteger(value);
+  return typeof value === type && value !== null && !Array.isArray(value);
 }
 
 function* check(value: unknown, schema: Schema, path: string): Generator<string> {
   const parts = partsOf(schema);
-  const types = typesOf(value);
-  for (const part of parts) {
-    const unknown = Object.keys(part).find((keyword) => !KNOWN.test(keyword));
-    if (unknown !== undefined) throw new Error(`unknown keyword ${unknown}`);
-    if (part.type !== undefined && !types.includes(part.type)) yield `${path}: not of type ${part.type}`;
+  for (const { type, format, required = [], items, ...part } of parts) {
+    if (type !== undefined && !isOf(value, type)) yield `${path}: not of type ${type}`;
     const allowed = "const" in part ? [part.const] : part.enum;
-    if (allowed?.includes(value) === false) {
-      yield `${path}: ${JSON.stringify(value)} is not one of ${allowed}`;
-    }
-    const isDate = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(String(value));
-    if (part.format === "date-time" && !isDate) yield `${path}: not a date`;
-    if (part.items !== undefined && Array.isArray(value)) {
-      for (const [index, item] of value.entries()) yield* check(item, part.items, `${path}[${index}]`);
-    }
+    if (allowed?.includes(value) === false) yield `${path}: ${value} is not one of ${allowed}`;
+    if (format === "date-time" && !DATE.test(String(value))) yield `${path}: not a date`;
+    for (const key of required) if (!Object.hasOwn(Object(value), key)) yield `${path}: ${key} is missing`;
+    if (items === undefined || !Array.isArray(value)) continue;
+    for (const [index, item] of value.entries()) yield* check(item, items, `${path}[${index}]`);
   }
-  if (!types.includes("object")) return;
-  for (const key of parts.flatMap(({ required = [] }) => required)) {
-    if (!Object.hasOwn(value as object, key)) yield `${path}: ${key} is missing`;
-  }
-  if (parts.every(({ properties }) => properties === undefined)) return; // of any shape
-  for (const [key, member] of Object.entries(value as object)) {
-    const described = parts.flatMap(({ properties }) => properties?.[key] ?? []);
-    for (const property of described) yield* check(member, property, `${path}.${key}`);
-    if (described.length === 0) yield `${path}: ${key} is not described`;
+  const described = parts.flatMap(({ properties = {} }) => Object.entries(properties));
+  if (!isOf(value, "object") || described.length === 0) return;
+  for (const [key, member] of Object.entries(Object(value))) {
+    const schemas = described.filter(([name]) => name === key);
+    if (schemas.length === 0) yield `${path}: ${key} is not described`;
+    for (const [, property] of schemas) yield* check(member, property, `${path}.${key}`);
   }
 }

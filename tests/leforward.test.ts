@@ -83,26 +83,26 @@ test("silent and slow connections do not delay others, are limited in number and
   for (const connection of connections) connection.close();
 });
 
-/** Sends 50 requests in a row, which must be answered without delay. */
-async function answersAtOnce(port: number): Promise<void> {
-  const since = performance.now();
-  for (let n = 0; n < 50; n++) {
-    assert.match(await ask(port), / 301 /);
-    assert.ok(performance.now() - since < 5000, `request ${n} had to wait`);
-  }
-}
-
 test("S1: connections that were reset before they were accepted do not delay others", async () => {
   await using server = await start(TO);
   await using _resets = await startResets(server.port, 1000);
-  await answersAtOnce(server.port);
+  const since = performance.now();
+  for (let n = 0; n < 50; n++) {
+    assert.match(await ask(server.port), / 301 /);
+    assert.ok(performance.now() - since < 20_000, `request ${n} had to wait`);
+  }
 }, lackOf("python3"));
 
 test("without free file descriptors the oldest connection is closed", async () => {
   const by = ["/bin/sh", "-c", 'ulimit -n 64; exec "$@"', "sh", ...LEFORWARD];
   await using server = await start(TO, { by });
+  const since = performance.now();
   const silent = await Promise.all(Array.from({ length: 100 }, () => connect(server.port)));
-  await answersAtOnce(server.port);
+  assert.match(await ask(server.port), / 301 /);
+  assert.ok(
+    performance.now() - since < 5000,
+    "the request waited for connections to be closed for their age",
+  );
   for (const connection of silent) connection.close();
 });
 
@@ -118,14 +118,14 @@ const REFUSED: readonly (readonly [args: string, command: string | undefined, me
   ["--allow http://c.example", "http://c.example/x", "--allow does not name it"],
   ["--allow http://c.example", "http://c.example.evil.example", "--allow does not name it"],
   ...[
-    ...["http://user:secret@c.example", "http://c.example?x", "http://c.example/#", "http:\\\\c.example"],
+    ...["http://user:secret@c.example", "http://c.example?x", "http://c.example/$(id)", "http:///x"],
     ...[
       "http://c.example/\r\nSet-Cookie: x",
       "http://c.example/\x1b[31m",
-      "http://c.example/$(id)",
-      "--port 8080",
+      "http://c.example id",
+      "http://[::1",
     ],
-    ...["ftp://c.example", "http:///x", "http://[::1", "http://c.example:99999", "http://c.example id"],
+    ...["ftp://c.example", "http:\\\\c.example"],
   ].map((command) => ["", command, "not an http(s) URL without user, query and fragment"] as const),
 ];
 
@@ -141,46 +141,40 @@ test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIG
     })
   ));
   const redirects = [
-    [["--allow", "http://c.example/"], "HTTP://C.example:80", "http://c.example"],
-    [
-      ["--allow", "http://x.example", "--allow=http://c.example/a"],
-      "http://c.example/a/",
-      "http://c.example/a",
-    ],
-    [["--baseurl", "https://c.example:8443"], "http://d.example", "https://c.example:8443"],
-    [[], "http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080"],
+    ["--allow=http://x.example --allow http://c.example/", "HTTP://C.example:80", "http://c.example"],
+    ["--allow http://c.example/a", "http://c.example/a/", "http://c.example/a"],
+    ["--baseurl https://c.example:8443", "http://d.example", "https://c.example:8443"],
+    ["", "http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080"],
   ] as const;
   for (const [args, command, url] of redirects) {
-    await using server = await start([...args], {
-      by: ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...LEFORWARD],
-    });
+    const by = ["/usr/bin/env", `SSH_ORIGINAL_COMMAND=${command}`, ...LEFORWARD];
+    await using server = await start(args.split(" ").filter(Boolean), { by });
     assert.equal(await ask(server.port), moved(url), command);
   }
 });
 
-test("leforward waits for a port whose user is about to end; one that stays in use is reported in one line", async () => {
+test("leforward waits for a port whose user is about to end; one that it cannot have is reported in one line", async () => {
+  const failure = async (by: readonly string[], port: number) => {
+    const { code, stdout, stderr } = await output([
+      ...by,
+      ...LEFORWARD,
+      ...TO,
+      `--port=${port}`,
+      "--lifetime=0.05",
+    ]);
+    if (stdout) return; // every user may use every port on this machine
+    assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": .*\n$/);
+    assert.equal(code, 1);
+    return stderr;
+  };
+  const unprivileged = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service"] : [];
+  assert.match(await failure(unprivileged, 1) ?? "cap_net_bind_service", /cap_net_bind_service/);
   await using first = await start(TO);
-  const { port } = first;
-  const { code, stderr } = await output([...LEFORWARD, ...TO, "--port", `${port}`]);
-  assert.equal(code, 1);
-  assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": it is taken, .*another leforward\n$/);
-  const second = start(["--baseurl", "http://d.example", "--port", `${port}`]);
+  assert.match((await failure([], first.port))!, /it is taken, .*another leforward/);
+  const second = start(["--baseurl", "http://d.example", "--port", `${first.port}`]);
   first.child.kill("SIGTERM");
   await using _server = await second;
-  assert.equal(await ask(port), moved("http://d.example"));
-});
-
-test("a port that needs a privilege is reported in one line with the remedies", async () => {
-  const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service"] : [];
-  const { code, stdout, stderr } = await output(
-    [...by, ...LEFORWARD, ...TO, "--port", "1", "--lifetime", "0.01"],
-  );
-  if (stdout) return; // every user may use every port on this machine
-  assert.equal(code, 1);
-  assert.match(
-    stderr,
-    /^leforward: cannot listen on port 1 .*cap_net_bind_service; conf\/remote\/README\.md .*\n$/,
-  );
+  assert.equal(await ask(first.port), moved("http://d.example"));
 });
 
 test("leforward ends on a signal, when its lifetime is over, and when its input is closed or its parent gone", async () => {

@@ -203,18 +203,13 @@ Deno.test("plan() warns of short lifetimes, of keys not as configured or missing
     entry(keyless, { kind: "missing", what: "key" }),
   ];
   const receipt = { digest: "", fingerprint: "", at: iso(0), notAfter: iso(30) };
-  const [other, gone] = ["small", "gone"].map((name) => `${name}.example-cert-combined.rsa2048.pem`) as [
-    string,
-    string,
-  ];
   const web = record({
-    [other]: receipt,
-    [gone]: receipt,
-    [other.replace("2048", "")]: { ...receipt, notAfter: iso(1) },
+    "small.example-cert-combined.old.pem": receipt,
+    "small.example-cert-combined.older.pem": { ...receipt, notAfter: iso(1) }, // it has expired
+    "gone.example-cert-combined.rsa2048.pem": receipt, // its line was removed, too
   });
   const selection = { ...NOTHING, deliver: new Set(["web"]) };
-  const state = { receipts: record({ web }) };
-  const { warnings } = plan({ on, found, state, now: 1, selection });
+  const { warnings } = plan({ on, found, state: { receipts: record({ web }) }, now: 1, selection });
   const subject = (one: typeof warnings[number]) =>
     "entry" in one ? one.entry.stem : "file" in one ? one.file : one.what;
   assert.deepEqual(warnings.map((one) => `${one.kind}: ${subject(one)}`), [
@@ -222,7 +217,7 @@ Deno.test("plan() warns of short lifetimes, of keys not as configured or missing
     "other key: small.example",
     "no key: keyless.example",
     "nothing to deliver: web",
-    `not renewed: ${other}`,
+    "not renewed: small.example-cert-combined.old.pem",
   ]);
 });
 

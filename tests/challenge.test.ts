@@ -7,7 +7,7 @@ import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
 import { all, type Bed, faultAt, testBed, until } from "./bed.ts";
 import { startWebroot, type Switches } from "./ca.ts";
-import { isRunning } from "./faults.ts";
+import { isRunning, textOf } from "./faults.ts";
 import { together } from "./together.ts";
 
 const test = together("challenges");
@@ -15,13 +15,21 @@ const test = together("challenges");
 const NAME = "example.com";
 
 /** A bed for EC certificates; `prepare` are commands, in which HERE is the bed's home. */
-const bedFor = (prepare: string[] = [], { domains = NAME, settings = "", ca = {} as Switches } = {}) =>
+const bedFor = (
+  prepare: string[] = [],
+  { domains = NAME, settings = "", more = "", ca = {} as Switches } = {},
+) =>
   testBed({
     domains,
     settings: `keyTypes: ec\n${settings}`,
-    actions: `[default]\nprepare: ${JSON.stringify(prepare)}`,
+    actions: `[default]\nprepare: ${JSON.stringify(prepare)}\n${more}`,
     ca,
   });
+
+/** A section for dns.example, with dns-01. */
+const dnsSection = (present: string) =>
+  `[dns]\ndomains: dns.example\nchallenge: dns-01\ndnsPresent: ["${present}"]\n` +
+  `dnsCleanup: ["rm HERE/record; echo cleanup RECORD DOMAIN VALUE >> HERE/log"]\n`;
 
 const asked = ({ ca }: Bed) => ca.log.some(({ resource }) => resource === "challenge");
 
@@ -68,21 +76,29 @@ test("the challenge file replaces what is in its place, and is complete and read
   assert.equal(await Deno.readTextFile(victim), "precious");
 });
 
-test("the next run removes what a killed run left in the drop directory; its prepare commands end with it", async () => {
+test("the next run removes files and records that a killed run has left; its prepare commands end with it", async () => {
   const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // does not read its input
-  await using bed = await bedFor(prepare, { settings: "preflight: no", ca: { validationDelayMs: 60_000 } });
+  const more = dnsSection("echo VALUE > HERE/record");
+  const options = { domains: `${NAME}\ndns.example`, settings: "preflight: no", more };
+  await using bed = await bedFor(prepare, { ...options, ca: { validationDelayMs: 60_000 } });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
   const program = bed.start("--test");
-  await until("a challenge file is there", () => bed.dropped().length > 1 && isPrepared(bed));
+  const value = () => textOf(join(bed.home, "record")).trim();
+  await until("all is placed", () => bed.dropped().length > 1 && isPrepared(bed) && value() !== "");
   program.kill("SIGKILL");
   await program.output();
   await until("prepare has ended", () => !isRunning(pidOf(bed)));
-  assert.equal(bed.state().published.length, 1);
-  bed.act("");
+  const state = bed.state();
+  assert.equal(state.published.length, 2);
+  state.published.push(...["../drop/of-another-client", "..", ""].map((token) => ({ token }))); // not even if it is told to
+  await Deno.writeTextFile(bed.path("test/state.json"), JSON.stringify(state));
+  const cleanup = `cleanup _acme-challenge.dns.example dns.example ${value()}`;
+  bed.configure({ domains: NAME, actions: more });
   bed.ca.switches.validationDelayMs = 0;
   const ran = await bed.run();
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
-  assert.deepEqual([bed.dropped(), bed.state().published], [["of-another-client"], []]);
+  assert.deepEqual([bed.dropped(), bed.take(), value()], [["of-another-client"], [cleanup], ""]);
+  assert.deepEqual(bed.state().published, []);
 });
 
 test("a CA that does not offer http-01 is not asked to validate, and the error lists what it offers", async () => {
@@ -98,10 +114,8 @@ test("a CA that does not offer http-01 is not asked to validate, and the error l
 });
 
 test("lines that receive the same pending authorization are both issued", async () => {
-  await using bed = await bedFor([], {
-    domains: "a.example.com shared.example.com\nb.example.com shared.example.com",
-    ca: { reuse: "pending", validationDelayMs: 50 },
-  });
+  const domains = "a.example.com shared.example.com\nb.example.com shared.example.com";
+  await using bed = await bedFor([], { domains, ca: { reuse: "pending", validationDelayMs: 50 } });
   const ran = await bed.run();
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
   assert.deepEqual([bed.ca.validations.length, bed.dropped()], [3, []]);
@@ -125,9 +139,10 @@ test("prepare runs once for all names, or once per name with DOMAIN, until the C
     if (resource === "challenge") seen.push([isRunning(pidOf(bed)), statuses[0], statuses.includes(200)]);
     return undefined;
   };
-  const route = counted(site.port, () => isPrepared(bed));
-  const running = bed.run({ route });
-  await until("all names were checked", () => site.log.length >= 3 && route.calls >= 3);
+  const hosts = new Set<string>();
+  const isUp = (host: string) => isPrepared(bed) && textOf(join(home, "log")).includes(host);
+  const running = bed.run({ route: counted(site.port, (host) => isUp(host) && Boolean(hosts.add(host))) });
+  await until("all names are being checked", () => hosts.size === 3 && site.log.length > 0);
   await Deno.writeTextFile(join(home, "go"), "");
   const ran = await running;
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
@@ -136,10 +151,24 @@ test("prepare runs once for all names, or once per name with DOMAIN, until the C
   assert(!isRunning(pidOf(bed)));
 });
 
-test("the CA is not asked while the challenge is not visible; after 30 s the line fails, and the error names the hop", async () => {
-  await using bed = await bedFor([PREPARE]);
+test("the CA is not asked while the challenge is not visible; an interruption ends checks and hooks that hang; after 30 s the line fails", async () => {
+  const more = dnsSection("echo VALUE > HERE/record; sleep 600");
+  await using bed = await bedFor([PREPARE], { domains: `${NAME}\ndns.example`, more });
+  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const stop = new AbortController();
+  const running = bed.run({ route: counted(silent.addr.port, () => isPrepared(bed)), signal: stop.signal });
+  using _connection = await silent.accept();
+  await until("the hook hangs", () => existsSync(join(bed.home, "record")));
+  stop.abort(new DOMException("interrupted", "AbortError"));
+  const begun = Date.now();
+  await assert.rejects(running, { name: "AbortError" });
+  assert(Date.now() - begun < 5000);
+  assert.deepEqual([asked(bed), bed.dropped(), isRunning(pidOf(bed))], [false, [], false]);
+  assert.equal(existsSync(join(bed.home, "record")), false);
+
+  bed.configure({ domains: NAME });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
-  const ran = await bed.run({ route: counted(elsewhere.port, () => isPrepared(bed)) });
+  const ran = await bed.run({ route: counted(elsewhere.port) });
   assert.equal(ran.code, 1);
   const hop = /http:\/\/example\.com\/\.well-known\/acme-challenge\/\S+ at 127\.0\.0\.1 answered 404\n/;
   assert.match(ran.stderr, hop);
@@ -186,19 +215,6 @@ test("a prepare command that fails before the challenge is visible fails its lin
   const before = elsewhere.log.length;
   await bed.run({ retry: true, route: counted(bed.web.port) });
   assert.equal(elsewhere.log.length, before, "a self-check continued after the end of the run");
-});
-
-test("an interrupted run stops its self-checks, even of a silent server, and its prepare commands", async () => {
-  await using bed = await bedFor([PREPARE]);
-  using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const stop = new AbortController();
-  const running = bed.run({ route: counted(silent.addr.port, () => isPrepared(bed)), signal: stop.signal });
-  using _connection = await silent.accept();
-  stop.abort(new DOMException("interrupted", "AbortError"));
-  const begun = Date.now();
-  await assert.rejects(running, { name: "AbortError" });
-  assert(Date.now() - begun < 5000);
-  assert.deepEqual([asked(bed), bed.dropped(), isRunning(pidOf(bed))], [false, [], false]);
 });
 
 test("checkChallenges() reports which name is served from elsewhere, by which address, and leaves no files", async () => {

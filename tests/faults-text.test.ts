@@ -5,7 +5,7 @@
 
 import assert from "node:assert/strict";
 import { setImmediate } from "node:timers/promises";
-import { type Config, ConfigError, loadConfig } from "../lib/config.ts";
+import { ConfigError, loadConfig } from "../lib/config.ts";
 import { planText } from "../lib/report.ts";
 import { preview, status } from "../lib/run.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
@@ -72,14 +72,6 @@ async function tryInputs(what: string, input: (random: Random) => Promise<void> 
     if (n % 100 === 0) await setImmediate(); // lets the event loop release closed resources
   }
   if (SHARE > 0) console.log(`${what}: ${INPUTS} texts, all answered`);
-}
-
-/** All output that needs no run, for people and for machines. */
-async function describe({ bed }: Subject, config: Config): Promise<void> {
-  const plan = preview(config, { parallel: 1, retry: false }, bed.context(), () => {});
-  const found = await status(config, true, bed.context(), () => {});
-  const texts = [planText(plan, [], bed.ca.now), ...plan.problems.map(problemText), statusTable(found)];
-  presentable(withoutControls([...texts, statusJson(found), statusMetrics(found)].join("\n")));
 }
 
 /** Runs write only cleaned texts to the state; these tests write others as well. */
@@ -165,7 +157,10 @@ Deno.test("any text in a certificate, a key or state.json is used, reported or s
     const changed = isState && random(2) === 0 ? mutatedJson(text, random) : mutated(text, random);
     Deno.writeTextFileSync(isState ? statePath : paths[n]!, changed);
     try {
-      await describe(subject, config);
+      const plan = preview(config, { parallel: 1, retry: false }, bed.context(), () => {});
+      const found = await status(config, true, bed.context(), () => {});
+      const printed = [planText(plan, [], bed.ca.now), ...plan.problems.map(problemText), statusTable(found)];
+      presentable(withoutControls([...printed, statusJson(found), statusMetrics(found)].join("\n")));
     } catch (error) {
       if ((error as Error).name !== "StateError") throw error; // a newer version
     }

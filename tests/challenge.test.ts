@@ -5,7 +5,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
-import { all, type Bed, faultAt, testBed, until } from "./bed.ts";
+import { all, type Bed, testBed, until } from "./bed.ts";
 import { startWebroot, type Switches } from "./ca.ts";
 import { isRunning, textOf } from "./faults.ts";
 import { together } from "./together.ts";
@@ -18,73 +18,64 @@ const NAME = "example.com";
 const bedFor = (
   prepare: string[] = [],
   { domains = NAME, settings = "", more = "", ca = {} as Switches } = {},
-) =>
-  testBed({
-    domains,
-    settings: `keyTypes: ec\n${settings}`,
-    actions: `[default]\nprepare: ${JSON.stringify(prepare)}\n${more}`,
-    ca,
-  });
+) => {
+  const actions = `[default]\nprepare: ${JSON.stringify(prepare)}\n${more}`;
+  return testBed({ domains, settings: `keyTypes: ec\n${settings}`, actions, ca });
+};
 
 /** A section for dns.example, with dns-01. */
 const dnsSection = (present: string) =>
   `[dns]\ndomains: dns.example\nchallenge: dns-01\ndnsPresent: ["${present}"]\n` +
   `dnsCleanup: ["rm HERE/record; echo cleanup RECORD DOMAIN VALUE >> HERE/log"]\n`;
 
-const asked = ({ ca }: Bed) => ca.log.some(({ resource }) => resource === "challenge");
-
 /** A prepare command that records its process id and runs until its input is closed. */
-const PREPARE = "echo $$ > HERE/new; mv HERE/new HERE/pid; exec cat";
-const isPrepared = ({ home }: Bed) => existsSync(join(home, "pid"));
-const pidOf = ({ home }: Bed) => Number(Deno.readTextFileSync(join(home, "pid")));
+const PREPARE = "echo $$ > HERE/pid; exec cat";
+/** The process id that a command has recorded, or 0. */
+const pidOf = ({ home }: Bed, name = "pid") => Number(textOf(join(home, name)));
 
-/** Resolves every name to one port, once `ready` (as after a prepare command), and counts the calls. */
-function counted(port: number, ready = (_host: string) => true): Route & { calls: number } {
-  const route = Object.assign(async (host: string) => {
-    route.calls++;
-    await until("prepare is running", () => ready(host));
-    return [{ address: "127.0.0.1", port }];
-  }, { calls: 0 });
-  return route;
-}
+/** Resolves every name to one port, once `ready`. */
+const routeTo = (port: number, ready: (host: string) => unknown = () => true): Route => async (host) => {
+  await until("prepare is running", () => Boolean(ready(host)));
+  return [{ address: "127.0.0.1", port }];
+};
 
 test("the challenge file replaces what is in its place, and is complete and readable by all whatever the umask", async () => {
-  await using bed = await bedFor();
+  await using bed = await bedFor([], { domains: `${NAME}\nother.example` });
   const { ca, drop, home } = bed;
   const victim = join(home, "victim");
   await Deno.writeTextFile(victim, "precious");
   const seen: unknown[] = [];
+  const rewrite = (body: Record<string, unknown>) => {
+    const challenges = body.challenges as { type: string; token: string }[];
+    const [first, ...others] = challenges.toSorted((a) => a.type === "http-01" ? -1 : 1);
+    if (JSON.stringify(body.identifier).includes("other.example")) return { ...body, challenges: others };
+    if (seen.length === 0) Deno.symlinkSync(victim, join(drop, first!.token));
+    return body;
+  };
   ca.switches.fault = ({ resource }) => {
     for (const name of resource === "challenge" ? bed.dropped() : []) {
       const { mode, isFile } = Deno.lstatSync(join(drop, name));
       const content = Deno.readTextFileSync(join(drop, name));
       seen.push([isFile, mode! & 0o777, content === `${name}.${ca.accounts[0]!.key.thumbprint}`]);
     }
-    if (resource !== "authz" || seen.length > 0) return undefined;
-    return {
-      kind: "rewrite",
-      rewrite(body) {
-        const challenges = body.challenges as { type: string; token: string }[];
-        Deno.symlinkSync(victim, join(drop, challenges.find(({ type }) => type === "http-01")!.token));
-        return body;
-      },
-    };
+    return resource === "authz" ? { kind: "rewrite", rewrite } : undefined;
   };
-  const { code } = await bed.lemattBy(["/bin/sh", "-c", `umask 077; exec "$@"`, "sh"], "--test");
-  assert.deepEqual([code, seen], [0, [[true, 0o644, true]]]);
+  const { stderr } = await bed.lemattBy(["/bin/sh", "-c", `umask 077; exec "$@"`, "sh"], "--test");
+  assert.match(stderr, /^FAILED .*\n.* other\.example, only \S+-01, \S+-01, \S+-01\n$/); // not asked without http-01
+  assert.deepEqual([ca.issued.length, seen], [1, [[true, 0o644, true]]]);
   assert.deepEqual([bed.dropped(), bed.state().published], [[], []]);
   assert.equal(await Deno.readTextFile(victim), "precious");
 });
 
 test("the next run removes files and records that a killed run has left; its prepare commands end with it", async () => {
-  const prepare = ["echo $$ > HERE/new; mv HERE/new HERE/pid; sleep 1000"]; // does not read its input
+  const prepare = ["echo $$ > HERE/pid; sleep 1000"]; // does not read its input
   const more = dnsSection("echo VALUE > HERE/record");
   const options = { domains: `${NAME}\ndns.example`, settings: "preflight: no", more };
   await using bed = await bedFor(prepare, { ...options, ca: { validationDelayMs: 60_000 } });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
   const program = bed.start("--test");
   const value = () => textOf(join(bed.home, "record")).trim();
-  await until("all is placed", () => bed.dropped().length > 1 && isPrepared(bed) && value() !== "");
+  await until("all is placed", () => bed.dropped().length > 1 && pidOf(bed) > 0 && value() !== "");
   program.kill("SIGKILL");
   await program.output();
   await until("prepare has ended", () => !isRunning(pidOf(bed)));
@@ -101,18 +92,6 @@ test("the next run removes files and records that a killed run has left; its pre
   assert.deepEqual(bed.state().published, []);
 });
 
-test("a CA that does not offer http-01 is not asked to validate, and the error lists what it offers", async () => {
-  await using bed = await bedFor();
-  const rewrite = (body: Record<string, unknown>) => {
-    const others = (body.challenges as { type: string }[]).filter(({ type }) => type !== "http-01");
-    return { ...body, challenges: others };
-  };
-  bed.ca.switches.fault = faultAt("authz", { kind: "rewrite", rewrite });
-  const { stderr } = await bed.run();
-  assert(stderr.includes(`${NAME}, only tls-alpn-01, dns-persist-01, dns-01\n`), stderr);
-  assert(!asked(bed));
-});
-
 test("lines that receive the same pending authorization are both issued", async () => {
   const domains = "a.example.com shared.example.com\nb.example.com shared.example.com";
   await using bed = await bedFor([], { domains, ca: { reuse: "pending", validationDelayMs: 50 } });
@@ -120,8 +99,6 @@ test("lines that receive the same pending authorization are both issued", async 
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
   assert.deepEqual([bed.ca.validations.length, bed.dropped()], [3, []]);
 });
-
-// ---- prepare and the self-check ----------------------------------------------------------------------------------
 
 test("prepare runs once for all names, or once per name with DOMAIN, until the CA has validated what it asked for when visible", async () => {
   const prepare = [
@@ -140,8 +117,8 @@ test("prepare runs once for all names, or once per name with DOMAIN, until the C
     return undefined;
   };
   const hosts = new Set<string>();
-  const isUp = (host: string) => isPrepared(bed) && textOf(join(home, "log")).includes(host);
-  const running = bed.run({ route: counted(site.port, (host) => isUp(host) && Boolean(hosts.add(host))) });
+  const isUp = (host: string) => pidOf(bed) > 0 && textOf(join(home, "log")).includes(host);
+  const running = bed.run({ route: routeTo(site.port, (host) => isUp(host) && hosts.add(host)) });
   await until("all names are being checked", () => hosts.size === 3 && site.log.length > 0);
   await Deno.writeTextFile(join(home, "go"), "");
   const ran = await running;
@@ -156,14 +133,14 @@ test("an interrupted run ends checks and hooks that hang, and its prepare comman
   await using bed = await bedFor([PREPARE], { domains: `${NAME}\ndns.example`, more });
   using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const stop = new AbortController();
-  const running = bed.run({ route: counted(silent.addr.port, () => isPrepared(bed)), signal: stop.signal });
+  const running = bed.run({ route: routeTo(silent.addr.port, () => pidOf(bed)), signal: stop.signal });
   using _connection = await silent.accept();
   await until("the hook hangs", () => existsSync(join(bed.home, "record")));
   stop.abort(new DOMException("interrupted", "AbortError"));
   const begun = Date.now();
   await assert.rejects(running, { name: "AbortError" });
-  assert(Date.now() - begun < 5000);
-  assert.deepEqual([asked(bed), bed.dropped(), isRunning(pidOf(bed))], [false, [], false]);
+  assert(Date.now() - begun < 10_000);
+  assert.deepEqual([bed.ca.validations, bed.dropped(), isRunning(pidOf(bed))], [[], [], false]);
   assert.equal(existsSync(join(bed.home, "record")), false);
 });
 
@@ -184,9 +161,10 @@ test("preflight and a prepare command that ends early decide whether there is a 
       ca: { validationDelayMs: 300 },
     });
     await using elsewhere = startWebroot(join(bed.home, "conf"));
-    const route = counted(visible ? bed.web.port : elsewhere.port);
+    let isChecked = false;
+    const route = routeTo(visible ? bed.web.port : elsewhere.port, () => isChecked = true);
     const ran = await bed.run({ route });
-    assert.deepEqual([ran.code, route.calls > 0], [0, checked], ran.stderr);
+    assert.deepEqual([ran.code, isChecked], [0, checked], ran.stderr);
     assert.match(ran.stdout.match(/^note.*/gm)?.join("\n") ?? "", notes);
   }));
 });
@@ -198,7 +176,7 @@ test("the CA is not asked if prepare fails, or while the challenge is not visibl
   });
   await using elsewhere = startWebroot(join(bed.home, "conf"));
   const route: Route = async (host) => {
-    const pid = () => Number(textOf(join(bed.home, host)));
+    const pid = () => pidOf(bed, host);
     await until("prepare has run", () => pid() > 0 && !(host.startsWith("bad") && isRunning(pid())));
     return [{ address: "127.0.0.1", port: /^bad|^www/.test(host) ? elsewhere.port : bed.web.port }];
   };
@@ -229,6 +207,6 @@ test("the CA is not asked if prepare fails, or while the challenge is not visibl
   const waited = bed.waits.reduce((sum, ms) => sum + ms);
   assert(waited > 20_000 && waited < 40_000, `${waited}`);
   const requests = elsewhere.log.length;
-  await bed.run({ retry: true, route: counted(bed.web.port) });
+  await bed.run({ retry: true, route: routeTo(bed.web.port) });
   assert.equal(elsewhere.log.length, requests, "a self-check continued after the end of the run");
 });

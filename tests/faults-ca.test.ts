@@ -145,12 +145,16 @@ Deno.test("a false value anywhere in an answer, or a refusal in hostile words, d
       changed = answer !== body;
       return answer;
     };
-    await runWithFault(subject, n, word === "refusal" ? refusalIn(value) : { kind: "rewrite text", rewrite });
+    const injected = await runWithFault(
+      subject,
+      n,
+      word === "refusal" ? refusalIn(value) : { kind: "rewrite text", rewrite },
+    );
     for (const { stem, finding } of subject.inventory()) assert.equal(finding.kind, "present", stem);
     const paths = bed.ca.violations.splice(0).map(({ url }) => new URL(url).pathname);
     assert.deepEqual(paths.filter((path) => !path.includes("bank")), []);
     await subject.recover();
     assert(!existsSync(canary), "the canary was made");
-    return changed; // most answers have fewer words
+    return injected && changed; // most answers have fewer words
   });
 });

@@ -49,19 +49,13 @@ async function dnsBed({ domains = NAME, settings = "", actions = dns01(), ca = {
   return { bed, dns, delegate, run, check, placed, [Symbol.asyncDispose]: () => open.disposeAsync() };
 }
 
-/** A section whose names are proven by dns-01. */
-function dns01(
-  { domains = `${NAME} *.${NAME}`, present = PRESENT, cleanup = CLEANUP, more = "" } = {},
-): string {
-  const list = (command: string) => JSON.stringify([command]).replaceAll("%", "%%");
-  return `[dns]\ndomains: ${domains}\nchallenge: dns-01\n` +
-    `dnsPresent: ${list(present)}\ndnsCleanup: ${list(cleanup)}\n${more}\n`;
+/** A section with dns-01. */
+function dns01({ domains = `${NAME} *.${NAME}`, present = PRESENT, cleanup = CLEANUP, more = "" } = {}) {
+  const [dnsPresent, dnsCleanup] = [present, cleanup].map((command) => JSON.stringify([command]));
+  return `[dns]\ndomains: ${domains}\nchallenge: dns-01\ndnsPresent: ${dnsPresent}\ndnsCleanup: ${dnsCleanup}\n${more}`;
 }
 
-function succeeded({ code, stderr }: Ran): void {
-  assert.deepEqual([code, stderr], [0, ""]);
-}
-
+const succeeded = ({ code, stderr }: Ran) => assert.deepEqual([code, stderr], [0, ""]);
 const asked = ({ requests }: Ran) => requests.filter(({ resource }) => resource === "challenge").length;
 
 Deno.test("hooks place the values of dns-01, also behind a CNAME, and the CA is asked once every name server of that zone has them", async () => {
@@ -163,29 +157,15 @@ Deno.test("a failed cleanup, and name servers that only the system's resolver re
   assert.match(ran.stdout, /^note .*_acme-challenge\.example\.com: .*: exit status 4$/m);
 });
 
-Deno.test("a hook that fails or hangs fails only its line, and what it may have placed is removed", async () => {
-  const table: [how: string, seconds: number, error: RegExp][] = [
-    [`echo "no such \x1b[2Jzone" >&2; exit 3`, 60, /: exit status 3\n *\| no such zone\n/],
-    ["sleep 600", 2, /: timed out after 2 s\n/],
-  ];
-  await all(table.map(async ([how, seconds, error]) => {
-    await using at = await dnsBed({
-      domains: `${NAME}\nother.example`,
-      actions: dns01({
-        present: `${PRESENT}; ${how}`,
-        cleanup: `${CLEANUP}; echo cleanup RECORD >> HERE/log`,
-      }),
-      settings: `commandTimeout: ${seconds}`,
-    });
-    const ran = await at.run();
-    assert.equal(ran.code, 1);
-    assert.match(ran.stderr, error);
-    assert.deepEqual(at.bed.ca.issued.map(({ names }) => names[0]), ["other.example"]);
-    assert.deepEqual([at.bed.take(), at.placed()], [[`cleanup ${RECORD}`], []]);
-  }));
+Deno.test("a hook that fails fails only its line, and what it may have placed is removed", async () => {
+  const present = `${PRESENT}; echo "no such \x1b[2Jzone" >&2; exit 3`;
+  const actions = dns01({ present, cleanup: `${CLEANUP}; echo cleanup RECORD >> HERE/log` });
+  await using at = await dnsBed({ domains: `${NAME}\nother.example`, actions });
+  const ran = await at.run();
+  assert.match(ran.stderr, /: exit status 3\n *\| no such zone\n/);
+  assert.deepEqual(at.bed.ca.issued.map(({ names }) => names[0]), ["other.example"]);
+  assert.deepEqual([at.bed.take(), at.placed()], [[`cleanup ${RECORD}`], []]);
 });
-
-// ---- dns-persist-01 ----------------------------------------------------------------------------------------------
 
 const PERSISTENT = `[persistent]\ndomains: ${NAME} *.${NAME}\nchallenge: dns-persist-01\n`;
 
@@ -236,10 +216,8 @@ Deno.test("lematt and the CA agree on which records of dns-persist-01 prove a na
     [`${good}; policy=something; persistUntil=4102444800`, NAME, true],
     [`${good}; policy=specific`, wildcard, false],
     ["ca.example; accounturi=URL1", NAME, false],
-    ["ca.example", NAME, false],
     ["other.example; accounturi=URL", NAME, false],
     [`${good}; persistUntil=1600000000`, NAME, false],
-    [`${good}; persistUntil=soon`, NAME, false],
     [`${good};`, NAME, false],
     [`${good}; accounturi=URL`, NAME, false],
   ];

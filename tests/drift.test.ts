@@ -11,7 +11,7 @@ import { exitStatus, statusMetrics } from "../lib/status.ts";
 import { type Ran, testBed, until } from "./bed.ts";
 import { violations } from "./schema.ts";
 import { ACTIONS, NAME, type Site, startSite, VERIFY } from "./site.ts";
-import { makeCertificate, nginxTest, startBalancer, startHttps, tcpServer } from "./tls.ts";
+import { makeCertificate, nginxTest as test, startBalancer, startHttps, tcpServer } from "./tls.ts";
 
 const HOUR = 3_600_000, DAY = 24 * HOUR;
 
@@ -26,7 +26,7 @@ function routed({ port }: Site, ...found: readonly { port: number; address?: str
 const kinds = ({ events }: Ran) =>
   events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
-nginxTest("R5: old files that are restored a week later are replaced, and reported by --cron", async () => {
+test("R5: old files that are restored a week later are replaced, and reported by --cron", async () => {
   await using site = await startSite({ domains: `${NAME}\nother.example.com`, age: 80 });
   const { bed, run } = site;
   site.save("old");
@@ -53,7 +53,7 @@ nginxTest("R5: old files that are restored a week later are replaced, and report
   assert.deepEqual([document.issued[0].names, document.drift.length], [["other.example.com"], 1]);
 });
 
-nginxTest("a self-signed certificate is replaced; one from elsewhere is reported once a day", async () => {
+test("a self-signed certificate is replaced; one from elsewhere is reported once a day", async () => {
   await using site = await startSite();
   const { bed, run, web } = site;
   await run();
@@ -82,60 +82,54 @@ nginxTest("a self-signed certificate is replaced; one from elsewhere is reported
   }
 });
 
-nginxTest(
-  "R8: an old certificate is found at each of several servers, and replaced three times",
-  async () => {
-    await using site = await startSite({ age: 80 });
-    const { bed, run, port, web } = site;
-    site.save("stale");
-    await using stale = await startHttps(web, "stale");
-    await run();
-    bed.ca.advance(7 * HOUR);
-    const down = await run(routed(site, { port: 1 }));
-    assert.deepEqual([down.code, kinds(down)], [1, []]);
-    assert.match(down.stderr, /^problem .*unreachable at 127\.0\.0\.1: /m);
-    const up = await run(); // an endpoint with a problem is probed by every run
-    assert.deepEqual([up.code, kinds(up)], [0, []]);
+test("R8: an old certificate is found at each of several servers, and replaced three times", async () => {
+  await using site = await startSite({ age: 80 });
+  const { bed, run, port, web } = site;
+  site.save("stale");
+  await using stale = await startHttps(web, "stale");
+  await run();
+  bed.ca.advance(7 * HOUR);
+  const down = await run(routed(site, { port: 1 }));
+  assert.deepEqual([down.code, kinds(down)], [1, []]);
+  assert.match(down.stderr, /^problem .*unreachable at 127\.0\.0\.1: /m);
+  const up = await run(); // an endpoint with a problem is probed by every run
+  assert.deepEqual([up.code, kinds(up)], [0, []]);
 
-    site.act(`${ACTIONS}verifyWait: 0`);
-    await using balancer = await startBalancer(port, stale.port);
-    for (let n = 1; n <= 3; n++) {
-      const { code, stderr } = await run({ ...routed(site, balancer), named: { deliver: ["[default]"] } });
-      assert.equal(code, 1);
-      assert.match(stderr, /^WRONG .*serves an older certificate/m);
-    }
-    await run();
-    bed.ca.advance(7 * HOUR);
-    const two = routed(site, { address: "127.0.0.2", port }, stale);
-    const repairs: number[] = [];
-    for (let n = 0; n < 5; n++) {
-      const ran = await run(two);
-      repairs.push(kinds(ran).filter((kind) => kind === "delivery").length);
-      assert.match(ran.stderr, /serves an older certificate at 127\.0\.0\.1, valid until /);
-      if (n === 0) assert.match(ran.stdout, /^verified .* at 127\.0\.0\.2/m);
-    }
-    assert.deepEqual(repairs, [1, 1, 1, 0, 0]);
-    bed.ca.advance(20 * HOUR);
-    assert.deepEqual(kinds(await run(two)), ["drift", "delivery"]);
-  },
-);
+  site.act(`${ACTIONS}verifyWait: 0`);
+  await using balancer = await startBalancer(port, stale.port);
+  for (let n = 1; n <= 3; n++) {
+    const { code, stderr } = await run({ ...routed(site, balancer), named: { deliver: ["[default]"] } });
+    assert.equal(code, 1);
+    assert.match(stderr, /^WRONG .*serves an older certificate/m);
+  }
+  assert.deepEqual(kinds(await run()), [], "right without another delivery");
+  bed.ca.advance(7 * HOUR);
+  const two = routed(site, { address: "127.0.0.2", port }, stale);
+  const repairs: number[] = [];
+  for (let n = 0; n < 5; n++) {
+    const ran = await run(two);
+    repairs.push(kinds(ran).filter((kind) => kind === "delivery").length);
+    assert.match(ran.stderr, /serves an older certificate at 127\.0\.0\.1, valid until /);
+    if (n === 0) assert.match(ran.stdout, /^verified .* at 127\.0\.0\.2/m);
+  }
+  assert.deepEqual(repairs, [1, 1, 1, 0, 0]);
+  bed.ca.advance(20 * HOUR);
+  assert.deepEqual(kinds(await run(two)), ["drift", "delivery"]);
+});
 
-nginxTest(
-  "R7: an endpoint of two sections is probed once, by a name of the section if it has none",
-  async () => {
-    const unnamed = `verify: ["127.0.0.1:PORT", "127.0.0.1:PORT#web1.internal.example"]`;
-    await using site = await startSite({ actions: `${ACTIONS.replace(VERIFY, unnamed)}[every]\n${VERIFY}` });
-    const { bed, run, port } = site;
-    await using relay = await startBalancer(port);
-    assert.equal((await run()).code, 0);
-    assert.deepEqual(Object.keys(bed.state("prod").probes), [`127.0.0.1:${port}#www.example.com ec`]);
-    bed.ca.advance(7 * HOUR);
-    assert.equal((await run({ ...routed(site, relay), random: () => 0.9 })).code, 0);
-    assert.equal(relay.counts.connections, 2, "one to see whether it answers, one for the certificate");
-  },
-);
+test("R7: an endpoint of two sections is probed once, by a name of the section if it has none", async () => {
+  const unnamed = `verify: ["127.0.0.1:PORT", "127.0.0.1:PORT#web1.internal.example"]`;
+  await using site = await startSite({ actions: `${ACTIONS.replace(VERIFY, unnamed)}[every]\n${VERIFY}` });
+  const { bed, run, port } = site;
+  await using relay = await startBalancer(port);
+  assert.equal((await run()).code, 0);
+  assert.deepEqual(Object.keys(bed.state("prod").probes), [`127.0.0.1:${port}#www.example.com ec`]);
+  bed.ca.advance(7 * HOUR);
+  assert.equal((await run({ ...routed(site, relay), random: () => 0.9 })).code, 0);
+  assert.equal(relay.counts.connections, 2, "one to see whether it answers, one for the certificate");
+});
 
-nginxTest("R10: --test reports its own certificate in production's place; --prod repairs that", async () => {
+test("R10: --test reports its own certificate in production's place; --prod repairs that", async () => {
   await using site = await startSite();
   const { run, settle } = site;
   assert.equal((await run()).code, 0);
@@ -181,7 +175,7 @@ Deno.test("S2: an endpoint that never answers delays no other section; an interr
   assert(performance.now() - at < 8000, "openssl has 10 s");
 });
 
-nginxTest("R2: a failing upload is reported every night although state or section have gone", async () => {
+test("R2: a failing upload is reported every night although state or section have gone", async () => {
   const upload = "test ! -e HERE/down || { echo no route to host >&2; exit 255; }; cp";
   const alert = `alert: ["{ echo SUBJECT; cat; } >> HERE/alerts"]\n`;
   const actions = ACTIONS.replace("cp", upload) + alert;

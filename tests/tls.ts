@@ -44,9 +44,8 @@ export async function startServer(
   command: string,
   args: readonly string[],
   port: number,
-  { cwd }: { cwd?: string } = {},
 ): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
-  const options = { stdin: "null", stdout: "null", stderr: "piped", cwd } as const;
+  const options = { stdin: "null", stdout: "null", stderr: "piped" } as const;
   const child = new Deno.Command(command, { args: [...args], ...options }).spawn();
   const stderr = new Response(child.stderr).text();
   let ended = false;

@@ -262,12 +262,11 @@ function lost(): never {
 Deno.test("a failed validation is reported soon and once, wherever the CA shows it, and the other key type is not ordered", async () => {
   for (const [failure, limit] of [["order", 5], ["authorization", 15], ["challenge", 60]] as const) {
     await using bed = await testBed({ domains: `${NAME} www`, ca: { resolve: lost, failure } });
-    const started = bed.ca.now.getTime();
     const ran = await bed.run();
     const all = [NAME, `www.${NAME}`].map((name) => `${name}: cannot look up ${name}: NXDOMAIN (dns)`);
     assert.deepEqual([ran.code, failures(ran), counts(ran.requests).newOrder], [1, [all.join("; ")], 1]);
     assert.match(ran.stderr, /^FAILED +example\.com \+1 \((rsa, ec|ec, rsa)\)\n/);
-    const seconds = (bed.ca.now.getTime() - started) / 1000;
+    const seconds = bed.waits.reduce((sum, ms) => sum + ms, 0) / 1000;
     assert(seconds < limit, `${failure}: ${seconds} s`);
     assert.deepEqual(bed.dropped(), []);
   }

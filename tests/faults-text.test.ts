@@ -5,12 +5,11 @@
 
 import assert from "node:assert/strict";
 import { setImmediate } from "node:timers/promises";
-import { ConfigError, loadConfig } from "../lib/config.ts";
+import { ConfigError, type Notice } from "../lib/config.ts";
 import { planText } from "../lib/report.ts";
 import { preview, status } from "../lib/run.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { noticeText, problemText } from "../lib/text.ts";
-import { testBed } from "./bed.ts";
 import { presentable, randomFrom, SEED, SHARE, Subject } from "./faults.ts";
 
 /** Inputs for each reader. */
@@ -74,100 +73,82 @@ async function tryInputs(what: string, input: (random: Random) => Promise<void> 
   if (SHARE > 0) console.log(`${what}: ${INPUTS} texts, all answered`);
 }
 
-/** Runs write only cleaned texts to the state; these tests write others as well. */
-function withoutControls(text: string): string {
-  // deno-lint-ignore no-control-regex
-  return text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, "");
-}
-
-Deno.test("any text in the configuration files gives a configuration or a list of errors", async () => {
-  await using bed = await testBed({
-    domains: "example.com www *\n\u00e4.example.org 192.0.2.1 2001:db8::1 # x\n\nsolo.example.net\n",
-    settings: "reauthorizeDays: 15\ncurve: P-384\nrsaTag: r%(accountKey)s\ncontact: a@b.c\ndnsWait: 5\n",
-    actions:
+/** Files with much in them, whose names are below the configuration directory. */
+function texts({ bed }: Subject): Record<string, string> {
+  const at = bed.ca.now.toISOString(), later = "2099-01-01T00:00:00Z";
+  const account = "x", url = bed.ca.directoryUrl;
+  const dates = { notBefore: at, notAfter: at };
+  const certificate = { fingerprint: "f", names: ["a.b"], ...dates, selfSigned: true, issuer: "i" };
+  const served = { address: "", kind: "served", certificate };
+  const sights = [served, { address: "::1", kind: "unreachable", detail: "d" }];
+  const receipt = { x: { digest: "d", fingerprint: "f", at, repairs: 3 } };
+  const window = { start: at, end: later, at: later };
+  const state = {
+    ...bed.state(),
+    renewals: { "a.b": { account, window, askAt: later, suggestedAt: at } },
+    holds: { [url]: at },
+    orders: { x: { url, account, since: at } },
+    receipts: { default: receipt, gone: receipt },
+    probes: { "solo.example.org:1 ec": { at, confirmed: true, badSince: at, sights } },
+    alerts: { default: { CA: { at, what: "x" } } },
+    reported: { CA: at },
+    published: [{ token: "a-token-of-a-challenge-that-was" }, { name: "a.b", value: "v" }],
+  };
+  const solo = "solo.example.org-", end = ".prime256v1.test.pem";
+  const files = [`test/cert/${solo}cert-combined${end}`, `test/key/${solo}key${end}`];
+  return {
+    ...Object.fromEntries(files.map((path) => [path, bed.text(path)])),
+    "test/state.json": JSON.stringify(state),
+    "lematt.conf": `${
+      bed.text("lematt.conf")
+    }curve: P-384\nrsaTag: r%(accountKey)s\ncontact: a@b.c\ndnsWait: 5\n`,
+    "domains": "example.com www *\n\u00e4.example.org 192.0.2.1 2001:db8::1 # x\n\nsolo.example.org\n",
+    "actions.conf":
       `[default]\nupdate: ["a %%", "b\n  c"]\n[every]\nalert = ["mail"]\nuploadEach: ["push KEY_FILE"]\n` +
       "[x]\ndomains: example.com www.example.com *.example.com\nchallenge: dns-01\nkeyTypes: ec\n" +
       `dnsPresent: ["x RECORD VALUE"]\ndnsCleanup: ["y VALUE"]\nverify: ["[::1]:443/smtp#a.b", "a.b:25#DOMAIN"]\n`,
-  });
-  const names = ["lematt.conf", "domains", "actions.conf"];
-  const texts = new Map(names.map((name) => [name, bed.text(name)]));
-  await tryInputs("configurations", (random) => {
-    for (const [name, text] of texts) {
-      Deno.writeTextFileSync(bed.path(name), random(2) === 0 ? text : mutated(text, random));
-    }
-    let notices;
-    try {
-      notices = loadConfig("test", bed.conf).warnings;
-    } catch (error) {
-      if (!(error instanceof ConfigError)) throw error;
-      assert(error.problems.length > 0);
-      notices = error.problems;
-    }
-    presentable(`${notices.map(noticeText).join("\n")}\n`.replaceAll("undefined", ""));
-  });
-});
+  };
+}
 
-Deno.test("any text in a certificate, a key or state.json is used, reported or set aside, and the next run continues", async () => {
-  await using subject = await Subject.create({ settings: "keyTypes: ec", ca: { renewalInfo: false } });
+Deno.test("any text in any file that lematt reads is used, reported or set aside, and the next run continues", async () => {
+  await using subject = await Subject.create({ ca: { renewalInfo: false } });
   const { bed } = subject;
   bed.ca.refused.add("www.example.com");
   subject.configure({ upload: "exit 1", more: 'alert: ["cat"]\nverify: ["DOMAIN:1"]' });
   await bed.run();
   bed.ca.refused.clear();
-  const config = bed.config();
-  const statePath = bed.path("test/state.json");
-  const at = bed.ca.now.toISOString(), later = "2099-01-01T00:00:00Z";
-  const account = "x", url = bed.ca.directoryUrl;
-  const certificate = {
-    fingerprint: "f",
-    names: ["a.b"],
-    notBefore: at,
-    notAfter: at,
-    selfSigned: true,
-    issuer: "i",
-  };
-  const served = { address: "", kind: "served", certificate };
-  const unreachable = { address: "::1", kind: "unreachable", detail: "d" };
-  const receipt = { x: { digest: "d", fingerprint: "f", at, repairs: 3 } };
-  const state = JSON.stringify({
-    ...bed.state(),
-    renewals: {
-      "a.b": { account, window: { start: at, end: later, at: later }, askAt: later, suggestedAt: at },
-    },
-    holds: { [url]: at },
-    orders: { x: { url, account, since: at } },
-    receipts: { default: receipt, gone: receipt },
-    probes: { "solo.example.org:1 ec": { at, confirmed: true, badSince: at, sights: [served, unreachable] } },
-    alerts: { default: { CA: { at, what: "x" } } },
-    reported: { CA: at },
-    published: [{ token: "a-token-of-a-challenge-that-was" }, { name: "a.b", value: "v" }],
-  });
-  const present = subject.inventory().filter(({ finding }) => finding.kind === "present");
-  const paths = present.flatMap(({ files: { key, cert } }) => [key, cert]);
-  const texts = paths.map((path) => Deno.readTextFileSync(path));
+  const rich = Object.entries(texts(subject));
+  const plain = Object.fromEntries(rich.map(([path]) => [path, bed.text(path)]));
+  /** Runs write only cleaned texts to the state; these tests write others as well. */
+  const check = (text: string) =>
+    // deno-lint-ignore no-control-regex
+    presentable(text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]/g, ""));
   const runAnyway = async () => {
     const { stdout, stderr } = await subject.attempt();
-    presentable(withoutControls(stdout + stderr));
+    check(stdout + stderr);
     subject.dropUnusable();
   };
-  await tryInputs("certificates, keys and states", async (random) => {
-    const n = random(paths.length);
-    const isState = random(2) === 0;
-    const text = isState ? state : texts[random(10) === 0 ? random(paths.length) : n]!;
-    const changed = isState && random(2) === 0 ? mutatedJson(text, random) : mutated(text, random);
-    Deno.writeTextFileSync(isState ? statePath : paths[n]!, changed);
+  await tryInputs("files", async (random) => {
+    const [path, text] = rich[random(rich.length)]!;
+    const isJson = path.endsWith(".json") && random(2) === 0;
+    Deno.writeTextFileSync(bed.path(path), isJson ? mutatedJson(text, random) : mutated(text, random));
+    let notices: readonly Notice[] = [];
     try {
+      const config = bed.config();
+      notices = config.warnings;
       const plan = preview(config, { parallel: 1, retry: false }, bed.context(), () => {});
       const found = await status(config, true, bed.context(), () => {});
       const printed = [planText(plan, [], bed.ca.now), ...plan.problems.map(problemText), statusTable(found)];
-      presentable(withoutControls([...printed, statusJson(found), statusMetrics(found)].join("\n")));
+      check([...printed, statusJson(found), statusMetrics(found)].join("\n"));
     } catch (error) {
-      if ((error as Error).name !== "StateError") throw error; // a newer version
+      if (error instanceof ConfigError) notices = error.problems;
+      else if ((error as Error).name !== "StateError") throw error; // of a newer version
     }
-    if (isState && random(50) === 0) await runAnyway();
-    Deno.writeTextFileSync(paths[n]!, texts[n]!);
+    presentable(`${notices.map(noticeText).join("\n")}\n`.replaceAll("undefined", ""));
+    if (path.endsWith(".json") && random(30) === 0) await runAnyway();
+    Deno.writeTextFileSync(bed.path(path), plain[path]!);
   });
-  Deno.writeTextFileSync(statePath, "{");
+  Deno.writeTextFileSync(bed.path("test/state.json"), "{");
   subject.configure();
   await runAnyway();
   subject.countOrders();

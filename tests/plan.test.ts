@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
+import { dueAlerts } from "../lib/deliver.ts";
 import { recordOf } from "../lib/endpoints.ts";
 import { listsDigest, plan as planOn } from "../lib/plan.ts";
 import { adoptReceipts, forgetUnknown } from "../lib/receipts.ts";
@@ -323,6 +324,20 @@ Deno.test("endpoints are those configured, with DOMAIN and DOMAINS_ALL replaced 
   assert.deepEqual(wanted, [["w.example.com", "*.example.com"], ["*.example.com"]], "of whichever line");
 });
 
+Deno.test("R9: each endpoint is probed once for each key type, however many sections name it", () => {
+  const verify = endpoints("a.example:443");
+  const sections = [
+    section("one", { verify, keyTypes: ["rsa", "ec"] }),
+    section("two", { verify, keyTypes: ["ec"] }),
+  ];
+  const on = [line("a.example", sections, ["rsa", "ec"])];
+  const { endpoints: found } = plan({ on, found: [present(on[0]!), present(on[0]!, {}, "ec")] });
+  const texts = found.map(({ key, sections, wanted }) =>
+    `${key} in ${sections.map(({ name }) => name)}: ${wanted.map(({ keyType }) => keyType)}`
+  );
+  assert.deepEqual(texts, ["a.example:443 rsa in one: rsa", "a.example:443 ec in one,two: ec"]);
+});
+
 Deno.test("an endpoint is probed until it is right, and again once that is more than five hours ago", () => {
   const table: [string, Partial<State>, now: number, due: boolean][] = [
     ["never probed", {}, 2, true],
@@ -342,14 +357,17 @@ Deno.test("a served certificate is current, certainly wrong, or foreign; under -
   const table: [what: string, Served, verdict: string, given?: Given][] = [
     ["the newest", { fingerprint: "new" }, "current"],
     ["an older one from the same CA", {}, "older"],
+    ["an older one that has expired", { notAfter: iso(1) }, "invalid"],
     ["a self-signed one", { selfSigned: true, issuer: "www.example.com" }, "invalid"],
     ["a self-signed one for another name", { selfSigned: true, names: ["localhost"] }, "mismatched"],
     ["an older one from another CA", { issuer: "another CA" }, "foreign"],
     ["a newer one from the same CA", { notBefore: iso(1), notAfter: iso(91) }, "foreign"],
+    ["one of a wildcard from elsewhere", { names: ["*.example.com"], issuer: "CDN" }, "foreign"],
     ["one for other names", { names: ["example.com", "www.example.org"] }, "mismatched"],
     ["one for its address", { names: ["192.0.2.1"] }, "older", byAddress],
     ["one for another address", { names: ["192.0.2.7"] }, "mismatched", byAddress],
     ["that of --test", { fingerprint: "staging" }, "staging", beside("staging")],
+    ["none of this key type", "refused", "refused"],
     ["--test: production's", { fingerprint: "production's" }, "answers", REHEARSAL],
     ["--test: its own for production's", { fingerprint: "new" }, "staging", REHEARSAL],
     ["--test: its own", { fingerprint: "new" }, "current", {
@@ -379,6 +397,7 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and onl
     ["unreachable, or from elsewhere", { ...receipts(), ...noDrift }, 2.1, ""],
     ["on one of two addresses", { ...receipts(), ...oneOfTwo }, 2.1, drift],
     ["seen in the moment of the delivery", { ...receipts({ at: iso(2) }), ...old }, 2.1, ""],
+    ["repaired twice", { ...receipts({ repairs: 2 }), ...old }, 2.1, drift],
     ["repaired three times", { ...thrice, ...old }, 2.25, `${drift} until day 2.333333`],
     ["20 hours after that", { ...thrice, ...old }, 2.4, drift],
     ["renewed after that", { ...receipts({ repairs: 3, fingerprint: "x" }), ...old }, 2.1, NEW],
@@ -442,6 +461,7 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["a line failed, and is overdue", failing({}), 63, `${failed}!`],
     ["a failure of a line that is no longer due", failing({ count: 9 }), 2, ""],
     ["the CA is unreachable", failing({ shared: true }), 61, "CA"],
+    ["the CA is unreachable three times", failing({ shared: true, count: 3 }), 61, "CA!"],
     ["the CA accepts no orders", { holds: { "https://ca": iso(62) } }, 61, "rate-limited"],
     ["due for more than two weekly runs", runs(70, 7), 75, overdue],
     ["revoked, and not replaced", {}, 2, overdue, { found: [revoked] }],
@@ -470,6 +490,29 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     const { problems } = plan({ state, now, ...given });
     assert.equal(problems.map(({ key, alert }) => `${key}${alert ? "!" : ""}`).join(), expected, what);
   }
+});
+
+Deno.test("R12: an alert goes to a problem's sections and to [every], once in 20 hours and once when it is over", () => {
+  const alert = ["mail"];
+  const [web, mail] = ["web", "mail"].map((name) => section(name, { alert }));
+  const [every, silent] = [section("every", { alert }), section("silent")];
+  const on = [line("a.example", [web!, silent, every]), line("b.example", [mail!, every])];
+  const found = on.map((one) => entry(one, MISSING));
+  const failures = record({ "a.example": failure({ count: 3 }) });
+  const sent = (what: string) => record({ [`failing ${what}.example`]: { at: iso(2), what } });
+  const alerts = (now: number, before: State["alerts"]) => {
+    const { config, state, ...basis } = basisOf({ on, found, state: { failures, alerts: before }, now });
+    const { problems } = planOn({ config, state, ...basis });
+    return dueAlerts(config, problems, state, basis.now)
+      .map(({ section, problems, resolved }) =>
+        `${section.name}: ${[...problems.map(({ key }) => key), ...resolved]}`
+      );
+  };
+  const both = ["web: failing a.example", "every: failing a.example"];
+  assert.deepEqual(alerts(2, {}), both);
+  const before = { web: sent("a"), mail: sent("b"), every: sent("a") };
+  assert.deepEqual(alerts(2.5, before), ["mail: b"]);
+  assert.deepEqual(alerts(2.84, { web: sent("a"), every: sent("a") }), both);
 });
 
 // ---- the state ---------------------------------------------------------------------------------------------------

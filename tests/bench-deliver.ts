@@ -21,15 +21,9 @@ export async function deliveries(): Promise<void> {
     await Deno.remove(bed.path("test/state.json")).catch(() => {});
     return (await measure(...LEMATT, "--test", bed.conf)).cpuSeconds;
   };
-  const shells = `for i in $(seq ${SECTIONS}); do sh -c 'cp ${
-    bed.path("domains")
-  } ${bed.drop}/'; sh -c true; done`;
-  const [all, idle, shell] = await inTurns(
-    3,
-    run(lists),
-    run(""),
-    async () => (await measure("sh", "-c", shells)).cpuSeconds,
-  );
+  const pair = `sh -c 'cp ${bed.path("domains")} ${bed.drop}/'; sh -c true`;
+  const shells = () => measure("sh", "-c", `for i in $(seq ${SECTIONS}); do ${pair}; done`);
+  const [all, idle, shell] = await inTurns(3, run(lists), run(""), async () => (await shells()).cpuSeconds);
   const each = (seconds: readonly number[]) => median(seconds) * 1000 / (2 * SECTIONS);
   figure("processor time of a command: its shell", each(shell!), "ms");
   const own = all!.map((seconds, i) => seconds - idle![i]! - shell![i]!);
@@ -49,11 +43,8 @@ export async function probes(): Promise<void> {
   );
   const port = freePort();
   // all addresses of 127.0.0.0/8 reach both servers
-  await using _nginx = await startNginx(
-    bed.home,
-    port,
-    () => `server { listen ${port} ssl; ${pairs.join("")} }`,
-  );
+  const server = `server { listen ${port} ssl; ${pairs.join("")} }`;
+  await using _nginx = await startNginx(bed.home, port, () => server);
   await using silent = await tcpServer(() => {}, "0.0.0.0");
 
   /** Delivers to a section with all endpoints, and so probes each three times by RSA and by EC. */
@@ -66,17 +57,16 @@ export async function probes(): Promise<void> {
     const [command, ...rest] = LEMATT;
     const started = performance.now();
     const args = [...rest, "--prod", "--deliver", "[web]", bed.conf];
-    const child = new Deno.Command(command!, { args, stdin: "null", stdout: "piped", stderr: "piped" })
-      .spawn();
+    const options = { args, stdin: "null", stdout: "piped", stderr: "piped" } as const;
+    const child = new Deno.Command(command!, options).spawn();
     let [running, processes, megabytes] = [true, 0, 0];
     const ended = child.output().finally(() => running = false);
     while (running) {
-      const { stdout } = await output(
-        `ps --pid ${child.pid} --ppid ${child.pid} -o pid=,rss=,comm=`.split(" "),
-      );
+      const { pid } = child;
+      const { stdout } = await output(`ps --pid ${pid} --ppid ${pid} -o pid=,rss=,comm=`.split(" "));
       const all = [...stdout.matchAll(/(\d+) +(\d+) (\w+)/g)];
       // a forked child shares the memory of its parent until it executes openssl
-      const counted = all.filter(([, pid, , name]) => Number(pid) === child.pid || name === "openssl");
+      const counted = all.filter(([, id, , name]) => Number(id) === pid || name === "openssl");
       processes = Math.max(processes, counted.length - 1);
       megabytes = Math.max(megabytes, counted.reduce((sum, [, , size]) => sum + Number(size) / 1024, 0));
       await delay(100);

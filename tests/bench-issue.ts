@@ -3,15 +3,13 @@
  * account already. lego is started once for each certificate, as many processes at once as lematt handles lines.
  */
 
-import { connect } from "node:net";
-import { setTimeout as delay } from "node:timers/promises";
 import { testBed } from "./bed.ts";
 import { figure, inTurns, measure, median, ratio } from "./bench-measure.ts";
 import { shell } from "./documents.ts";
 import { run } from "./install.ts";
 import { startPebble } from "./pebble.ts";
 import { LEMATT } from "./programs.ts";
-import { tcpServer } from "./tls.ts";
+import { distant } from "./tls.ts";
 
 const AT_ONCE = 10;
 const ROUND_TRIP_MS = 150;
@@ -126,23 +124,4 @@ async function startClients(oneWayMs?: number) {
     },
     [Symbol.asyncDispose]: () => open.disposeAsync(),
   };
-}
-
-/** A way to a port of this host that takes `oneWayMs`, and once a round trip more, as the handshake of TCP does. */
-function distant(to: number, oneWayMs: number) {
-  return tcpServer((near) => {
-    const far = connect(to, "127.0.0.1").setNoDelay();
-    near.setNoDelay();
-    const connected = performance.now() + 2 * oneWayMs;
-    for (const [from, into] of [[near, far], [far, near]] as const) {
-      let sent = Promise.resolve();
-      const later = (act: () => void) => {
-        const due = Math.max(performance.now(), connected) + oneWayMs;
-        sent = sent.then(() => delay(Math.max(0, due - performance.now()))).then(act);
-      };
-      from.on("data", (piece) => later(() => into.write(piece)));
-      from.on("close", () => later(() => into.destroy()));
-      from.on("error", () => from.destroy());
-    }
-  });
 }

@@ -27,6 +27,7 @@ export async function runUntilDone(bed: Bed, parallel: number): Promise<number[]
 const LINES = 2_000;
 const ORDERS = 300;
 const PARALLEL = 30;
+const domains = (lines: number) => Array.from({ length: lines }, (_, i) => `n${i}.example.com\n`).join("");
 /** A few megabytes more than a run with one line needs. */
 const HEAP_MB = 24;
 
@@ -54,8 +55,4 @@ async function megabytesOf(lines: number): Promise<number> {
   await using bed = await testBed({ domains: domains(lines), settings: "keyTypes: ec" });
   const lematt = program("lematt.ts", `--v8-flags=--max-old-space-size=${HEAP_MB}`);
   return (await measure(...lematt, "--test", "--cron", bed.conf)).peakMegabytes;
-}
-
-function domains(lines: number): string {
-  return Array.from({ length: lines }, (_, i) => `n${i}.example.com\n`).join("");
 }

@@ -13,8 +13,6 @@
 
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { once } from "node:events";
-import { type AddressInfo, connect, createServer } from "node:net";
 import { testBed } from "./bed.ts";
 import { which } from "./bench-measure.ts";
 import { startWebroot } from "./ca.ts";
@@ -23,6 +21,7 @@ import { listenerCertificate } from "./ca-x509.ts";
 import { shell } from "./documents.ts";
 import { listing } from "./faults.ts";
 import { type Running, startProgram } from "./pebble.ts";
+import { distant } from "./tls.ts";
 
 /** Ports of the CA, of the DNS server, and of the web server of http-01. */
 const PORTS = { ca: 9443, dns: 53, http: 80 };
@@ -186,18 +185,10 @@ async function lifeCycle(name: Name): Promise<number> {
   const [printed, code] = changesKeys ? [CHANGES, 0] as const : [NOT_OFFERED, 1] as const;
   await step("rollover", CHANGED, "--rollover --yes", printed, code);
   await step("renewal after rollover", CHANGED, `--renew ${ONE}`, ISSUED);
-  const relay = createServer((near) => {
-    const far = connect(PORTS.ca, "127.0.0.1");
-    for (const [from, to] of [[near, far], [far, near]] as const) {
-      from.on("data", (data) => setTimeout(() => to.write(data), 500));
-      from.on("error", () => {}).on("close", () => to.destroy());
-    }
-  }).listen(0, "127.0.0.1");
-  await once(relay, "listening");
-  const slow = Object.assign(new URL(ca.directoryUrl), { port: (relay.address() as AddressInfo).port });
-  await use(slow.href, ca.root);
+  const relay = await distant(PORTS.ca, 500);
+  await use(Object.assign(new URL(ca.directoryUrl), { port: relay.port }).href, ca.root);
   await step("a slow CA (1 s an answer)", "slow.example.com", "", ISSUED);
-  relay.close();
+  await relay[Symbol.asyncDispose]();
   await use(ca.directoryUrl, ca.root);
   await ca.stop();
   await step("nothing due, the CA stopped", CHANGED, "", IDLE);

@@ -5,6 +5,7 @@
 import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { which } from "./bench-measure.ts";
 import { until } from "./bed.ts";
@@ -139,4 +140,23 @@ export async function startBalancer(...ports: readonly number[]) {
     client.pipe(upstream).pipe(client);
   });
   return Object.assign(server, { counts });
+}
+
+/** A relay to a port, `oneWayMs` away; the first data takes a round trip longer, as the handshake of TCP does. */
+export function distant(to: number, oneWayMs: number) {
+  return tcpServer((near) => {
+    const far = connect(to, "127.0.0.1").setNoDelay();
+    near.setNoDelay();
+    const connected = performance.now() + 2 * oneWayMs;
+    for (const [from, into] of [[near, far], [far, near]] as const) {
+      let sent = Promise.resolve();
+      const later = (act: () => void) => {
+        const due = Math.max(performance.now(), connected) + oneWayMs;
+        sent = sent.then(() => delay(Math.max(0, due - performance.now()))).then(act);
+      };
+      from.on("data", (piece) => later(() => into.write(piece)));
+      from.on("close", () => later(() => into.destroy()));
+      from.on("error", () => from.destroy());
+    }
+  });
 }

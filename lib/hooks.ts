@@ -195,7 +195,12 @@ interface Group {
   end(): Promise<boolean>;
 }
 
-function start(command: ProcessPromise, onOutput?: (text: string) => void): Group {
+/** With `keepsInput` its standard input stays open after the shell has ended, until the group is ended. */
+function start(
+  command: ProcessPromise,
+  onOutput?: (text: string) => void,
+  { keepsInput = false } = {},
+): Group {
   let printed = "";
   const output = () => {
     const text = ownLines(printed.slice(-OUTPUT_LENGTH));
@@ -219,7 +224,9 @@ function start(command: ProcessPromise, onOutput?: (text: string) => void): Grou
       if (printed.length > 16 * OUTPUT_LENGTH) printed = printed.slice(-OUTPUT_LENGTH - 1);
     });
   }
-  child.stdin?.on("error", () => {}); // EPIPE: a command need not read its input
+  const { stdin } = child;
+  stdin?.on("error", () => {}); // EPIPE: a command need not read its input
+  if (keepsInput) child.stdin = null; // or Deno closes it, and the guard ends what the shell has left behind
   child.once("exit", () => {
     const lingering = setTimeout(() => streams.forEach((stream) => stream.destroy()), LINGER_MS);
     ended.then(() => clearTimeout(lingering));
@@ -227,8 +234,8 @@ function start(command: ProcessPromise, onOutput?: (text: string) => void): Grou
 
   const group = -child.pid;
   const end = async () => {
-    child.stdin?.destroy(); // processes of another user (sudo) get no signal, but notice this
-    send(group, "SIGTERM");
+    send(group, "SIGTERM"); // first, or the guard would send another, which can hit what cleans up after this one
+    stdin?.destroy(); // processes of another user (sudo) get no signal, but notice this
     await waitUntil(async () => killing.signal.aborted || await isGone(group), TERM_SECONDS);
     send(group, "SIGKILL");
     await waitUntil(() => isGone(group), KILL_SECONDS);
@@ -359,7 +366,7 @@ export class PrepareCommands implements AsyncDisposable {
 
   #start(line: string, command: ProcessPromise): Shared {
     killing.signal.throwIfAborted();
-    const group = start(command, (text) => this.context.onOutput?.(text, "prepare"));
+    const group = start(command, (text) => this.context.onOutput?.(text, "prepare"), { keepsInput: true });
     const shared: Shared = { users: 0, group, failed: new AbortController() };
     this.#shared.set(line, shared);
     group.ended.then((error) => {

@@ -78,10 +78,9 @@ Deno.test("keys are read in PKCS#8, PKCS#1 and SEC1, also after EC PARAMETERS or
     }
     assert.deepEqual([readCertificate(certPem).keySpec, publicKeyHash(certPem)], [SPECS[index], hash]);
     assert(!isKeyOf(keys.at(index - 1)!, certPem));
-    for (const broken of ["no key", keyPem.slice(0, 200), keyPem.replace(/\n(.{64})\n/, "\n")]) {
-      assert.throws(() => isKeyOf(broken, certPem));
-      assert.throws(() => keySpecOf(broken));
-    }
+    const broken = keyPem.replace(/\n(.{64})\n/, "\n");
+    assert.throws(() => isKeyOf(broken, certPem));
+    assert.throws(() => keySpecOf(broken));
   }
   const tooLong = await createCsr(key, [`${"a".repeat(60)}.example.com`]);
   assert.match(openssl("req -noout -subject", tooLong.pem), /subject=\s*$/);

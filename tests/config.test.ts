@@ -250,10 +250,8 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
     ⏎  one⏎  'two' => 2 => ["one", "two"]
     ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6
     ["a",] => 2
-    ["a" => 2
-    ["b",⏎  "a⏎  b"] => 3
-    ["a", 1] => 2
     ["a"] # why => 2
+    ["b",⏎  "a⏎  b"] => 3
     ["b",⏎ "\u0000"] => 3
     ["b",⏎ "\ud800"] => 3`;
   for (const [list, line, corrected] of lists) {

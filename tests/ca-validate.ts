@@ -28,9 +28,9 @@ export async function validate(proof: Proof, switches: Switches, closing: AbortS
   if (type === "http-01") {
     const [token] = keyAuthorization.split(".");
     const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
-    const { found, at } = await fetchFile(new URL(url), switches, closing);
+    const found = await fetchFile(new URL(url), switches, closing);
     if (found.trimEnd() === keyAuthorization) return;
-    throw unauthorized(`${at} holds ${JSON.stringify(found.slice(0, 100))}`);
+    throw unauthorized(`${url} holds ${JSON.stringify(found.slice(0, 100))}`);
   }
   const record = `${type === "dns-01" ? "_acme-challenge" : "_validation-persist"}.${name}`;
   const nameServer = { ipAddr: "127.0.0.1", port: switches.dnsPort };
@@ -41,36 +41,28 @@ export async function validate(proof: Proof, switches: Switches, closing: AbortS
   throw unauthorized(`none of the ${records.length} TXT records at ${record} proves it`);
 }
 
-/** RFC 8555 §8.3: follows redirects. */
-async function fetchFile(url: URL, switches: Switches, closing: AbortSignal) {
+/** RFC 8555 §8.3: follows redirects. Names are at `httpPort`; addresses are where they say. */
+async function fetchFile(url: URL, { httpPort = 80 }: Switches, closing: AbortSignal): Promise<string> {
   using client = Deno.createHttpClient({ allowHost: true, poolMaxIdlePerHost: 0 });
   const signal = AbortSignal.any([closing, AbortSignal.timeout(TIMEOUT_MS)]);
+  const get = async ({ host, hostname, pathname }: URL) => {
+    const port = () => typeof httpPort === "number" ? httpPort : httpPort(hostname);
+    const at = /^127\.|^\[/.test(hostname) ? host : `127.0.0.1:${port()}`;
+    const init = { client, headers: { host }, redirect: "manual", signal } as const;
+    const response = await fetch(`http://${at}${pathname}`, init);
+    return { response, text: await response.text() };
+  };
   for (let redirects = 0; redirects <= MAX_REDIRECTS; redirects++) {
-    const { hostname, port } = whereIs(url, switches);
-    const at = `${hostname}: ${url}`;
-    const init = { client, headers: { host: url.host }, redirect: "manual", signal } as const;
-    const [{ status, headers }, found] = await fetch(`http://${hostname}:${port}${url.pathname}`, init)
-      .then(async (response) => [response, await response.text()] as const)
-      .catch((error) => {
-        throw noConnection(`${hostname}: cannot fetch ${url}: ${error.message}`);
-      });
-    if (status === 200) return { found, at };
+    const { response: { status, headers }, text } = await get(url).catch((error) => {
+      throw noConnection(`cannot reach ${url.hostname}: ${error.message}`);
+    });
+    if (status === 200) return text;
     const target = URL.parse(headers.get("location") ?? "", url);
-    if (status < 300 || status >= 400 || target === null) throw unauthorized(`${at} answered ${status}`);
+    if (status < 300 || status >= 400 || target === null) throw unauthorized(`${url} answered ${status}`);
     if (target.protocol !== "http:") throw noConnection(`${url} redirects to ${target}`);
     url = target;
   }
   throw noConnection(`more than ${MAX_REDIRECTS} redirects, the last to ${url}`);
-}
-
-function whereIs({ hostname, port }: URL, { resolve, httpPort = 80 }: Switches) {
-  if (/^127\.\d+\.\d+\.\d+$|^\[::1\]$/.test(hostname)) return { hostname, port: Number(port || 80) };
-  try {
-    const at = resolve?.(hostname) ?? { hostname: "127.0.0.1", port: httpPort };
-    return port === "" ? at : { ...at, port };
-  } catch (error) {
-    throw refusal(400, "dns", `cannot look up ${hostname}: ${(error as Error).message}`);
-  }
 }
 
 /** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble checks the syntax more strictly. */

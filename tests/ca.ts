@@ -21,7 +21,7 @@ export { type Dns, startDns } from "./ca-dns.ts";
 export { type Fault, startWebroot, type Webroot } from "./ca-wire.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
-/** The profiles and their lifetimes, as at Let's Encrypt in 2026. The first one is the default. */
+/** The profiles and their lifetimes, as at Let's Encrypt in 2026. */
 const PROFILES: Readonly<Record<string, number>> = {
   classic: 90 * DAY,
   tlsserver: 45 * DAY,
@@ -52,10 +52,8 @@ export interface LogEntry extends Exchange {
 
 /** How the CA behaves; a test may change it while it runs. */
 export interface Switches {
-  /** Port on which http-01 is fetched instead of 80. */
-  httpPort?: number;
-  /** The address of a name on loopback; throws if it does not resolve. Default: 127.0.0.1 and `httpPort`. */
-  resolve?: (hostname: string) => { hostname: string; port: number };
+  /** Port of 127.0.0.1 on which http-01 is fetched for all names, or for each; throws if the name does not resolve. */
+  httpPort?: number | ((name: string) => number);
   /** Port of the DNS server on 127.0.0.1, for dns-01 and dns-persist-01. */
   dnsPort?: number;
   /** The delay before each validation. */
@@ -69,12 +67,6 @@ export interface Switches {
   reuse?: "none" | "valid" | "pending";
   /** How long an order is `processing` after finalize. */
   processingMs?: number;
-  /** Retry-After while the CA is busy with an object; polling sooner is a violation. Default: not sent. */
-  retryAfterSeconds?: number;
-  /** The profiles, with the lifetime of each in milliseconds; {} for none. */
-  profiles?: Readonly<Record<string, number>>;
-  /** Whether the directory offers renewalInfo. Default true. */
-  renewalInfo?: boolean;
   /** At most `count` requests in any `windowMs` of the CA's clock. */
   limits?: Partial<Record<Resource, { readonly count: number; readonly windowMs: number }>>;
   /** Returns the fault to inject into an exchange. */
@@ -100,7 +92,7 @@ export interface Order {
   readonly account: Account;
   readonly identifiers: readonly x509.Identifier[];
   readonly authorizations: readonly Authorization[];
-  readonly profile?: string;
+  readonly profile: string;
   readonly replaces?: string;
   status: "pending" | "ready" | "processing" | "valid" | "invalid";
   error?: wire.ProblemDocument;
@@ -140,7 +132,7 @@ interface Issued {
   readonly certId: string;
   readonly names: readonly string[];
   readonly keyType: "rsa" | "ec";
-  readonly profile?: string;
+  readonly profile: string;
   readonly replaces?: string;
   /** With its chain. */
   readonly pem: string;
@@ -179,7 +171,7 @@ export class Ca implements AsyncDisposable {
   /** Names for which it does not issue; a test changes them. */
   readonly refused = new Set<string>();
   readonly log: LogEntry[] = [];
-  /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for polling before Retry-After. */
+  /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for asking before Retry-After. */
   readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
   readonly accounts: Account[] = [];
   readonly orders: Order[] = [];
@@ -190,8 +182,8 @@ export class Ca implements AsyncDisposable {
   readonly #nonces = new Set<string>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
-  /** The earliest time of the next poll of each URL, by the CA's clock. */
-  readonly #pollAt = new Map<string, number>();
+  /** The earliest time of the next request for each renewal information, by the CA's clock. */
+  readonly #askAt = new Map<string, number>();
   readonly #authorizations: Authorization[] = [];
   /** The times of the requests that count for each limit, by the CA's clock. */
   readonly #uses: Partial<Record<Resource, number[]>> = {};
@@ -319,15 +311,11 @@ export class Ca implements AsyncDisposable {
   /** Adds the headers of every answer (RFC 8555 §6.5, §7.1). */
   #finish(answer: Answer, { method }: LogEntry): Answer {
     const index = `<${this.directoryUrl}>;rel="index"`;
-    const headers: Record<string, string> = {
-      ...answer.headers,
-      link: [index, answer.headers.link ?? []].flat().join(),
-    };
-    if (method !== "GET") {
-      headers["replay-nonce"] = randomBytes(16).toString("base64url");
-      this.#nonces.add(headers["replay-nonce"]);
-    }
-    return { ...answer, headers };
+    const headers = { ...answer.headers, link: [answer.headers.link ?? [], index].flat().join() };
+    if (method === "GET") return { ...answer, headers };
+    const nonce = randomBytes(16).toString("base64url");
+    this.#nonces.add(nonce);
+    return { ...answer, headers: { ...headers, "replay-nonce": nonce } };
   }
 
   async #answer(request: Request, entry: LogEntry, id: string): Promise<Answer> {
@@ -356,11 +344,11 @@ export class Ca implements AsyncDisposable {
         return this.#challenge(own(this.#authorizations, id, account), entry, payload);
       case "finalize":
         await this.#finalize(own(this.orders, id, account), `${parsed(payload).csr}`);
-        return await this.#order(own(this.orders, id, account), entry);
+        return await this.#order(own(this.orders, id, account));
     }
     if (payload !== "") throw malformed("POST-as-GET has an empty payload"); // RFC 8555 §6.3
-    if (resource === "order") return await this.#order(own(this.orders, id, account), entry);
-    if (resource === "authz") return this.#authorization(own(this.#authorizations, id, account), entry);
+    if (resource === "order") return await this.#order(own(this.orders, id, account));
+    if (resource === "authz") return json(200, showAuthorization(own(this.#authorizations, id, account)));
     const headers = { "content-type": "application/pem-certificate-chain" };
     return { status: 200, headers, body: own(this.issued, id, account).pem };
   }
@@ -395,33 +383,11 @@ export class Ca implements AsyncDisposable {
     throw refusal(429, "rateLimited", `too many ${resource} (${count})`, { "retry-after": `${seconds}` });
   }
 
-  /** The headers of an answer about the object at `url`, if the CA is busy with it. Polling too soon is a violation. */
-  #retryAfter(
-    entry: LogEntry,
-    url: string,
-    isBusy: boolean,
-    seconds = this.switches.retryAfterSeconds,
-  ): Record<string, string> {
-    const now = this.now.getTime();
-    const early = (this.#pollAt.get(url) ?? now) - now;
-    this.#pollAt.delete(url);
-    if (entry.url === url && early > 0) {
-      this.violations.push({ ...entry, type: "tooSoon", detail: `${early} ms before Retry-After` });
-    }
-    if (!isBusy || seconds === undefined) return {};
-    this.#pollAt.set(url, now + seconds * 1000);
-    return { "retry-after": `${seconds}` };
-  }
-
   /** RFC 8555 §7.1.1. */
   #directory(): Answer {
-    const { renewalInfo = true, profiles = PROFILES } = this.switches;
-    const offered = RESOURCES.slice(1, renewalInfo ? 7 : 6).map((name) => [name, `${this.origin}/${name}`]);
-    const described = Object.keys(profiles).map((name) => [name, `https://localhost/profiles#${name}`]);
-    const meta = {
-      caaIdentities: [ISSUER],
-      profiles: described.length > 0 ? Object.fromEntries(described) : undefined,
-    };
+    const offered = RESOURCES.slice(1, 7).map((name) => [name, `${this.origin}/${name}`]);
+    const profiles = Object.keys(PROFILES).map((name) => [name, `https://localhost/profiles#${name}`]);
+    const meta = { caaIdentities: [ISSUER], profiles: Object.fromEntries(profiles) };
     return json(200, { ...Object.fromEntries(offered), meta });
   }
 
@@ -454,11 +420,8 @@ export class Ca implements AsyncDisposable {
 
   async #newOrder(account: Account, request: Record<string, unknown>): Promise<Answer> {
     const identifiers = request.identifiers as x509.Identifier[];
-    const { profiles = PROFILES } = this.switches;
-    const profile = (request.profile ?? Object.keys(profiles)[0]) as string | undefined;
-    if (profile !== undefined && !Object.hasOwn(profiles, profile)) {
-      throw violation(400, "invalidProfile", `there is no profile ${JSON.stringify(profile)}`);
-    }
+    const { profile = "classic" } = request as { profile?: string };
+    if (!(profile in PROFILES)) throw violation(400, "invalidProfile", `there is no profile ${profile}`);
     const refused = identifiers.filter(({ value }) => this.refused.has(value));
     if (refused.length > 0) {
       const problem = refusal(400, "rejectedIdentifier", "the policy forbids it");
@@ -531,23 +494,12 @@ export class Ca implements AsyncDisposable {
     }
   }
 
-  async #order(order: Order, entry: LogEntry): Promise<Answer> {
+  async #order(order: Order): Promise<Answer> {
     await this.#update(order);
-    const { url, status, authorizations } = order;
-    const isBusy = status === "processing" || status === "pending" && authorizations.some(isValidating);
-    // Boulder sends Location after finalize as well
-    return json(200, showOrder(order), { location: url, ...this.#retryAfter(entry, url, isBusy) });
+    return json(200, showOrder(order), { location: order.url }); // also after finalize, as Boulder does
   }
 
   // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
-
-  #authorization(authorization: Authorization, entry: LogEntry): Answer {
-    const { url, account: _, challenges, ...shown } = authorization;
-    const headers = this.#retryAfter(entry, url, isValidating(authorization));
-    // a valid one shows only the challenge that was validated (§7.1.4)
-    const seen = challenges.filter(({ status }) => shown.status === "pending" || status !== "pending");
-    return json(200, { ...shown, challenges: seen }, headers);
-  }
 
   #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
     const challenge = authorization.challenges.find(({ url }) => url === entry.url);
@@ -561,8 +513,7 @@ export class Ca implements AsyncDisposable {
       const done = this.#validate(authorization, challenge).finally(() => this.#validating.delete(done));
       this.#validating.add(done);
     }
-    const headers = this.#retryAfter(entry, challenge.url, challenge.status === "processing");
-    return json(200, challenge, { link: `<${authorization.url}>;rel="up"`, ...headers });
+    return json(200, challenge, { link: `<${authorization.url}>;rel="up"` });
   }
 
   async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
@@ -617,12 +568,12 @@ export class Ca implements AsyncDisposable {
     const names = identifiers.map(({ value }) => value);
     // backdated by an hour, as at other CAs; the first and the last second belong to the lifetime
     const notBefore = new Date(Math.floor(this.now.getTime() / 1000) * 1000 - HOUR);
-    const lifetime = (this.switches.profiles ?? PROFILES)[profile ?? ""] ?? 90 * DAY;
+    const lifetime = PROFILES[profile]!;
     const notAfter = new Date(notBefore.getTime() + lifetime - 1000);
     // every second serial begins with a set bit: in DER, and so in the certID, it needs a zero octet before it
     const isHigh = this.orders.indexOf(order) % 2 === 0;
     const serial = (isHigh ? "CE" : "4E") + randomBytes(15).toString("hex").toUpperCase();
-    const commonName = profile === "classic" || profile === undefined ? commonNames[0] : undefined;
+    const commonName = profile === "classic" ? commonNames[0] : undefined;
     const contents = { publicKey, commonName, names, serial, notBefore, notAfter };
     // around a third of the lifetime before expiry, or a half for short lifetimes, as Let's Encrypt recommends
     const middle = notAfter.getTime() - lifetime / (lifetime < 10 * DAY ? 2 : 3);
@@ -653,8 +604,13 @@ export class Ca implements AsyncDisposable {
 
   #renewalInfo(entry: LogEntry, certId: string): Answer {
     const { explanationURL, ...suggestedWindow } = this.#findByCertId(certId).renewalWindow;
-    const headers = this.#retryAfter(entry, entry.url, true, 6 * 3600); // as Let's Encrypt
-    return json(200, { suggestedWindow, explanationURL }, headers);
+    const now = this.now.getTime();
+    const early = (this.#askAt.get(certId) ?? 0) - now;
+    if (early > 0) {
+      this.violations.push({ ...entry, type: "tooSoon", detail: `${early} ms before Retry-After` });
+    }
+    this.#askAt.set(certId, now + 6 * HOUR); // as Let's Encrypt
+    return json(200, { suggestedWindow, explanationURL }, { "retry-after": `${6 * 3600}` });
   }
 
   /** RFC 8555 §7.6: signed by the account that ordered the certificate, or with the certificate's own key. */
@@ -718,6 +674,12 @@ const showOrder = ({ url, authorizations, certificate, status, identifiers, prof
   const finalize = url.replace("/order/", "/finalize/");
   return { status, identifiers, profile, authorizations: urls, finalize, certificate, error };
 };
+
+/** A valid authorization shows only the challenge that was validated (§7.1.4). */
+function showAuthorization({ url: _, account: __, challenges, ...shown }: Authorization) {
+  const isShown = ({ status }: Challenge) => shown.status === "pending" || status !== "pending";
+  return { ...shown, challenges: challenges.filter(isShown) };
+}
 
 /** One of the account's objects. */
 function own<T extends { readonly account: Account }>(list: readonly T[], id: string, account: Account): T {

@@ -79,8 +79,8 @@ export const SITUATIONS = Object.keys(PREPARED);
 
 /** A subject in a situation. */
 export async function subjectIn(situation: string): Promise<Subject> {
-  const ca = { reuse: "none", renewalInfo: false } as const; // after being killed it has forgotten when to ask again
-  const subject = await Subject.create({ settings: PROGRAM, ca });
+  // after being killed it has forgotten when to ask again
+  const subject = await Subject.create({ settings: `${PROGRAM}\nari: no`, ca: { reuse: "none" } });
   await PREPARED[situation]!(subject);
   subject.countOrders();
   return subject;

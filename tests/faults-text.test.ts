@@ -10,6 +10,7 @@ import { planText } from "../lib/report.ts";
 import { preview, status } from "../lib/run.ts";
 import { statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { noticeText, problemText } from "../lib/text.ts";
+import { faultAt } from "./bed.ts";
 import { presentable, randomFrom, SEED, SHARE, Subject } from "./faults.ts";
 
 /** Inputs for each reader. */
@@ -111,8 +112,11 @@ function texts({ bed }: Subject): Record<string, string> {
 }
 
 Deno.test("any text in any file that lematt reads is used, reported or set aside, and the next run continues", async () => {
-  await using subject = await Subject.create({ ca: { renewalInfo: false } });
+  await using subject = await Subject.create();
   const { bed } = subject;
+  // it is not asked when to renew: it would be asked again too soon after its state is lost
+  const rewrite = ({ renewalInfo: _, ...rest }: Record<string, unknown>) => rest;
+  bed.ca.switches.fault = faultAt("directory", { kind: "rewrite", rewrite }, Infinity);
   bed.ca.refused.add("www.example.com");
   subject.configure({ upload: "exit 1", more: 'alert: ["cat"]\nverify: ["DOMAIN:1"]' });
   await bed.run();

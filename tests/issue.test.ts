@@ -261,9 +261,9 @@ function lost(): never {
 
 Deno.test("a failed validation is reported soon and once, wherever the CA shows it, and the other key type is not ordered", async () => {
   for (const [failure, limit] of [["order", 5], ["authorization", 15], ["challenge", 60]] as const) {
-    await using bed = await testBed({ domains: `${NAME} www`, ca: { resolve: lost, failure } });
+    await using bed = await testBed({ domains: `${NAME} www`, ca: { httpPort: lost, failure } });
     const ran = await bed.run();
-    const all = [NAME, `www.${NAME}`].map((name) => `${name}: cannot look up ${name}: NXDOMAIN (dns)`);
+    const all = [NAME, `www.${NAME}`].map((name) => `${name}: cannot reach ${name}: NXDOMAIN (connection)`);
     assert.deepEqual([ran.code, failures(ran), counts(ran.requests).newOrder], [1, [all.join("; ")], 1]);
     assert.match(ran.stderr, /^FAILED +example\.com \+1 \((rsa, ec|ec, rsa)\)\n/);
     const seconds = bed.waits.reduce((sum, ms) => sum + ms, 0) / 1000;
@@ -274,8 +274,8 @@ Deno.test("a failed validation is reported soon and once, wherever the CA shows 
 
 Deno.test("a challenge that is still pending after a failed validation is responded to again until it is valid", async () => {
   let misses = 3;
-  const resolve = () => misses-- > 0 ? lost() : { hostname: "127.0.0.1", port: bed.web.port };
-  await using bed: Bed = await oneCertificate({ resolve, failure: "challenge" });
+  const httpPort = () => misses-- > 0 ? lost() : bed.web.port;
+  await using bed: Bed = await oneCertificate({ httpPort, failure: "challenge" });
   const { code, requests } = await bed.run();
   assert.deepEqual([code, counts(requests).challenge], [0, 4]);
 });

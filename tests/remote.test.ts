@@ -323,7 +323,7 @@ test("certificates are issued through the remote host and delivered to it; a hos
     "down.example.com": freePort(),
   };
   const portOf = (name: string) => ports[name] ?? httpPort;
-  bed.ca.switches.resolve = (name) => ({ hostname, port: portOf(name) });
+  bed.ca.switches.httpPort = portOf;
   const ssh = `ssh ${remote.ssh.join(" ")}`;
   // the example in conf/actions.conf, which names what the kit makes
   const example = Deno.readTextFileSync(join(ROOT, "conf/actions.conf")).match(/^# \[mail\]\n(# .*\n)+/m)![0];

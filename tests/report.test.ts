@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { type Event, type OutputOptions, planJson, planText, Report } from "../lib/report.ts";
 import { preview, select } from "../lib/run.ts";
-import { type Bed, testBed } from "./bed.ts";
+import { testBed } from "./bed.ts";
 import { violations } from "./schema.ts";
 
 /** A bed in which bad.example.com is refused. */
@@ -12,12 +12,6 @@ async function bedOf(domains: string, actions = "") {
   bed.ca.refused.add("bad.example.com");
   return bed;
 }
-
-const planned = (bed: Bed, named: Parameters<typeof select>[1] = {}) => {
-  const config = bed.config();
-  const options = { parallel: 1, retry: false, selection: select(config, named) };
-  return preview(config, options, bed.context(), () => {});
-};
 
 Deno.test("events are printed as they happen: certificates issued, commands run, failures on standard error", async () => {
   await using bed = await bedOf(
@@ -67,8 +61,10 @@ Deno.test("--plan groups by reason, names ten of each, and shows what waits unti
   Deno.removeSync(bed.path("test", "cert", "bad.example.com-cert-combined.prime256v1.test.pem"));
   await bed.run();
   bed.act(sections.replaceAll("true", ":"));
-  const planOf = (named?: Parameters<typeof select>[1], accepts = false) => {
-    const plan = planned(bed, named);
+  const planOf = (named: Parameters<typeof select>[1] = {}, accepts = false) => {
+    const config = bed.config();
+    const options = { parallel: 1, retry: false, selection: select(config, named) };
+    const plan = preview(config, options, bed.context(), () => {});
     assert.deepEqual(violations(JSON.parse(planJson("test", plan, ["x. IN TXT y"])), "plan"), []);
     return planText(plan, [], bed.ca.now, accepts);
   };

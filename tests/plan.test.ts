@@ -291,10 +291,7 @@ const RIGHT = sight({ fingerprint: "new" });
 const OLD = sight({});
 const SILENT = sight("unreachable");
 const ENDPOINT = "www.example.com:443";
-const REHEARSAL: Given = {
-  config: { mode: "test" },
-  counterpart: () => [present(SITE, { is: "production's" })],
-};
+const REHEARSAL: Given = { config: { mode: "test" }, counterpart: () => [present(SITE, { is: "live" })] };
 
 /** What was seen at the endpoint of `SITE` on day 2. */
 function seen(sights: Sight[], part: Partial<ProbeRecord> = {}): Partial<State> {
@@ -352,7 +349,8 @@ Deno.test("an endpoint is probed until it is right, and again once that is more 
 });
 
 Deno.test("a served certificate is current, certainly wrong, or foreign; under --test wrong only in the place of production's", () => {
-  const beside = (is: string, on = SITE) => ({ counterpart: () => [present(on, { is })] });
+  const beside = { counterpart: () => [present(SITE, { is: "staging" })] };
+  const another = { counterpart: () => [present(line("b.example"))] };
   const byAddress = { on: [line("192.0.2.1", [WEB])] };
   const table: [what: string, Served, verdict: string, given?: Given][] = [
     ["the newest", { fingerprint: "new" }, "current"],
@@ -366,14 +364,11 @@ Deno.test("a served certificate is current, certainly wrong, or foreign; under -
     ["one for other names", { names: ["example.com", "www.example.org"] }, "mismatched"],
     ["one for its address", { names: ["192.0.2.1"] }, "older", byAddress],
     ["one for another address", { names: ["192.0.2.7"] }, "mismatched", byAddress],
-    ["that of --test", { fingerprint: "staging" }, "staging", beside("staging")],
+    ["that of --test", { fingerprint: "staging" }, "staging", beside],
     ["none of this key type", "refused", "refused"],
-    ["--test: production's", { fingerprint: "production's" }, "answers", REHEARSAL],
+    ["--test: production's", { fingerprint: "live" }, "answers", REHEARSAL],
     ["--test: its own for production's", { fingerprint: "new" }, "staging", REHEARSAL],
-    ["--test: its own", { fingerprint: "new" }, "current", {
-      ...REHEARSAL,
-      ...beside("x", line("b.example")),
-    }],
+    ["--test: its own", { fingerprint: "new" }, "current", { ...REHEARSAL, ...another }],
   ];
   for (const [what, part, verdict, given] of table) {
     const seenThere = { at: iso(2), sights: [sight(part)] };
@@ -441,14 +436,10 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   );
   const pair = [line("www.example.com", [{ ...WEB, keyTypes: ["rsa", "ec"] }], ["rsa", "ec"])];
   const both: Given = { on: pair, found: [present(pair[0]!), present(pair[0]!, {}, "ec")] };
-  const ofBoth = (rsa: Served, ec: Served) => {
-    const [first, second] = [rsa, ec].map((one, n) => ({
-      at: iso(2),
-      badSince: iso(2 - n),
-      sights: [sight(one)],
-    }));
-    return { probes: { [`${ENDPOINT} rsa`]: first!, [`${ENDPOINT} ec`]: second! } };
-  };
+  const since = (days: number, part: Served) => ({ at: iso(2), badSince: iso(days), sights: [sight(part)] });
+  const ofBoth = (rsa: Served, ec: Served) => (
+    { probes: { [`${ENDPOINT} rsa`]: since(2, rsa), [`${ENDPOINT} ec`]: since(1, ec) } }
+  );
   const runs = (last: number, nights = 1) => ({ runs: runsTo(last, nights) });
   const window = { start: iso(-300), end: iso(3), at: iso(-200) };
   const revoked = entry(SITE, { kind: "revoked", certificate: certificate(SITE.names) });
@@ -494,19 +485,17 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
 
 Deno.test("R12: an alert goes to a problem's sections and to [every], once in 20 hours and once when it is over", () => {
   const alert = ["mail"];
-  const [web, mail] = ["web", "mail"].map((name) => section(name, { alert }));
-  const [every, silent] = [section("every", { alert }), section("silent")];
-  const on = [line("a.example", [web!, silent, every]), line("b.example", [mail!, every])];
+  const [web, mail, every] = ["web", "mail", "every"].map((name) => section(name, { alert }));
+  const on = [line("a.example", [web!, section("silent"), every!]), line("b.example", [mail!, every!])];
   const found = on.map((one) => entry(one, MISSING));
   const failures = record({ "a.example": failure({ count: 3 }) });
   const sent = (what: string) => record({ [`failing ${what}.example`]: { at: iso(2), what } });
   const alerts = (now: number, before: State["alerts"]) => {
-    const { config, state, ...basis } = basisOf({ on, found, state: { failures, alerts: before }, now });
-    const { problems } = planOn({ config, state, ...basis });
-    return dueAlerts(config, problems, state, basis.now)
-      .map(({ section, problems, resolved }) =>
-        `${section.name}: ${[...problems.map(({ key }) => key), ...resolved]}`
-      );
+    const basis = basisOf({ on, found, state: { failures, alerts: before }, now });
+    const due = dueAlerts(basis.config, planOn(basis).problems, basis.state, basis.now);
+    return due.map((one) =>
+      `${one.section.name}: ${[...one.problems.map(({ key }) => key), ...one.resolved]}`
+    );
   };
   const both = ["web: failing a.example", "every: failing a.example"];
   assert.deepEqual(alerts(2, {}), both);

@@ -18,7 +18,7 @@ const bedOf = (domains: string, actions: string) =>
 const ALERT = `alert: ["{ echo 'SUBJECT (DOMAINS_ALL)'; cat; } >> HERE/alerts"]`;
 const takeAlerts = (bed: Bed) => bed.take("alerts").join("\n");
 
-Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued; a CA that is down is one problem", async () => {
+Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued; a CA that is down is one problem, an error that ends the run another", async () => {
   const actions = `[every]\n${ALERT}`;
   await using bed = await bedOf("a.example.com www\nb.example.com", actions.replace('["', '["exit 5", "'));
   await bed.plant({ age: 61 });
@@ -45,6 +45,13 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
     await bed.run({ fetch: () => Promise.reject(new TypeError("no route to host")) });
   }
   assert.match(takeAlerts(bed), /^1 problem: c\..*\n2 lines not issued, 3 times .*no route to host/);
+
+  bed.act(`${actions}\n[default]\nupdate: ["true"]\nverify: ["127.0.0.1:1"]`);
+  for (const count of [1, 0]) {
+    const sleep = () => Promise.reject(new TypeError("a bug"));
+    await assert.rejects(bed.run({ named: { deliver: ["[default]"] }, sleep }), { message: "a bug" });
+    assert.equal(takeAlerts(bed).match(/TypeError: a bug/g)?.length ?? 0, count);
+  }
 });
 
 Deno.test("R12: an alert for a delivery pending for 20 hours has command, output and the old certificate's expiry, even if certificates are added and delivered", async () => {

@@ -43,11 +43,9 @@ Deno.test("only the right answer passes; the error has the kind of answer, the U
   const table: [body: string | null, status: number, fault: string][] = [
     [EXPECTED, 200, ""],
     [`${EXPECTED} \r\n\t`, 200, ""],
-    [EXPECTED, 201, "answered 201"],
     [null, 301, "answered 301"],
     ["no", 404, "answered 404"],
     ["other.thumbprint", 200, "something else"],
-    [`<p>${EXPECTED}</p>`, 200, "something else"],
     [EXPECTED + " ".repeat(10 << 20), 200, "more than 4096 bytes"],
   ];
   for (const [body, status, expected] of table) {
@@ -97,15 +95,6 @@ Deno.test("redirects are followed only where a CA follows them: http and https a
   }
 });
 
-Deno.test("a server that is unreachable or closes early, and a name without an address are reported with the reason", async () => {
-  assert.match(await faultOf(all(freePort())), /^http:\S+ at 127\.0\.0\.1: .*refused.*; .*preflight: warn$/i);
-  using closing = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const closed = closing.accept().then((connection) => connection.close());
-  assert.match(await faultOf(all(closing.addr.port)), /^http:\S+ at 127\.0\.0\.1: ./);
-  await closed;
-  assert.match(await faultOf(() => Promise.reject(new Error("ENOTFOUND"))), /^example\.com has no address/);
-});
-
 Deno.test("S2: one deadline limits a check, however many silent addresses and redirects there are", async () => {
   using silent = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   await using web = serve(redirect(`https://example.com${PATH}`));
@@ -137,7 +126,9 @@ Deno.test("every address must serve the challenge, as the CA may choose any; whe
   const [v4, v6] = [["127.0.0.1", four.port], ["::1", other.port]] as const;
   assert.equal(await faultOf(at(v4, v6), { url: six }), "");
   assert.match(await faultOf(at(v4, v6)), /at ::1 answered 200/);
-  assert.match(await faultOf(at(v4, ["127.0.0.1", freePort()])), /at 127\.0\.0\.1: .*refused/i);
+  const refused = await faultOf(at(v4, ["127.0.0.1", freePort()]));
+  assert.match(refused, /^http:\S+ at 127\.0\.0\.1: .*refused.*; .*preflight: warn$/i);
+  assert.match(await faultOf(() => Promise.reject(new Error("ENOTFOUND"))), /^example\.com has no address/);
   count = 0;
   const redirecting = at(["127.0.0.1", web.port], ["127.0.0.1", web.port]);
   assert.equal(await faultOf((...to) => (to[0] === "example.com" ? redirecting : at(v4))(...to)), "");

@@ -73,23 +73,26 @@ test("the next run removes files and records that a killed run has left; its pre
   const options = { domains: `${NAME}\ndns.example`, settings: "preflight: no", more };
   await using bed = await bedFor(prepare, { ...options, ca: { validationDelayMs: 60_000 } });
   await Deno.writeTextFile(join(bed.drop, "of-another-client"), "stays");
+  await Deno.mkdir(join(bed.drop, "no-file", "x"), { recursive: true });
   const program = bed.start("--test");
   const value = () => textOf(join(bed.home, "record")).trim();
-  await until("all is placed", () => bed.dropped().length > 1 && pidOf(bed) > 0 && value() !== "");
+  await until("all is placed", () => bed.dropped().length > 2 && pidOf(bed) > 0 && value() !== "");
   program.kill("SIGKILL");
   await program.output();
   await until("prepare has ended", () => !isRunning(pidOf(bed)));
   const state = bed.state();
   assert.equal(state.published.length, 2);
-  state.published.push(...["../drop/of-another-client", "..", ""].map((token) => ({ token }))); // not even if it is told to
+  // what is no token is skipped, what cannot be removed is tried again
+  state.published.push(...["../drop/of-another-client", "..", "", "no-file"].map((token) => ({ token })));
   await Deno.writeTextFile(bed.path("test/state.json"), JSON.stringify(state));
   const cleanup = `cleanup _acme-challenge.dns.example dns.example ${value()}`;
   bed.configure({ domains: NAME, actions: more });
   bed.ca.switches.validationDelayMs = 0;
   const ran = await bed.run();
   assert.deepEqual([ran.code, ran.stderr], [0, ""]);
-  assert.deepEqual([bed.dropped(), bed.take(), value()], [["of-another-client"], [cleanup], ""]);
-  assert.deepEqual(bed.state().published, []);
+  assert.deepEqual(bed.dropped().sort(), ["no-file", "of-another-client"]);
+  assert.deepEqual([bed.take(), value()], [[cleanup], ""]);
+  assert.deepEqual(bed.state().published, [{ token: "no-file" }]);
 });
 
 test("lines that receive the same pending authorization are both issued", async () => {

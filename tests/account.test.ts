@@ -177,7 +177,7 @@ Deno.test("a rollover whose answer is lost, or that is interrupted before or aft
   }
 });
 
-Deno.test("a certificate is revoked with its own key if no account is known; the key is never used again", async () => {
+Deno.test("a certificate is revoked with its own key if its account is not known or another; the key is never used again", async () => {
   await using bed = await bedFor();
   await issue(bed);
   const path = bed.path(`test/cert/${NAME}-cert-combined.prime256v1.test.pem`);
@@ -190,7 +190,12 @@ Deno.test("a certificate is revoked with its own key if no account is known; the
   assert.notEqual(bed.text(KEY), key);
 
   await Deno.writeTextFile(bed.path("account.key.test"), await newKey());
-  await Deno.remove(bed.path(KEY));
+  bed.configure({ domains: `${NAME}\nother.example` });
+  await bed.run(); // under another account
+  await Deno.rename(bed.path(KEY), bed.path("aside"));
   await assert.rejects(revokeIt(), /neither the account that ordered the certificate/);
-  bed.ca.violations.splice(0); // the account is not authorized
+  await Deno.rename(bed.path("aside"), bed.path(KEY));
+  await revokeIt();
+  assert.equal(bed.ca.issued[1]!.revoked!.reason, 1);
+  bed.ca.violations.splice(0); // the other account is not authorized
 });

@@ -126,8 +126,6 @@ Deno.test("a CA that is unreachable, untrusted or silent is an error with its ca
   }
 });
 
-// ---- waiting -----------------------------------------------------------------------------------------------------
-
 Deno.test("parseRetryAfter() reads seconds and dates, limited to between a second and a day; anything else is undefined", () => {
   const now = new Date("2026-10-18T20:00:00Z");
   const read = (value: string) => {

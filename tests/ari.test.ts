@@ -120,9 +120,8 @@ Deno.test("a certificate without an authority key identifier, or of another CA, 
   const certificate = bed.path("test/cert", `${NAME}-cert-combined.prime256v1.test.pem`);
   const args = "req -x509 -config /dev/null -days 90 -subj /CN=x -addext subjectAltName=DNS:example.com"
     .split(" ");
-  const { success } = await new Deno.Command("openssl", { args: [...args, "-key", key, "-out", certificate] })
+  await new Deno.Command("openssl", { args: [...args, "-key", key, "-out", certificate] })
     .output();
-  assert(success);
   const [bare, foreign] = notes(await bed.run());
   assert.match(bare!, /^example\.com \(ec\): .* no authority key identifier; its dates decide$/);
   assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/);

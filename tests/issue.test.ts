@@ -51,8 +51,6 @@ const after = (fault: Fault): Fault => ({ kind: "after", fault });
 
 const numbered = (count: number) => Array.from({ length: count }, (_, i) => `n${i}.example.com`);
 
-// ---- requests ----------------------------------------------------------------------------------------------------
-
 Deno.test("a line with RSA and EC takes 2 requests per name and 9 per line, up to 20 or two per line at once", async () => {
   for (const [count, parallel, most] of [[12, 3, 6], [40, 40, 20]] as const) {
     await using bed = await testBed({ domains: numbered(count).join(" "), ca: { processingMs: 5 } });

@@ -89,14 +89,10 @@ Subsystem sftp internal-sftp\n`,
   for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
   const sshd = await startServer(which("sshd")!, ["-D", "-e", "-f", join(directory, "sshd_config")], port);
   stack.use(sshd);
+  const kill = `for pid in $(pgrep -P ${sshd.child.pid}); do pkill -KILL -P $pid sshd; kill -KILL $pid; done`;
   /** Kills the processes of its connections, not what they run. */
-  const killSessions = () =>
-    output([
-      "sh",
-      "-c",
-      `for pid in $(pgrep -P ${sshd.child.pid}); do pkill -KILL -P $pid sshd; kill -KILL $pid; done`,
-    ]);
-  stack.defer(async () => void await killSessions());
+  const killSessions = async () => void await output(["sh", "-c", kill]);
+  stack.defer(killSessions);
   const cleanup = stack.move();
   return {
     ...{ directory, user, httpPort, killSessions },
@@ -191,19 +187,14 @@ test("the upload key writes files, and links between them, into its directories 
   ];
   for (const upload of ways) {
     await Deno.remove(`${certificates}/a.pem`);
+    await Deno.symlink("../outside/f", `${certificates}/a.pem`); // is replaced, and its target not written to
     const { code, stderr } = await upload(`${from}/a.pem`);
     assert.equal(code, 0, stderr);
-    assert.equal(Deno.statSync(`${certificates}/a.pem`).mode! & 0o7777, 0o664);
+    const { isFile, mode } = Deno.lstatSync(`${certificates}/a.pem`);
+    assert.deepEqual([isFile, mode! & 0o7777], [true, 0o664]);
     assert.notEqual((await upload(`${from}/.hidden`)).code, 0);
   }
   assert.deepEqual(listing(certificates), ["a.pem", "b.pem", "private"]);
-  // an existing link is replaced, and its target not written to
-  for (const upload of ways) {
-    await Deno.remove(`${certificates}/a.pem`);
-    await Deno.symlink("../outside/f", `${certificates}/a.pem`);
-    assert.equal((await upload(`${from}/a.pem`)).code, 0);
-    assert.ok(Deno.lstatSync(`${certificates}/a.pem`).isFile);
-  }
   assert.deepEqual(listing(join(remote.directory, "outside")), []);
 });
 
@@ -268,14 +259,12 @@ test("S9: uploads are limited in size, and nothing is left of one that was refus
     const files = names.map((name) => join(from, name));
     return rsync(remote, ...options.split(" "), ...files, `mail-upload:${certificates}/`);
   };
-  const large = await upload("-az", "large");
-  assert.match(large.stderr, /File too large/, JSON.stringify([large, listing(certificates)]));
-  // detected at the end of a fast transfer, and during a slow one
-  for (const options of ["-az", "-a --bwlimit=2000"]) {
-    const { code, stderr } = await upload(options, "a", "b", "c");
-    assert.notEqual(code, 0);
-    assert.match(stderr, /nothing was taken; a file may have 1024 KiB, .* 3000 KiB/);
-  }
+  // rsync's client may end before it has shown what the host reports, unless the transfer is complete
+  assert.notEqual((await upload("-az", "large")).code, 0);
+  assert.notEqual((await upload("-a --bwlimit=2000", "a", "b", "c")).code, 0);
+  const { code, stderr } = await upload("-az", "a", "b", "c");
+  assert.equal(code, 11);
+  assert.match(stderr, /nothing was taken; a file may have 1024 KiB, .* 3000 KiB/);
   await until("nothing is left", () => listing(certificates).length === 1);
 
   const arrives = () => listing(certificates).some((name) => name.startsWith(".incoming-"));
@@ -302,13 +291,12 @@ test("certificates are issued through the remote host and delivered to it; a hos
   const cert = `${certificates}/imap.example.com-cert-combined.prime256v1.test.pem`;
   const key = `${certificates}/private/imap.example.com-key.prime256v1.test.pem`;
   await makeCertificate(directory, "first", "ec", ["imap.example.com"]);
-  await Deno.copyFile(`${directory}/first.pem`, cert);
-  await Deno.copyFile(`${directory}/first.key`, key);
-  const user = Deno.uid() === 0 ? remote.user : undefined;
-  if (user !== undefined) await run("chown", user, key);
+  await run("install", "-m", "644", `${directory}/first.pem`, cert);
+  await run("install", "-m", "600", "-o", remote.user, `${directory}/first.key`, key);
   const tls = freePort();
   const server =
     `server { listen 127.0.0.1:${tls} ssl; ssl_certificate ${cert}; ssl_certificate_key ${key}; }`;
+  const user = Deno.uid() === 0 ? remote.user : undefined;
   await using nginx = await startNginx(directory, tls, () => server, user);
   await Deno.writeTextFile(`${directory}/pid`, `${nginx.child.pid}`);
 
@@ -318,11 +306,8 @@ test("certificates are issued through the remote host and delivered to it; a hos
     settings: "keyTypes: ec\n",
   });
   const hostname = "127.0.0.1";
-  const ports: Record<string, number> = {
-    "central.example.com": bed.web.port,
-    "down.example.com": freePort(),
-  };
-  const portOf = (name: string) => ports[name] ?? httpPort;
+  const portOf = (name: string) =>
+    name.startsWith("central.") ? bed.web.port : name.startsWith("down.") ? 1 : httpPort;
   bed.ca.switches.httpPort = portOf;
   const ssh = `ssh ${remote.ssh.join(" ")}`;
   // the example in conf/actions.conf, which names what the kit makes

@@ -23,6 +23,8 @@ import { type Ca, type Fault, type LogEntry, type Resource, startCa, startWebroo
 import type { Switches, Webroot } from "./ca.ts";
 import { LEMATT, output } from "./programs.ts";
 
+export { settled as all } from "../lib/context.ts";
+
 const DAY = 86_400_000;
 /** The client waits only this fraction of the time it wants to wait. */
 const WAIT_SCALE = 1 / 100;
@@ -105,10 +107,9 @@ export class Bed implements AsyncDisposable {
     const notBefore = new Date(this.ca.now.getTime() - age * DAY);
     using store = await Store.open(config, this.ca.now);
     for (const entry of readInventory(config)) {
+      const { keyBitsRSA: bits, curve } = config;
       const keyPem = await generateKey(
-        entry.keyType === "rsa"
-          ? { type: "rsa", bits: config.keyBitsRSA }
-          : { type: "ec", curve: config.curve },
+        entry.keyType === "rsa" ? { type: "rsa", bits } : { type: "ec", curve },
       );
       const notAfter = new Date(notBefore.getTime() + life * DAY);
       const chainPem = await this.ca.forge(keyPem, entry.line.names, { notBefore, notAfter });
@@ -247,15 +248,6 @@ export async function endOf(child: Deno.ChildProcess): Promise<Ended> {
   const { code, stdout, stderr } = await child.output();
   const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
   return { code, stdout: text(stdout), stderr: text(stderr) };
-}
-
-/** Waits for all tasks and returns their results; throws the first failure once none is running. */
-export async function all<T>(tasks: Iterable<Promise<T>>): Promise<T[]> {
-  const settled = await Promise.allSettled(tasks);
-  return settled.map((result) => {
-    if (result.status === "rejected") throw result.reason;
-    return result.value;
-  });
 }
 
 /** Waits until `condition` is true. */

@@ -18,24 +18,16 @@ import { output } from "./programs.ts";
 /** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
 const CHANGING =
   ("openat write pwrite64 fsync fdatasync ftruncate fchmod chmod fchmodat rename renameat renameat2 " +
-    "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat").replaceAll(/\w+/g, "?$&").replaceAll(
-      " ",
-      ",",
-    );
+    "link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat")
+    .split(" ").map((call) => `?${call}`).join();
 
 /** Stops the program only at the traced calls, which saves half the time; strace 6.1 sends no signals then. */
 const QUICK = "--seccomp-bpf";
 
 /** Why strace cannot be used here; undefined where it can. */
-export const missing = await (async () => {
-  try {
-    const args = ["-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"];
-    const { code, stderr } = await output(["strace", ...args]);
-    return code === 0 ? undefined : stderr.trim();
-  } catch (error) {
-    return (error as Error).message;
-  }
-})();
+export const missing = await output(
+  ["strace", "-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"],
+).then(({ code, stderr }) => code === 0 ? undefined : stderr.trim(), (error: Error) => error.message);
 
 /** A system call of the program. */
 export interface Point {
@@ -95,20 +87,18 @@ async function renewal(subject: Subject): Promise<void> {
 const found: Record<string, Promise<readonly Point[]>> = {};
 
 /** The calls by which the program changes files, or opens them to read, when it starts in that situation. */
-export function pointsIn(situation: string): Promise<readonly Point[]> {
-  return found[situation] ??= findPoints(situation);
-}
+export const pointsIn = (situation: string): Promise<readonly Point[]> =>
+  found[situation] ??= findPoints(situation);
 
-async function findPoints(situation: string): Promise<Point[]> {
+async function findPoints(situation: string): Promise<readonly Point[]> {
   await using subject = await subjectIn(situation);
   const ended = await traced(subject, situation);
   assert.equal(ended.code, 0, ended.stderr);
   const points = new Map<string, Point>();
   const counts = new Map<string, number>();
   const main = /^\d+/.exec(ended.trace)![0];
-  for (const line of ended.trace.split("\n")) {
-    const [, thread, call, rest] = /^(\d+) +(\w+)\((.*)/.exec(line) ?? [];
-    const file = /["<](\/[^">]*)/.exec(rest?.replace(/^AT_FDCWD<.*?>/, "") ?? "")?.[1] ?? "";
+  for (const [, thread, call, rest] of ended.trace.matchAll(/^(\d+) +(\w+)\((.*)/gm)) {
+    const file = /["<](\/[^">]*)/.exec(rest!.replace(/^AT_FDCWD<.*?>/, ""))?.[1] ?? "";
     const path = relative(subject.bed.home, file);
     if (!/^conf\b/.test(path)) continue; // challenge files have another name the next time
     const counted = `${thread} ${call} ${path}`;

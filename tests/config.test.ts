@@ -395,7 +395,7 @@ Deno.test("T6, T11: paths of another working directory, and files of another use
 /** What is changed; its path, mode, user and group; and the expected notice, if any. */
 const open = rows`
   actions.conf writable by all => actions.conf 646 0 0 => actions.conf: chmod go-w
-  actions.conf writable by the group of root => actions.conf 664 0 0
+  domains of another user, writable by the group of root => domains 664 1234 0
   lematt.conf of another user => lematt.conf 644 1234 1234 => lematt.conf: chown root
   domains writable by all => domains 666 0 0 => domains: others may write
   a directory of another user => . 755 1234 1234 => BASE/CONF/prod: user 1234

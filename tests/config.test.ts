@@ -325,6 +325,12 @@ Deno.test("loadConfig() accepts harmless mistakes with a warning that names the 
   }
 });
 
+Deno.test("a section that delivers without verify is no warning, but advice of --check", () => {
+  const { warnings, advice } = load('A: [default]\nupdate: ["true"]\n[every]\nupdate: ["true"]\n');
+  matches(warnings, []);
+  matches(advice, ["actions.conf:1 DOMAIN:443"]);
+});
+
 // ---- files and their owners ------------------------------------------------------------------------------
 
 Deno.test("loadConfig() accepts an account key in each format, and rejects one that the CA or lematt cannot use", () => {

@@ -77,6 +77,7 @@ test("the configuration is a file, a directory, a link, else ./conf of the same 
   if (Deno.uid() === 0) await Deno.chown(bed.conf, 65534, 65534); // S5: its commands would run as root
   const samples = await lematt("--check", Deno.uid() === 0 ? bed.home : "/");
   assert.deepEqual([samples.code, samples.stderr.includes(`no names in ${ROOT}/conf/domains`)], [2, true]);
+  assert.match(samples.stderr, /since no --config names another/); // T11
 });
 
 test("each command has its exit status: 0, 1 if there is a problem, 2 for what does not exist and questions without an answer", async () => {

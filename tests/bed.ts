@@ -19,7 +19,7 @@ import { run, select } from "../lib/run.ts";
 import type { State } from "../lib/state.ts";
 import { readInventory, Store } from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
-import { type Ca, type Fault, type LogEntry, type Resource, startCa, startWebroot } from "./ca.ts";
+import { type Ca, type Exchange, type Fault, type Resource, startCa, startWebroot } from "./ca.ts";
 import type { Switches, Webroot } from "./ca.ts";
 import { LEMATT, output } from "./programs.ts";
 
@@ -42,7 +42,7 @@ export type Ended = Awaited<ReturnType<typeof output>>;
 /** The result of a run in this process, and its requests to the CA. */
 export interface Ran extends Ended {
   readonly events: readonly Event[];
-  readonly requests: readonly LogEntry[];
+  readonly requests: readonly Exchange[];
 }
 
 /** Options of a run; where the program gets `--only NAME`, `named` is `{ only: [NAME] }`. */

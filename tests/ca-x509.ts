@@ -33,16 +33,10 @@ export async function readRequest(der: Uint8Array<ArrayBuffer>): Promise<Request
   };
 }
 
-/** A name and a P-256 key that sign certificates. */
-export interface Authority {
-  readonly commonName: string;
-  readonly privateKey: KeyObject;
-  readonly publicKey: KeyObject;
-  /** Its subject key identifier, in hexadecimal. */
-  readonly keyId: string;
-}
+export type Authority = ReturnType<typeof createAuthority>;
 
-export function createAuthority(commonName: string): Authority {
+/** A name and a P-256 key that sign certificates; `keyId` is the subject key identifier in hexadecimal. */
+export function createAuthority(commonName: string) {
   const { privateKey, publicKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
   return { commonName, privateKey, publicKey, keyId: keyIdOf(publicKey) };
 }

@@ -35,15 +35,12 @@ const RESOURCES = [
 ];
 export type Resource = typeof RESOURCES[number];
 
-/** A request; `n` counts the requests to this CA, from 1. */
+/** A request and its answer; `n` counts the requests to this CA, from 1. */
 export interface Exchange {
   readonly n: number;
   readonly method: string;
   readonly url: string;
   readonly resource: Resource;
-}
-
-export interface LogEntry extends Exchange {
   /** The same number for all requests of one connection. */
   readonly connection: number;
   /** The status of the answer; 0 if there is none, or not yet. */
@@ -170,7 +167,7 @@ export class Ca implements AsyncDisposable {
   readonly directoryUrl: string;
   /** Names for which it does not issue; a test changes them. */
   readonly refused = new Set<string>();
-  readonly log: LogEntry[] = [];
+  readonly log: Exchange[] = [];
   /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for asking before Retry-After. */
   readonly violations: (Exchange & { readonly type: string; readonly detail: string })[] = [];
   readonly accounts: Account[] = [];
@@ -234,7 +231,7 @@ export class Ca implements AsyncDisposable {
     const [, first, id = ""] = pathname.split("/");
     const resource = RESOURCES.find((name) => name === first) ?? "unknown";
     const [n, method, url] = [this.log.length + 1, request.method, this.origin + pathname];
-    const entry: LogEntry = { n, method, url, resource, connection, status: 0 };
+    const entry: Exchange = { n, method, url, resource, connection, status: 0 };
     this.log.push(entry);
     const handle = () => this.#handle(request, entry, id);
     const answer = await this.#answerUnder(this.switches.fault?.(entry), entry, handle);
@@ -246,7 +243,7 @@ export class Ca implements AsyncDisposable {
   /** The answer under a fault; undefined if the client gets none. */
   async #answerUnder(
     fault: Fault | undefined,
-    entry: LogEntry,
+    entry: Exchange,
     handle: () => Promise<Answer>,
   ): Promise<Answer | undefined> {
     const rewritten = async (rewrite: (body: string) => string | Promise<string>) => {
@@ -290,7 +287,7 @@ export class Ca implements AsyncDisposable {
     }
   }
 
-  async #handle(request: Request, entry: LogEntry, id: string): Promise<Answer> {
+  async #handle(request: Request, entry: Exchange, id: string): Promise<Answer> {
     let answer: Answer;
     try {
       answer = this.#finish(await this.#answer(request, entry, id), entry);
@@ -302,14 +299,14 @@ export class Ca implements AsyncDisposable {
     return answer;
   }
 
-  #refuse({ status, type, message, document, headers, isViolation }: wire.Problem, entry: LogEntry): Answer {
+  #refuse({ status, type, message, document, headers, isViolation }: wire.Problem, entry: Exchange): Answer {
     if (isViolation) this.violations.push({ ...entry, type, detail: message });
     const contentType = { "content-type": "application/problem+json" };
     return this.#finish(json(status, document, { ...contentType, ...headers }), entry);
   }
 
   /** Adds the headers of every answer (RFC 8555 §6.5, §7.1). */
-  #finish(answer: Answer, { method }: LogEntry): Answer {
+  #finish(answer: Answer, { method }: Exchange): Answer {
     const index = `<${this.directoryUrl}>;rel="index"`;
     const headers = { ...answer.headers, link: [answer.headers.link ?? [], index].flat().join() };
     if (method === "GET") return { ...answer, headers };
@@ -318,7 +315,7 @@ export class Ca implements AsyncDisposable {
     return { ...answer, headers: { ...headers, "replay-nonce": nonce } };
   }
 
-  async #answer(request: Request, entry: LogEntry, id: string): Promise<Answer> {
+  async #answer(request: Request, entry: Exchange, id: string): Promise<Answer> {
     const { resource, url } = entry;
     if (resource === "unknown") throw violation(404, "malformed", `there is nothing at ${url}`);
     if (resource !== "newOrder") this.#use(resource);
@@ -354,7 +351,7 @@ export class Ca implements AsyncDisposable {
   }
 
   /** RFC 8555 §6.2 to §6.5. */
-  async #authenticate(request: Request, entry: LogEntry): Promise<Signed> {
+  async #authenticate(request: Request, entry: Exchange): Promise<Signed> {
     if (request.headers.get("content-type") !== "application/jose+json") {
       throw violation(415, "malformed", "the content type is not application/jose+json");
     }
@@ -425,9 +422,8 @@ export class Ca implements AsyncDisposable {
     const refused = identifiers.filter(({ value }) => this.refused.has(value));
     if (refused.length > 0) {
       const problem = refusal(400, "rejectedIdentifier", "the policy forbids it");
-      problem.document.subproblems = refused.map((identifier) => {
-        return { ...refusal(400, "rejectedIdentifier", "not this one").document, identifier };
-      });
+      const { document } = refusal(400, "rejectedIdentifier", "not this one");
+      problem.document.subproblems = refused.map((identifier) => ({ ...document, identifier }));
       throw problem;
     }
     const replaces = request.replaces as string | undefined;
@@ -501,7 +497,7 @@ export class Ca implements AsyncDisposable {
 
   // ---- challenges (§7.5.1) -----------------------------------------------------------------------------------------
 
-  #challenge(authorization: Authorization, entry: LogEntry, payload: string): Answer {
+  #challenge(authorization: Authorization, entry: Exchange, payload: string): Answer {
     const challenge = authorization.challenges.find(({ url }) => url === entry.url);
     if (challenge === undefined) throw violation(404, "malformed", `there is nothing at ${entry.url}`);
     if (payload !== "{}") throw malformed("the answer to a challenge is {}");
@@ -602,7 +598,7 @@ export class Ca implements AsyncDisposable {
     throw (isOwn ? violation : refusal)(404, "malformed", `no certificate has the certID ${certId}`);
   }
 
-  #renewalInfo(entry: LogEntry, certId: string): Answer {
+  #renewalInfo(entry: Exchange, certId: string): Answer {
     const { explanationURL, ...suggestedWindow } = this.#findByCertId(certId).renewalWindow;
     const now = this.now.getTime();
     const early = (this.#askAt.get(certId) ?? 0) - now;

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync } from "node:fs";
 import { type Bed, faultAt, type Ran, refusing, testBed, until } from "./bed.ts";
-import type { Exchange, Fault, LogEntry, Order, Resource, Switches } from "./ca.ts";
+import type { Exchange, Fault, Order, Resource, Switches } from "./ca.ts";
 
 const DAY = 86_400_000;
 const NAME = "example.com";
@@ -12,7 +12,7 @@ const CERT = `test/cert/${NAME}-cert-combined.prime256v1.test.pem`;
 const KEY = `test/key/${NAME}-key.prime256v1.test.pem`;
 
 /** How many requests each resource got. */
-function counts(requests: readonly LogEntry[]): Partial<Record<Resource, number>> {
+function counts(requests: readonly Exchange[]): Partial<Record<Resource, number>> {
   const counted: Partial<Record<Resource, number>> = {};
   for (const { resource } of requests) counted[resource] = (counted[resource] ?? 0) + 1;
   return counted;

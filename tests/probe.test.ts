@@ -190,8 +190,8 @@ test("S2: many silent endpoints take one time-out together; of 4,000 addresses 3
 
 // ---- in another process --------------------------------------------------------------------------------------
 
-/** Runs a script with `probe`, `target` and `context` in another process, and returns its output. */
-async function elsewhere(script: string, { PATH = Deno.env.get("PATH")!, within = [] as string[] } = {}) {
+/** Runs a script with `probe`, `target` and `context`, started by a command, and returns its output. */
+async function elsewhere(script: string, ...by: string[]): Promise<string> {
   const url = (name: string) => JSON.stringify(import.meta.resolve(`../lib/${name}.ts`));
   const program = join(directory, `${crypto.randomUUID()}.js`);
   const head = `import { probe } from ${url("probe")}; import { systemContext } from ${url("context")};
@@ -201,7 +201,7 @@ const target = (host) => ({ endpoint: { text: host, host, port: 443 }, keyType: 
   await Deno.writeTextFile(program, `${head}\n${script}`);
   const config = new URL("../deno.json", import.meta.url).pathname;
   const flags = ["run", "-q", "--no-check", "--no-prompt", "-P=tests", "--config", config];
-  const { stdout, stderr } = await output([...within, Deno.execPath(), ...flags, program], { env: { PATH } });
+  const { stdout, stderr } = await output([...by, Deno.execPath(), ...flags, program]);
   return stdout + stderr;
 }
 
@@ -216,7 +216,9 @@ test("an openssl that is missing or cannot be used is reported", async () => {
   const script =
     `await probe([target("a.example")], context()).catch((error) => console.log(String(error)));`;
   const libre = await withOpenssl(`echo ' -connect host:port Who to connect to' >&2; exit 1`);
-  const [none, other] = await all(["/nowhere", libre].map((PATH) => elsewhere(script, { PATH })));
+  const [none, other] = await all(
+    ["/nowhere", libre].map((path) => elsewhere(script, "env", `PATH=${path}`)),
+  );
   assert.match(none!, /^ProbeError: .*cannot find openssl/);
   assert.match(other!, /^ProbeError: .*-sigalgs.*LibreSSL/);
 });
@@ -224,7 +226,7 @@ test("an openssl that is missing or cannot be used is reported", async () => {
 test("R17: at most 16 openssl run at once, however many calls there are", async () => {
   await using server = await startHttps(directory, "ec");
   const running = await Deno.makeTempDir({ dir: directory });
-  const counting = await withOpenssl(`test "$2" = -help && exec ${which("openssl")} "$@"
+  const bin = await withOpenssl(`test "$2" = -help && exec ${which("openssl")} "$@"
 mkdir ${running}/$$; ls ${running} | wc -l >> ${running}.log; sleep 0.4
 ${which("openssl")} "$@"; status=$?; rmdir ${running}/$$; exit $status`);
   const script = `
@@ -232,7 +234,7 @@ const route = () => Promise.resolve([{ address: "127.0.0.1", port: ${server.port
 const calls = [1, 2, 3, 4].map((call) => Array.from({ length: 10 }, (_, i) => target(call + "." + i + ".example")));
 const sights = await Promise.all(calls.map((targets) => probe(targets, context(route))));
 console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
-  assert.equal(await elsewhere(script, { PATH: `${counting}:${Deno.env.get("PATH")}` }), "40\n");
+  assert.equal(await elsewhere(script, "env", `PATH=${bin}:${Deno.env.get("PATH")}`), "40\n");
   const most = Math.max(...(await Deno.readTextFile(`${running}.log`)).trim().split("\n").map(Number));
   assert(most > 4 && most <= 16, `${most} at once`);
 }, lackOf("nginx"));
@@ -251,13 +253,13 @@ Deno.exit();`;
   const down = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; " +
     "ip -6 addr add 2001:db8::2/64 dev v0 nodad; ip -6 neigh add 2001:db8::1 dev v0 nud failed";
   await all([["true", "passed over"], [down, "unreachable"]].map(async ([setup, kind]) => {
-    const within = ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"];
-    const seen = `127.0.0.1 unreachable, 2001:db8::1 ${kind}\n2001:db8::1 unreachable\n`;
-    assert.equal(await elsewhere(script, { within }), seen);
+    const by = ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"];
+    assert.equal(
+      await elsewhere(script, ...by),
+      `127.0.0.1 unreachable, 2001:db8::1 ${kind}\n2001:db8::1 unreachable\n`,
+    );
   }));
 }, hasNamespaces ? undefined : "no network namespaces");
-
-// ---- a service -------------------------------------------------------------------------------------------------
 
 test("the certificate of slapd is seen through StartTLS of LDAP", async () => {
   const port = freePort();

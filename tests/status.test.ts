@@ -53,19 +53,19 @@ Deno.test("what is missing, changed or orphaned is shown; R16: a line whose new 
   await Deno.copyFile(file("a.example.com"), file("b.example.com"));
   await Deno.remove(file("c.example.com"));
   bed.configure({ domains: "a.example.com\nb.example.com\nc.example.com\nd.example.com shop" });
-  const listing = () => [...Deno.readDirSync(bed.path("prod"))].map(({ name }) => name).sort();
-  const before = listing();
   const found = await statusOf(bed);
   const { certificates } = JSON.parse(statusJson(found)) as { certificates: Record<string, string>[] };
-  assert.deepEqual(certificates.map(({ state, notAfter }) => [state, notAfter !== undefined]), [
-    ["present", true],
-    ["other key", true],
-    ["missing", false],
-    ["missing", true],
+  const states = certificates.map(({ state, notAfter }) =>
+    notAfter === undefined ? state : `${state}, with dates`
+  );
+  assert.deepEqual(states, [
+    "present, with dates",
+    "other key, with dates",
+    "missing",
+    "missing, with dates",
   ]);
   assert.match(statusTable(found), /^CERTIFICATE +KEY +EXPIRES IN +RENEWS$[^]*^a\.example\.com /m);
   assert.match(statusTable(found), /^ORPHANED FILES.*\n +cert\/www\.d\.example\.com-/m);
-  assert.deepEqual(listing(), before);
 
   bed.ca.refused.add("shop.d.example.com");
   await bed.run({ mode: "prod" });

@@ -22,7 +22,8 @@ export async function forward(): Promise<void> {
   const perSecond = (port: number) => async () => (await load(port, 50)).perSecond;
   const [redirects, theirs] = await inTurns(TURNS, perSecond(ours.port), perSecond(port));
   figure("leforward, redirects", median(redirects!), "/s");
-  figure("an nginx with one worker, beside leforward", ratio(theirs!, redirects!), "x", 1.1);
+  figure("nginx with one worker, redirects", median(theirs!), "/s");
+  figure("nginx beside leforward", ratio(theirs!, redirects!), "x", 1.1);
 
   // few connections at once, as from a CA: with many, wrk would measure its own queue
   const p99 = async (port: number) => (await load(port, 4)).p99Ms;

@@ -1,18 +1,8 @@
 /** How the test CA validates challenges (RFC 8555 §8), on loopback only. */
 import { createHash } from "node:crypto";
 import { isIP } from "node:net";
-import type { Switches } from "./ca.ts";
+import type { Authorization, Challenge, Switches } from "./ca.ts";
 import { refusal } from "./ca-wire.ts";
-
-/** The challenge to validate. */
-export interface Proof {
-  readonly type: string;
-  readonly name: string;
-  readonly isWildcard: boolean;
-  /** `<token>.<thumbprint>` (RFC 8555 §8.1). */
-  readonly keyAuthorization: string;
-  readonly account: string;
-}
 
 /** The issuer domain name, for dns-persist-01. */
 export const ISSUER = "ca.example";
@@ -23,10 +13,15 @@ const unauthorized = (detail: string) => refusal(403, "unauthorized", detail);
 const noConnection = (detail: string) => refusal(400, "connection", detail);
 
 /** Throws the problem of the challenge if validation fails; `closing` aborts it. */
-export async function validate(proof: Proof, switches: Switches, closing: AbortSignal): Promise<void> {
-  const { type, name, keyAuthorization } = proof;
+export async function validate(
+  authorization: Authorization,
+  { type, token }: Challenge,
+  switches: Switches,
+  closing: AbortSignal,
+): Promise<void> {
+  const name = authorization.identifier.value;
+  const keyAuthorization = `${token}.${authorization.account.key.thumbprint}`;
   if (type === "http-01") {
-    const [token] = keyAuthorization.split(".");
     const url = `http://${isIP(name) === 6 ? `[${name}]` : name}/.well-known/acme-challenge/${token}`;
     const found = await fetchFile(new URL(url), switches, closing);
     if (found.trimEnd() === keyAuthorization) return;
@@ -36,7 +31,7 @@ export async function validate(proof: Proof, switches: Switches, closing: AbortS
   const nameServer = { ipAddr: "127.0.0.1", port: switches.dnsPort };
   const records = await Deno.resolveDns(`${record}.`, "TXT", { nameServer }).catch(() => []);
   const digest = createHash("sha256").update(keyAuthorization).digest("base64url");
-  const proves = (value: string) => type === "dns-01" ? value === digest : isPersistent(value, proof);
+  const proves = (value: string) => type === "dns-01" ? value === digest : isPersistent(value, authorization);
   if (records.some((parts) => proves(parts.join("")))) return;
   throw unauthorized(`none of the ${records.length} TXT records at ${record} proves it`);
 }
@@ -66,12 +61,12 @@ async function fetchFile(url: URL, { httpPort = 80 }: Switches, closing: AbortSi
 }
 
 /** draft-ietf-acme-dns-persist: `ca.example; accounturi=https://…; policy=wildcard`. Pebble checks the syntax more strictly. */
-function isPersistent(record: string, { account, isWildcard }: Proof): boolean {
+function isPersistent(record: string, { account, wildcard }: Authorization): boolean {
   const [issuer, ...parameters] = record.split(";").map((part) => part.trim());
   const values = new Map(parameters.map((parameter) => {
     const [tag = "", value] = parameter.split("=").map((part) => part.trim());
     return [tag.toLowerCase(), value];
   }));
-  return issuer === ISSUER && values.get("accounturi") === account &&
-    (!isWildcard || values.get("policy")?.toLowerCase() === "wildcard");
+  return issuer === ISSUER && values.get("accounturi") === account.url &&
+    (!wildcard || values.get("policy")?.toLowerCase() === "wildcard");
 }

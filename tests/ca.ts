@@ -78,10 +78,7 @@ interface Account {
   key: SigningKey;
 }
 
-interface SigningKey {
-  readonly jwk: jose.JWK;
-  readonly thumbprint: string;
-}
+type SigningKey = Awaited<ReturnType<typeof keyOf>>;
 
 /** RFC 8555 §7.1.3. */
 export interface Order {
@@ -102,7 +99,7 @@ export interface Order {
 }
 
 /** RFC 8555 §7.1.4. */
-interface Authorization {
+export interface Authorization {
   readonly url: string;
   readonly account: Account;
   readonly identifier: x509.Identifier;
@@ -113,7 +110,7 @@ interface Authorization {
 }
 
 /** RFC 8555 §8, as it is shown. */
-interface Challenge {
+export interface Challenge {
   readonly url: string;
   readonly type: string;
   readonly token?: string;
@@ -139,11 +136,7 @@ interface Issued {
 }
 
 /** A request with a valid signature; `account` only if it was signed with `kid`. */
-interface Signed {
-  readonly payload: string;
-  readonly key: SigningKey;
-  readonly account?: Account;
-}
+type Signed = Omit<Awaited<ReturnType<typeof verified>>, "header"> & { readonly account?: Account };
 
 // ---- the CA ------------------------------------------------------------------------------------------------------
 
@@ -513,14 +506,12 @@ export class Ca implements AsyncDisposable {
   }
 
   async #validate(authorization: Authorization, challenge: Challenge): Promise<void> {
-    const { account, identifier: { value: name }, wildcard: isWildcard = false } = authorization;
-    const { type, token } = challenge;
+    const { identifier: { value: name }, wildcard } = authorization;
     const { switches, now } = this;
     const { signal } = this.#closing;
     try {
       if (switches.validationDelayMs) await delay(switches.validationDelayMs, undefined, { signal });
-      const keyAuthorization = `${token}.${account.key.thumbprint}`;
-      await validate({ type, name, isWildcard, keyAuthorization, account: account.url }, switches, signal);
+      await validate(authorization, challenge, switches, signal);
       challenge.status = authorization.status = "valid";
       challenge.error = undefined;
       authorization.expires = new Date(now.getTime() + 30 * DAY);
@@ -531,7 +522,7 @@ export class Ca implements AsyncDisposable {
       else challenge.status = authorization.status = "invalid";
       challenge.error = error.document;
     }
-    this.validations.push({ type, name: isWildcard ? `*.${name}` : name });
+    this.validations.push({ type: challenge.type, name: wildcard ? `*.${name}` : name });
   }
 
   // ---- certificates (§7.4, §7.6, RFC 9773) -------------------------------------------------------------------------
@@ -638,10 +629,7 @@ function parsed(text: string): Record<string, unknown> {
   }
 }
 
-const keyOf = async (jwk: jose.JWK): Promise<SigningKey> => ({
-  jwk,
-  thumbprint: await jose.calculateJwkThumbprint(jwk),
-});
+const keyOf = async (jwk: jose.JWK) => ({ jwk, thumbprint: await jose.calculateJwkThumbprint(jwk) });
 
 /** Verifies a flattened JWS with the key that `keyFor` returns for its `kid`, or with the key in its header. */
 async function verified(text: string, keyFor: (kid: string) => SigningKey) {

@@ -82,8 +82,7 @@ for (const run of ["first run", "renewal"] as const) {
     const attempt = async ([kind, n]: readonly [string, number]) => {
       await using subject = await subjectFor(run);
       const injected = await runWithFault(subject, n, FAULTS[kind]!);
-      // allowed are only: asking again too soon after a lost answer, the nonce of a request that fetch() itself sends again
-      // after its connection was broken, and anything after a wrong answer was repeated
+      // allowed are asking again too soon after a lost answer, and a nonce where fetch() itself sends a request again
       const allowed = kind.startsWith("reset") ? ["tooSoon", "badNonce"] : ["tooSoon"];
       const violations = subject.bed.ca.violations.splice(0).filter(({ type }) => !allowed.includes(type));
       if (!kind.startsWith("the same")) assert.deepEqual(violations, []);

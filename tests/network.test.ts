@@ -8,7 +8,7 @@ import { createSocket } from "node:dgram";
 import { once } from "node:events";
 import { join } from "node:path";
 import { type Route, systemContext, systemQuery } from "../lib/context.ts";
-import { checkFile, checkRecords } from "../lib/selfcheck.ts";
+import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
 import { output, temporaryDirectory } from "./programs.ts";
 import { lackOf } from "./together.ts";
@@ -48,11 +48,9 @@ if (DIRECTORY === undefined) {
   inNamespace(DIRECTORY);
 }
 
-function contextWith(route?: Route) {
-  const unused = () => assert.fail("not asked for");
-  const { signal } = new AbortController();
-  return systemContext({ fetch: unused, userAgent: "", signal, warn: unused, ...(route && { route }) });
-}
+const { signal } = new AbortController();
+const unused = () => assert.fail("not asked for");
+const CONTEXT = systemContext({ fetch: unused, userAgent: "", signal, warn: unused });
 
 function inNamespace(directory: string) {
   const URL_80 = "http://example.com/.well-known/acme-challenge/token";
@@ -66,7 +64,7 @@ function inNamespace(directory: string) {
       return new Response(null, { status: 302, headers: { location } });
     });
     const route: Route = (host, port) => Promise.resolve(table[host]!.map((address) => ({ address, port })));
-    const verdict = await checkFile(URL_80, "right", contextWith(route), AbortSignal.timeout(5_000));
+    const verdict = await checkFile(URL_80, "right", { ...CONTEXT, route }, AbortSignal.timeout(5_000));
     await server.shutdown();
     return { ...verdict, asked };
   }
@@ -80,7 +78,6 @@ function inNamespace(directory: string) {
       ["2001:db8::1", "http://central.example/", "fd00::1", false],
       ["192.0.2.1 127.0.0.1", "http://central.example/", "127.0.0.1", false],
       ["192.0.2.1", `http://central.example${pathname}?x`, "127.0.0.1", false],
-      ["192.0.2.1", `http://127.0.0.1${pathname}`, "127.0.0.1", false],
       ["192.0.2.1", `http://localhost${pathname}`, "127.0.0.1", false],
       ["192.0.2.1", `http://central.example${pathname}`, "127.0.0.1", true], // its own name, from /etc/hosts
       ["10.0.0.1", "http://central.example/", "10.0.0.2", true],
@@ -151,12 +148,9 @@ function inNamespace(directory: string) {
     await once(silent, "listening");
 
     for (const [i, [servers, expected]] of table.entries()) {
-      const checked = await checkRecords(
-        `_acme-challenge.${i}.example`,
-        (records) => records.fault((text) => text === "value"),
-        contextWith(),
-        AbortSignal.timeout(10_000),
-      );
+      const judge = (records: Records) => records.fault((text) => text === "value");
+      const signal = AbortSignal.timeout(10_000);
+      const checked = await checkRecords(`_acme-challenge.${i}.example`, judge, CONTEXT, signal);
       assert.match(JSON.stringify(checked), expected, servers);
     }
     // with options in resolv.conf that Deno does not know

@@ -1,10 +1,12 @@
 /**
  * Delivery: the processor time per command, apart from its shell, for 200 sections with `cp` as upload and `true` as update;
- * and probes of 500 endpoints, compared with the same number of plain `openssl s_client`, and with 50 silent ones among them.
+ * how soon a new certificate is delivered while another line waits for a silent host; and probes of 500 endpoints, compared with the same number of plain `openssl s_client`, and with 50 silent ones among them.
  */
 
+import { existsSync } from "node:fs";
+import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { testBed } from "./bed.ts";
+import { testBed, until } from "./bed.ts";
 import { figure, inTurns, measure, median } from "./bench-measure.ts";
 import { LEMATT, output } from "./programs.ts";
 import { freePort, startNginx, tcpServer } from "./tls.ts";
@@ -28,6 +30,27 @@ export async function deliveries(): Promise<void> {
   figure("processor time of a command: its shell", each(shell!), "ms");
   const own = all!.map((seconds, i) => seconds - idle![i]! - shell![i]!);
   figure("processor time of a command: lematt", each(own), "ms", 2);
+  figure("from a certificate to its delivery beside a silent host", await secondsToDeliver(), "s", 0.2);
+}
+
+async function secondsToDeliver(): Promise<number> {
+  await using bed = await testBed({ domains: "a.example.com\nslow.example.com", settings: "keyTypes: ec" });
+  bed.act(`[a]\ndomains: a.example.com\nupdate: ["touch HERE/delivered"]
+[slow]\ndomains: slow.example.com\nprepare: ["sleep 60"]`);
+  const stop = new AbortController();
+  const { route } = bed.context();
+  const running = bed.run({
+    signal: stop.signal,
+    // its self-check hangs, until the run is interrupted
+    route: (host, port) => host.startsWith("slow") ? new Promise(() => {}) : route(host, port),
+  });
+  const delivered = join(bed.home, "delivered");
+  await until("it is delivered", () => existsSync(delivered));
+  stop.abort();
+  await running.catch(() => {});
+  const issued = bed.path("test/cert/a.example.com-cert-combined.prime256v1.test.pem");
+  const [from, to] = [issued, delivered].map((path) => Deno.statSync(path).mtime!.getTime());
+  return (to! - from!) / 1000;
 }
 
 const ENDPOINTS = 500;

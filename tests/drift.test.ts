@@ -27,8 +27,7 @@ const kinds = ({ events }: Ran) =>
   events.map(({ kind }) => kind).filter((kind) => kind === "drift" || kind === "delivery");
 
 test("R5: old files that are restored a week later are replaced, and reported by --cron", async () => {
-  const actions = `${ACTIONS}[every]\nupdate: ["true"]`;
-  await using site = await startSite({ actions, domains: `${NAME}\nother.example.com`, age: 80 });
+  await using site = await startSite({ domains: `${NAME}\nother.example.com`, age: 80 });
   const { bed, run } = site;
   site.save("old");
   await run();

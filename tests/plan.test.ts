@@ -385,6 +385,9 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and onl
   const thrice = receipts({ repairs: 3, at: iso(1.5) });
   const noDrift = seen([SILENT, sight({ issuer: "another CA" }, "192.0.2.2")], twice);
   const oneOfTwo = seen([RIGHT, sight({}, "192.0.2.2")], twice);
+  const mail = section("mail", { update: ["reload"] });
+  const both = { receipts: { ...receipts().receipts, ...receipts({}, mail).receipts } };
+  const two = { on: [line("www.example.com", [WEB, mail])] };
   const { key } = plan({ state: { ...receipts(), ...old } }).deliveries[0]!;
   const failed = { deliveries: record({ web: { ...failure({ retryAt: iso(3) }), key, urgent: true } }) };
   const table: [what: string, Partial<State>, now: number, pending: string, Given?][] = [
@@ -392,6 +395,7 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and onl
     ["seen once", { ...receipts(), ...seen([OLD], { badSince: iso(2) }) }, 2.1, ""],
     ["unreachable, or from elsewhere", { ...receipts(), ...noDrift }, 2.1, ""],
     ["on one of two addresses", { ...receipts(), ...oneOfTwo }, 2.1, drift],
+    ["at an endpoint of one section of two", { ...both, ...old }, 2.1, drift, two],
     ["seen in the moment of the delivery", { ...receipts({ at: iso(2) }), ...old }, 2.1, ""],
     ["repaired twice", { ...receipts({ repairs: 2, at: iso(1.95) }), ...old }, 2.1, drift],
     ["repaired three times", { ...thrice, ...old }, 2.25, `${drift} until day 2.333333`],

@@ -130,10 +130,10 @@ test("the page shows a real status, refuses any other document, loads nothing fr
   const status: Status = JSON.parse(stdout);
   const hostile =
     `"'><script>alert(1)</script><img src=x onerror=alert(1)>&lt; \u202e\0\x1b[2J \ud800 javascript:`;
-  const poisoned = JSON.stringify(
-    { ...status, orphans: ["cert/old.pem"] },
-    (_, value) => typeof value === "string" && !/^\d{4}-\d\d-\d\dT/.test(value) ? value + hostile : value,
-  );
+  const isDate = (value: unknown) => /^\d{4}-\d\d-\d\dT/.test(String(value));
+  const poison = (_: string, value: unknown) =>
+    typeof value === "string" && !isDate(value) ? value + hostile : value;
+  const poisoned = JSON.stringify({ ...status, orphans: ["cert/old.pem"] }, poison);
   const html = await page(JSON.parse(poisoned));
   assert.equal(html.match(/<script/g)?.length, 1);
   for (const [, value] of html.matchAll(/<[a-z][^<>]* href="([^"]*)"/g)) {
@@ -141,7 +141,7 @@ test("the page shows a real status, refuses any other document, loads nothing fr
   }
   const markup = html.replaceAll(/"[^"]*"/g, "");
   assert.doesNotMatch(markup, /<(img|iframe|object|form|base)\b|<[a-z][^<>]* (on\w+|style|src)=/);
-  for (const character of ["\0", "\x1b", "\u202e"]) assert(!html.includes(character));
+  assert(["\0", "\x1b", "\u202e"].every((character) => !html.includes(character)));
   assert.doesNotMatch(html, /@import|url\(|https?:\/\/(?!www\.w3\.org\/2000\/svg)/);
   assert.match(html, /http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;/);
   assert.equal(html.isWellFormed(), true);

@@ -104,6 +104,13 @@ test("R8: an old certificate is found at each of several servers, and replaced t
   }
   assert.deepEqual(kinds(await run()), [], "right without another delivery");
   bed.ca.advance(7 * HOUR);
+  const answers = [stale, { port }];
+  const mixed = await run({
+    route: () => routed(site, answers.length > 1 ? answers.shift()! : site).route("", port),
+  });
+  assert.deepEqual([mixed.code, kinds(mixed)], [1, []], "wrong once, then right: a problem, and no drift");
+  assert.equal((await run()).code, 0);
+  bed.ca.advance(7 * HOUR);
   const two = routed(site, { address: "127.0.0.2", port }, stale);
   const repairs: number[] = [];
   for (let n = 0; n < 5; n++) {

@@ -67,6 +67,7 @@ Deno.test("--renew issues the lines that it names, with --new-key under new keys
     assert.deepEqual(issuedBy(bed).slice(count), issued, JSON.stringify(named));
   }
   assert.deepEqual(keys().map((key, index) => key === before[index]), [true, false]);
+  assert.equal(bed.state().runs.length, 2, "restricted runs do not count for the usual interval");
 });
 
 Deno.test("--cron repeats a failure after 20 hours; a restricted run delivers and prints only what it names, and reports no other recovery", async () => {

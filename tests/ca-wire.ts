@@ -1,6 +1,7 @@
 /** The HTTP side of the test CA: problems, answers, faults, the HTTPS listener, and the web server for a drop directory. */
 import { once } from "node:events";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+import { pipeline } from "node:stream";
 import type { Identifier } from "./ca-x509.ts";
 
 /** The JSON form of a problem (RFC 7807), as in answers, orders and challenges. */
@@ -101,17 +102,17 @@ export async function listen(
   );
   let refusals = 0;
   const open = new Map<number, Socket>();
-  const relay = createServer((client) => {
+  const relay = createServer({ noDelay: true }, (client) => {
     if (refusals > 0) {
       refusals--;
       return client.destroy();
     }
-    const upstream = connect(server.addr.port, "127.0.0.1", () => open.set(upstream.localPort!, client));
-    client.pipe(upstream).pipe(client);
-    for (const [one, other] of [[client, upstream], [upstream, client]] as const) {
-      one.setNoDelay().on("error", () => {}).on("close", () => other.destroy());
-    }
-    client.on("close", () => open.delete(upstream.localPort!));
+    const upstream = connect({ port: server.addr.port, host: "127.0.0.1", noDelay: true });
+    upstream.on("connect", () => {
+      const number = upstream.localPort!;
+      open.set(number, client.on("close", () => open.delete(number)));
+    });
+    pipeline(client, upstream, client, () => {}); // closes one if the other breaks
   });
   relay.listen(0, "127.0.0.1");
   await once(relay, "listening");
@@ -119,7 +120,7 @@ export async function listen(
     port: (relay.address() as AddressInfo).port,
     break(connection, alsoNext) {
       if (alsoNext) refusals++;
-      open.get(connection)!.destroy();
+      open.get(connection)?.destroy();
     },
     async [Symbol.asyncDispose]() {
       relay.close();

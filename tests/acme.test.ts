@@ -79,8 +79,7 @@ Deno.test("a request is repeated as often, and after such pauses, as its error i
   for (
     const [resource, fault, tries, seconds] of [
       ["newOrder", { kind: "badNonce" }, 30, 0],
-      ["newOrder", { kind: "reset" }, 4, 0.5 + 1.5 + 4.5],
-      ["newOrder", status(500), 4, 6.5],
+      ["newOrder", status(500), 4, 0.5 + 1.5 + 4.5],
       ["newOrder", limited(503, "serverInternal", "30"), 4, 90],
       ["newOrder", limited(503, "serverInternal", "31"), 1, 0],
       ["newOrder", status(429, "text/html"), 1, 0],
@@ -104,9 +103,7 @@ Deno.test("a request is repeated as often, and after such pauses, as its error i
 
 Deno.test("a CA that is unreachable, untrusted or silent is an error with its cause, without a pause in a hurry", async () => {
   await using bed = await testBed({ ca: { fault: faultAt("directory", { kind: "silence" }, Infinity) } });
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const url = `https://127.0.0.1:${listener.addr.port}/dir`;
-  listener.close();
+  const url = "https://127.0.0.1:2/dir"; // nothing listens on this port
   const { fetch: trusting } = bed.context();
   const impatient: Context["fetch"] = (url, init) =>
     trusting(url, { ...init, signal: AbortSignal.timeout(200) });

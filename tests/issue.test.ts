@@ -29,12 +29,13 @@ function oneCertificate(ca: Switches = {}, domains = NAME): Promise<Bed> {
 }
 
 /** Each wait ends as soon as the CA has finished what it does, and the clock is advanced. */
-function quick({ ca }: Bed) {
+function quick({ ca, waits }: Bed) {
   const isBusy = ({ status, doneAt, authorizations }: Order) =>
     status === "processing" && doneAt! < Infinity && performance.now() < doneAt! ||
     authorizations.some(({ challenges }) => challenges.some(({ status }) => status === "processing"));
   return {
     async sleep(ms: number) {
+      waits.push(ms);
       await until("the CA has finished", () => !ca.orders.some(isBusy));
       ca.advance(ms);
     },
@@ -260,7 +261,7 @@ function lost(): never {
 Deno.test("a failed validation is reported soon and once, wherever the CA shows it, and the other key type is not ordered", async () => {
   for (const [failure, limit] of [["order", 5], ["authorization", 15], ["challenge", 60]] as const) {
     await using bed = await testBed({ domains: `${NAME} www`, ca: { httpPort: lost, failure } });
-    const ran = await bed.run();
+    const ran = await bed.run(quick(bed));
     const all = [NAME, `www.${NAME}`].map((name) => `${name}: cannot reach ${name}: NXDOMAIN (connection)`);
     assert.deepEqual([ran.code, failures(ran), counts(ran.requests).newOrder], [1, [all.join("; ")], 1]);
     assert.match(ran.stderr, /^FAILED +example\.com \+1 \((rsa, ec|ec, rsa)\)\n/);
@@ -274,7 +275,7 @@ Deno.test("a challenge that is still pending after a failed validation is respon
   let misses = 3;
   const httpPort = () => misses-- > 0 ? lost() : bed.web.port;
   await using bed: Bed = await oneCertificate({ httpPort, failure: "challenge" });
-  const { code, requests } = await bed.run();
+  const { code, requests } = await bed.run(quick(bed));
   assert.deepEqual([code, counts(requests).challenge], [0, 4]);
 });
 

@@ -214,6 +214,8 @@ const invalid = rows`
     => lematt.conf:5 BASE/no-eab
   a mistyped setting, and no setting => S: reautorizeDays: 15⏎what => lematt.conf:4 did you mean reauthorizeDays => lematt.conf:5
   keys without a section => C: # nothing => lematt.conf: [config]
+  a section that is almost [config] => S: [confg]⏎x: 1 => lematt.conf:4 did you mean [config]
+  domains of [every] => A: [every]⏎domains: a.com => actions.conf:2 every name
   a section without domains => A: [a]⏎update: [] => actions.conf:1 "domains"
   a section that is almost [default] => A: [Default]⏎update: [] => actions.conf:1 did you mean [default]
   a percent sign for the shell => A: [default]⏎update: ["date +%Y"] => actions.conf:2 "%%"

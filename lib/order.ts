@@ -290,10 +290,28 @@ export class Orders {
     }
   }
 
-  /** Downloads and checks the certificate of a valid order. */
-  async #download({ line }: Entry, order: Order, { keyPem, csr }: Request): Promise<Issued> {
+  /** Downloads the certificate of a valid order, with the chain to the preferred root or the default one. */
+  async #download({ line }: Entry, order: Order, request: Request): Promise<Issued> {
+    const { config: { preferredChain }, context } = this.options;
+    let first: Issued | undefined;
+    let why = "";
+    try {
+      for await (const chain of this.client.downloadChains(order)) {
+        const issued = this.#checked(chain, line, order, request);
+        first ??= issued;
+        if (preferredChain === undefined || rootOf(issued.chainPem) === preferredChain) return issued;
+      }
+    } catch (error) {
+      if (first === undefined || !(error instanceof AcmeError)) throw error; // else the default chain is enough
+      why = ` (${error.message})`;
+    }
+    const wanted = JSON.stringify(preferredChain);
+    context.warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
+    return first!;
+  }
+
+  #checked(received: string, line: Line, order: Order, { keyPem, csr }: Request): Issued {
     const { client, options: { context } } = this;
-    const received = await this.#chainOf(order, line);
     try {
       const { leaf, chainPem } = checkChain(received, line.names, keyPem, context.now());
       if (pemBlocks(chainPem).length === 1 && !leaf.selfSigned) {
@@ -305,25 +323,6 @@ export class Orders {
       const clock = error.isDated ? `, the CA's ${caTime(client, context.now())}` : "";
       throw new AcmeError("check the certificate", error.message + clock, order.url, { isOrderLost: true });
     }
-  }
-
-  /** The chain to the preferred root, or the default one. */
-  async #chainOf(order: Order, line: Line): Promise<string> {
-    const { config: { preferredChain }, context } = this.options;
-    let first: string | undefined;
-    let why = "";
-    try {
-      for await (const chain of this.client.downloadChains(order)) {
-        first ??= chain;
-        if (preferredChain === undefined || rootOf(chain) === preferredChain) return chain;
-      }
-    } catch (error) {
-      if (first === undefined || !(error instanceof AcmeError)) throw error; // else the default chain is enough
-      why = ` (${error.message})`;
-    }
-    const wanted = JSON.stringify(preferredChain);
-    context.warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
-    return first!;
   }
 }
 

@@ -170,6 +170,8 @@ export class Ca implements AsyncDisposable {
   readonly validations: { readonly type: string; readonly name: string }[] = [];
 
   readonly #nonces = new Set<string>();
+  /** The connection by which each signed request came first. */
+  readonly #signed = new Map<string, number>();
   /** The last answer of each URL, for the fault `repeat`. */
   readonly #previous = new Map<string, Answer>();
   /** The earliest time of the next request for each renewal information, by the CA's clock. */
@@ -351,6 +353,11 @@ export class Ca implements AsyncDisposable {
     const text = await request.text().catch(() => {
       throw refusal(400, "malformed", "the client went away in the middle of its request");
     });
+    const { connection } = entry;
+    const first = this.#signed.get(text) ?? connection;
+    // not by the client, which would sign it again: fetch() itself repeats a request if the connection breaks
+    if (first !== connection) throw refusal(400, "badNonce", "the same request came by another connection");
+    this.#signed.set(text, connection);
     const { header: { nonce, url, kid }, ...signed } = await verified(text, (kid) => {
       const account = this.accounts.find(({ url }) => url === kid);
       if (account === undefined) throw violation(400, "accountDoesNotExist", `there is no account ${kid}`);

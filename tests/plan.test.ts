@@ -2,7 +2,6 @@
 
 import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
-import { dueAlerts } from "../lib/deliver.ts";
 import { recordOf } from "../lib/endpoints.ts";
 import { listsDigest, plan as planOn } from "../lib/plan.ts";
 import { adoptReceipts, forgetUnknown } from "../lib/receipts.ts";
@@ -104,7 +103,6 @@ Deno.test("renewal() follows the settings as far as the lifetime and the interva
   type Days = number | undefined;
   const table: [what: string, reauthorize: Days, age: number, life: number, at: number, rule: string][] = [
     ["not configured: a third of the lifetime", undefined, 0, 90, 60, "life"],
-    ["not configured, twelve days: a third of it", undefined, 0, 12, 8, "life"],
     ["not configured, below ten days: half of it", undefined, 0, 9, 4.5, "life"],
     ["15 days before the end", 15, 0, 90, 75, "expiry"],
     ["60 days before the end of 45 would mean every night", 60, 0, 45, 15, "expiry, capped"],
@@ -113,7 +111,6 @@ Deno.test("renewal() follows the settings as far as the lifetime and the interva
     ["C4: but never in the first third", undefined, 0, 3, 1, "runs"],
     ["by age instead of reauthorizeDays", 60, 50, 90, 50, "age"],
     ["C4: by age, with a lifetime of a day", undefined, 0.25, 1, 0.25, "age"],
-    ["an age that leaves no night for another try", 15, 88, 90, 87, "runs"],
   ];
   for (const [what, reauthorizeDays, generateNewCertsAfterDays, life, at, rule] of table) {
     const found = renewals.renewal({ reauthorizeDays, generateNewCertsAfterDays }, day(0), day(life), DAY);
@@ -174,9 +171,7 @@ Deno.test("certificates of a line are one task, soonest to expire first; failure
   const table: [string, Partial<State>, PlanOptions, tasks: string, waiting: string][] = [
     ["none", {}, {}, all, ""],
     ["back-off", failed, {}, "c rsa, a rsa ec", "b rsa"],
-    ["back-off with --retry", failed, { retry: true }, all, ""],
     ["back-off with --renew", failed, renew, "b rsa ec", ""],
-    ["rate-limited", limited, {}, "", all],
     ["rate-limited, with --renew", limited, renew, "", "b rsa ec"],
     ["rate-limited, with --retry", limited, { retry: true }, all, ""],
   ];
@@ -260,8 +255,7 @@ Deno.test("a delivery that is new or asked for is urgent; one that failed waits 
     ["commands changed", receipts({ digest: "x" }), "[web] commands changed"],
     ["--deliver, done", receipts(), "", { ...deliver, delivered: new Set([`web/${FILE}`]) }],
     ["R2: renamed, and renamed back after a renewal", both, ""],
-    ["failed", failed, `${NEVER} (urgent) until day 3`],
-    ["failed, another setting", failed, `${NEVER} (urgent) until day 3`, changed({ alert: [] })],
+    ["failed, and another setting", failed, `${NEVER} (urgent) until day 3`, changed({ alert: [] })],
     ["failed, and another certificate", failed, NEVER, { found: [present(SITE, { is: "newer" })] }],
     ["R20: failed, and other commands", failed, NEVER, changed({ update: ["restart"] })],
     ["failed, and other endpoints", failed, NEVER, changed({ verify: endpoints("www.example.com:444") })],
@@ -334,19 +328,6 @@ Deno.test("R9: each endpoint is probed once for each key type, however many sect
     `${key} in ${sections.map(({ name }) => name)}: ${wanted.map(({ keyType }) => keyType)}`
   );
   assert.deepEqual(texts, ["a.example:443 rsa in one: rsa", "a.example:443 ec in one,two: ec"]);
-});
-
-Deno.test("an endpoint is probed until it is right, and again once that is more than five hours ago", () => {
-  const table: [string, Partial<State>, now: number, due: boolean][] = [
-    ["never probed", {}, 2, true],
-    ["right five hours ago", seen([RIGHT]), 2.2, false],
-    ["right in the run before, six hours ago", seen([RIGHT]), 2.249, true],
-    ["one of two addresses is wrong", seen([RIGHT, SILENT]), 2, true],
-    ["an address family that this host lacks", seen([RIGHT, sight("passed over")]), 2, false],
-  ];
-  for (const [what, state, now, due] of table) {
-    assert.deepEqual(plan({ state, now }).endpoints.map(({ due }) => due), [due], what);
-  }
 });
 
 Deno.test("a served certificate is current, certainly wrong, or foreign; under --test wrong only in the place of production's", () => {
@@ -436,8 +417,8 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   const { key } = plan({}).deliveries[0]!;
   const failing = (part: Partial<Failure>) => ({ failures: record({ "www.example.com": failure(part) }) });
   const stuck = { deliveries: record({ web: { ...failure(), key, urgent: true } }) };
-  const wrong = (part: Served, since: number, more: Partial<ProbeRecord> = {}) => (
-    { ...receipts(), ...seen([sight(part)], { badSince: iso(since), ...more }) }
+  const wrong = (part: Served, since: number) => (
+    { ...receipts(), ...seen([sight(part)], { badSince: iso(since) }) }
   );
   const pair = [line("www.example.com", [{ ...WEB, keyTypes: ["rsa", "ec"] }], ["rsa", "ec"])];
   const both: Given = { on: pair, found: [present(pair[0]!), present(pair[0]!, {}, "ec")] };
@@ -448,7 +429,6 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   const runs = (last: number, nights = 1) => ({ runs: runsTo(last, nights) });
   const window = { start: iso(-300), end: iso(3), at: iso(-200) };
   const revoked = entry(SITE, { kind: "revoked", certificate: certificate(SITE.names) });
-  const full = { writeError: () => new Error("No space left on device") };
   const [failed, overdue] = ["failing www.example.com", `overdue ${FILE}!`];
   const [unreachable, endpoint] = [ENDPOINT, `${ENDPOINT} rsa`].map((what) => `endpoint ${what} 192.0.2.1`);
   // an exclamation mark means an alert
@@ -456,7 +436,6 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["a line failed three times", failing({ count: 3 }), 61, `${failed}!`],
     ["a line failed, and is overdue", failing({}), 63, `${failed}!`],
     ["a failure of a line that is no longer due", failing({ count: 9 }), 2, ""],
-    ["the CA is unreachable", failing({ shared: true }), 61, "CA"],
     ["the CA is unreachable three times", failing({ shared: true, count: 3 }), 61, "CA!"],
     ["the CA accepts no orders", { holds: { "https://ca": iso(62) } }, 61, "rate-limited"],
     ["due for more than two weekly runs", runs(70, 7), 75, overdue],
@@ -464,13 +443,11 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["R16: expired, with other names", {}, 91, overdue, { found: [entry(SITE, MISSING, FORMER)] }],
     ["never issued", {}, 91, "", { found: [entry(SITE, MISSING)] }],
     ["due by a window that began long ago", { renewals: { "id of new": { window } } }, 2, ""],
-    ["a delivery is pending for 20 hours", stuck, 2, "delivery web!"],
     ["a failure of a delivery that is no longer pending", { ...stuck, ...receipts() }, 2, ""],
     ["renewed since an endpoint was right", { ...receipts(), ...seen([OLD]) }, 2.1, ""],
     ["an endpoint is wrong for 20 hours", wrong({}, 1), 2.1, `${endpoint}!`],
     ["an expired certificate is served", wrong({ notAfter: iso(1) }, 2), 2.1, `${endpoint}!`],
     ["one for other names is served", wrong({ names: ["x.example"] }, 2), 2.1, `${endpoint}!`],
-    ["our delivery broke an endpoint", wrong("refused", 2, { brokenByDelivery: true }), 2.1, `${endpoint}!`],
     ["unreachable for both key types", ofBoth("unreachable", "unreachable"), 2, `${unreachable}!`, both],
     ["unreachable for one of them", ofBoth("unreachable", "passed over"), 2, unreachable!, both],
     ["not run for less than two days", runs(10), 12, ""],
@@ -480,33 +457,11 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["a run recorded for tomorrow", runs(3), 2, "clock!"],
     ["a clock 54 minutes ahead of the CA's", {}, 2, "", { aheadMs: () => 0.9 * HOUR }],
     ["a clock more than an hour behind the CA's", {}, 2, "clock!", { aheadMs: () => -1.1 * HOUR }],
-    ["nothing can be written", {}, 2, "disk!", full],
   ];
   for (const [what, state, now, expected, given] of table) {
     const { problems } = plan({ state, now, ...given });
     assert.equal(problems.map(({ key, alert }) => `${key}${alert ? "!" : ""}`).join(), expected, what);
   }
-});
-
-Deno.test("R12: an alert goes to a problem's sections and to [every], once in 20 hours and once when it is over", () => {
-  const alert = ["mail"];
-  const [web, mail, every] = ["web", "mail", "every"].map((name) => section(name, { alert }));
-  const on = [line("a.example", [web!, section("silent"), every!]), line("b.example", [mail!, every!])];
-  const found = on.map((one) => entry(one, MISSING));
-  const failures = record({ "a.example": failure({ count: 3 }) });
-  const sent = (what: string) => record({ [`failing ${what}.example`]: { at: iso(2), what } });
-  const alerts = (now: number, before: State["alerts"]) => {
-    const basis = basisOf({ on, found, state: { failures, alerts: before }, now });
-    const due = dueAlerts(basis.config, planOn(basis).problems, basis.state, basis.now);
-    return due.map((one) =>
-      `${one.section.name}: ${[...one.problems.map(({ key }) => key), ...one.resolved]}`
-    );
-  };
-  const both = ["web: failing a.example", "every: failing a.example"];
-  assert.deepEqual(alerts(2, {}), both);
-  const before = { web: sent("a"), mail: sent("b"), every: sent("a") };
-  assert.deepEqual(alerts(2.5, before), ["mail: b"]);
-  assert.deepEqual(alerts(2.84, { web: sent("a"), every: sent("a") }), both);
 });
 
 // ---- the state ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ import { type Bed, testBed, until } from "./bed.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE;
 
-/** A bed with EC certificates unless `settings` say otherwise. */
-const bedOf = (domains: string, actions: string, settings = "keyTypes: ec") =>
-  testBed({ domains, actions, settings: `commandTimeout: 30\nari: no\n${settings}` });
+const bedOf = (domains: string, actions: string) =>
+  testBed({ domains, actions, settings: "keyTypes: ec\ncommandTimeout: 30\nari: no" });
 
 const touch = (bed: Bed, name: string) => Deno.writeTextFileSync(join(bed.home, name), "");
 const removeCert = (bed: Bed, stem: string) =>

@@ -3,7 +3,7 @@
 import { deepStrictEqual as same, ok } from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { linesOf, parseIni, type Section, valueOf } from "../lib/ini.ts";
+import { parseIni, type Section, valueOf } from "../lib/ini.ts";
 import { printable } from "../lib/names.ts";
 import { which } from "./bench-measure.ts";
 
@@ -21,20 +21,16 @@ function read(text: string): Read {
   return Object.fromEntries(ini.sections.map((one) => [one.name, Object.fromEntries(valuesOf(one))]));
 }
 
-Deno.test("parseIni() reports the line number of each problem, and quotes nothing that may be a secret", () => {
-  const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0";
+Deno.test("parseIni() reports the line number of each problem", () => {
   const refused: [behaviour: string, text: string, lines: number[]][] = [
     ["a key before any section, reported once", "x: 1\ny: 2\n[a]\n", [1]],
     ["a duplicate section", "[a]\n[b]\n[a]\n", [3]],
     ["a duplicate key", "[a]\nx: 1\nX: 2\n[DEFAULT]\ny:\n[DEFAULT]\ny:\n", [3, 7]],
     ["a line that is neither section nor key", "[a]\nupdate: [\n  1,\n]\n", [4]],
     ["a value without a key", "[a]\n: 1\n  = 2\n", [2, 3]],
-    ["a secret", `${secret}\n[a]\n${secret}\n${secret}==\n${secret}==\n${secret}\n`, [1, 3, 5, 6]],
   ];
   for (const [behaviour, text, lines] of refused) {
-    const { problems } = parseIni(text);
-    same(problems.map(({ line }) => line), lines, behaviour);
-    ok(!JSON.stringify(problems).includes(secret.slice(0, 10)), JSON.stringify(problems));
+    same(parseIni(text).problems.map(({ line }) => line), lines, behaviour);
   }
 });
 
@@ -47,14 +43,6 @@ Deno.test("valueOf() substitutes built-in defaults, which the text overrides, up
   const levels = Array.from({ length: 9 }, (_, n) => `x${n}: ${`%(x${n + 1})s`.repeat(40)}\n`).join("");
   const bomb = parseIni(`[a]\n${levels}x9: \n`);
   ok(valueOf(bomb, bomb.sections[0]!, "x0")!.problem?.why.includes("longer than a megabyte"));
-});
-
-Deno.test("linesOf() returns the line number of each line of a value, with comments and blank lines between them", () => {
-  const ini = parseIni("[a]\nx: one\n\n# comment\n  two\n  three\n\ny: %(x)s\n");
-  const lines = (key: string) =>
-    linesOf(valueOf(ini, ini.sections[0]!, key)!).map(({ text, line }) => `${line} ${text}`);
-  same(lines("x"), ["2 one", "3 ", "5 two", "6 three"]);
-  same(lines("y"), ["8 one", "8 ", "8 two", "8 three"]);
 });
 
 Deno.test("printable() escapes control characters and limits the length", () => {

@@ -16,18 +16,12 @@ import { lackOf, together } from "./together.ts";
 const README = "conf/migrate/README.md";
 const MIGRATE = `${ROOT}/conf/migrate/migrate.ts`;
 
-/** Another program with certificates for example.com and www.example.com (EC key) and for mail.example.com (RSA key). */
-interface Way {
-  /** Issues both below `old`, by the CA at $URL whose root is the file $CA, over `web`, with $RELOAD after a renewal if it can. */
-  readonly script: string;
-  /** A file with the URL of the account. */
-  readonly account: string;
-  /** Where services find the EC certificate, its key, and the RSA certificate, below `old`. */
-  readonly places: string;
-  readonly reloads?: true;
-}
-
-const WAYS: Record<string, Way> = {
+/**
+ * Programs, and how each issues certificates for example.com and www.example.com (EC key) and for mail.example.com (RSA key),
+ * by the CA at $URL with the root $CA, with $RELOAD after a renewal if it can. Below `old` it has a file with the URL of
+ * the account, and services find the EC certificate, its key, and the RSA certificate there.
+ */
+const WAYS = {
   certbot: {
     script: `
 certbot() {
@@ -39,7 +33,6 @@ certbot -d mail.example.com --cert-name mail --key-type rsa
 rm reloads`,
     account: "accounts/*/*/*/regr.json",
     places: "live/example.com/fullchain.pem live/example.com/privkey.pem live/mail/fullchain.pem",
-    reloads: true,
   },
   dehydrated: {
     script: `
@@ -69,7 +62,9 @@ async function follow(heading: string, home: string, words: Record<string, strin
   return await shell(`lematt() { ${ROOT}/lematt.ts --config conf "$@"; }\n${text}`, home);
 }
 
-async function migrateAndRenew(program: string, { script, account, places, reloads }: Way): Promise<void> {
+type Way = typeof WAYS[keyof typeof WAYS];
+
+async function migrateAndRenew(program: string, { script, account, places }: Way): Promise<void> {
   await using bed = await testBed({});
   // dehydrated 0.7.0 gives up on a nonce that is refused
   await using pebble = await startPebble({ httpPort: bed.web.port, env: { PEBBLE_WFE_NONCEREJECT: "0" } });
@@ -99,7 +94,7 @@ async function migrateAndRenew(program: string, { script, account, places, reloa
   const after = read();
   assert.deepEqual(before.map((text, index) => text === after[index]), [false, true, false]);
   assert.deepEqual(readCertificate(after[2]!).names, ["mail.example.com"]);
-  assert.deepEqual(bed.take("reloads"), reloads ? ["reloaded"] : []);
+  assert.deepEqual(bed.take("reloads"), program === "certbot" ? ["reloaded"] : []);
   const [known] = Object.values<{ url: string }>(JSON.parse(bed.text("prod", "state.json")).accounts);
   assert.equal(known!.url, accountUrl);
 
@@ -131,10 +126,8 @@ Deno.test("migration from acme.sh keeps places and reloads, a wildcard needs dns
     await Deno.mkdir(directory);
     await makeCertificate(directory, primary, keyType, [primary, "example.com"]);
     await Deno.rename(join(directory, `${primary}.pem`), join(directory, "fullchain.cer"));
-    await Deno.writeTextFile(
-      join(directory, `${primary}.conf`),
-      `Le_API='https://ca.example/dir'\n${conf}\n`,
-    );
+    const text = `Le_API='https://ca.example/dir'\n${conf}\n`;
+    await Deno.writeTextFile(join(directory, `${primary}.conf`), text);
   }
   const migrate = (option = "") => shell(`${MIGRATE} acme.sh . ${option}`, home);
   const overview = await migrate();

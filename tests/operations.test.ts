@@ -38,52 +38,44 @@ async function installHost({ home }: Bed) {
 
 const test = together(PAGE);
 
-test(
-  "central burns down: a second host issues and delivers nothing again, and the first does no harm",
-  async () => {
-    const actions = `[default]\n${LOGGED}${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]\n`;
-    await using site = await startSite({ actions });
-    const { bed } = site;
-    const sh = await installHost(bed);
-    await sh("lematt --prod --renew www.example.com");
-    assert.deepEqual(bed.take(), ["delivered"]);
+test("central burns down: a second host repeats nothing, and the first does no harm", async () => {
+  const actions = `[default]\n${LOGGED}${UPLOAD}\n${RELOAD}\nverify: ["127.0.0.1:PORT#DOMAIN"]\n`;
+  await using site = await startSite({ actions });
+  const { bed } = site;
+  const sh = await installHost(bed);
+  await sh("lematt --prod --renew www.example.com");
+  assert.deepEqual(bed.take(), ["delivered"]);
 
-    // ssh to a key with the forced command of the page
-    const [, forced] = /command="(rrsync [^"]*)"/.exec(Deno.readTextFileSync(join(ROOT, PAGE)))!;
-    const confined = forced!.replace("/etc/lematt", join(bed.home, "standby/lematt"));
-    const ssh = `#!/bin/sh\nshift\nSSH_ORIGINAL_COMMAND="$*" exec ${confined}\n`;
-    await Deno.writeTextFile(join(bed.home, "bin/ssh"), ssh, { mode: 0o755 });
-    const copy = block("central burns", "ExecStopPost=");
-    await sh(adapt(copy, { "ExecStopPost=": "", "rsync -a": `rsync -e ${bed.home}/bin/ssh -a` }));
+  // ssh to a key with the forced command of the page
+  const [, forced] = /command="(rrsync [^"]*)"/.exec(Deno.readTextFileSync(join(ROOT, PAGE)))!;
+  const confined = forced!.replace("/etc/lematt", join(bed.home, "standby/lematt"));
+  const ssh = `#!/bin/sh\nshift\nSSH_ORIGINAL_COMMAND="$*" exec ${confined}\n`;
+  await Deno.writeTextFile(join(bed.home, "bin/ssh"), ssh, { mode: 0o755 });
+  const copy = block("central burns", "ExecStopPost=");
+  await sh(adapt(copy, { "ExecStopPost=": "", "rsync -a": `rsync -e ${bed.home}/bin/ssh -a` }));
 
-    const stopped = await sh(block("central burns", "systemctl disable"));
-    assert.equal(stopped, "systemctl disable --now lematt.timer\n");
-    const planned = await sh(block("central burns", "lematt --prod --rollover"), "standby");
-    assert.doesNotMatch(planned, /^(issue|deliver|roll out|wait)\b/m);
-    assert.match(await sh("lematt --prod", "standby"), /^nothing due, 1 kept/m);
-    assert.deepEqual([bed.ca.orders.length, bed.take()], [1, []]);
-    await sh("lematt --prod --renew www.example.com", "standby");
-    assert.deepEqual([bed.ca.orders.length, bed.take()], [2, ["delivered"]]);
+  const stopped = await sh(block("central burns", "systemctl disable"));
+  assert.equal(stopped, "systemctl disable --now lematt.timer\n");
+  const planned = await sh(block("central burns", "lematt --prod --rollover"), "standby");
+  assert.doesNotMatch(planned, /^(issue|deliver|roll out|wait)\b/m);
+  assert.match(await sh("lematt --prod", "standby"), /^nothing due, 1 kept/m);
+  assert.deepEqual([bed.ca.orders.length, bed.take()], [1, []]);
+  await sh("lematt --prod --renew www.example.com", "standby");
+  assert.deepEqual([bed.ca.orders.length, bed.take()], [2, ["delivered"]]);
 
-    // the first host comes back
-    await assert.rejects(() => sh("lematt --prod --status"), /127\.0\.0\.1/);
-    await assert.rejects(
-      () => sh("lematt --prod --renew www.example.com"),
-      /cannot create an order: .*signature/,
-    );
-    assert.deepEqual([bed.ca.orders.length, bed.take()], [2, []]);
-    bed.ca.violations.splice(0);
-  },
-  lackOf("nginx", "openssl", "rrsync"),
-);
+  // the first host comes back
+  await assert.rejects(() => sh("lematt --prod --status"), /127\.0\.0\.1/);
+  await assert.rejects(
+    () => sh("lematt --prod --renew www.example.com"),
+    /cannot create an order: .*signature/,
+  );
+  assert.deepEqual([bed.ca.orders.length, bed.take()], [2, []]);
+  bed.ca.violations.splice(0);
+}, lackOf("nginx", "openssl", "rrsync"));
 
 test("a host is moved to /etc/lematt, upgraded, restored, freed of a key and of a name, handed over, uninstalled", async () => {
-  const domains = "www.example.com\nold.example.com";
-  await using bed = await testBed({
-    domains,
-    settings: "keyTypes: ec\nari: no",
-    actions: `[default]\n${LOGGED}`,
-  });
+  const [domains, actions] = ["www.example.com\nold.example.com", `[default]\n${LOGGED}`];
+  await using bed = await testBed({ domains, actions, settings: "keyTypes: ec\nari: no" });
   const { home } = bed;
   const sh = await installHost(bed);
   const assertIdle = async () => {
@@ -129,14 +121,10 @@ test("a host is moved to /etc/lematt, upgraded, restored, freed of a key and of 
   for (const path of [...files, "etc/lematt", "program"]) assert(!existsSync(join(home, path)), path);
 });
 
-test(
-  "the timer for maintenance hours runs twice a night, and the day between is the usual interval",
-  async () => {
-    const calendar = block("Maintenance", "[Timer]").match(/(?<=OnCalendar=).+/)![0];
-    const printed = await shell(`systemd-analyze calendar --iterations=6 '${calendar}'`, "/");
-    const times = printed.matchAll(/(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d) UTC/g);
-    const runs = Array.from(times, ([, day, time]) => ({ at: `${day}T${time}Z` }));
-    assert.deepEqual([runs.length, usualInterval(runs)], [6, 22 * 3_600_000]);
-  },
-  lackOf("systemd-analyze"),
-);
+test("the maintenance timer runs twice a night, and the day between is the usual interval", async () => {
+  const calendar = block("Maintenance", "[Timer]").match(/(?<=OnCalendar=).+/)![0];
+  const printed = await shell(`systemd-analyze calendar --iterations=6 '${calendar}'`, "/");
+  const times = printed.matchAll(/(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d) UTC/g);
+  const runs = Array.from(times, ([, day, time]) => ({ at: `${day}T${time}Z` }));
+  assert.deepEqual([runs.length, usualInterval(runs)], [6, 22 * 3_600_000]);
+}, lackOf("systemd-analyze"));

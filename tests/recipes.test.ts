@@ -229,64 +229,60 @@ const noAcmeSh = !existsSync(`${acmeSh}/dnsapi/dns_nsupdate.sh`);
 if (noDdns) console.log("recipe lexicon is not tested: lexicon with ddns is not installed");
 if (noAcmeSh) console.log(`recipe acme.sh is not tested: it is not in ${acmeSh}; ACME_SH names it`);
 
-recipeTest(
-  "recipes for dns-01: nsupdate, lexicon, acme.sh",
-  ["named", "nsupdate", "tsig-keygen"],
-  async () => {
-    const port = freePort();
-    const query = (name: string, type: "TXT" | "CNAME") =>
-      systemQuery(name, type, { address: "127.0.0.1", port }).catch(() => []);
-    await using host = await startHost({
-      domains: "example.org *\nwww.example.org",
-      settings: "keyTypes: ec",
-      ca: { reuse: "none", dnsPort: port },
-    }, {
-      "/etc/bind": "",
-      "/var/lib/bind": "",
-      "/etc/lematt/tsig.key": "/lematt.key",
-      "/etc/lematt/lexicon.env": "/lexicon.env",
-      "~/.acme.sh": "/.acme.sh",
-    });
-    const { home, block } = host;
-    await shell(block("nsupdate.md", "tsig-keygen"), home);
-    const records = "@ SOA ns1 root 1 3600 600 86400 60\n@ NS ns1\nns1 A 127.0.0.1\nwww A 127.0.0.1\n";
-    await Deno.writeTextFile(`${home}/example.org`, `$TTL 60\n${records}`);
-    await Deno.writeTextFile(
-      `${home}/named.conf`,
-      `options { directory "${home}"; listen-on port ${port} { 127.0.0.1; }; listen-on-v6 { none; }; pid-file none;
+recipeTest("recipes nsupdate, lexicon, acme.sh", ["named", "nsupdate", "tsig-keygen"], async () => {
+  const port = freePort();
+  const query = (name: string, type: "TXT" | "CNAME") =>
+    systemQuery(name, type, { address: "127.0.0.1", port }).catch(() => []);
+  await using host = await startHost({
+    domains: "example.org *\nwww.example.org",
+    settings: "keyTypes: ec",
+    ca: { reuse: "none", dnsPort: port },
+  }, {
+    "/etc/bind": "",
+    "/var/lib/bind": "",
+    "/etc/lematt/tsig.key": "/lematt.key",
+    "/etc/lematt/lexicon.env": "/lexicon.env",
+    "~/.acme.sh": "/.acme.sh",
+  });
+  const { home, block } = host;
+  await shell(block("nsupdate.md", "tsig-keygen"), home);
+  const records = "@ SOA ns1 root 1 3600 600 86400 60\n@ NS ns1\nns1 A 127.0.0.1\nwww A 127.0.0.1\n";
+  await Deno.writeTextFile(`${home}/example.org`, `$TTL 60\n${records}`);
+  await Deno.writeTextFile(
+    `${home}/named.conf`,
+    `options { directory "${home}"; listen-on port ${port} { 127.0.0.1; }; listen-on-v6 { none; }; pid-file none;
 session-keyfile "${home}/session.key"; recursion no; };\ncontrols { };\n${block("nsupdate.md", "include")}`,
-    );
-    await using _named = await startServer(which("named")!, ["-c", `${home}/named.conf`, "-f"], port);
+  );
+  await using _named = await startServer(which("named")!, ["-c", `${home}/named.conf`, "-f"], port);
 
-    /** Issues by the hooks of a section for all names, and leaves no record. */
-    const issue = async (file: string, words: Words) => {
-      host.configure({ actions: block(file, "[", words) });
-      const named = { renew: ["example.org", "www.example.org"] };
-      const { code, stderr } = await host.run({ mode: "prod", query: query as typeof systemQuery, named });
-      assert.deepEqual([code, stderr], [0, ""]);
-      const validated = host.ca.validations.splice(0).map(({ type, name }) => `${type} ${name}`).sort();
-      assert.deepEqual(validated, ["dns-01 *.example.org", "dns-01 example.org", "dns-01 www.example.org"]);
-      for (const name of named.renew) assert.deepEqual(await query(`_acme-challenge.${name}`, "TXT"), []);
-    };
+  /** Issues by the hooks of a section for all names, and leaves no record. */
+  const issue = async (file: string, words: Words) => {
+    host.configure({ actions: block(file, "[", words) });
+    const named = { renew: ["example.org", "www.example.org"] };
+    const { code, stderr } = await host.run({ mode: "prod", query: query as typeof systemQuery, named });
+    assert.deepEqual([code, stderr], [0, ""]);
+    const validated = host.ca.validations.splice(0).map(({ type, name }) => `${type} ${name}`).sort();
+    assert.deepEqual(validated, ["dns-01 *.example.org", "dns-01 example.org", "dns-01 www.example.org"]);
+    for (const name of named.renew) assert.deepEqual(await query(`_acme-challenge.${name}`, "TXT"), []);
+  };
 
-    await issue("nsupdate.md", { "server ns1.example.org": `server 127.0.0.1 ${port}` });
-    if (!noDdns) {
-      const address = `127.53.${Math.floor(Math.random() * 256)}.1`; // lexicon supports no port but 53
-      const relay = createServer((client) => void client.pipe(connect(port, "127.0.0.1")).pipe(client));
-      await using _relay = relay.listen(53, address);
-      const [, secret] = /secret "(.*)"/.exec(Deno.readTextFileSync(`${home}/lematt.key`))!;
-      const token = `DDNS_AUTH_TOKEN=hmac-sha256:lematt:${secret} LEXICON_DDNS_DDNS_SERVER=${address}`;
-      const env = block("lexicon.md", "export", { "CLOUDFLARE_AUTH_TOKEN=...": token });
-      await Deno.writeTextFile(`${home}/lexicon.env`, env);
-      await issue("lexicon.md", { "lexicon cloudflare": "lexicon ddns" });
-    }
-    if (!noAcmeSh) {
-      await shell(`mkdir .acme.sh && cp -r ${acmeSh}/acme.sh ${acmeSh}/dnsapi .acme.sh`, home);
-      const server = `NSUPDATE_SERVER=127.0.0.1 NSUPDATE_SERVER_PORT=${port}`;
-      const credentials = `${server} NSUPDATE_KEY=${home}/lematt.key HOME=${home}`;
-      const env = block("acme-sh.md", "export", { "CF_Token=...": credentials });
-      await Deno.writeTextFile(`${home}/.acme.sh/lematt.env`, env);
-      await issue("acme-sh.md", { dns_cf: "dns_nsupdate" });
-    }
-  },
-);
+  await issue("nsupdate.md", { "server ns1.example.org": `server 127.0.0.1 ${port}` });
+  if (!noDdns) {
+    const address = `127.53.${Math.floor(Math.random() * 256)}.1`; // lexicon supports no port but 53
+    const relay = createServer((client) => void client.pipe(connect(port, "127.0.0.1")).pipe(client));
+    await using _relay = relay.listen(53, address);
+    const [, secret] = /secret "(.*)"/.exec(Deno.readTextFileSync(`${home}/lematt.key`))!;
+    const token = `DDNS_AUTH_TOKEN=hmac-sha256:lematt:${secret} LEXICON_DDNS_DDNS_SERVER=${address}`;
+    const env = block("lexicon.md", "export", { "CLOUDFLARE_AUTH_TOKEN=...": token });
+    await Deno.writeTextFile(`${home}/lexicon.env`, env);
+    await issue("lexicon.md", { "lexicon cloudflare": "lexicon ddns" });
+  }
+  if (!noAcmeSh) {
+    await shell(`mkdir .acme.sh && cp -r ${acmeSh}/acme.sh ${acmeSh}/dnsapi .acme.sh`, home);
+    const server = `NSUPDATE_SERVER=127.0.0.1 NSUPDATE_SERVER_PORT=${port}`;
+    const credentials = `${server} NSUPDATE_KEY=${home}/lematt.key HOME=${home}`;
+    const env = block("acme-sh.md", "export", { "CF_Token=...": credentials });
+    await Deno.writeTextFile(`${home}/.acme.sh/lematt.env`, env);
+    await issue("acme-sh.md", { dns_cf: "dns_nsupdate" });
+  }
+});

@@ -9,7 +9,6 @@ import { isRunning } from "./faults.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE;
 
-/** A bed with EC certificates only. */
 const bedOf = (domains: string, actions = "", settings = "ari: no") =>
   testBed({ domains, actions, settings: `keyTypes: ec\n${settings}` });
 
@@ -129,11 +128,10 @@ Deno.test("after a state is lost or corrupt, everything is delivered once more, 
   await using bed = await bedOf("a.example.com\nb.example.com", LOG);
   await bed.plant();
   await bed.run();
-  for (
-    const text of [undefined, `{"version":2,"receipts":{"defa`, `{"version":2,"runs":[{"at":"yesterday"}]}`]
-  ) {
+  const path = bed.path("test", "state.json");
+  const corrupt = [`{"version":2,"receipts":{"defa`, `{"version":2,"runs":[{"at":"yesterday"}]}`];
+  for (const text of [undefined, ...corrupt]) {
     bed.take();
-    const path = bed.path("test", "state.json");
     if (text === undefined) Deno.removeSync(path);
     else Deno.writeTextFileSync(path, text);
     bed.ca.advance(1000);

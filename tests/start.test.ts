@@ -108,49 +108,43 @@ Deno.test("R1: on a terminal the programs ask only their own questions", termina
 });
 
 const namespaces = await needs(`${OFFLINE.join(" ")} true`);
-Deno.test(
-  "README leads from nothing to a certificate, and what it fetches needs no network then",
-  namespaces,
-  async () => {
-    await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec" });
-    const host = await install(bed.home, UID, { packages: false });
-    const [etc, texts, cache] = [join(bed.home, "etc"), join(bed.home, "texts"), join(host.home, ".cache")];
-    await run("cp", "-r", join(ROOT, "conf"), host.program);
-    await run("cp", "-r", bed.conf, texts);
-    await run("mkdir", "-m", "700", etc);
-    await run("chown", "-R", `${UID}`, etc, texts, bed.drop);
-    await run("chmod", "755", dirname(bed.ca.caBundleFile));
-    const commands = adapt(blocks("README.md", "First certificate")[0]!, {
-      "/opt/lematt": host.program,
-      "/etc/lematt": etc,
-      "editor ": `cp ${texts}/lematt.conf ${texts}/domains ${etc}; : `,
-    });
-    const { DENO_DIR: _, ...ours } = Deno.env.toObject(); // with what this host needs to reach the registry
-    const { code, stdout, stderr } = await shell(host, commands, ours);
-    if (/error sending request|client error/.test(stderr)) {
-      return console.warn(
-        "start.test.ts: there is no registry",
-      );
-    }
-    assert.equal(code, 0, stdout + stderr);
-    assert.match(stdout, /^issued .*a\.example\.com[^]*^issued .*a\.example\.com/m);
-    for (const name of ["cert/a.example.com-cert-combined", "key/a.example.com-key"]) {
-      assert.equal(Deno.statSync(`${etc}/prod/${name}.prime256v1.pem`).uid, UID);
-    }
+Deno.test("README leads from nothing to a certificate, then also without a network", namespaces, async () => {
+  await using bed = await testBed({ domains: "a.example.com", settings: "keyTypes: ec" });
+  const host = await install(bed.home, UID, { packages: false });
+  const [etc, texts, cache] = [join(bed.home, "etc"), join(bed.home, "texts"), join(host.home, ".cache")];
+  await run("cp", "-r", join(ROOT, "conf"), host.program);
+  await run("cp", "-r", bed.conf, texts);
+  await run("mkdir", "-m", "700", etc);
+  await run("chown", "-R", `${UID}`, etc, texts, bed.drop);
+  await run("chmod", "755", dirname(bed.ca.caBundleFile));
+  const commands = adapt(blocks("README.md", "First certificate")[0]!, {
+    "/opt/lematt": host.program,
+    "/etc/lematt": etc,
+    "editor ": `cp ${texts}/lematt.conf ${texts}/domains ${etc}; : `,
+  });
+  const { DENO_DIR: _, ...ours } = Deno.env.toObject(); // with what this host needs to reach the registry
+  const { code, stdout, stderr } = await shell(host, commands, ours);
+  if (/error sending request|client error/.test(stderr)) {
+    return console.warn("start.test.ts: there is no registry");
+  }
+  assert.equal(code, 0, stdout + stderr);
+  assert.match(stdout, /^issued .*a\.example\.com[^]*^issued .*a\.example\.com/m);
+  for (const name of ["cert/a.example.com-cert-combined", "key/a.example.com-key"]) {
+    assert.equal(Deno.statSync(`${etc}/prod/${name}.prime256v1.pem`).uid, UID);
+  }
 
-    await run("chmod", "-R", "a-w", cache);
-    for (const way of ["", "deno run -q -P=lematt ", "deno run -q -P=lematt --cached-only --frozen "]) {
-      const checked = await shell(host, `${way}${host.program}/lematt.ts --check ${etc}`, {}, ...OFFLINE);
-      assert.deepEqual([checked.code, checked.stderr], [0, ""], `${way}: ${checked.stdout}`);
-    }
-    for (const way of ["", "deno run -q -P=leforward --cached-only --frozen "]) {
-      const line = `${way}${host.program}/leforward.ts --help`;
-      const helped = await shell(host, line, { DENO_DIR: "/nowhere" }, ...OFFLINE);
-      assert.deepEqual([helped.code, helped.stdout.includes("--baseurl")], [0, true], way);
-    }
-    await run("chmod", "-R", "u+w", cache);
-  },
-);
+  await run("chmod", "-R", "a-w", cache);
+  for (const way of ["", "deno run -q -P=lematt ", "deno run -q -P=lematt --cached-only --frozen "]) {
+    const checked = await shell(host, `${way}${host.program}/lematt.ts --check ${etc}`, {}, ...OFFLINE);
+    assert.deepEqual([checked.code, checked.stderr], [0, ""], `${way}: ${checked.stdout}`);
+  }
+  for (const way of ["", "deno run -q -P=leforward --cached-only --frozen "]) {
+    const line = `${way}${host.program}/leforward.ts --help`;
+    const helped = await shell(host, line, { DENO_DIR: "/nowhere" }, ...OFFLINE);
+    assert.deepEqual([helped.code, helped.stdout.includes("--baseurl")], [0, true], way);
+  }
+  await run("chmod", "-R", "u+w", cache);
+});
 
 Deno.test("missing packages and a Deno that is too old are reported in one line", async () => {
   await using temporary = await temporaryDirectory();
@@ -170,22 +164,19 @@ const CRONTABS = {
   "/etc/cron.d/lematt": Deno.readTextFileSync(join(ROOT, "conf/remote/crontab")),
 };
 for (const [place, text] of Object.entries(CRONTABS)) {
-  Deno.test(
-    `T7: the documented ${place} runs lematt under real cron, as an ordinary user`,
-    cron,
-    async () => {
-      await using host = await bedFor(NOBODY);
-      const { bed, home } = host;
-      const path = "PATH=/usr/local/bin:";
-      const words = { "/opt/lematt": host.program, "/etc/lematt": bed.conf, [path]: `PATH=${host.bin}:` };
-      // each command again, to run when cron starts
-      const crontab = adapt(text, words).replace(
-        /^ *(\S+ +){4}\S+ +(.* --cron\b.*)/m,
-        (line, _, command) => `${line}\n@reboot ${command} >${home}/log 2>&1; echo $? >${home}/status`,
-      );
-      await Deno.writeTextFile(join(bed.home, "crontab"), crontab);
-      // a separate cron: other users, other crontabs, and no deno in cron's default PATH
-      const script = `set -e; cd ${bed.home}; touch empty
+  Deno.test(`T7: the documented ${place} runs lematt under real cron, as a user`, cron, async () => {
+    await using host = await bedFor(NOBODY);
+    const { bed, home } = host;
+    const path = "PATH=/usr/local/bin:";
+    const words = { "/opt/lematt": host.program, "/etc/lematt": bed.conf, [path]: `PATH=${host.bin}:` };
+    // each command again, to run when cron starts
+    const crontab = adapt(text, words).replace(
+      /^ *(\S+ +){4}\S+ +(.* --cron\b.*)/m,
+      (line, _, command) => `${line}\n@reboot ${command} >${home}/log 2>&1; echo $? >${home}/status`,
+    );
+    await Deno.writeTextFile(join(bed.home, "crontab"), crontab);
+    // a separate cron: other users, other crontabs, and no deno in cron's default PATH
+    const script = `set -e; cd ${bed.home}; touch empty
 printf 'root:x:0:0::/:/bin/sh\\ncertmaint:*:${NOBODY}:${NOBODY}::${home}:/bin/sh\\n' > passwd
 mount -t tmpfs none /run; mount -t tmpfs none /var/spool/cron; mount -t tmpfs none /etc/cron.d
 mount --bind passwd /etc/passwd; mount --bind empty /etc/crontab
@@ -193,20 +184,19 @@ mount --bind passwd /etc/passwd; mount --bind empty /etc/crontab
 mkdir -m 1730 /var/spool/cron/crontabs; install -m 600 crontab ${place}
 [ ${place} = /etc/cron.d/lematt ] || chown certmaint ${place}
 exec cron -f -L 0`;
-      const args = ["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script];
-      const child = new Deno.Command("unshare", { args, stdin: "null" }).spawn();
-      try {
-        await until("the run has ended", () => textOf(join(home, "status")) !== "");
-        const log = await Deno.readTextFile(join(home, "log"));
-        assert.equal(textOf(join(home, "status")), "0\n", log);
-        assert.match(log, /^issued .*a\.example\.com/m);
-        assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, NOBODY);
-      } finally {
-        child.kill("SIGKILL");
-        await child.status;
-      }
-    },
-  );
+    const args = ["--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script];
+    const child = new Deno.Command("unshare", { args, stdin: "null" }).spawn();
+    try {
+      await until("the run has ended", () => textOf(join(home, "status")) !== "");
+      const log = await Deno.readTextFile(join(home, "log"));
+      assert.equal(textOf(join(home, "status")), "0\n", log);
+      assert.match(log, /^issued .*a\.example\.com/m);
+      assert.equal(Deno.statSync(join(bed.home, "host", "served")).uid, NOBODY);
+    } finally {
+      child.kill("SIGKILL");
+      await child.status;
+    }
+  });
 }
 
 const systemd = await needs("command -v systemd-analyze");
@@ -229,19 +219,13 @@ Deno.test("deno task compile makes programs with all packages in them that never
   const { tasks } = JSON.parse(await Deno.readTextFile(join(ROOT, "deno.json")));
   // denort, to which the program is appended, is not installed everywhere: any executable shows what is appended
   const env = { DENORT_BIN: await Deno.realPath("/bin/sh"), NO_COLOR: "1" };
-  for (
-    const [name, packages] of [["leforward", []], ["lematt", [
-      "jose",
-      "zx",
-      "x509",
-      "reflect-metadata",
-    ]]] as const
-  ) {
+  const packages = { leforward: [], lematt: ["jose", "zx", "x509", "reflect-metadata"] };
+  for (const [name, expected] of Object.entries(packages)) {
     const words = { "deno ": `${Deno.execPath()} `, " -q": "", "bin/l": `${temporary.path}/l` };
     const compile = adapt(tasks[`compile:${name}`], words);
     const { code, stderr } = await output(["sh", "-c", compile], { cwd: ROOT, env });
     assert.equal(code, 0, stderr);
-    for (const one of packages) assert.match(stderr, new RegExp(`${one}/([\\d.]+/)?\\*`));
+    for (const one of expected) assert.match(stderr, new RegExp(`${one}/([\\d.]+/)?\\*`));
     const program = new TextDecoder("latin1").decode(await Deno.readFile(join(temporary.path, name)));
     assert.match(program, /"permissions":\{[^}]*"prompt":false\}/, name);
   }

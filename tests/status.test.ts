@@ -98,13 +98,7 @@ Deno.test("a crowded status: a table that fits the terminal, a document as in it
   Deno.writeTextFileSync(bed.path("prod", "key", `${"z".repeat(200)}\x1b[31m\n.pem`), "");
   const state = bed.state("prod");
   const at = bed.ca.now.toISOString();
-  const certificate = {
-    fingerprint: "1",
-    names: ["x.example"],
-    notBefore: at,
-    selfSigned: false,
-    issuer: "",
-  };
+  const certificate = { fingerprint: "1", names: ["x"], notBefore: at, selfSigned: false, issuer: "" };
   const served = ["2020-01-01T00:00:00.000Z", "2030-01-01T00:00:00.000Z"].map((notAfter) => (
     { address: "192.0.2.7", kind: "served" as const, certificate: { ...certificate, notAfter } }
   ));
@@ -114,19 +108,16 @@ Deno.test("a crowded status: a table that fits the terminal, a document as in it
   const found = await statusOf(bed);
 
   const words = [long, many[0]!, "xn--bcher-kva.example", `[${section}]`, endpoint, "z".repeat(200)];
-  const lengths = [40, 80, 200].map((columns) => {
+  for (const columns of [40, 80, 200]) {
     const table = statusTable(found, columns);
     assert.match(table, /^\d+ problems:\n/);
     assert.doesNotMatch(table, /[^\x20-\x7e…\n]/);
     for (const word of words) assert.ok(table.includes(word), `${word} at ${columns}`);
-    const lines = table.split("\n");
-    for (const line of lines.filter((line) => line.length > columns)) {
+    for (const line of table.split("\n").filter((line) => line.length > columns)) {
       // only words that are too long exceed the width
       assert.ok(line.trim().split(/\s+/).some((word) => word.length > columns - 12), `${columns}: ${line}`);
     }
-    return lines.length;
-  });
-  assert.deepEqual(lengths, lengths.toSorted((a, b) => b - a));
+  }
 
   const document = JSON.parse(statusJson(found));
   for (const key of ["certificates", "pending", "endpoints", "orphans", "problems", "runs"]) {

@@ -67,10 +67,7 @@ Deno.test("keys are read in PKCS#8, PKCS#1 and SEC1, also after EC PARAMETERS or
     const { pem } = await createCsr(keyPem, ["example.com", "*.example.com", "192.0.2.1", "2001:db8::7"]);
     const request = openssl("req -noout -verify -text", pem);
     assert.match(request, /Subject: CN = example\.com\n/);
-    assert.match(
-      request,
-      /DNS:example\.com, DNS:\*\.example\.com, IP Address:192\.0\.2\.1, IP Address:2001:DB8/,
-    );
+    assert.match(request, /DNS:example\.com, DNS:\*\.example\.com, IP .*:192\.0\.2\.1, IP .*:2001:DB8/);
     const hash = createHash("sha256").update(spkiOf(keyPem)).digest("hex");
     for (const form of forms) {
       const read = [isKeyOf(form, certPem), keySpecOf(form), publicKeyHash(form)];

@@ -1,6 +1,6 @@
 /**
- * Goal: self-checks see what a CA would, on a host that lacks an address family, whose redirects lead to itself, and among
- * name servers that are lame. Runs itself in a network namespace of its own, where all addresses are on this host.
+ * Goal: self-checks and probes see what others would, on a host that lacks an address family, whose redirects lead to itself,
+ * and among name servers that are lame. Runs itself in a network namespace of its own, where all addresses are on this host.
  */
 
 import assert from "node:assert/strict";
@@ -8,6 +8,7 @@ import { createSocket } from "node:dgram";
 import { once } from "node:events";
 import { join } from "node:path";
 import { type Route, systemContext, systemQuery } from "../lib/context.ts";
+import { probe } from "../lib/probe.ts";
 import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
 import { output, temporaryDirectory } from "./programs.ts";
@@ -93,6 +94,13 @@ function inNamespace(directory: string) {
     }
   });
 
+  /** What probes show at each address. */
+  async function probed(...addresses: string[]) {
+    const route: Route = (_, port) => Promise.resolve(addresses.map((address) => ({ address, port })));
+    const endpoint = { text: "example.com", host: "example.com", port: 443 };
+    return (await probe([{ endpoint, keyType: "ec" }], { ...CONTEXT, route })).map(({ kind }) => kind);
+  }
+
   Deno.test("R11, C11: addresses that this host has no route to are skipped, whatever the reason", async () => {
     const table: [address: string, setUp: string][] = [
       ["203.0.113.1", "true"],
@@ -101,11 +109,19 @@ function inNamespace(directory: string) {
       ["2001:db8:3::1", "ip -6 route add blackhole 2001:db8:3::/48"],
       ["2001:db8:4::1", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"],
     ];
+    // a host that is down is not skipped
+    const down = "2001:db8:5::1";
+    await run(`ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+      ip -6 addr add 2001:db8:5::2/64 dev v0 nodad; ip -6 neigh add ${down} dev v0 nud failed`);
+    assert.deepEqual(await probed("192.0.2.1", down), ["unreachable", "unreachable"]);
     for (const [address, setUp] of table) {
       await run(setUp);
       assert.deepEqual(await check({ "example.com": ["192.0.2.1", address] }), { asked: 1 });
       const only = await check({ "example.com": [address] });
       assert.deepEqual(only, { note: "not checked: this host has no route to example.com", asked: 0 });
+      const kind = address.includes(":") ? "passed over" : "unreachable"; // other addresses of IPv4 are reached
+      assert.deepEqual(await probed("192.0.2.1", address), ["unreachable", kind]);
+      assert.deepEqual(await probed(address), ["unreachable"]);
     }
   });
 

@@ -9,9 +9,8 @@ import { join } from "node:path";
 import { type Context, type Destination, systemContext } from "../lib/context.ts";
 import { probe, type Target } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
-import { all } from "./bed.ts";
+import { all, testBed } from "./bed.ts";
 import { which } from "./bench-measure.ts";
-import { output } from "./programs.ts";
 import {
   freePort,
   makeCertificate,
@@ -188,23 +187,6 @@ test("S2: many silent endpoints take one time-out together; of 4,000 addresses 3
   assert.match(warnings[0]!, /^www\.example\.com has 4000 addresses; 32 /);
 });
 
-// ---- in another process --------------------------------------------------------------------------------------
-
-/** Runs a script with `probe`, `target` and `context`, started by a command, and returns its output. */
-async function elsewhere(script: string, ...by: string[]): Promise<string> {
-  const url = (name: string) => JSON.stringify(import.meta.resolve(`../lib/${name}.ts`));
-  const program = join(directory, `${crypto.randomUUID()}.js`);
-  const head = `import { probe } from ${url("probe")}; import { systemContext } from ${url("context")};
-const { signal } = new AbortController();
-const context = (route) => ({ ...systemContext({ fetch, userAgent: "", signal, warn: console.log }), route });
-const target = (host) => ({ endpoint: { text: host, host, port: 443 }, keyType: "ec" });`;
-  await Deno.writeTextFile(program, `${head}\n${script}`);
-  const config = new URL("../deno.json", import.meta.url).pathname;
-  const flags = ["run", "-q", "--no-check", "--no-prompt", "-P=tests", "--config", config];
-  const { stdout, stderr } = await output([...by, Deno.execPath(), ...flags, program]);
-  return stdout + stderr;
-}
-
 /** A new directory with a script as its openssl. */
 async function withOpenssl(script: string): Promise<string> {
   const bin = await Deno.makeTempDir({ dir: directory });
@@ -212,54 +194,40 @@ async function withOpenssl(script: string): Promise<string> {
   return bin;
 }
 
+/** A bed with a certificate of --prod that is to be delivered. */
+async function bedFor(actions: string, domains = NAME) {
+  const bed = await testBed({ domains, settings: "keyTypes: ec\nari: no", actions });
+  await bed.plant({ mode: "prod" });
+  return bed;
+}
+
 test("an openssl that is missing or cannot be used is reported", async () => {
-  const script =
-    `await probe([target("a.example")], context()).catch((error) => console.log(String(error)));`;
+  await using bed = await bedFor(`[default]\nverify: ["127.0.0.1:1"]`);
   const libre = await withOpenssl(`echo ' -connect host:port Who to connect to' >&2; exit 1`);
-  const [none, other] = await all(
-    ["/nowhere", libre].map((path) => elsewhere(script, "env", `PATH=${path}`)),
-  );
-  assert.match(none!, /^ProbeError: .*cannot find openssl/);
-  assert.match(other!, /^ProbeError: .*-sigalgs.*LibreSSL/);
+  for (const [path, why] of [["/nowhere", /cannot find openssl/], [libre, /-sigalgs .*LibreSSL/]] as const) {
+    const { code, stdout } = await bed.lemattBy(["env", `PATH=${path}`], "--prod", "--status", "--json");
+    assert.equal(code, 1);
+    assert.match(stdout, why);
+  }
 });
 
-test("R17: at most 16 openssl run at once, however many calls there are", async () => {
+test("R17: at most 16 openssl run at once, however many sections are verified", async () => {
   await using server = await startHttps(directory, "ec");
+  const names = Array.from({ length: 24 }, (_, i) => `n${i}.example.com`);
+  const sections = [0, 6, 12, 18].map((from) => {
+    const verify = names.slice(from, from + 6).map((name) => `127.0.0.1:${server.port}#${name}`);
+    const texts = [`[from ${from}]`, "domains: n0.example.com", 'update: ["true"]', "verifyWait: 0"];
+    return [...texts, `verify: ${JSON.stringify(verify)}\n`].join("\n");
+  });
+  await using bed = await bedFor(sections.join(""), names.join(" "));
   const running = await Deno.makeTempDir({ dir: directory });
   const bin = await withOpenssl(`test "$2" = -help && exec ${which("openssl")} "$@"
-mkdir ${running}/$$; ls ${running} | wc -l >> ${running}.log; sleep 0.4
+mkdir ${running}/$$; ls ${running} | wc -l >> ${running}.log; sleep 0.3
 ${which("openssl")} "$@"; status=$?; rmdir ${running}/$$; exit $status`);
-  const script = `
-const route = () => Promise.resolve([{ address: "127.0.0.1", port: ${server.port} }]);
-const calls = [1, 2, 3, 4].map((call) => Array.from({ length: 10 }, (_, i) => target(call + "." + i + ".example")));
-const sights = await Promise.all(calls.map((targets) => probe(targets, context(route))));
-console.log(sights.flat().filter(({ kind }) => kind === "served").length);`;
-  assert.equal(await elsewhere(script, "env", `PATH=${bin}:${Deno.env.get("PATH")}`), "40\n");
+  await bed.lemattBy(["env", `PATH=${bin}:${Deno.env.get("PATH")}`], "--prod");
   const most = Math.max(...(await Deno.readTextFile(`${running}.log`)).trim().split("\n").map(Number));
   assert(most > 4 && most <= 16, `${most} at once`);
 }, lackOf("nginx"));
-
-const hasNamespaces = (await output(["sh", "-c", "unshare -n ip link set lo up"])).code === 0;
-test("R11: an address of a family that this host lacks is skipped if there is another", async () => {
-  const script = `
-const server = Deno.listen({ port: 4433, hostname: "127.0.0.1" });
-(async () => { for await (const connection of server) connection.close(); })();
-for (const addresses of [["127.0.0.1", "2001:db8::1"], ["2001:db8::1"]]) {
-  const route = () => Promise.resolve(addresses.map((address) => ({ address, port: 4433 })));
-  const sights = await probe([target("www.example.com")], context(route));
-  console.log(sights.map(({ address, kind }) => address + " " + kind).join(", "));
-}
-Deno.exit();`;
-  const down = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; " +
-    "ip -6 addr add 2001:db8::2/64 dev v0 nodad; ip -6 neigh add 2001:db8::1 dev v0 nud failed";
-  await all([["true", "passed over"], [down, "unreachable"]].map(async ([setup, kind]) => {
-    const by = ["unshare", "-n", "sh", "-c", `ip link set lo up; ${setup}; exec "$@"`, "sh"];
-    assert.equal(
-      await elsewhere(script, ...by),
-      `127.0.0.1 unreachable, 2001:db8::1 ${kind}\n2001:db8::1 unreachable\n`,
-    );
-  }));
-}, hasNamespaces ? undefined : "no network namespaces");
 
 test("the certificate of slapd is seen through StartTLS of LDAP", async () => {
   const port = freePort();

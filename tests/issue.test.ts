@@ -239,18 +239,24 @@ Deno.test("an unfinished order is replaced if it is invalid, unknown to the CA o
   }
 });
 
-Deno.test("an order goes on if a lost response is refused the second time, or if a replica is behind", async () => {
-  const table: [Resource, Fault][][] = [
-    [["authz", put({ challenges: [] })]], // acme2certifier makes them later
-    [["challenge", after({ kind: "reset" })], ["challenge", refusing(400, "malformed", "it is not pending")]],
-    [["finalize", refusing(403, "orderNotReady", "lag")], ["order", put({ status: "processing" })]],
-  ];
-  for (const faults of table) {
-    const fault = ({ resource }: Exchange) => faults[0]?.[0] === resource ? faults.shift()![1] : undefined;
-    await using bed = await oneCertificate({ fault });
-    const { code, stderr } = await bed.run(quick(bed));
-    assert.deepEqual([code, stderr, faults], [0, "", []]);
-  }
+Deno.test("C1, C7: an order goes on if replicas lag, problems are plain JSON, or a lost response is refused the second time", async () => {
+  const unknown = refusing(404, "malformed", "not on this replica");
+  const headers = { "content-type": "application/json" };
+  const plain = refusing(400, "badNonce", "another replica has it", { headers });
+  const faults: Partial<Record<Resource, Fault[]>> = {
+    directory: [unknown],
+    newNonce: [unknown],
+    newAccount: [unknown, plain],
+    newOrder: [unknown, plain, refusing(400, "accountDoesNotExist", "it is new")],
+    authz: [put({ challenges: [] }), unknown, plain], // acme2certifier makes challenges later
+    challenge: [unknown, plain, after({ kind: "reset" }), refusing(400, "malformed", "it is not pending")],
+    order: [put({ status: "pending" }), unknown, plain, put({ status: "processing" })],
+    finalize: [unknown, plain, refusing(403, "orderNotReady", "it is pending")],
+    certificate: [unknown, plain],
+  };
+  await using bed = await oneCertificate({ fault: ({ resource }) => faults[resource]?.shift() });
+  const { code, stderr } = await bed.run(quick(bed));
+  assert.deepEqual([code, stderr, Object.values(faults).flat()], [0, "", []]);
 });
 
 // ---- orders that fail --------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ if (DIRECTORY === undefined) {
   const hasNamespaces = await run("unshare -rmn ip link set lo up").then(() => true, () => false);
   const lack = hasNamespaces ? lackOf("named") : "no network namespaces";
   Deno.test({
-    name: `self-checks in a network of their own${lack ? ` (${lack})` : ""}`,
+    name: `self-checks and probes in a network of their own${lack ? ` (${lack})` : ""}`,
     ignore: lack !== undefined,
     async fn() {
       await using directory = await temporaryDirectory();

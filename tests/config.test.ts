@@ -223,7 +223,6 @@ const invalid = rows`
   dns-01 without its commands => A: [default]⏎challenge: dns-01 => actions.conf:2 "dnsPresent"
   conflicting challenges => A: [a]⏎domains: x.com⏎challenge: http-01⏎[b]⏎domains: x.com⏎challenge: dns-persist-01
     => actions.conf:4 http-01 in [a]
-  a mistyped key => A: [default]⏎updat: [] => actions.conf:2 did you mean update
   a section name with a control character => A: [a␛[2J]⏎domains: example.com => actions.conf:1 control character
   more names than a profile allows => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p
     => S: profile: tlsserver => domains:1 26 names
@@ -246,7 +245,8 @@ Deno.test("loadConfig() rejects invalid, incomplete or contradictory values, wit
 
 Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of the error and a corrected list", () => {
   const actions = 'A: [default]\nupdate: ["printf \'a\\nb\'", "", " ", "\\u00e9 \\"x\\" \\\\"]\n';
-  same(load(actions).sections[0]!.update, ["printf 'a\nb'", "", " ", 'é "x" \\']);
+  const { sections, warnings } = load(actions);
+  same([sections[0]!.update, warnings], [["printf 'a\nb'", "", " ", 'é "x" \\'], []]); // T1
   const lists = rows`
     "cmd %% x" => 2 => ["cmd % x"]
     ⏎  one⏎  'two' => 2 => ["one", "two"]
@@ -267,16 +267,15 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
 
 Deno.test("T9: no message contains a secret from a file", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
-  const values = [
-    `${secret}=`,
-    `\n${secret}==`,
-    `~${secret}`,
-    `\n${secret}`,
-    `${secret}\n${secret}: 1\n${secret}: 1`,
+  const texts = [
+    "eabHmacKey: X=",
+    "eabHmacKey:\nX==",
+    "eabHmacKey: ~X",
+    "X\nX: 1\nX: 1",
+    "directory: https://a:X@b/",
   ];
-  const texts = [...values.map((value) => `eabHmacKey: ${value}`), `directory: https://a:${secret}@b/`];
   for (const text of texts) {
-    const problems = JSON.stringify(errors(`S: eabKeyId: kid\n${text}`));
+    const problems = JSON.stringify(errors(`S: eabKeyId: kid\n${text.replaceAll("X", secret)}`));
     ok(!problems.includes(secret.slice(0, 12)), problems);
   }
 });
@@ -323,7 +322,6 @@ const warned = rows`
   no mistake: prepare is used by other sections => A: [DEFAULT]⏎prepare: ["x"]⏎[default]⏎challenge: dns-persist-01
   no mistake: prepare is used by other names => A: [default]⏎challenge: http-01⏎[every]⏎challenge: dns-persist-01⏎prepare: ["x"]
   no mistake: ocspStapleRequired: no => A: [every]⏎ocspStapleRequired: no
-  T1, no mistake: line breaks and empty strings => A: [default]⏎update: ["printf 'a\n' x | y\nz", ""]
   C19, no mistake: Let's Encrypt's limits are not those of a private CA, whatever its profiles are called
     => S: directory: https://a⏎testDirectory: https://a⏎keyBitsRSA: 8192⏎profile: tlsserver⏎generateNewCertsAfterDays: 0.25
     => D: a.com 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p⏎192.0.2.1`;

@@ -111,6 +111,7 @@ Deno.test("--json prints one document, as in its schema, even if nothing happens
   await json(true);
   assert.equal(await json(true), "");
   assert.deepEqual(violations(JSON.parse(await json()), "run"), []);
+  assert.deepEqual(bed.state().alerts, {}, "nobody is alerted any more");
   bed.act(`[default]\nupdate: ["false"]`);
   assert.equal(JSON.parse(await json(true)).problems[0].kind, "delivery");
   assert.equal(await json(true), "", "known");

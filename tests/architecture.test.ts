@@ -2,8 +2,7 @@
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
-import { ROOT } from "./documents.ts";
-import { run } from "./install.ts";
+import { ROOT, run } from "./programs.ts";
 
 /** From the lowest to the highest. */
 const LAYERS = [

@@ -14,14 +14,14 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Config, loadConfig, type Mode } from "../lib/config.ts";
 import { type Event, Report } from "../lib/report.ts";
-import type { Context } from "../lib/context.ts";
+import { type Context, limit } from "../lib/context.ts";
 import { run, select } from "../lib/run.ts";
 import type { State } from "../lib/state.ts";
 import { readInventory, Store } from "../lib/store.ts";
 import { generateKey, readCertificate } from "../lib/x509.ts";
 import { type Ca, type Exchange, type Fault, type Resource, startCa, startWebroot } from "./ca.ts";
 import type { Switches, Webroot } from "./ca.ts";
-import { LEMATT, output } from "./programs.ts";
+import { end, type Ended, LEMATT, output, spawn } from "./programs.ts";
 
 export { settled as all } from "../lib/context.ts";
 
@@ -35,9 +35,6 @@ export interface Texts {
   actions?: string;
   settings?: string;
 }
-
-/** How the program ended. */
-export type Ended = Awaited<ReturnType<typeof output>>;
 
 /** The result of a run in this process, and its requests to the CA. */
 export interface Ran extends Ended {
@@ -215,39 +212,18 @@ export class Bed implements AsyncDisposable {
 
   /** Starts the program, with its output piped. It is killed when the bed is disposed of. */
   start(...args: string[]): Deno.ChildProcess {
-    const [command, ...flags] = LEMATT;
-    const child = new Deno.Command(command!, {
-      args: [...flags, ...args, "--config", this.conf],
-      cwd: this.home,
-      stdin: "null",
-      stdout: "piped",
-      stderr: "piped",
-    }).spawn();
+    const child = spawn([...LEMATT, ...args, "--config", this.conf], { cwd: this.home });
     this.#children.push(child);
     return child;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    for (const child of this.#children) {
-      try {
-        child.kill("SIGKILL");
-      } catch {
-        // it has ended already
-      }
-      await child.status;
-    }
+    for (const child of this.#children) await end(child);
     this.#http.close();
     await Promise.all([this.ca, this.web].map((server) => server[Symbol.asyncDispose]()));
     await Deno.remove(this.home, { recursive: true });
     assert.deepEqual(this.ca.violations, []);
   }
-}
-
-/** Waits until a program whose output is piped has ended. */
-export async function endOf(child: Deno.ChildProcess): Promise<Ended> {
-  const { code, stdout, stderr } = await child.output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  return { code, stdout: text(stdout), stderr: text(stderr) };
 }
 
 /** Waits until `condition` is true. */
@@ -256,6 +232,28 @@ export async function until(what: string, condition: () => boolean | Promise<boo
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
     await delay(5);
   }
+}
+
+/**
+ * A replacement for Deno.test() for tests that mostly wait, each with its own servers: they run in parallel, at most `most` at
+ * once, as steps of one test of their file. One that is `lacking` something is skipped.
+ */
+export function together(name: string, most = 4) {
+  const steps: Deno.TestStepDefinition[] = [];
+  const inTurn = limit(most);
+  const sanitizers = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
+  Deno.test({
+    name,
+    ...sanitizers,
+    async fn(t) {
+      const passed = await Promise.all(steps.map((step) => t.step(step)));
+      assert(passed.every((ok, index) => ok || steps[index]!.ignore));
+    },
+  });
+  return (name: string, fn: () => Promise<void>, lacking?: string): void => {
+    if (lacking !== undefined) console.log(`${name} is not tested: ${lacking}`);
+    steps.push({ name, ignore: lacking !== undefined, fn: () => inTurn(fn), ...sanitizers });
+  };
 }
 
 /** Injects the fault into the first `times` exchanges with that resource. */

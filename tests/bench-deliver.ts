@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { testBed, until } from "./bed.ts";
 import { figure, inTurns, measure, median } from "./bench-measure.ts";
-import { LEMATT, output } from "./programs.ts";
+import { endOf, LEMATT, output, spawn } from "./programs.ts";
 import { freePort, startNginx, tcpServer } from "./tls.ts";
 
 const SECTIONS = 200;
@@ -77,13 +77,10 @@ export async function probes(): Promise<void> {
       return `${host}:${i % (ENDPOINTS / SILENT) === 0 ? other : port}#www.example.com`;
     });
     bed.act(`[web]\ndomains: www.example.com\nupdate: ["true"]\nverify: ${JSON.stringify(endpoints)}\n`);
-    const [command, ...rest] = LEMATT;
     const started = performance.now();
-    const args = [...rest, "--prod", "--deliver", "[web]", bed.conf];
-    const options = { args, stdin: "null", stdout: "piped", stderr: "piped" } as const;
-    const child = new Deno.Command(command!, options).spawn();
+    const child = spawn([...LEMATT, "--prod", "--deliver", "[web]", bed.conf]);
     let [running, processes, megabytes] = [true, 0, 0];
-    const ended = child.output().finally(() => running = false);
+    const ended = endOf(child).finally(() => running = false);
     while (running) {
       const { pid } = child;
       const { stdout } = await output(`ps --pid ${pid} --ppid ${pid} -o pid=,rss=,comm=`.split(" "));
@@ -95,7 +92,7 @@ export async function probes(): Promise<void> {
       await delay(100);
     }
     const { code, stderr } = await ended;
-    if (code !== expected) throw new Error(new TextDecoder().decode(stderr));
+    if (code !== expected) throw new Error(stderr);
     return { seconds: (performance.now() - started) / 1000, processes, megabytes };
   }
 

@@ -1,8 +1,7 @@
 /** leforward compared with an nginx that sends the same redirects: one connection per request, as from a CA. */
 
 import { figure, inTurns, median, ratio } from "./bench-measure.ts";
-import { run } from "./install.ts";
-import { startLeforward, startResets, temporaryDirectory } from "./programs.ts";
+import { run, startLeforward, startResets, temporaryDirectory } from "./programs.ts";
 import { freePort, startNginx } from "./tls.ts";
 
 const PATH = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";

@@ -5,10 +5,8 @@
 
 import { testBed } from "./bed.ts";
 import { figure, inTurns, measure, median, ratio } from "./bench-measure.ts";
-import { shell } from "./documents.ts";
-import { run } from "./install.ts";
 import { startPebble } from "./pebble.ts";
-import { LEMATT } from "./programs.ts";
+import { LEMATT, run, shell } from "./programs.ts";
 import { distant } from "./tls.ts";
 
 const AT_ONCE = 10;

@@ -5,15 +5,7 @@
  * compared run in turns, and a ratio is the median of the ratios of all turns.
  */
 
-import { existsSync } from "node:fs";
-import { delimiter, join } from "node:path";
-import { output } from "./programs.ts";
-
-/** The path of an installed program. The directories of system programs are searched as well as PATH. */
-export function which(name: string): string | undefined {
-  const directories = [...(Deno.env.get("PATH") ?? "").split(delimiter), "/usr/sbin", "/sbin"];
-  return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
-}
+import { output, which } from "./programs.ts";
 
 /** One run of a program to its end, with the children that it has waited for. */
 export interface Cost {

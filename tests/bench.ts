@@ -10,8 +10,7 @@ import { idle } from "./bench-idle.ts";
 import { latency, throughput } from "./bench-issue.ts";
 import { limits } from "./bench-limits.ts";
 import { missed } from "./bench-measure.ts";
-import { output } from "./programs.ts";
-import { lackOf } from "./together.ts";
+import { lackOf, output } from "./programs.ts";
 
 type Part = readonly [what: string, run: () => Promise<void>, ...programs: string[]];
 const PARTS: Readonly<Record<string, Part>> = {

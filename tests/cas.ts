@@ -14,13 +14,12 @@
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { testBed } from "./bed.ts";
-import { which } from "./bench-measure.ts";
-import { startWebroot } from "./ca.ts";
 import { startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
-import { shell } from "./documents.ts";
+import { startWebroot } from "./ca.ts";
 import { listing } from "./faults.ts";
 import { type Running, startProgram } from "./pebble.ts";
+import { shell, which } from "./programs.ts";
 import { distant } from "./tls.ts";
 
 /** Ports of the CA, of the DNS server, and of the web server of http-01. */

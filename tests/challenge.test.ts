@@ -5,10 +5,9 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { checkChallenges } from "../lib/challenge.ts";
 import type { Route } from "../lib/context.ts";
-import { all, type Bed, testBed, until } from "./bed.ts";
+import { all, type Bed, testBed, together, until } from "./bed.ts";
 import { startWebroot, type Switches } from "./ca.ts";
 import { isRunning, textOf } from "./faults.ts";
-import { together } from "./together.ts";
 
 const test = together("challenges");
 

@@ -3,11 +3,9 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { all, endOf, testBed, until } from "./bed.ts";
-import { ROOT } from "./documents.ts";
+import { all, testBed, together, until } from "./bed.ts";
 import { isRunning, listing, textOf } from "./faults.ts";
-import { LEMATT, output } from "./programs.ts";
-import { together } from "./together.ts";
+import { endOf, LEMATT, output, ROOT } from "./programs.ts";
 
 const test = together("the program as users run it");
 

@@ -6,9 +6,10 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { settled } from "../lib/context.ts";
 import { readInventory } from "../lib/store.ts";
-import { endOf, testBed } from "./bed.ts";
-import { pairs, PROGRAM, randomFrom, SHARE, Subject, sweep, textOf, upTo } from "./faults.ts";
+import { testBed } from "./bed.ts";
 import { missing, pointsIn, SITUATIONS, subjectIn, traced } from "./faults-strace.ts";
+import { pairs, PROGRAM, randomFrom, SHARE, Subject, sweep, textOf, upTo } from "./faults.ts";
+import { endOf } from "./programs.ts";
 
 const ignore = missing !== undefined;
 if (ignore) console.warn(`faults-process.test.ts: no system call can be made to fail, by strace: ${missing}`);

@@ -11,9 +11,8 @@ import assert from "node:assert/strict";
 import { join, relative } from "node:path";
 import { Store } from "../lib/store.ts";
 import { publicKeyHash } from "../lib/x509.ts";
-import type { Ended } from "./bed.ts";
 import { PROGRAM, Subject, textOf } from "./faults.ts";
-import { output } from "./programs.ts";
+import { type Ended, output } from "./programs.ts";
 
 /** Every call that changes a file or a directory; not all exist on all machines, hence the question marks. */
 const CHANGING =

@@ -15,9 +15,9 @@ import { errorText, isSystemError } from "../lib/text.ts";
 import { preview } from "../lib/run.ts";
 import { type Entry, LockedError, orphans, readInventory, readState, Store } from "../lib/store.ts";
 import { isPrivateKey } from "../lib/x509.ts";
-import { type Bed, type Ended, type Ran, testBed, until } from "./bed.ts";
+import { type Bed, type Ran, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
-import { output } from "./programs.ts";
+import { type Ended, output } from "./programs.ts";
 
 const WANTED = Deno.env.get("LEMATT_FAULTS");
 /** The fraction of the points to try; 0 means a few. */

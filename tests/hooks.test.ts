@@ -4,10 +4,9 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import process from "node:process";
 import { CommandError, type CommandOptions, PrepareCommands, runCommand, type Values } from "../lib/hooks.ts";
-import { all, testBed, until } from "./bed.ts";
+import { all, testBed, together, until } from "./bed.ts";
 import { isRunning, textOf } from "./faults.ts";
 import { temporaryDirectory } from "./programs.ts";
-import { together } from "./together.ts";
 
 const run = (template: string, values: Values = {}, options: Partial<CommandOptions> = {}) =>
   runCommand(template, values, { mode: "test", timeoutSeconds: 60, ...options });

@@ -5,7 +5,7 @@ import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { parseIni, type Section, valueOf } from "../lib/ini.ts";
 import { printable } from "../lib/names.ts";
-import { which } from "./bench-measure.ts";
+import { which } from "./programs.ts";
 
 type Read = Record<string, Record<string, string | null>> | null;
 

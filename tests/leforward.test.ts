@@ -6,10 +6,9 @@
 import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
 import { limit, settled } from "../lib/context.ts";
-import { until } from "./bed.ts";
-import { LEFORWARD, output, startLeforward as start, startResets } from "./programs.ts";
+import { together, until } from "./bed.ts";
+import { lackOf, LEFORWARD, output, startLeforward as start, startResets } from "./programs.ts";
 import { accepts } from "./tls.ts";
-import { lackOf, together } from "./together.ts";
 
 const test = together("leforward");
 

@@ -6,12 +6,10 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { readCertificate } from "../lib/x509.ts";
-import { testBed } from "./bed.ts";
-import { adapt, blocks, ROOT, shell } from "./documents.ts";
-import { temporaryDirectory } from "./programs.ts";
+import { testBed, together } from "./bed.ts";
 import { startPebble } from "./pebble.ts";
+import { adapt, blocks, lackOf, ROOT, shell, temporaryDirectory } from "./programs.ts";
 import { makeCertificate } from "./tls.ts";
-import { lackOf, together } from "./together.ts";
 
 const README = "conf/migrate/README.md";
 const MIGRATE = `${ROOT}/conf/migrate/migrate.ts`;

@@ -6,10 +6,8 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { page, type Status } from "../conf/monitoring/page.ts";
-import { testBed } from "./bed.ts";
-import { adapt, blocks, ROOT, shell } from "./documents.ts";
-import { LEMATT, output, temporaryDirectory } from "./programs.ts";
-import { lackOf, together } from "./together.ts";
+import { testBed, together } from "./bed.ts";
+import { adapt, blocks, lackOf, LEMATT, output, ROOT, shell, temporaryDirectory } from "./programs.ts";
 
 const HERE = join(ROOT, "conf/monitoring");
 const README = "conf/monitoring/README.md";

@@ -11,8 +11,7 @@ import { type Route, systemContext, systemQuery } from "../lib/context.ts";
 import { probe } from "../lib/probe.ts";
 import { checkFile, checkRecords, type Records } from "../lib/selfcheck.ts";
 import { until } from "./bed.ts";
-import { output, temporaryDirectory } from "./programs.ts";
-import { lackOf } from "./together.ts";
+import { lackOf, output, temporaryDirectory } from "./programs.ts";
 
 /** Set within the namespace, to a directory of its own. */
 const DIRECTORY = Deno.env.get("LEMATT_NAMESPACE");

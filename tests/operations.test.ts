@@ -8,11 +8,9 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { usualInterval } from "../lib/renewal.ts";
 import { readCertificate } from "../lib/x509.ts";
-import { type Bed, testBed } from "./bed.ts";
-import { adapt, blockOf, blocks, ROOT, shell } from "./documents.ts";
-import { install } from "./install.ts";
+import { type Bed, testBed, together } from "./bed.ts";
+import { adapt, blockOf, blocks, install, lackOf, ROOT, shell } from "./programs.ts";
 import { RELOAD, startSite, UPLOAD } from "./site.ts";
-import { lackOf, together } from "./together.ts";
 
 const PAGE = "conf/operations.md";
 const block = (heading: string, start: string) => blockOf(PAGE, start, heading);

@@ -7,13 +7,12 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { which } from "./bench-measure.ts";
-import type { Context } from "../lib/context.ts";
 import type { Bed, Ran } from "./bed.ts";
 import { type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
-import { temporaryDirectory } from "./programs.ts";
+import { end, spawn, temporaryDirectory, which } from "./programs.ts";
 import { freePort } from "./tls.ts";
+import type { Context } from "../lib/context.ts";
 
 /** How Pebble behaves. */
 export interface PebbleOptions {
@@ -107,24 +106,17 @@ export interface Running {
 /** Starts a CA program and waits until it answers at all URLs, of which the first is the directory. */
 export async function startProgram(
   directory: string,
-  [program, ...args]: readonly string[],
+  command: readonly string[],
   urls: readonly string[],
   root: () => string,
   env: Readonly<Record<string, string>> = {},
 ): Promise<Running> {
-  const child = new Deno.Command(program!, {
-    args,
-    cwd: directory,
-    env: { HOME: directory, ...env },
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  }).spawn();
+  const child = spawn(command, { cwd: directory, env: { HOME: directory, ...env } });
   const log = Promise.all([child.stdout, child.stderr].map((stream) => new Response(stream).text()));
   const ended = new AbortController();
   child.status.then(() => ended.abort());
   const stop = async () => {
-    if (!ended.signal.aborted) child.kill("SIGKILL");
+    await end(child);
     await log;
   };
   for (const deadline = Date.now() + READY_WITHIN_MS;;) {
@@ -136,7 +128,7 @@ export async function startProgram(
     } catch (error) {
       if (ended.signal.aborted || Date.now() > deadline) {
         await stop();
-        throw new Error(`cannot start ${program}: ${(await log).join("").slice(-2000)}`, { cause: error });
+        throw new Error(`cannot start ${command[0]}: ${(await log).join("").slice(-2000)}`, { cause: error });
       }
       await delay(20);
     }

@@ -9,8 +9,8 @@ import { join } from "node:path";
 import { type Context, type Destination, systemContext } from "../lib/context.ts";
 import { probe, type Target } from "../lib/probe.ts";
 import type { Certificate } from "../lib/x509.ts";
-import { all, testBed } from "./bed.ts";
-import { which } from "./bench-measure.ts";
+import { all, testBed, together } from "./bed.ts";
+import { lackOf, which } from "./programs.ts";
 import {
   freePort,
   makeCertificate,
@@ -21,7 +21,6 @@ import {
   startServer,
   tcpServer,
 } from "./tls.ts";
-import { lackOf, together } from "./together.ts";
 
 const NAME = "www.example.com";
 const LACKING = "refused no certificate of this type";

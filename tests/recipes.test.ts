@@ -7,14 +7,11 @@ import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { connect, createServer } from "node:net";
 import { systemQuery } from "../lib/context.ts";
-import { testBed, type Texts } from "./bed.ts";
-import { which } from "./bench-measure.ts";
+import { testBed, type Texts, together } from "./bed.ts";
 import type { Switches } from "./ca.ts";
-import { adapt, blockOf, ROOT, shell } from "./documents.ts";
-import { output } from "./programs.ts";
+import { adapt, blockOf, lackOf, output, ROOT, shell, which } from "./programs.ts";
 import { postgres, startDovecot, startHaproxy, startPostfix, startPostgres } from "./services.ts";
 import { freePort, makeCertificate, startBalancer, startNginx, startServer } from "./tls.ts";
-import { lackOf, together } from "./together.ts";
 
 const test = together("conf/recipes");
 

@@ -7,14 +7,10 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { limit } from "../lib/context.ts";
-import { which } from "./bench-measure.ts";
-import { testBed, until } from "./bed.ts";
-import { adapt, ROOT, shell } from "./documents.ts";
+import { testBed, together, until } from "./bed.ts";
 import { listing } from "./faults.ts";
-import { run } from "./install.ts";
-import { output } from "./programs.ts";
+import { adapt, lackOf, output, ROOT, run, shell, which } from "./programs.ts";
 import { accepts, freePort, makeCertificate, startNginx, startServer } from "./tls.ts";
-import { lackOf, together } from "./together.ts";
 
 const KIT = join(ROOT, "conf/remote");
 /** Changes of /etc/passwd lock it. */

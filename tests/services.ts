@@ -4,8 +4,7 @@
  */
 
 import { dirname, join } from "node:path";
-import { which } from "./bench-measure.ts";
-import { run } from "./install.ts";
+import { run, which } from "./programs.ts";
 import { startServer } from "./tls.ts";
 
 export type Running = AsyncDisposable & { readonly child: Deno.ChildProcess };

@@ -4,10 +4,19 @@ import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { settled } from "../lib/context.ts";
 import { testBed, until } from "./bed.ts";
-import { adapt, blocks, ROOT } from "./documents.ts";
 import { textOf } from "./faults.ts";
-import { install, type Installation, NOBODY, run } from "./install.ts";
-import { LEMATT, output, temporaryDirectory } from "./programs.ts";
+import {
+  adapt,
+  blocks,
+  install,
+  type Installation,
+  LEMATT,
+  NOBODY,
+  output,
+  ROOT,
+  run,
+  temporaryDirectory,
+} from "./programs.ts";
 import { freePort } from "./tls.ts";
 
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));

@@ -4,10 +4,9 @@ import assert from "node:assert/strict";
 import { status } from "../lib/run.ts";
 import { exitStatus, statusJson, statusMetrics, statusTable } from "../lib/status.ts";
 import { type Bed, testBed } from "./bed.ts";
-import { shell } from "./documents.ts";
+import { lackOf, shell } from "./programs.ts";
 import { violations } from "./schema.ts";
 import { freePort } from "./tls.ts";
-import { lackOf } from "./together.ts";
 
 const HOUR = 3_600_000;
 

@@ -9,8 +9,8 @@ import { testBed } from "./bed.ts";
 import { startDns } from "./ca-dns.ts";
 import { startServer } from "./cas.ts";
 import { runAt } from "./pebble.ts";
+import { lackOf } from "./programs.ts";
 import { freePort } from "./tls.ts";
-import { lackOf } from "./together.ts";
 
 const lack = lackOf("step-ca", "openssl");
 const name = "certificates are issued, renewed and revoked by step-ca, and a failed validation is reported";

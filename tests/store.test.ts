@@ -10,8 +10,7 @@ import { changingLinks, readInventory, stemOf, Store } from "../lib/store.ts";
 import { generateKey } from "../lib/x509.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { missing as noStrace } from "./faults-strace.ts";
-import { install, NOBODY } from "./install.ts";
-import { output } from "./programs.ts";
+import { install, NOBODY, output } from "./programs.ts";
 
 const HOUR = 3_600_000, DAY = 24 * HOUR;
 const STEM = "example.com_www.example.com";

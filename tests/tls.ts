@@ -7,9 +7,8 @@ import { connect, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
-import { which } from "./bench-measure.ts";
 import { until } from "./bed.ts";
-import { run } from "./install.ts";
+import { end, run, spawn, which } from "./programs.ts";
 
 /** Makes `<directory>/<file>.key` and `.pem`, self-signed for `names`; returns the certificate. */
 export async function makeCertificate(
@@ -46,23 +45,22 @@ export async function startServer(
   args: readonly string[],
   port: number,
 ): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
-  const options = { stdin: "null", stdout: "null", stderr: "piped" } as const;
-  const child = new Deno.Command(command, { args: [...args], ...options }).spawn();
+  const child = spawn([command, ...args], { stdout: "null" });
   const stderr = new Response(child.stderr).text();
   let ended = false;
   child.status.then(() => ended = true);
-  const end = async (signal: Deno.Signal) => {
-    if (!ended) child.kill(signal);
-    await Promise.all([child.status, stderr]);
-  };
   try {
     await until(`${command} listens`, async () => await accepts(port) || ended, 60);
     if (ended) throw new Error(`Cannot start ${command}: ${await stderr}`);
   } catch (error) {
-    await end("SIGKILL");
+    await end(child);
     throw error;
   }
-  return { child, [Symbol.asyncDispose]: () => end("SIGTERM") };
+  const stop = async () => {
+    await end(child, "SIGTERM");
+    await stderr;
+  };
+  return { child, [Symbol.asyncDispose]: stop };
 }
 
 /** Whether connections are accepted at a port of 127.0.0.1. */

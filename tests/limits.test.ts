@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { testBed } from "./bed.ts";
-import { likeLetsEncrypt, runUntilDone } from "./bench-limits.ts";
+import { likeLetsEncrypt, runUntilDone } from "./bench.ts";
 
 const LINES = 80;
 const ORDERS = 20;

@@ -313,6 +313,10 @@ Deno.test("endpoints are those configured, with DOMAIN and DOMAINS_ALL replaced 
   }
   const host = section("host", { verify: endpoints("w.example.com:443 192.0.2.1:443") });
   const on = [line("*.example.com", [host]), line("w.example.com")];
+  const isDue = (hours: number) => plan({ state: seen([RIGHT]), now: 2 + hours / 24 }).endpoints[0]!.due;
+  assert.deepEqual([4.9, 5.1].map(isDue), [false, true], "again after five hours");
+  const revoked = entry(SITE, { kind: "revoked", certificate: certificate(SITE.names) });
+  assert.deepEqual(plan({ found: [revoked] }).endpoints, [], "a revoked certificate is right nowhere");
   const wanted = plan({ on }).endpoints.map(({ wanted }) => wanted.map(({ stem }) => stem));
   assert.deepEqual(wanted, [["w.example.com", "*.example.com"], ["*.example.com"]], "of whichever line");
 });
@@ -399,6 +403,7 @@ Deno.test("recordOf() records since when an endpoint is wrong, and whether our o
     ["wrong now", before(RIGHT), OLD, false, now],
     ["wrong still", before(OLD, since), OLD, false, since],
     ["no TLS after our delivery", before(RIGHT), sight("unfinished"), true, { ...now, ...broken }],
+    ["silent without a delivery", before(RIGHT), SILENT, false, now],
     ["silent before it, too", before(OLD, since), SILENT, true, since],
     ["never probed before it", undefined, SILENT, true, now],
     ["still broken by it", before(SILENT, { ...since, ...broken }), SILENT, false, { ...since, ...broken }],
@@ -429,6 +434,7 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
   const window = { start: iso(-300), end: iso(3), at: iso(-200) };
   const revoked = entry(SITE, { kind: "revoked", certificate: certificate(SITE.names) });
   const [failed, overdue] = ["failing www.example.com", `overdue ${FILE}!`];
+  const oneDay = { found: [present(SITE, { to: 1 })] };
   const [unreachable, endpoint] = [ENDPOINT, `${ENDPOINT} rsa`].map((what) => `endpoint ${what} 192.0.2.1`);
   // an exclamation mark means an alert
   const table: [what: string, state: Partial<State>, now: number, problems: string, given?: Given][] = [
@@ -437,6 +443,8 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["a failure of a line that is no longer due", failing({ count: 9 }), 2, ""],
     ["the CA accepts no orders", { holds: { "https://ca": iso(62) } }, 61, "rate-limited"],
     ["due for more than two weekly runs", runs(70, 7), 75, overdue],
+    ["due for a day, and run each hour", runs(61, 1 / 24), 61, ""],
+    ["of one day, due for seven hours, and run each hour", runs(0.8, 1 / 24), 0.8, overdue, oneDay],
     ["revoked, and not replaced", {}, 2, overdue, { found: [revoked] }],
     ["R16: expired, with other names", {}, 91, overdue, { found: [entry(SITE, MISSING, FORMER)] }],
     ["never issued", {}, 91, "", { found: [entry(SITE, MISSING)] }],
@@ -450,6 +458,7 @@ Deno.test("plan() finds each problem, and whether it causes an alert", () => {
     ["not run for less than two days", runs(10), 12, ""],
     ["not run for three nights", runs(10), 13.1, "not run!"],
     ["run every 8 hours, and not for two days", runs(10, 1 / 3), 12.1, "not run!"],
+    ["run every 8 hours, and not since yesterday", runs(10, 1 / 3), 11.9, ""],
     ["a certificate that begins within the hour", {}, -1 / 25, ""],
     ["a run recorded for tomorrow", runs(3), 2, "clock!"],
     ["a clock 54 minutes ahead of the CA's", {}, 2, "", { aheadMs: () => 0.9 * HOUR }],

@@ -10,10 +10,7 @@ import { type Fault, startCa } from "./ca.ts";
 const NAME = "example.com";
 const KEY = `test/key/${NAME}-key.prime256v1.test.pem`;
 
-/** A bed for one EC certificate, whose CA can be given faults. */
-function bedFor(settings = ""): Promise<Bed> {
-  return testBed({ domains: NAME, settings: `keyTypes: ec\n${settings}`, ca: { fault: () => undefined } });
-}
+const bedFor = (settings = "") => testBed({ domains: NAME, settings: `keyTypes: ec\n${settings}` });
 
 /** Issues the certificate again; returns which requests about accounts that took. */
 async function issue(bed: Bed, options: Parameters<Bed["run"]>[0] = {}): Promise<string[]> {
@@ -35,9 +32,6 @@ function keyFiles(bed: Bed): string[] {
 const ONE_KEY = ["account.key.test 600"];
 
 const newKey = () => generateKey({ type: "ec", curve: "P-384" });
-
-/** The keys of the accounts at the CA. */
-const thumbprints = ({ ca }: Bed) => ca.accounts.map(({ key }) => key.thumbprint);
 
 // ---- registration ------------------------------------------------------------------------------------------------
 
@@ -123,7 +117,6 @@ Deno.test("an account that the CA has forgotten is registered again, once for al
 Deno.test("if the CA refuses, is down or offers no key change, --rollover changes no key and leaves no file behind", async () => {
   await using bed = await bedFor();
   await issue(bed);
-  const before = thumbprints(bed);
   const key = bed.text("account.key.test");
   const unsupported = "the CA does not offer it";
   const withoutKeyChange: Fault = { kind: "rewrite", rewrite: ({ keyChange: _, ...rest }) => rest };
@@ -139,7 +132,7 @@ Deno.test("if the CA refuses, is down or offers no key change, --rollover change
     await assert.rejects(roll(bed), { name: "AcmeError", step: "change the account key", message });
     bed.ca.switches.fault = undefined;
     assert.deepEqual([bed.text("account.key.test"), keyFiles(bed)], [key, ONE_KEY]);
-    assert.deepEqual([await issue(bed), thumbprints(bed)], [[], before]);
+    assert.deepEqual([await issue(bed), bed.ca.accounts.length], [[], 1]);
   }
 });
 
@@ -156,12 +149,12 @@ Deno.test("a rollover whose answer is lost, or that is interrupted before or aft
   ) {
     await using bed = await bedFor();
     await issue(bed);
-    const before = thumbprints(bed);
+    const before = bed.ca.accounts[0]!.key.thumbprint;
     const stop = new AbortController();
     const inject = faultAt("keyChange", fault);
     bed.ca.switches.fault = (exchange) => {
       const injected = inject(exchange);
-      if (injected && isInterrupted) stop.abort(new DOMException("interrupted", "AbortError"));
+      if (injected && isInterrupted) stop.abort();
       return injected;
     };
     const rolling = roll(bed, { signal: stop.signal });
@@ -171,7 +164,7 @@ Deno.test("a rollover whose answer is lost, or that is interrupted before or aft
     await issue(bed);
     assert.deepEqual(await issue(bed), []);
     assert.deepEqual([bed.ca.accounts.length, keyFiles(bed)], [1, ONE_KEY]);
-    assert.equal(thumbprints(bed)[0] !== before[0], isChanged);
+    assert.equal(bed.ca.accounts[0]!.key.thumbprint !== before, isChanged);
     if (!isInterrupted) assert.equal(bed.ca.issued[1]!.replaces, bed.ca.issued[0]!.certId);
     bed.ca.violations.splice(0); // the second try is signed with the old key
   }

@@ -30,7 +30,7 @@ const requestCount = ({ ca }: Bed, resource: Resource) =>
 
 /** A bed, a client with a new account, and an order. */
 async function conversation() {
-  const bed = await testBed({ ca: { fault: () => undefined } });
+  const bed = await testBed();
   const client = await connect(bed);
   const order = await client.newOrder([NAME]);
   const requests: Partial<Record<Resource, () => Promise<unknown>>> = {
@@ -55,13 +55,8 @@ async function conversation() {
   return { bed, client, order, refused, [Symbol.asyncDispose]: () => bed[Symbol.asyncDispose]() };
 }
 
-const status = (
-  status: number,
-  type = "text/plain",
-  body = "",
-  headers: Record<string, string> = {},
-): Fault => (
-  { kind: "status", status, headers: { "content-type": type, ...headers }, body }
+const status = (status: number, contentType = "text/plain", body = "", headers = {}): Fault => (
+  { kind: "status", status, contentType, headers, body }
 );
 const JSON_TYPE = "application/json", PROBLEM = "application/problem+json";
 const limited = (status: number, type: string, retryAfter: string): Fault =>

@@ -3,13 +3,14 @@
 import assert from "node:assert/strict";
 import { type Bed, faultAt, type Ran, refusing, testBed } from "./bed.ts";
 import type { Fault } from "./ca.ts";
+import { run } from "./install.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const NAME = "example.com";
 
-/** A bed with an EC certificate issued for each line, whose CA can be given faults. */
+/** A bed with an EC certificate issued for each line. */
 async function issuedBed(domains = NAME): Promise<Bed> {
-  const bed = await testBed({ domains, settings: "keyTypes: ec", ca: { fault: () => undefined } });
+  const bed = await testBed({ domains, settings: "keyTypes: ec" });
   assert.equal((await bed.run()).code, 0);
   return bed;
 }
@@ -118,10 +119,8 @@ Deno.test("a certificate without an authority key identifier, or of another CA, 
   await bed.plant();
   const key = bed.path("test/key", `${NAME}-key.prime256v1.test.pem`);
   const certificate = bed.path("test/cert", `${NAME}-cert-combined.prime256v1.test.pem`);
-  const args = "req -x509 -config /dev/null -days 90 -subj /CN=x -addext subjectAltName=DNS:example.com"
-    .split(" ");
-  await new Deno.Command("openssl", { args: [...args, "-key", key, "-out", certificate] })
-    .output();
+  const args = "req -x509 -config /dev/null -days 90 -subj /CN=x -addext subjectAltName=DNS:example.com";
+  await run("openssl", ...args.split(" "), "-key", key, "-out", certificate);
   const [bare, foreign] = notes(await bed.run());
   assert.match(bare!, /^example\.com \(ec\): .* no authority key identifier; its dates decide$/);
   assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/);

@@ -61,7 +61,7 @@ async function runWithFault(subject: Subject, n: number, fault: Fault | "interru
   bed.ca.switches.fault = (exchange) => {
     if (exchange.n !== before + n) return undefined;
     if (fault !== "interruption") return fault;
-    stop.abort(new DOMException("interrupted", "AbortError"));
+    stop.abort();
     return undefined;
   };
   const { fetch } = bed.context();

@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { existsSync } from "node:fs";
+import { likeLetsEncrypt, runUntilDone } from "./bench.ts";
 import { type Bed, faultAt, type Ran, refusing, testBed, until } from "./bed.ts";
 import type { Exchange, Fault, Order, Resource, Switches } from "./ca.ts";
 
@@ -23,10 +24,8 @@ function failures({ events }: Ran): string[] {
   return events.flatMap((event) => event.kind === "failed" ? [event.error.message] : []);
 }
 
-/** A bed for one EC certificate, whose CA can be given faults. */
-function oneCertificate(ca: Switches = {}, domains = NAME): Promise<Bed> {
-  return testBed({ domains, settings: "keyTypes: ec", ca: { fault: () => undefined, ...ca } });
-}
+const oneCertificate = (ca: Switches = {}, domains = NAME) =>
+  testBed({ domains, settings: "keyTypes: ec", ca });
 
 /** Each wait ends as soon as the CA has finished what it does, and the clock is advanced. */
 function quick({ ca, waits }: Bed) {
@@ -85,6 +84,22 @@ Deno.test("lines share account, connection and nonces; a name that is still auth
   assert.deepEqual([second.code, second.stderr], [0, ""]);
   const { newNonce: _, ...rest } = counts(second.requests);
   assert.deepEqual(rest, { directory: 1, renewalInfo: 8, newOrder: 8, finalize: 8, certificate: 8 });
+});
+
+Deno.test("40 lines at 10 orders in three hours take four runs without a superfluous order, the soonest expiry first", async () => {
+  const orders = 10, parallel = 8;
+  const names = numbered(40);
+  const limits = likeLetsEncrypt(orders);
+  await using bed = await testBed({ settings: "keyTypes: ec\nari: no", ca: { limits } });
+  bed.configure({ domains: names.slice(-10).join("\n") });
+  await bed.plant({ age: 85 });
+  bed.configure({ domains: names.join("\n") });
+  const refused = await runUntilDone(bed, parallel);
+  assert.deepEqual([refused.length, bed.ca.orders.length], [4, 40]);
+  assert(Math.max(...refused) <= parallel, `refused: ${refused}`);
+  assert(Math.max(...bed.waits) <= 30_000, "no run waits for the limit to pass");
+  const first = bed.ca.issued.slice(0, orders).filter(({ names: [name] }) => names.indexOf(name!) >= 30);
+  assert(first.length > orders - parallel, `${first.length} of the last lines in the first run`);
 });
 
 Deno.test("a transient error at every step delays the certificate but does not prevent it", async () => {
@@ -190,7 +205,7 @@ Deno.test("an order that is not finished or downloaded in time is continued by t
     const stop = new AbortController();
     bed.ca.switches.fault = ({ resource }) => {
       if (resource !== "certificate") return undefined;
-      if (what === "interrupted") stop.abort(new DOMException("interrupted", "AbortError"));
+      if (what === "interrupted") stop.abort();
       return what === "not found" ? refusing(404, "malformed", "gone") : undefined;
     };
     const ran = bed.run({ named: { renew: [NAME] }, signal: stop.signal, ...quick(bed) });

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { type Bed, faultAt, type Ran, refusing, testBed } from "./bed.ts";
 import type { Fault } from "./ca.ts";
-import { run } from "./install.ts";
+import { run } from "./programs.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const NAME = "example.com";

@@ -267,14 +267,8 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
 
 Deno.test("T9: no message contains a secret from a file", () => {
   const secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA";
-  const texts = [
-    "eabHmacKey: X=",
-    "eabHmacKey:\nX==",
-    "eabHmacKey: ~X",
-    "X\nX: 1\nX: 1",
-    "directory: https://a:X@b/",
-  ];
-  for (const text of texts) {
+  const texts = "eabHmacKey: X=|eabHmacKey:\nX==|eabHmacKey: ~X|X\nX: 1\nX: 1|directory: https://a:X@b/";
+  for (const text of texts.split("|")) {
     const problems = JSON.stringify(errors(`S: eabKeyId: kid\n${text.replaceAll("X", secret)}`));
     ok(!problems.includes(secret.slice(0, 12)), problems);
   }

@@ -1,7 +1,4 @@
-/**
- * Goal: after migration from another program by the commands of conf/migrate/README.md, certificates, keys and account are
- * the same, and services read the files that they read before. With the real programs, as far as they are installed.
- */
+/** Goal: by the commands of conf/migrate, certificates, keys, account and the files of services stay the same. */
 
 import assert from "node:assert/strict";
 import { join } from "node:path";

@@ -1,7 +1,4 @@
-/**
- * Goal: what is below conf/monitoring does what its README says, over real documents of lematt: metrics and alert rules,
- * the timer's and cron's command, the check, the page, and that nothing from outside gets through to a reader of it.
- */
+/** Goal: what is below conf/monitoring does what its README says, over real documents of lematt. */
 
 import assert from "node:assert/strict";
 import { join } from "node:path";
@@ -32,8 +29,6 @@ async function ranBed(actions = ACTIONS) {
       .replaceAll("/opt/lematt/conf/monitoring", HERE).replaceAll("su - certmaint -c", "sh -c");
   return { bed, lematt, here, [Symbol.asyncDispose]: () => bed[Symbol.asyncDispose]() };
 }
-
-// ---- Prometheus -------------------------------------------------------------------------------------------
 
 test("alert rules fire when they should, and not before", async () => {
   await shell("promtool test rules conf/monitoring/lematt.rules.test.yml", ROOT);
@@ -74,8 +69,6 @@ test("the commands for Prometheus install files where it finds them", async () =
   assert.equal(await Deno.readTextFile(join(path, "collector/lematt.prom")), "metrics");
   assert.equal(await shell("ls units", path), "lematt-metrics.service\nlematt-metrics.timer\n");
 }, lackOf("promtool"));
-
-// ---- the others -------------------------------------------------------------------------------------------
 
 test("check_lematt exits with 0 without problems, 1 with a problem, 2 with one that causes alerts, 3 without a status", async () => {
   await using ran = await ranBed("");

@@ -1,7 +1,4 @@
-/**
- * Goal: the commands of conf/operations.md do what that page says. Only paths differ, and systemctl is a script that
- * records its arguments.
- */
+/** Goal: the commands of conf/operations.md do what it says; only paths differ, and systemctl prints its arguments. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";

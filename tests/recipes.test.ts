@@ -1,7 +1,4 @@
-/**
- * Goal: the recipes of conf/recipes work: lematt with their sections, the real service with their configuration; only paths,
- * ports and the way to reach the service differ. lematt itself verifies that new certificates are served.
- */
+/** Goal: the sections and settings of conf/recipes work with the real services; lematt itself verifies what they serve. */
 
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";

@@ -197,7 +197,6 @@ Deno.test("dns-persist-01 needs the one record that errors, --plan and --check p
     [`${good}${wildcard}; persistUntil=1600000000`, false, false],
     [`${good}${wildcard}; persistUntil=soon`, false, false],
     [`${good}1${wildcard}`, false, false],
-    [`${good};`, false, false],
     ["ca.example", false, false],
     [good.replace("ca", "other"), false, false],
     [`  ca.example ;\tAccountURI = ${url} ; policy=Wildcard; persistUntil=4102444800`, true, true],

@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { generateKey, type KeySpec, rootOf } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { startWebroot } from "./ca.ts";
+import { output } from "./programs.ts";
 import { type PebbleOptions, pebbleTest, runAt, startPebble } from "./pebble.ts";
 
 const HOUR = 3600_000, DAY = 24 * HOUR;
@@ -55,8 +56,7 @@ async function pebbleBed(
       const leaf = new X509Certificate(await Deno.readTextFile(file));
       const verify = "verify -x509_strict -purpose sslserver -CAfile".split(" ");
       const args = [...verify, root, "-untrusted", file, file];
-      const { stderr } = await new Deno.Command("openssl", { args }).output();
-      assert.equal(new TextDecoder().decode(stderr), "");
+      assert.equal((await output(["openssl", ...args])).stderr, "");
       const key = bed.text("test/key", name.replace("-cert-combined.", "-key."));
       assert(leaf.checkPrivateKey(createPrivateKey(key)), `${name} is for another key`);
       const names = leaf.subjectAltName!.split(", ").map((entry) => entry.replace(/^(DNS|IP Address):/, ""));

@@ -193,8 +193,8 @@ Deno.test("a run killed between its renames is completed by the next one; a run 
   await bed.plant();
   const [key, cert] = [fileOf(bed, "key", STEM), fileOf(bed, "cert", STEM)];
   const { keyPem, chainPem } = await issue(bed, STEM.split("_"));
-  const leave = (path: string, text: string) =>
-    Deno.writeTextFileSync(join(dirname(path), `.${basename(path)}.new`), text, { mode: 0o600 });
+  const newOf = (path: string) => join(dirname(path), `.${basename(path)}.new`);
+  const leave = (path: string, text: string) => Deno.writeTextFileSync(newOf(path), text, { mode: 0o600 });
   const notices = async () => {
     using store = await open(bed);
     return store.notices.join();
@@ -205,8 +205,13 @@ Deno.test("a run killed between its renames is completed by the next one; a run 
   leave(cert, chainPem.slice(0, 400));
   assert.deepEqual([await notices(), placed()], ["", before], "one of them was incomplete");
 
-  Deno.writeTextFileSync(key, keyPem);
+  leave(key, keyPem);
   leave(cert, chainPem);
+  Deno.removeSync(key);
+  Deno.mkdirSync(key); // so that it cannot be put in place
+  assert.match(await notices(), /example\.com/);
+  Deno.removeSync(key);
+  Deno.renameSync(newOf(key), key);
   Deno.removeSync(fileOf(bed, "cert", "www.example.com"));
   assert.deepEqual([await notices(), placed()], ["", ["present,present", chainPem]]);
   assert.deepEqual(find(bed.path("test"), "%f").filter((name) => name.endsWith(".new")), []);

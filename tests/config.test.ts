@@ -93,7 +93,7 @@ const settings = rows`
   keyBitsRSA: 1024 => {"keyBitsRSA":1024,"rsaTag":"rsa1024"}
   curve: SECP384R1 => {"curve":"P-384","curveTag":"SECP384R1"}
   rsaTag: r-%(keyBitsRSA)s.x⏎curveTag: ec_1@a+b => {"rsaTag":"r-2048.x","curveTag":"ec_1@a+b"}
-  [DEFAULT]⏎curve: p-521 => {"curve":"P-521"}
+  curveTag: %(curve)s⏎[DEFAULT]⏎curve: p-521 => {"curve":"P-521","curveTag":"p-521"}
   alwaysGenerateNewKeys: On⏎keyTypes: ec rsa => {"alwaysGenerateNewKeys":true,"keyTypes":["ec","rsa"]}
   directory: https://ca.test:14000/dir⏎testDirectory: https://b => {"directoryUrl":"https://ca.test:14000/dir"}
   contact: a+b@c.com⏎  mailto:c@d.org => {"contact":["mailto:a+b@c.com","mailto:c@d.org"]}
@@ -315,6 +315,7 @@ const warned = rows`
   no mistake: rotation within the limit => S: generateNewCertsAfterDays: 3.5 => A: [default]⏎[every]
   no mistake: prepare is used by other sections => A: [DEFAULT]⏎prepare: ["x"]⏎[default]⏎challenge: dns-persist-01
   no mistake: prepare is used by other names => A: [default]⏎challenge: http-01⏎[every]⏎challenge: dns-persist-01⏎prepare: ["x"]
+  no mistake: a key that another value uses => A: [DEFAULT]⏎host: web1⏎[default]⏎update: ["ssh %(host)s reload"]
   no mistake: ocspStapleRequired: no => A: [every]⏎ocspStapleRequired: no
   C19, no mistake: Let's Encrypt's limits are not those of a private CA, whatever its profiles are called
     => S: directory: https://a⏎testDirectory: https://a⏎keyBitsRSA: 8192⏎profile: tlsserver⏎generateNewCertsAfterDays: 0.25

@@ -18,9 +18,8 @@ import { startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
 import { startWebroot } from "./ca.ts";
 import { listing } from "./faults.ts";
-import { type Running, startProgram } from "./pebble.ts";
 import { shell, which } from "./programs.ts";
-import { distant } from "./tls.ts";
+import { distant, startServer } from "./tls.ts";
 
 /** Ports of the CA, of the DNS server, and of the web server of http-01. */
 const PORTS = { ca: 9443, dns: 53, http: 80 };
@@ -107,7 +106,7 @@ type Name = keyof ReturnType<typeof serversIn>;
 const SERVERS = serversIn("", PORTS);
 
 /** Starts a CA with its files in `directory`. The second time, it continues with what it has issued. */
-export async function startServer(name: Name, directory: string, ports = PORTS): Promise<Running> {
+export async function startCa(name: Name, directory: string, ports = PORTS) {
   const { program, args, files, path, root } = serversIn(directory, ports)[name];
   if (!existsSync(directory)) {
     await Deno.mkdir(join(directory, "certs"), { recursive: true });
@@ -118,9 +117,10 @@ export async function startServer(name: Name, directory: string, ports = PORTS):
       await Deno.writeTextFile(join(directory, file), text);
     }
   }
-  const rootPem = () => Deno.readTextFileSync(join(directory, root));
-  const url = `https://127.0.0.1:${ports.ca}${path}`;
-  return await startProgram(directory, [program!, ...args.split(" ")], [url], rootPem);
+  const options = { cwd: directory, env: { HOME: directory } };
+  const server = await startServer(program!, args.split(" "), ports.ca, options);
+  const directoryUrl = `https://127.0.0.1:${ports.ca}${path}`;
+  return Object.assign(server, { directoryUrl, root: await Deno.readTextFile(join(directory, root)) });
 }
 
 // ---- the life cycle ----------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ async function lifeCycle(name: Name): Promise<number> {
     bed.configure({ settings: `${own}\ncontact: ops@example.com\ndnsWait: 20\nparallel: ${parallel}` });
   };
 
-  let ca = await startServer(name, join(bed.home, "ca"));
+  let ca = await startCa(name, join(bed.home, "ca"));
   await use(ca.directoryUrl, ca.root);
   await step("first issue, one name", ONE, "", ISSUED);
   await step("first issue, 100 names", `${ONE}\n${HUNDRED}`, "", ISSUED);
@@ -189,12 +189,12 @@ async function lifeCycle(name: Name): Promise<number> {
   await step("a slow CA (1 s an answer)", "slow.example.com", "", ISSUED);
   await relay[Symbol.asyncDispose]();
   await use(ca.directoryUrl, ca.root);
-  await ca.stop();
+  await ca[Symbol.asyncDispose]();
   await step("nothing due, the CA stopped", CHANGED, "", IDLE);
   await step("something due, the CA stopped", `${CHANGED}later.example.com`, "", /Connection refused/, 1);
-  ca = await startServer(name, join(bed.home, "ca"));
+  ca = await startCa(name, join(bed.home, "ca"));
   await step("the CA is back", `${CHANGED}later.example.com`, "--retry", /^issued .*later/m);
-  await ca.stop();
+  await ca[Symbol.asyncDispose]();
   return failed;
 }
 

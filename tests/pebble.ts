@@ -7,11 +7,11 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import type { Bed, Ran } from "./bed.ts";
+import { type Bed, type Ran, until } from "./bed.ts";
 import { type Further, startDns } from "./ca-dns.ts";
 import { listenerCertificate } from "./ca-x509.ts";
-import { end, spawn, temporaryDirectory, which } from "./programs.ts";
-import { freePort } from "./tls.ts";
+import { temporaryDirectory, which } from "./programs.ts";
+import { accepts, freePort, startServer } from "./tls.ts";
 import type { Context } from "../lib/context.ts";
 
 /** How Pebble behaves. */
@@ -28,7 +28,6 @@ export interface PebbleOptions {
 const BINARY = which("pebble");
 /** A Pebble newer than RFC 8555 contains the name of this challenge; no option prints what it supports. */
 const isModern = BINARY !== undefined && readFileSync(BINARY).includes("dns-persist-01");
-const READY_WITHIN_MS = 30_000;
 
 /** Deno.test() with Pebble; `modern` needs more than RFC 8555. The name of a skipped test contains the reason. */
 export function pebbleTest(name: string, body: () => Promise<void>, { modern = false } = {}): void {
@@ -40,7 +39,7 @@ export function pebbleTest(name: string, body: () => Promise<void>, { modern = f
   Deno.test({ name: name + lack, ignore: lack !== "", fn: body });
 }
 
-/** Starts Pebble on free loopback ports and waits until it answers. Throws with its log if it does not. */
+/** Starts Pebble on free loopback ports. */
 export async function startPebble({ httpPort, config, env, records }: PebbleOptions) {
   await using stack = new AsyncDisposableStack();
   const dns = stack.use(await startDns(records));
@@ -49,24 +48,16 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const { root, certificate, key } = await listenerCertificate();
   const files = { "root.pem": root, "listener.pem": certificate, "listener.key": key };
   for (const [name, text] of Object.entries(files)) await Deno.writeTextFile(join(directory, name), text);
-  const launch = async (tries: number): Promise<Running & { management: string }> => {
-    const [acme, management] = [`127.0.0.1:${freePort()}`, `127.0.0.1:${freePort()}`];
-    const addresses = { listenAddress: acme, managementListenAddress: management };
-    const identity = { certificate: "listener.pem", privateKey: "listener.key", keyAlgorithm: "ecdsa" };
-    const pebble = { ...addresses, ...identity, httpPort, ...config };
-    await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
-    const command = [BINARY!, "-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
-    const urls = [`https://${acme}/dir`, `https://${management}/roots/0`];
-    try {
-      const variables = { PEBBLE_VA_NOSLEEP: "1", ...env };
-      return { management, ...await startProgram(directory, command, urls, () => root, variables) };
-    } catch (error) {
-      if (tries === 1 || !(error as Error).message.includes("address already in use")) throw error;
-      return await launch(tries - 1); // another process has taken a port meanwhile
-    }
-  };
-  const { management, directoryUrl, stop } = await launch(3);
-  stack.defer(stop);
+  const [port, managementPort] = [freePort(), freePort()];
+  const [acme, management] = [`127.0.0.1:${port}`, `127.0.0.1:${managementPort}`];
+  const addresses = { listenAddress: acme, managementListenAddress: management };
+  const identity = { certificate: "listener.pem", privateKey: "listener.key", keyAlgorithm: "ecdsa" };
+  const pebble = { ...addresses, ...identity, httpPort, ...config };
+  await Deno.writeTextFile(join(directory, "pebble.json"), JSON.stringify({ pebble }));
+  const args = ["-config", "pebble.json", "-dnsserver", `127.0.0.1:${dns.port}`];
+  const options = { cwd: directory, env: { PEBBLE_VA_NOSLEEP: "1", ...env } };
+  stack.use(await startServer(BINARY!, args, port, options));
+  await until("its management interface listens", () => accepts(managementPort));
   const client = stack.use(Deno.createHttpClient({ caCerts: [root] }));
   /** Sends a request to its management interface, a POST if there is a body. */
   const manage = async (path: string, body?: unknown) => {
@@ -80,7 +71,14 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   const rootPem = (chain = 0) => manage(`/roots/${chain}`);
   const open = stack.move();
   const close = () => open.disposeAsync();
-  return { directoryUrl, caBundleFile, dns, rootPem, manage, [Symbol.asyncDispose]: close };
+  return {
+    directoryUrl: `https://${acme}/dir`,
+    caBundleFile,
+    dns,
+    rootPem,
+    manage,
+    [Symbol.asyncDispose]: close,
+  };
 }
 
 /** A run in this process with another CA. Waits are cut to a twentieth, since that CA needs some real time. */
@@ -93,44 +91,4 @@ export async function runAt(bed: Bed, context: Partial<Context> = {}): Promise<R
     },
     ...context,
   });
-}
-
-/** A running CA program. */
-export interface Running {
-  readonly directoryUrl: string;
-  /** PEM of the root certificate of its listener. */
-  readonly root: string;
-  stop(): Promise<void>;
-}
-
-/** Starts a CA program and waits until it answers at all URLs, of which the first is the directory. */
-export async function startProgram(
-  directory: string,
-  command: readonly string[],
-  urls: readonly string[],
-  root: () => string,
-  env: Readonly<Record<string, string>> = {},
-): Promise<Running> {
-  const child = spawn(command, { cwd: directory, env: { HOME: directory, ...env } });
-  const log = Promise.all([child.stdout, child.stderr].map((stream) => new Response(stream).text()));
-  const ended = new AbortController();
-  child.status.then(() => ended.abort());
-  const stop = async () => {
-    await end(child);
-    await log;
-  };
-  for (const deadline = Date.now() + READY_WITHIN_MS;;) {
-    try {
-      using client = Deno.createHttpClient({ caCerts: [root()] });
-      const signal = AbortSignal.any([ended.signal, AbortSignal.timeout(5000)]); // another program may have the port
-      for (const url of urls) await (await fetch(url, { client, signal })).text();
-      return { directoryUrl: urls[0]!, root: root(), stop };
-    } catch (error) {
-      if (ended.signal.aborted || Date.now() > deadline) {
-        await stop();
-        throw new Error(`cannot start ${command[0]}: ${(await log).join("").slice(-2000)}`, { cause: error });
-      }
-      await delay(20);
-    }
-  }
 }

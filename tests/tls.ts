@@ -44,8 +44,9 @@ export async function startServer(
   command: string,
   args: readonly string[],
   port: number,
+  options: Deno.CommandOptions = {},
 ): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
-  const child = spawn([command, ...args], { stdout: "null" });
+  const child = spawn([command, ...args], { ...options, stdout: "null" });
   const stderr = new Response(child.stderr).text();
   let ended = false;
   child.status.then(() => ended = true);

@@ -117,8 +117,8 @@ export function forgetUnknown(basis: Basis, orphans: () => ReadonlySet<string>):
     keep(receipts, (file) => files.has(file) || orphans().has(file));
   }
   keep(state.receipts, (name) => Object.keys(state.receipts[name]!).length > 0);
-  const failed = new Set(deliveries.filter(({ failure }) => failure).map(({ section }) => section.name));
-  keep(state.deliveries, (name) => failed.has(name));
+  const pending = new Set(deliveries.map(({ section }) => section.name)); // by other commands, too
+  keep(state.deliveries, (name) => pending.has(name));
   const sections = new Map(config.sections.map((section) => [section.name, section]));
   keep(state.alerts, (name) => (sections.get(name)?.alert.length ?? 0) > 0);
   const places = new Set(endpoints.map(({ endpoint }) => endpoint.text));

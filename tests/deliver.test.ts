@@ -54,8 +54,13 @@ uploadCerts: ${echo("certs")}`;
 
 Deno.test("a failed upload skips the rest of its section and is printed; uploadEach fails for its own certificate alone", async () => {
   await using bed = await bedOf(
-    "a.example.com\nb.example.com\nc.example.com",
-    `[a]
+    "a.example.com\nb.example.com\nc.example.com\nd.example.com",
+    `[d]
+domains: d.example.com
+rehearse: yes
+uploadEach: ["test ! -e HERE/down"]
+update: ["echo update d >> HERE/a"]
+[a]
 domains: a.example.com
 uploadCerts: ["echo no route to host >&2; test ! -e HERE/down"]
 update: ["echo update a >> HERE/a"]
@@ -73,7 +78,7 @@ update: ["echo hello; echo update DOMAINS_CN >> HERE/log"]`,
   Deno.removeSync(join(bed.home, "down"));
   const second = await bed.run();
   const b = ["each b.example.com", "update b.example.com"];
-  assert.deepEqual([second.code, bed.take("a"), bed.take()], [0, ["update a"], b]);
+  assert.deepEqual([second.code, bed.take("a").sort(), bed.take()], [0, ["update a", "update d"], b]);
   assert.doesNotMatch(second.stdout, /hello$/m);
 });
 
@@ -131,12 +136,16 @@ Deno.test("a rollout delivers one section at a time and ends at the first failur
     `[${name}]\ndomains: ${name}.example.com\n` +
     `update: ["mkdir HERE/one && rmdir HERE/one && echo ${name} >> HERE/log; ! test -e HERE/${name}"]\n`
   );
-  bed.act(`${sections.join("")}[every]\nupdate: ["echo every >> HERE/log"]`);
+  const all = `${sections.join("")}[every]\nupdate: ["echo every >> HERE/log"]`;
+  bed.act(all);
   touch(bed, "b");
   assert.deepEqual([(await bed.run()).code, bed.take()], [1, ["a", "b"]]);
   assert.deepEqual([(await bed.run()).code, bed.take()], [1, ["c", "b"]]);
   Deno.removeSync(join(bed.home, "b"));
   assert.deepEqual([(await bed.run({ retry: true })).code, bed.take()], [0, ["b", "every"]]);
+  bed.act(`[DEFAULT]\nverify: ["127.0.0.1:1"]\nverifyWait: 0\n${all.replaceAll("echo", "echo 2")}`);
+  assert.equal((await bed.run()).code, 1);
+  assert.equal(bed.take().length, 1, "an endpoint that is not right is a failure, too");
 });
 
 Deno.test("new certificates are delivered to eight sections at once, while a rollout waits for its turn", async () => {
@@ -183,6 +192,11 @@ Deno.test("R2: whatever changes in the configuration, a section is delivered wha
   touch(bed, "down");
   bed.act(added.replace("2 ", "3 "));
   assert.deepEqual([(await bed.run()).code, bed.take()], [1, [`3 ${a}`]]);
+  const { since } = bed.state().deliveries["2"]!;
+  bed.act(added.replace("2 ", "4 "));
+  bed.ca.advance(HOUR);
+  assert.deepEqual([(await bed.run()).code, bed.take()], [1, [`4 ${a}`]]);
+  assert.equal(bed.state().deliveries["2"]!.since, since, "other commands that fail, too: as old as before");
   Deno.removeSync(join(bed.home, "down"));
   bed.act("");
   await bed.run();

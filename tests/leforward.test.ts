@@ -1,7 +1,4 @@
-/**
- * leforward as a program, queried over raw sockets and ended in every way. Under sshd it is in remote.test.ts, with any bytes as
- * request in faults-text.test.ts.
- */
+/** leforward as a program, queried over raw sockets and ended in every way. Under sshd it is in remote.test.ts. */
 
 import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";

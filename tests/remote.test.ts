@@ -159,10 +159,15 @@ async function directoryOf({ directory }: Remote, commands: string): Promise<str
   return from;
 }
 
-test("the upload key writes files, and links between them, into its directories with their modes", async () => {
+test("the upload key writes files, and links between them, into its directories with their modes, and does nothing else", async () => {
   await using remote = await startRemote();
   const { certificates } = remote;
-  const from = await directoryOf(remote, "mkdir -m 777 ../outside; echo > .hidden; ln -s a.pem b.pem");
+  const outside = join(remote.directory, "outside");
+  const from = await directoryOf(
+    remote,
+    `mkdir -m 777 ${outside}; echo > .hidden; ln -s a.pem b.pem; echo f > f
+    ln -s ${outside} out; ln -s ../outside up; ln -s . dot; mkdir directory`,
+  );
   for (const [directory, mode] of [[certificates, 0o644], [`${certificates}/private`, 0o640]] as const) {
     for (const text of ["first\n", "second\n"]) {
       await Deno.writeTextFile(`${from}/a.pem`, text);
@@ -191,19 +196,8 @@ test("the upload key writes files, and links between them, into its directories 
     assert.notEqual((await upload(`${from}/.hidden`)).code, 0);
   }
   assert.deepEqual(listing(certificates), ["a.pem", "b.pem", "private"]);
-  assert.deepEqual(listing(join(remote.directory, "outside")), []);
-});
 
-test("the upload key cannot write elsewhere, read, delete or get a shell", async () => {
-  await using remote = await startRemote();
-  const { certificates } = remote;
-  const outside = join(remote.directory, "outside");
   await Deno.writeTextFile(`${certificates}/secret`, "secret\n");
-  const from = await directoryOf(
-    remote,
-    `mkdir -m 777 ${outside}; echo f > f; ln -s ${outside} out; ln -s ../outside up; ln -s . dot; mkdir directory`,
-  );
-
   const server = "rsync --server -logDtpre.iLsfxCIvu";
   const commands = [
     "id",
@@ -220,7 +214,6 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", async
     `scp -t ${outside}`,
   ].map((command) => ["mail-upload", command]);
   const otherwise = [["mail-upload"], ["-tt", "mail-upload", "id"], ["-W", "127.0.0.1:22", "mail-upload"]];
-  const to = `mail-upload:${certificates}/`;
   const transfers = [
     [`${to}secret`, from],
     ["-a", "--rsync-path=sh -c id; rsync", `${from}/f`, to],
@@ -239,7 +232,8 @@ test("the upload key cannot write elsewhere, read, delete or get a shell", async
   ]);
   assert.deepEqual(listing(outside), []);
   assert.equal(await Deno.readTextFile(`${certificates}/secret`), "secret\n");
-  assert.deepEqual([...Deno.readDirSync(certificates)].filter(({ isSymlink }) => isSymlink), []);
+  const links = [...Deno.readDirSync(certificates)].filter(({ isSymlink }) => isSymlink);
+  assert.deepEqual(links.map(({ name }) => name), ["b.pem"]);
 });
 
 test("S9: uploads are limited in size, and nothing is left of one that was refused or interrupted", async () => {

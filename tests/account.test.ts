@@ -120,14 +120,13 @@ Deno.test("if the CA refuses, is down or offers no key change, --rollover change
   const key = bed.text("account.key.test");
   const unsupported = "the CA does not offer it";
   const withoutKeyChange: Fault = { kind: "rewrite", rewrite: ({ keyChange: _, ...rest }) => rest };
-  for (
-    const [fault, message] of [
-      [faultAt("keyChange", refusing(403, "unauthorized", "not today")), "not today (unauthorized)"],
-      [faultAt("keyChange", refusing(500, "serverInternal", "down"), 9), "down (serverInternal)"],
-      [faultAt("keyChange", { kind: "status", status: 501 }), unsupported], // a second try would succeed
-      [faultAt("directory", withoutKeyChange), unsupported],
-    ] as const
-  ) {
+  const table = [
+    [faultAt("keyChange", refusing(403, "unauthorized", "not today")), "not today (unauthorized)"],
+    [faultAt("keyChange", refusing(500, "serverInternal", "down"), 9), "down (serverInternal)"],
+    [faultAt("keyChange", { kind: "status", status: 501 }), unsupported], // a second try would succeed
+    [faultAt("directory", withoutKeyChange), unsupported],
+  ] as const;
+  for (const [fault, message] of table) {
     bed.ca.switches.fault = fault;
     await assert.rejects(roll(bed), { name: "AcmeError", step: "change the account key", message });
     bed.ca.switches.fault = undefined;
@@ -139,14 +138,13 @@ Deno.test("if the CA refuses, is down or offers no key change, --rollover change
 Deno.test("a rollover whose answer is lost, or that is interrupted before or after the CA has changed the key, keeps the account", async () => {
   const after = (fault: Fault): Fault => ({ kind: "after", fault });
   const reset: Fault = { kind: "reset" };
-  for (
-    const [fault, isInterrupted, isChanged] of [
-      [after(reset), false, true],
-      [after(refusing(400, "malformed", "what?")), false, true],
-      [reset, true, false],
-      [after(reset), true, true],
-    ] as const
-  ) {
+  const table = [
+    [after(reset), false, true],
+    [after(refusing(400, "malformed", "what?")), false, true],
+    [reset, true, false],
+    [after(reset), true, true],
+  ] as const;
+  for (const [fault, isInterrupted, isChanged] of table) {
     await using bed = await bedFor();
     await issue(bed);
     const before = bed.ca.accounts[0]!.key.thumbprint;

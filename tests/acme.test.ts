@@ -71,24 +71,23 @@ Deno.test("a request is repeated as often, and after such pauses, as its error i
   const unknownAccount = refusing(400, "accountDoesNotExist", "who are you?");
   const notFound = refusing(404, "malformed", "no such thing");
   await using at = await conversation();
-  for (
-    const [resource, fault, tries, seconds] of [
-      ["newOrder", { kind: "badNonce" }, 30, 0],
-      ["newOrder", status(500), 4, 0.5 + 1.5 + 4.5],
-      ["newOrder", limited(503, "serverInternal", "30"), 4, 90],
-      ["newOrder", limited(503, "serverInternal", "31"), 1, 0],
-      ["newOrder", status(429, "text/html"), 1, 0],
-      ["newOrder", status(501), 1, 0],
-      // a replica of the CA may not know yet what was just created
-      ["authz", notFound, 6, 0.25 + 0.5 + 1 + 2 + 4],
-      ["order", notFound, 6, 7.75],
-      ["newOrder", unknownAccount, 6, 7.75],
-      ["finalize", refusing(403, "orderNotReady", "pending"), 6, 7.75],
-      ["newOrder", notFound, 3, 0.75],
-      ["directory", notFound, 3, 0.75],
-      ["renewalInfo", notFound, 1, 0],
-    ] as const
-  ) {
+  const table = [
+    ["newOrder", { kind: "badNonce" }, 30, 0],
+    ["newOrder", status(500), 4, 0.5 + 1.5 + 4.5],
+    ["newOrder", limited(503, "serverInternal", "30"), 4, 90],
+    ["newOrder", limited(503, "serverInternal", "31"), 1, 0],
+    ["newOrder", status(429, "text/html"), 1, 0],
+    ["newOrder", status(501), 1, 0],
+    // a replica of the CA may not know yet what was just created
+    ["authz", notFound, 6, 0.25 + 0.5 + 1 + 2 + 4],
+    ["order", notFound, 6, 7.75],
+    ["newOrder", unknownAccount, 6, 7.75],
+    ["finalize", refusing(403, "orderNotReady", "pending"), 6, 7.75],
+    ["newOrder", notFound, 3, 0.75],
+    ["directory", notFound, 3, 0.75],
+    ["renewalInfo", notFound, 1, 0],
+  ] as const;
+  for (const [resource, fault, tries, seconds] of table) {
     const refused = await at.refused(resource, fault);
     const what = `${resource} ${JSON.stringify(fault)}: ${refused.seconds} s`;
     assert.equal(refused.tries, tries, what);
@@ -102,14 +101,13 @@ Deno.test("a CA that is unreachable, untrusted or silent is an error with its ca
   const { fetch: trusting } = bed.context();
   const impatient: Context["fetch"] = (url, init) =>
     trusting(url, { ...init, signal: AbortSignal.timeout(200) });
-  for (
-    const [directory, fetch, hurry, message] of [
-      [url, trusting, true, /Connection refused/],
-      [url, trusting, false, /Connection refused/],
-      [bed.ca.directoryUrl, globalThis.fetch, true, /UnknownIssuer; .* caBundle$/],
-      [bed.ca.directoryUrl, impatient, false, /^no answer within 30 s$/],
-    ] as const
-  ) {
+  const table = [
+    [url, trusting, true, /Connection refused/],
+    [url, trusting, false, /Connection refused/],
+    [bed.ca.directoryUrl, globalThis.fetch, true, /UnknownIssuer; .* caBundle$/],
+    [bed.ca.directoryUrl, impatient, false, /^no answer within 30 s$/],
+  ] as const;
+  for (const [directory, fetch, hurry, message] of table) {
     bed.waits.length = 0;
     const error = await failure(AcmeClient.connect(directory, bed.context({ fetch }), 10, { hurry }));
     assert.equal(error.step, `read the directory ${directory}`);
@@ -252,26 +250,24 @@ const inChallenges = (more: Body) =>
 Deno.test("an invalid URL, or one of another host, is refused wherever it is, and not requested", async () => {
   await using at = await conversation();
   const { origin, log } = at.bed.ca;
-  for (
-    const url of [
-      "http://localhost/x",
-      "https://attacker.example/x",
-      `${origin}.attacker.example/x`,
-      origin.replace("https://", "https://attacker.example@"),
-      `${origin}/x\n\x1b[2Jhttps://attacker.example`,
-      `${origin}/${"x".repeat(3000)}`,
-      "/order/1",
-      null,
-    ]
-  ) {
-    for (
-      const [resource, fault] of [
-        ["newOrder", put({ authorizations: [url] })],
-        ["order", put({ finalize: url })],
-        ["order", put({ certificate: url })],
-        ["authz", inChallenges({ url })],
-      ] as const
-    ) {
+  const urls = [
+    "http://localhost/x",
+    "https://attacker.example/x",
+    `${origin}.attacker.example/x`,
+    origin.replace("https://", "https://attacker.example@"),
+    `${origin}/x\n\x1b[2Jhttps://attacker.example`,
+    `${origin}/${"x".repeat(3000)}`,
+    "/order/1",
+    null,
+  ];
+  for (const url of urls) {
+    const table = [
+      ["newOrder", put({ authorizations: [url] })],
+      ["order", put({ finalize: url })],
+      ["order", put({ certificate: url })],
+      ["authz", inChallenges({ url })],
+    ] as const;
+    for (const [resource, fault] of table) {
       const { message, url: requested } = await at.refused(resource, fault);
       assert.match(message, /^the CA named an unusable URL [ -~…]*$/, `${url}`);
       assert.equal(requested, "");

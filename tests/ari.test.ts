@@ -128,12 +128,11 @@ Deno.test("a certificate without an authority key identifier, or of another CA, 
 });
 
 Deno.test("a certificate is renewed if its time is past, and not again within a day; a plain https link explains it", async () => {
-  for (
-    const [start, end, url, isShown] of [
-      [-364, 1, "https://ca.example/incident-7?id=1", true],
-      [-20_000, -2000, "javascript:alert(1)", false],
-    ] as const
-  ) {
+  const table = [
+    [-364, 1, "https://ca.example/incident-7?id=1", true],
+    [-20_000, -2000, "javascript:alert(1)", false],
+  ] as const;
+  for (const [start, end, url, isShown] of table) {
     await using bed = await issuedBed();
     for (const [hours, orders] of [[0, 2], [6, 2], [12, 2], [7, 3]] as const) {
       bed.ca.advance(hours * HOUR);
@@ -148,15 +147,14 @@ Deno.test("a certificate is renewed if its time is past, and not again within a 
 Deno.test("an order names the certificate that it replaces if this account ordered it, and is repeated without if the CA refuses that", async () => {
   const limited = refusing(429, "rateLimited", "no", { headers: { "retry-after": "3600" } });
   const unknown = refusing(500, "serverInternal", "no"); // Pebble's answer for a certificate that it does not know
-  for (
-    const [account, refusal, times, requests, orders] of [
-      ["the same", undefined, 0, 1, 1],
-      ["another", undefined, 0, 1, 1],
-      ["the same", refusing(409, "alreadyReplaced", "no"), 1, 2, 1],
-      ["the same", unknown, 4, 5, 1],
-      ["the same", limited, 1, 1, 0],
-    ] as const
-  ) {
+  const table = [
+    ["the same", undefined, 0, 1, 1],
+    ["another", undefined, 0, 1, 1],
+    ["the same", refusing(409, "alreadyReplaced", "no"), 1, 2, 1],
+    ["the same", unknown, 4, 5, 1],
+    ["the same", limited, 1, 1, 0],
+  ] as const;
+  for (const [account, refusal, times, requests, orders] of table) {
     await using bed = await issuedBed();
     if (account === "another") await Deno.remove(bed.path("account.key.test"));
     bed.ca.advance(80 * DAY);

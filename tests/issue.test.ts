@@ -103,15 +103,14 @@ Deno.test("40 lines at 10 orders in three hours take four runs without a superfl
 });
 
 Deno.test("a transient error at every step delays the certificate but does not prevent it", async () => {
-  for (
-    const [fault, most] of [
-      [{ kind: "refuse" }, 1], // breaks the next connection as well
-      [{ kind: "reset mid-body" }, 2],
-      [refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "1" } }), 2],
-      [after({ kind: "reset" }), 2],
-      [after({ kind: "status", status: 503, contentType: "text/html", body: "<h1>busy</h1>" }), 2],
-    ] as const
-  ) {
+  const table = [
+    [{ kind: "refuse" }, 1], // breaks the next connection as well
+    [{ kind: "reset mid-body" }, 2],
+    [refusing(429, "rateLimited", "slow down", { headers: { "retry-after": "1" } }), 2],
+    [after({ kind: "reset" }), 2],
+    [after({ kind: "status", status: 503, contentType: "text/html", body: "<h1>busy</h1>" }), 2],
+  ] as const;
+  for (const [fault, most] of table) {
     const met = new Map<string, number>();
     await using bed = await oneCertificate({
       fault({ resource }) {
@@ -315,25 +314,24 @@ Deno.test("an order that fails at any step fails with the messages of the CA, an
     let injected: Fault | undefined;
     return ({ resource }: Exchange) => injected ??= resource === "finalize" ? fault : undefined;
   };
-  for (
-    const [fault, expected] of [
-      [always("newOrder", refused), `create an order: ${said}`],
-      [always("newOrder", invalid), `issue the order: ${said}`],
-      [always("authz", put({ status: "revoked" })), "read an authorization: the authorization of exam"],
-      [always("authz", put({ wildcard: true })), "read an authorization: the CA asks for *.example.com"],
-      [always("authz", put({ identifier: other })), "read an authorization: the CA asks for [2jx, which"],
-      [always("authz", put({ identifier: null })), "read an authorization: not an authorization"],
-      [always("challenge", refusing(400, "malformed", "what?")), "answer a challenge: what? (malformed)"],
-      [always("order", invalid), `validate the order: ${said}`],
-      [always("order", put({ status: "invalid" })), "validate the order: the order became invalid, and"],
-      [always("order", put({ status: "pending" })), "validate the order: order still pending after 180"],
-      [always("finalize", refused), `finalize the order: ${said}`],
-      [sinceFinalize(invalid), `issue the order: ${said}`],
-      [sinceFinalize(put({ status: "ready" })), "issue the order: order still ready after 180 s; the next"],
-      [sinceFinalize(put({ certificate: undefined })), "download the certificate: the order names no"],
-      [always("certificate", { kind: "html" }), "download the certificate: not a certificate but text"],
-    ] as const
-  ) {
+  const table = [
+    [always("newOrder", refused), `create an order: ${said}`],
+    [always("newOrder", invalid), `issue the order: ${said}`],
+    [always("authz", put({ status: "revoked" })), "read an authorization: the authorization of exam"],
+    [always("authz", put({ wildcard: true })), "read an authorization: the CA asks for *.example.com"],
+    [always("authz", put({ identifier: other })), "read an authorization: the CA asks for [2jx, which"],
+    [always("authz", put({ identifier: null })), "read an authorization: not an authorization"],
+    [always("challenge", refusing(400, "malformed", "what?")), "answer a challenge: what? (malformed)"],
+    [always("order", invalid), `validate the order: ${said}`],
+    [always("order", put({ status: "invalid" })), "validate the order: the order became invalid, and"],
+    [always("order", put({ status: "pending" })), "validate the order: order still pending after 180"],
+    [always("finalize", refused), `finalize the order: ${said}`],
+    [sinceFinalize(invalid), `issue the order: ${said}`],
+    [sinceFinalize(put({ status: "ready" })), "issue the order: order still ready after 180 s; the next"],
+    [sinceFinalize(put({ certificate: undefined })), "download the certificate: the order names no"],
+    [always("certificate", { kind: "html" }), "download the certificate: not a certificate but text"],
+  ] as const;
+  for (const [fault, expected] of table) {
     await using bed = await oneCertificate({ fault });
     const { code, stderr } = await bed.run(quick(bed));
     assert.equal(code, 1, expected);

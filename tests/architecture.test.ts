@@ -1,4 +1,4 @@
-/** Goal: the structure stays simple: imports point downwards, and each package belongs to one file. */
+/** Goal: the structure stays simple: imports point downwards, and each package and side effect belongs to one file. */
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
@@ -85,5 +85,23 @@ Deno.test("the programs name their permissions, and what is written in two place
     const [line] = textOf(`${name}.ts`).split("\n", 1);
     assert.match(line!, new RegExp(`${begin} .*${own} `));
     assert.deepEqual(tasks[`compile:${name}`].match(/--v8-flags=\S+/g), line!.match(/--v8-flags=\S+/g));
+  }
+});
+
+Deno.test("only the programs read arguments, print and exit; only hooks and probe run commands", () => {
+  const owners: [RegExp, ...string[]][] = [
+    [/\bDeno\.(args|exit|std(in|out|err))\b|\bconsole\.|\bprocess\./, "leforward", "lematt"],
+    [/\bDeno\.(Command|kill)\b/, "hooks", "probe"],
+    [/\bMath\.random\b/, "context"],
+  ];
+  for (const [pattern, ...files] of owners) {
+    const found = [...sources].filter(([, source]) => pattern.test(source)).map(([name]) => name);
+    assert.deepEqual(found.sort(), files);
+  }
+});
+
+Deno.test("no test changes what files that run in parallel share: working directory, umask, environment", () => {
+  for (const { name } of Deno.readDirSync(import.meta.dirname!)) {
+    assert.doesNotMatch(textOf("tests", name), /\b(Deno|process)\.(chdir|umask|env\.(set|delete))\(/, name);
   }
 });

@@ -147,4 +147,8 @@ Deno.test("configuration errors are printed and alerted by --cron once in 20 hou
   const yesterday = new Date(Date.now() - 20 * HOUR - MINUTE);
   Deno.utimeSync(bed.path("test/.configuration-error"), yesterday, yesterday);
   await run("c_d.example.com\n", true);
+  bed.configure({ domains: "e_f.example.com", actions: `[default]\nalert: ["exit 5"]` });
+  for (let run = 0; run < 2; run++) {
+    assert.match((await bed.lematt("--test", "--cron")).stderr, /exit status 5/, "until it can be sent");
+  }
 });

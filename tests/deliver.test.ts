@@ -205,7 +205,7 @@ Deno.test("R2: whatever changes in the configuration, a section is delivered wha
 });
 
 Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4 … 20 hours, also while the CA is unreachable", async () => {
-  const actions = `[default]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`;
+  const actions = `[every]\nuploadCerts: ["echo DOMAINS_CN >> HERE/log; test -e HERE/up"]`;
   await using bed = await bedOf("a.example.com", actions);
   const tries = async () => (await bed.run(), bed.take().length);
   assert.deepEqual([await tries(), await tries()], [1, 1]);
@@ -217,7 +217,7 @@ Deno.test("R13: a failed delivery is retried by the next run, then after 1, 2, 4
   }
   const waiting = await bed.run();
   assert.equal(waiting.code, 1);
-  assert.match(waiting.stderr, /^problem +\[default\] .*exit status 1.*--retry/m);
+  assert.match(waiting.stderr, /^problem +\[every\] .*exit status 1.*--retry/m);
   touch(bed, "up");
   bed.configure({ domains: "a.example.com\nb.example.com" });
   const fetch = () => Promise.reject(new TypeError("the cable is out"));

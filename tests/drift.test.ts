@@ -42,6 +42,7 @@ test("R5: old files that are restored a week later are replaced, and reported by
   assert.match(stdout, /^drift +\[default\] .*#www\.example\.com \(ec\) serves an older certificate/m);
   assert.deepEqual(stdout.match(/^delivered .*/gm), ["delivered [default] 1 certificate: drift"]);
   assert.match(stdout, /^verified /m);
+  assert.doesNotMatch(bed.text("prod/state.json"), /"repairs"/);
   assert.equal((await run({ cron: true })).stdout, "");
 
   // a new certificate of another line of the section has the first one probed as well

@@ -188,7 +188,7 @@ Deno.test("dns-persist-01 needs the one record that errors, --plan and --check p
     const { code, stdout, stderr } = await bed.lematt("--test", option);
     assert.deepEqual([code, stderr], [0, ""]);
     assert(stdout.includes(`${record}. IN TXT "${good}${wildcard}"`), stdout);
-    assert.equal(stdout.split(record).length, 2, "one record for the name and its wildcard");
+    assert.equal(stdout.match(/^place/gm)?.length, 1, stdout);
   }));
   assert.match((await at.check())[0]!, /account/); // which is not known before the first run
   const account = { url, issuers: ["ca.example"] };

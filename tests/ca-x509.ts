@@ -107,3 +107,12 @@ export function listenerCertificate(): NonNullable<typeof listener> {
     };
   })();
 }
+
+/** Writes it to `listener.pem` and `listener.key`, and its root to `listener-root.pem`; returns the root. */
+export async function writeListener(directory: string): Promise<string> {
+  const { root, certificate, key } = await listenerCertificate();
+  await Deno.writeTextFile(`${directory}/listener-root.pem`, root);
+  await Deno.writeTextFile(`${directory}/listener.pem`, certificate);
+  await Deno.writeTextFile(`${directory}/listener.key`, key);
+  return root;
+}

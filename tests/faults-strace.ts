@@ -57,6 +57,9 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
       .filter(({ call, path }) => call.startsWith("rename") && path.startsWith("conf/test/cert/."));
     const { injected } = await traced(subject, "renewal", points, "signal=SIGKILL", "--parallel", "1");
     assert(injected);
+    const leftIn = (directory: string) =>
+      [...Deno.readDirSync(subject.bed.path("test", directory))].filter(({ name }) => name.endsWith(".new"));
+    assert.deepEqual(["key", "cert"].map((one) => leftIn(one).length), [0, 1], "the key is renamed first");
     await subject.afterFault();
   },
   /** The account gets another key; a certificate is missing, so that the next run contacts the CA. */
@@ -107,7 +110,12 @@ async function findPoints(situation: string): Promise<readonly Point[]> {
     const reads = call === "openat" && !rest!.includes("O_CREAT");
     points.set(`${call} ${path} ${when}`, { path, call: call!, when, reads });
   }
-  return [...points.values()];
+  const all = [...points.values()];
+  const pathsOf = (call: string) =>
+    new Set(all.filter((one) => one.call.startsWith(call) && !one.reads).map(({ path }) => path));
+  const unflushed = pathsOf("openat").intersection(pathsOf("rename")).difference(pathsOf("fsync"));
+  assert.deepEqual([...unflushed], [], "files are flushed before they are renamed");
+  return all;
 }
 
 /**

@@ -1,12 +1,12 @@
 /** Goal: names are proven by TXT records, placed by hooks or persistent, and the CA is asked once it will find them. */
 
 import assert from "node:assert/strict";
-import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { checkChallenges } from "../lib/challenge.ts";
 import { type Query, systemQuery } from "../lib/context.ts";
 import { all, faultAt, type Ran, testBed } from "./bed.ts";
 import { startDns, type Switches } from "./ca.ts";
+import { listing } from "./faults.ts";
 
 const NAME = "example.com";
 const RECORD = `_acme-challenge.${NAME}`;
@@ -23,7 +23,7 @@ type Ask = (...query: Parameters<Query>) => string[] | Promise<string[]> | undef
 async function dnsBed({ domains = NAME, settings = "", actions = dns01(), ca = {} as Switches } = {}) {
   await using stack = new AsyncDisposableStack();
   let zone = "";
-  const files = (name: string) => existsSync(join(zone, name)) ? readdirSync(join(zone, name)) : [];
+  const files = (name: string) => listing(join(zone, name));
   const dns = stack.use(await startDns((name, type) => type === "TXT" ? files(name) : []));
   settings = `keyTypes: ec\n${settings}`;
   const bed = stack.use(await testBed({ domains, settings, ca: { dnsPort: dns.port, ...ca } }));
@@ -44,7 +44,7 @@ async function dnsBed({ domains = NAME, settings = "", actions = dns01(), ca = {
     const context = bed.context({ query: query(() => undefined) });
     return (await checkChallenges(bed.config(), context, account)).map(({ problem = "" }) => problem);
   };
-  const placed = () => existsSync(zone) ? readdirSync(zone).flatMap(files) : [];
+  const placed = () => listing(zone).flatMap(files);
   const open = stack.move();
   return { bed, dns, delegate, run, check, placed, [Symbol.asyncDispose]: () => open.disposeAsync() };
 }

@@ -112,22 +112,22 @@ Deno.test("a clock that is a year behind costs no order; what one a year ahead h
   for (let times = 1; times <= 3; times++) presentable((await bed.run({ now: in365Days(-1) })).stderr);
   assert.equal(bed.ca.orders.length, 0);
 
-  const alerts = join(bed.home, "alerts");
-  subject.configure({ upload: "exit 1", more: `alert: ["cat >> ${alerts}"]` });
+  const alert = `alert: ["cat >> HERE/alerts"]`;
+  subject.configure({ upload: "exit 1", more: alert });
   await bed.run();
   for (let times = 1; times <= 2; times++) {
     presentable((await bed.run({ now: in365Days(1), retry: true })).stderr);
   }
-  await Deno.remove(alerts).catch(() => {});
+  bed.take("alerts");
   for (let times = 1; times <= 2; times++) {
     bed.ca.advance(2 * DAYS);
     assert.equal((await bed.run()).code, 1);
   }
-  assert.match(textOf(alerts), /exit status 1/);
+  assert.match(bed.take("alerts").join("\n"), /exit status 1/);
   bed.ca.advance(2 * DAYS);
-  subject.configure({ more: `alert: ["cat >> ${alerts}"]` });
+  subject.configure({ more: alert });
   assert.equal((await bed.run()).code, 0);
-  assert.match(textOf(alerts), /well again/);
+  assert.match(bed.take("alerts").join("\n"), /well again/);
   await subject.recover({ orders: 2 });
 });
 

@@ -3,11 +3,11 @@
  */
 import assert from "node:assert/strict";
 import { createPrivateKey, X509Certificate } from "node:crypto";
-import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { generateKey, type KeySpec, rootOf } from "../lib/x509.ts";
 import { testBed } from "./bed.ts";
 import { startWebroot } from "./ca.ts";
+import { listing } from "./faults.ts";
 import { output } from "./programs.ts";
 import { type PebbleOptions, pebbleTest, runAt, startPebble } from "./pebble.ts";
 
@@ -28,8 +28,7 @@ async function pebbleBed(
   await using stack = new AsyncDisposableStack();
   const bed = stack.use(await testBed({ domains }));
   const zone = join(bed.home, "zone");
-  const records = (name: string, type: string) =>
-    type === "TXT" && existsSync(join(zone, name)) ? readdirSync(join(zone, name)) : [];
+  const records = (name: string, type: string) => type === "TXT" ? listing(join(zone, name)) : [];
   const pebble = stack.use(await startPebble({ httpPort: bed.web.port, records, ...options }));
   for (const name of domains.split(/\s+/)) pebble.dns.set(name, "A", "127.0.0.1");
   const ca = `testDirectory: ${pebble.directoryUrl}\ncaBundle: ${pebble.caBundleFile}\n`;

@@ -67,7 +67,7 @@ const put = (more: Body) => rewrite((body) => ({ ...body, ...more }));
 
 // ---- repeated requests -------------------------------------------------------------------------------------------
 
-Deno.test("a request is repeated as often, and after such pauses, as its error is likely to pass", async () => {
+Deno.test("each error has its own number of attempts and pauses", async () => {
   const unknownAccount = refusing(400, "accountDoesNotExist", "who are you?");
   const notFound = refusing(404, "malformed", "no such thing");
   await using at = await conversation();
@@ -95,7 +95,7 @@ Deno.test("a request is repeated as often, and after such pauses, as its error i
   }
 });
 
-Deno.test("a CA that is unreachable, untrusted or silent is an error with its cause, without a pause in a hurry", async () => {
+Deno.test("a CA that is unreachable, untrusted or silent: the error has the cause; with `hurry` there is one attempt", async () => {
   await using bed = await testBed({ ca: { fault: faultAt("directory", { kind: "silence" }, Infinity) } });
   const url = "https://127.0.0.1:2/dir"; // nothing listens on this port
   const { fetch: trusting } = bed.context();

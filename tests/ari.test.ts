@@ -92,7 +92,7 @@ Deno.test("the CA is not asked with `ari: no`, nor about an expired certificate,
   assert.equal(bed.ca.orders.length, 2);
 });
 
-Deno.test("a CA that is down is one note and no wait if nothing is due, and its service is not asked about each certificate", async () => {
+Deno.test("a CA that is down causes one note and no pause if nothing is due, and is not asked about each certificate", async () => {
   await using bed = await issuedBed(Array.from({ length: 20 }, (_, i) => `n${i}.example`).join("\n"));
   const down: Fault = { kind: "status", status: 503 };
   bed.ca.switches.fault = faultAt("directory", down, Infinity);
@@ -144,7 +144,7 @@ Deno.test("a certificate is renewed if its time is past, and not again within a 
   }
 });
 
-Deno.test("an order names the certificate that it replaces if this account ordered it, and is repeated without if the CA refuses that", async () => {
+Deno.test("an order names the certificate that it replaces if this account ordered it, and is sent again without `replaces` if the CA refuses it", async () => {
   const limited = refusing(429, "rateLimited", "no", { headers: { "retry-after": "3600" } });
   const unknown = refusing(500, "serverInternal", "no"); // Pebble's answer for a certificate that it does not know
   const table = [

@@ -89,7 +89,7 @@ for (const run of ["first run", "renewal"] as const) {
       return injected;
     };
     await sweep(`wire, ${run}`, pairs(Object.keys(FAULTS), EXCHANGES), 5, attempt);
-    // a new order that is answered with an old one must not cause questions to come too soon when to renew
+    // a new order that is answered with an old one must not make lematt ask for renewal information too early
     if (run === "renewal") await Promise.all([6, 7].map((n) => attempt(["the same answer twice", n])));
   });
 }

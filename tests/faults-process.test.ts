@@ -12,7 +12,7 @@ import { pairs, PROGRAM, randomFrom, SHARE, Subject, sweep, textOf, upTo } from 
 import { endOf } from "./programs.ts";
 
 const ignore = missing !== undefined;
-if (ignore) console.warn(`faults-process.test.ts: no system call can be made to fail, by strace: ${missing}`);
+if (ignore) console.warn(`faults-process.test.ts: skipped: strace cannot inject faults: ${missing}`);
 
 /** Disk full, over quota, broken, no permission, read-only, or on a file server that is gone. */
 const WRITING = ["ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE"].map((error) => `error=${error}`);
@@ -20,12 +20,12 @@ const WRITING = ["ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE"].map((er
 const READING = ["EIO", "EACCES", "ESTALE", "EMFILE"].map((error) => `error=${error}`);
 
 const SWEEPS = [
-  ["SIGKILL", "being killed at any change that it makes to a file", SITUATIONS, ["signal=SIGKILL"], false],
-  ["a failing disk", "any change to a file has failed", SITUATIONS, WRITING, false],
-  ["a file out of reach", "any file that it reads could not be read", ["renewal", "delivery"], READING, true],
+  ["SIGKILL", "SIGKILL at any change to a file", SITUATIONS, ["signal=SIGKILL"], false],
+  ["a failing disk", "a failed change to a file", SITUATIONS, WRITING, false],
+  ["a file out of reach", "a failed read of a file", ["renewal", "delivery"], READING, true],
 ] as const;
-for (const [what, story, situations, injections, reads] of SWEEPS) {
-  Deno.test(`lematt recovers after ${story}`, { ignore }, async () => {
+for (const [what, fault, situations, injections, reads] of SWEEPS) {
+  Deno.test(`lematt recovers from ${fault}`, { ignore }, async () => {
     await settled(situations.map(async (situation) => {
       const points = (await pointsIn(situation)).filter((point) => point.reads === reads);
       await sweep(`${what}, ${situation}`, pairs(injections, points), 1, async ([injection, point]) => {

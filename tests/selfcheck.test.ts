@@ -115,7 +115,7 @@ Deno.test("S2: one deadline limits a check, however many silent addresses and re
   assert.match(unanswered, /^example\.com .*in time$/);
 });
 
-Deno.test("every address must serve the challenge, as the CA may choose any; where they redirect to is fetched once", async () => {
+Deno.test("every address must serve the challenge, as the CA may choose any; a common redirect target is fetched once", async () => {
   const six = `http://[2001:db8::7]${PATH}`;
   let count = 0;
   await using four = serve((request) => (count++, right(request)));

@@ -2,8 +2,8 @@
  * `deno task demo`: lematt on this host alone. Runs lematt.ts twice with the CA of ca.ts and a web server for a drop
  * directory, and shows the files that it wrote and the commands that it ran.
  */
-import { join, relative } from "node:path";
 import { testBed } from "./bed.ts";
+import { shell } from "./programs.ts";
 
 const COMMANDS = `[default]
 uploadCerts: ["cp -P CERTS HERE/hosts/web/"]
@@ -26,8 +26,7 @@ await using bed = await testBed({
   actions: COMMANDS,
   settings: "# these names exist only for the CA of this demo\npreflight: no",
 });
-const hosts = join(bed.home, "hosts");
-for (const host of ["web", "mail", "manager"]) await Deno.mkdir(join(hosts, host), { recursive: true });
+await shell("mkdir -p hosts/web hosts/mail hosts/manager", bed.home);
 
 function show(title: string, text: string): void {
   console.log(Deno.noColor || !Deno.stdout.isTerminal() ? `\n${title}` : `\n\x1b[1m${title}\x1b[0m`);
@@ -40,29 +39,12 @@ async function lematt(...args: string[]): Promise<number> {
   return code;
 }
 
-/** Every file below a directory, with the target of a link, or the permissions. */
-function* tree(directory: string): Iterable<string> {
-  const entries = [...Deno.readDirSync(directory)].sort((a, b) => a.name < b.name ? -1 : 1);
-  for (const { name, isDirectory, isSymlink } of entries) {
-    const path = join(directory, name);
-    if (isDirectory) {
-      yield* tree(path);
-      continue;
-    }
-    const mode = (Deno.lstatSync(path).mode! & 0o777).toString(8).padStart(4, "0");
-    yield `  ${relative(bed.home, path)} ${isSymlink ? `-> ${Deno.readLinkSync(path)}` : `(${mode})`}`;
-  }
-}
-
 for (const name of ["lematt.conf", "domains", "actions.conf"]) show(`conf/${name}`, bed.text(name));
 const first = await lematt("--test");
-show("The files", [...tree(bed.path("test"))].join("\n"));
-const delivered = ["mail", "manager", "web"].map((host) => [host, [...tree(join(hosts, host))].length]);
-show(
-  "Files that commands have delivered",
-  delivered.map(([host, count]) => `  ${host}: ${count}`).join("\n"),
-);
-show("What the commands have written", await Deno.readTextFile(join(bed.home, "reloads")));
+show("The files", await shell("find conf/test ! -type d -exec ls -l {} +", bed.home));
+const counts = 'for host in mail manager web; do echo "  $host: $(ls hosts/$host | wc -l)"; done';
+show("Files that commands have delivered", await shell(counts, bed.home));
+show("What the commands have written", await shell("cat reloads", bed.home));
 const second = await lematt("--test");
 await lematt("--test", "--plan");
 if (first !== 0 || second !== 0 || bed.ca.issued.length !== 4) throw new Error("the demo failed");

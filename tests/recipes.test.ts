@@ -7,7 +7,7 @@ import { systemQuery } from "../lib/context.ts";
 import { testBed, type Texts, together } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 import { adapt, blockOf, lackOf, output, ROOT, shell, which } from "./programs.ts";
-import { postgres, startDovecot, startHaproxy, startPostfix, startPostgres } from "./services.ts";
+import { postgres, startDovecot, startHaproxy, startPostfix, startPostgres } from "./tls.ts";
 import { freePort, makeCertificate, startBalancer, startNginx, startServer } from "./tls.ts";
 
 const test = together("conf/recipes");

@@ -1,10 +1,9 @@
-/**
- * Servers with certificates on loopback: certificates made by openssl, programs that listen, and TCP servers of a few lines.
- */
+/** Servers on loopback: certificates made by openssl, TCP servers of a few lines, and real services. */
 
 import { once } from "node:events";
 import { connect, createServer, type Socket } from "node:net";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
+import { pipeline } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Certificate, readCertificate } from "../lib/x509.ts";
 import { until } from "./bed.ts";
@@ -39,13 +38,15 @@ export function freePort(): number {
   }
 }
 
+type Server = AsyncDisposable & { readonly child: Deno.ChildProcess };
+
 /** Starts a program and waits until something listens at the port. It is ended with TERM. */
 export async function startServer(
   command: string,
   args: readonly string[],
   port: number,
   options: Deno.CommandOptions = {},
-): Promise<AsyncDisposable & { readonly child: Deno.ChildProcess }> {
+): Promise<Server> {
   const child = spawn([command, ...args], { ...options, stdout: "null" });
   const stderr = new Response(child.stderr).text();
   let ended = false;
@@ -134,9 +135,7 @@ export async function startBalancer(...ports: readonly number[]) {
   const counts = { connections: 0 };
   const server = await tcpServer((client) => {
     const upstream = connect(ports[counts.connections++ % ports.length]!, "127.0.0.1");
-    upstream.on("error", () => client.destroy());
-    client.on("close", () => upstream.destroy());
-    client.pipe(upstream).pipe(client);
+    pipeline(client, upstream, client, () => {}); // closes one if the other breaks
   });
   return Object.assign(server, { counts });
 }
@@ -158,4 +157,84 @@ export function distant(to: number, oneWayMs: number) {
       from.on("error", () => from.destroy());
     }
   });
+}
+
+// ---- services, with as little configuration as they take; `tls` is the part that names certificates and keys ------
+
+/** Not in PATH on Debian. */
+export const postgres = which("postgres") ??
+  ["17", "16", "15", "14"].map((version) => which(`../lib/postgresql/${version}/bin/postgres`)).find(Boolean);
+/** It refuses to run as root. */
+const POSTGRES = ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"];
+
+/** HAProxy; SIGUSR2 makes it read its files again. `bind` is the line of its frontend. */
+export async function startHaproxy(home: string, port: number, bind: string): Promise<Server> {
+  const file = join(home, "haproxy.cfg");
+  await Deno.writeTextFile(file, `defaults\n  mode http\nfrontend web\n  ${bind}\n`);
+  return await startServer(which("haproxy")!, ["-W", "-f", file], port);
+}
+
+/** Postfix with `home` as its configuration directory. */
+export async function startPostfix(home: string, port: number, tls: string): Promise<Server> {
+  for (const name of ["queue", "data"]) await Deno.mkdir(join(home, name));
+  await run("chown", "postfix", join(home, "data"));
+  const settings = `compatibility_level = 3.6
+queue_directory = ${home}/queue
+data_directory = ${home}/data
+maillog_file = /dev/stdout
+inet_interfaces = loopback-only
+local_recipient_maps =
+smtpd_tls_security_level = may
+${tls}\n`;
+  await Deno.writeTextFile(join(home, "main.cf"), settings);
+  const processes = `127.0.0.1:${port} inet n - n - - smtpd
+tlsmgr unix - - n 1000? 1 tlsmgr
+anvil unix - - n - 1 anvil
+rewrite unix - - n - - trivial-rewrite
+postlog unix-dgram n - n - 1 postlogd\n`;
+  await Deno.writeTextFile(join(home, "master.cf"), processes);
+  const running = await startServer(which("postfix")!, ["-c", home, "start-fg"], port);
+  return {
+    child: running.child,
+    async [Symbol.asyncDispose]() {
+      await run(which("postfix")!, "-c", home, "stop"); // its master outlives the process that started it
+      await running[Symbol.asyncDispose]();
+    },
+  };
+}
+
+/** Dovecot (IMAP) with `home`/dovecot.conf. */
+export async function startDovecot(home: string, port: number, tls: string): Promise<Server> {
+  const settings = `base_dir = ${home}/run
+state_dir = ${home}/state
+log_path = ${home}/log
+protocols = imap
+ssl = yes
+${tls}
+passdb {
+  driver = static
+}
+service imap-login {
+  inet_listener imap {
+    address = 127.0.0.1
+    port = ${port}
+  }
+  inet_listener imaps {
+    port = 0
+  }
+}\n`;
+  await Deno.writeTextFile(join(home, "dovecot.conf"), settings);
+  return await startServer(which("dovecot")!, ["-F", "-c", join(home, "dovecot.conf")], port);
+}
+
+/** PostgreSQL; all of `home` belongs to its user then. SIGHUP makes it read its files again. */
+export async function startPostgres(home: string, port: number, tls: string): Promise<Server> {
+  const data = join(home, "data");
+  const initdb = join(dirname(await Deno.realPath(postgres!)), "initdb");
+  await run("chown", "-R", "postgres", home);
+  await run("setpriv", ...POSTGRES, initdb, "--no-sync", "-A", "trust", "-D", data);
+  const settings =
+    `port = ${port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '${data}'\n${tls}\n`;
+  await Deno.writeTextFile(join(data, "postgresql.conf"), settings, { append: true });
+  return await startServer("setpriv", [...POSTGRES, postgres!, "-D", data], port);
 }

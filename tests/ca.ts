@@ -126,11 +126,10 @@ interface Issued {
   readonly certId: string;
   readonly names: readonly string[];
   readonly keyType: "rsa" | "ec";
-  readonly profile: string;
   readonly replaces?: string;
   /** With its chain. */
   readonly pem: string;
-  revoked?: { readonly at: Date; readonly reason: number };
+  revoked?: { readonly reason: number };
   /** The renewal information (RFC 9773 §4.2); a test may change it. */
   renewalWindow: { readonly start: Date; readonly end: Date; readonly explanationURL?: string };
 }
@@ -578,7 +577,6 @@ export class Ca implements AsyncDisposable {
       certId: `${base64url(this.issuer.keyId)}.${base64url((isHigh ? "00" : "") + serial)}`,
       names,
       keyType: publicKey.asymmetricKeyType === "rsa" ? "rsa" : "ec",
-      profile,
       replaces,
       pem: await x509.certify(contents, this.issuer) + this.chain,
       renewalWindow: { start: start!, end: end! },
@@ -620,7 +618,7 @@ export class Ca implements AsyncDisposable {
       throw violation(403, "unauthorized", detail);
     }
     if (issued.revoked) throw refusal(400, "alreadyRevoked", "the certificate is revoked already");
-    issued.revoked = { at: this.now, reason };
+    issued.revoked = { reason };
     issued.renewalWindow = { start: new Date(this.now.getTime() - HOUR), end: this.now };
     return { status: 200, headers: {} };
   }

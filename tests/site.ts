@@ -50,10 +50,6 @@ export async function startSite({ actions = ACTIONS, age = 0, domains = NAME } =
     const children = ["/bin/sh", "-c", `cat /proc/${child.pid}/task/*/children`];
     await until("one worker", async () => (await output(children)).stdout.trim().split(" ").length === 1);
   };
-  const reload = async () => {
-    child.kill("SIGHUP");
-    await settle();
-  };
   const act = (text: string) => bed.act(text.replaceAll("PORT", `${port}`));
   const sleep = async (ms: number) => {
     await settle();
@@ -62,11 +58,12 @@ export async function startSite({ actions = ACTIONS, age = 0, domains = NAME } =
   const run = (options: Options = {}) => bed.run({ mode: "prod", sleep, ...options });
   const restore = async (file: string) => {
     copy(file, `${NAME}.ec`);
-    await reload();
+    child.kill("SIGHUP");
+    await settle();
   };
   const save = (file: string) => copy(`${NAME}.ec`, file);
   act(actions);
   const open = stack.move();
   const close = () => open.disposeAsync();
-  return { bed, port, web, act, run, served, save, restore, settle, reload, [Symbol.asyncDispose]: close };
+  return { bed, port, web, act, run, served, save, restore, settle, [Symbol.asyncDispose]: close };
 }

@@ -36,7 +36,6 @@ export interface Texts {
   settings?: string;
 }
 
-/** The result of a run in this process, and its requests to the CA. */
 export interface Ran extends Ended {
   readonly events: readonly Event[];
   readonly requests: readonly Exchange[];
@@ -142,7 +141,6 @@ export class Bed implements AsyncDisposable {
     }
   }
 
-  /** The base names of the challenge files in the drop directory. */
   dropped(): string[] {
     return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
   }
@@ -200,12 +198,11 @@ export class Bed implements AsyncDisposable {
     return { code, stdout: out.join(""), stderr: err.join(""), events, requests: ca.log.slice(begun) };
   }
 
-  /** Runs the program to its end, in the home directory and with this configuration. */
   async lematt(...args: string[]): Promise<Ended> {
     return await this.lemattBy([], ...args);
   }
 
-  /** The same, started by a command that gets the program's command line as its last arguments. */
+  /** Runs the program by a command that gets its command line as last arguments. */
   async lemattBy(by: readonly string[], ...args: string[]): Promise<Ended> {
     return await output([...by, ...LEMATT, ...args, "--config", this.conf], { cwd: this.home });
   }
@@ -226,7 +223,6 @@ export class Bed implements AsyncDisposable {
   }
 }
 
-/** Waits until `condition` is true. */
 export async function until(what: string, condition: () => boolean | Promise<boolean>, seconds = 30) {
   for (const deadline = Date.now() + seconds * 1000; !await condition();) {
     assert(Date.now() < deadline, `not within ${seconds} s: ${what}`);
@@ -256,7 +252,6 @@ export function together(name: string, most = 4) {
   };
 }
 
-/** Injects the fault into the first `times` exchanges with that resource. */
 export function faultAt(resource: Resource, fault: Fault, times = 1): NonNullable<Switches["fault"]> {
   return (exchange) => exchange.resource === resource && times-- > 0 ? fault : undefined;
 }

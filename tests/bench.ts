@@ -35,7 +35,6 @@ async function measure(...command: readonly string[]) {
   return { seconds, cpuSeconds: user! + system!, peakMegabytes: kilobytes! / 1024 };
 }
 
-/** Runs the functions in turns; returns `times` results of each. */
 async function inTurns<T>(times: number, ...functions: readonly (() => Promise<T>)[]): Promise<T[][]> {
   const results: T[][] = functions.map(() => []);
   for (let i = 0; i < times; i++) {
@@ -49,12 +48,10 @@ function median(values: readonly number[]): number {
   return (sorted[(sorted.length - 1) >> 1]! + sorted[sorted.length >> 1]!) / 2;
 }
 
-/** The median of the ratios `ours / theirs` of all turns. */
 function ratio(ours: readonly number[], theirs: readonly number[]): number {
   return median(ours.map((value, i) => value / theirs[i]!));
 }
 
-/** Whether a target has been missed so far. */
 let missed = false;
 
 /** Prints what was measured, the value with its unit, and whether it meets its target. */

@@ -7,7 +7,6 @@ import { type AddressInfo, createServer } from "node:net";
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16 } as const;
 export type RecordType = keyof typeof TYPES;
 
-/** A running DNS server. */
 export interface Dns extends AsyncDisposable {
   readonly port: number;
   /** Replaces the records of one type at a name, or removes them if there are no values. The value of SOA is the primary. */
@@ -72,7 +71,6 @@ export async function startDns(further: Further = () => [], port = 0): Promise<D
   };
 }
 
-/** Big-endian, 16 bits each. */
 const numbers = (...values: number[]) => Buffer.from(values.flatMap((value) => [value >> 8, value & 0xff]));
 /** Character strings, each after its length. */
 const strings = (...texts: string[]) =>

@@ -36,13 +36,10 @@ export const malformed = (detail: string) => violation(400, "malformed", detail)
 export const refusal = (status: number, type: string, detail: string, headers?: Record<string, string>) =>
   new Problem(status, type, detail, false, headers);
 
-/** An answer before it is sent. */
 export interface Answer {
   readonly status: number;
   readonly headers: Readonly<Record<string, string>>;
-  /** JSON or PEM. */
   readonly body?: string;
-  /** The connection breaks in the middle of the body. */
   readonly isCut?: boolean;
 }
 
@@ -80,7 +77,6 @@ export function respond({ status, headers, body, isCut = false }: Answer, now: D
   return new Response(half, { status, headers: { ...all, "content-length": `${bytes.length}` } });
 }
 
-/** A listening HTTPS server on loopback. */
 export interface Server extends AsyncDisposable {
   readonly port: number;
   /** Breaks the connection with the number that `handler` got, and the next one too if `alsoNext`. */
@@ -131,10 +127,8 @@ export async function listen(
   };
 }
 
-/** A web server for a drop directory. */
 export interface Webroot extends AsyncDisposable {
   readonly port: number;
-  /** The requests. */
   readonly log: readonly { readonly status: number }[];
 }
 

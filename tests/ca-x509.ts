@@ -11,7 +11,6 @@ export interface Identifier {
   readonly value: string;
 }
 
-/** The contents of a CSR. */
 export interface Request {
   readonly identifiers: readonly Identifier[];
   readonly commonNames: readonly string[];
@@ -49,19 +48,15 @@ export interface Life {
   readonly notAfter: Date;
 }
 
-/** The contents of a certificate. */
 export interface Contents extends Life {
   readonly publicKey: KeyObject;
   readonly commonName?: string;
-  /** DNS names and IP addresses. */
   readonly names?: readonly string[];
   /** In hexadecimal; random by default. */
   readonly serial?: string;
-  /** Whether it is for a CA. */
   readonly authority?: boolean;
 }
 
-/** Writes and signs a certificate; returns PEM. */
 export async function certify(contents: Contents, issuer: Authority): Promise<string> {
   const { publicKey, commonName, names = [], notBefore, notAfter, serial, authority = false } = contents;
   const { keyCertSign, digitalSignature } = x509.KeyUsageFlags;

@@ -47,13 +47,11 @@ export interface Exchange {
   status: number;
 }
 
-/** How the CA behaves; a test may change it while it runs. */
 export interface Switches {
   /** Port of 127.0.0.1 on which http-01 is fetched for all names, or for each; throws if the name does not resolve. */
   httpPort?: number | ((name: string) => number);
   /** Port of the DNS server on 127.0.0.1, for dns-01 and dns-persist-01. */
   dnsPort?: number;
-  /** The delay before each validation. */
   validationDelayMs?: number;
   /**
    * What becomes invalid after a failed validation: the order too (default), only the authorization (acme2certifier), or
@@ -62,15 +60,11 @@ export interface Switches {
   failure?: "order" | "authorization" | "challenge";
   /** Which authorizations of the account a new order reuses: none, valid ones (default), or pending ones too. */
   reuse?: "none" | "valid" | "pending";
-  /** How long an order is `processing` after finalize. */
   processingMs?: number;
   /** At most `count` requests in any `windowMs` of the CA's clock. */
   limits?: Partial<Record<Resource, { readonly count: number; readonly windowMs: number }>>;
-  /** Returns the fault to inject into an exchange. */
   fault?: (exchange: Exchange) => Fault | undefined;
 }
-
-// ---- its objects -------------------------------------------------------------------------------------------------
 
 interface Account {
   readonly url: string;
@@ -80,7 +74,6 @@ interface Account {
 
 type SigningKey = Awaited<ReturnType<typeof keyOf>>;
 
-/** RFC 8555 §7.1.3. */
 export interface Order {
   readonly url: string;
   readonly account: Account;
@@ -98,7 +91,6 @@ export interface Order {
   certificate?: string;
 }
 
-/** RFC 8555 §7.1.4. */
 export interface Authorization {
   readonly url: string;
   readonly account: Account;
@@ -127,7 +119,6 @@ interface Issued {
   readonly names: readonly string[];
   readonly keyType: "rsa" | "ec";
   readonly replaces?: string;
-  /** With its chain. */
   readonly pem: string;
   revoked?: { readonly reason: number };
   /** The renewal information (RFC 9773 §4.2); a test may change it. */
@@ -139,7 +130,6 @@ type Signed = Omit<Awaited<ReturnType<typeof verified>>, "header"> & { readonly 
 
 // ---- the CA ------------------------------------------------------------------------------------------------------
 
-/** Starts a CA on a free port of loopback. */
 export async function startCa(switches: Switches = {}): Promise<Ca> {
   const life = { notBefore: new Date(Date.now() - DAY), notAfter: new Date(Date.now() + 1e12) };
   const [root, issuer] = ["lematt test root 1", "lematt test intermediate"].map(x509.createAuthority);
@@ -154,10 +144,8 @@ export async function startCa(switches: Switches = {}): Promise<Ca> {
 }
 
 export class Ca implements AsyncDisposable {
-  /** `https://localhost:PORT` */
   readonly origin: string;
   readonly directoryUrl: string;
-  /** Names for which it does not issue; a test changes them. */
   readonly refused = new Set<string>();
   readonly log: Exchange[] = [];
   /** Requests that a correct client never sends; `type` is that of the problem, or `tooSoon` for asking before Retry-After. */
@@ -200,7 +188,6 @@ export class Ca implements AsyncDisposable {
     return new Date(Date.now() + this.#offsetMs);
   }
 
-  /** Moves the CA's clock forward. */
   advance(ms: number): void {
     this.#offsetMs += ms;
   }
@@ -379,7 +366,6 @@ export class Ca implements AsyncDisposable {
     throw refusal(429, "rateLimited", `too many ${resource} (${count})`, { "retry-after": `${seconds}` });
   }
 
-  /** RFC 8555 §7.1.1. */
   #directory(): Answer {
     const offered = RESOURCES.slice(1, 7).map((name) => [name, `${this.origin}/${name}`]);
     const profiles = Object.keys(PROFILES).map((name) => [name, `https://localhost/profiles#${name}`]);
@@ -585,7 +571,6 @@ export class Ca implements AsyncDisposable {
     order.status = "valid";
   }
 
-  /** The certificate with a certID (RFC 9773 §4.1). */
   #findByCertId(certId: string): Issued {
     const issued = this.issued.find((issued) => issued.certId === certId);
     if (issued !== undefined) return issued;
@@ -670,14 +655,12 @@ function showAuthorization({ url: _, account: __, challenges, ...shown }: Author
   return { ...shown, challenges: challenges.filter(isShown) };
 }
 
-/** One of the account's objects. */
 function own<T extends { readonly account: Account }>(list: readonly T[], id: string, account: Account): T {
   const found = list[Number(id)];
   if (found?.account === account) return found;
   throw violation(404, "malformed", "this account has nothing at this URL");
 }
 
-/** Whether a validation is running. */
 const isValidating = ({ challenges }: Authorization): boolean =>
   challenges.some(({ status }) => status === "processing");
 

@@ -100,7 +100,6 @@ function serversIn(directory: string, { ca, dns, http }: typeof PORTS) {
 
 type Name = keyof ReturnType<typeof serversIn>;
 
-/** Starts a CA with its files in `directory`. */
 async function startCa(name: Name, directory: string, ports: typeof PORTS) {
   const { program, args, files, path, root } = serversIn(directory, ports)[name];
   await Deno.mkdir(join(directory, "certs"), { recursive: true });

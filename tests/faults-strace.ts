@@ -28,14 +28,12 @@ export const missing = await output(
   ["strace", "-f", QUICK, "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"],
 ).then(({ code, stderr }) => code === 0 ? undefined : stderr.trim(), (error: Error) => error.message);
 
-/** A system call of the program. */
 export interface Point {
   /** Relative to the test bed's home. */
   readonly path: string;
   readonly call: string;
   /** Its number among such calls for that path in its thread, from 1. */
   readonly when: number;
-  /** Whether it only reads. */
   readonly reads: boolean;
 }
 
@@ -71,7 +69,6 @@ const PREPARED: Readonly<Record<string, (subject: Subject) => Promise<void>>> = 
 
 export const SITUATIONS = Object.keys(PREPARED);
 
-/** A subject in a situation. */
 export async function subjectIn(situation: string): Promise<Subject> {
   // after being killed it has forgotten when to ask again
   const subject = await Subject.create({ settings: `${PROGRAM}\nari: no`, ca: { reuse: "none" } });

@@ -72,12 +72,10 @@ export async function sweep<Point>(
   console.log(`${counts}, recovered from all`);
 }
 
-/** Every pair of one of these and one of those. */
 export function pairs<A, B>(these: readonly A[], those: readonly B[]): (readonly [A, B])[] {
   return these.flatMap((a) => those.map((b) => [a, b] as const));
 }
 
-/** 1, 2, … count */
 export function upTo(count: number): number[] {
   return Array.from({ length: count }, (_, index) => index + 1);
 }
@@ -105,7 +103,6 @@ export class Subject implements AsyncDisposable {
     return new Subject(await testBed({ domains: "example.com www\nsolo.example.org\n", settings, ca }));
   }
 
-  /** Writes actions.conf; commands that are not given are the usual ones. */
   configure({ prepare = "exec cat >/dev/null", upload = "cp -L CERTS HERE/served", more = "" } = {}): void {
     this.bed.act(`[default]
 prepare: [${JSON.stringify(`echo $$ >> HERE/prepared; ${prepare}`)}]
@@ -119,7 +116,6 @@ ${more}`);
     return readInventory(this.bed.config());
   }
 
-  /** Orders are counted from here on. */
   countOrders(): void {
     this.#ordersBefore = this.bed.ca.orders.length;
   }
@@ -142,7 +138,6 @@ ${more}`);
     for (const name of unusable) Deno.removeSync(this.bed.path("test", name), { recursive: true });
   }
 
-  /** Process ids of the `prepare` commands so far. */
   prepared(): number[] {
     return textOf(join(this.bed.home, "prepared")).split("\n").slice(0, -1).map(Number);
   }

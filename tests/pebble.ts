@@ -14,7 +14,6 @@ import { temporaryDirectory, which } from "./programs.ts";
 import { accepts, freePort, startServer } from "./tls.ts";
 import type { Context } from "../lib/context.ts";
 
-/** How Pebble behaves. */
 export interface PebbleOptions {
   /** Port on which http-01 is fetched instead of 80. */
   readonly httpPort: number;
@@ -39,7 +38,6 @@ export function pebbleTest(name: string, body: () => Promise<void>, { modern = f
   Deno.test({ name: name + lack, ignore: lack !== "", fn: body });
 }
 
-/** Starts Pebble on free loopback ports. */
 export async function startPebble({ httpPort, config, env, records }: PebbleOptions) {
   await using stack = new AsyncDisposableStack();
   const dns = stack.use(await startDns(records));
@@ -57,7 +55,6 @@ export async function startPebble({ httpPort, config, env, records }: PebbleOpti
   stack.use(await startServer(BINARY!, args, port, options));
   await until("its management interface listens", () => accepts(managementPort));
   const client = stack.use(Deno.createHttpClient({ caCerts: [root] }));
-  /** Sends a request to its management interface, a POST if there is a body. */
   const manage = async (path: string, body?: unknown) => {
     const init = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
     const response = await fetch(`https://${management}${path}`, { ...init, client });

@@ -15,13 +15,11 @@ export function program(file: string, ...more: readonly string[]): readonly stri
 export const LEMATT = program("lematt.ts");
 export const LEFORWARD = program("leforward.ts");
 
-/** Starts a command, with its output piped. */
 export function spawn([command, ...args]: readonly string[], options: Deno.CommandOptions = {}) {
   const piped = { stdin: "null", stdout: "piped", stderr: "piped" } as const;
   return new Deno.Command(command!, { ...piped, ...options, args }).spawn();
 }
 
-/** How a program ended. */
 export type Ended = Awaited<ReturnType<typeof endOf>>;
 
 /** Waits until a program whose output is piped has ended. */
@@ -31,7 +29,6 @@ export async function endOf(child: Deno.ChildProcess) {
   return { code: ended.code, stdout: stdout!, stderr: stderr! };
 }
 
-/** Ends a program, if it is still running. */
 export async function end(child: Deno.ChildProcess, signal: Deno.Signal = "SIGKILL"): Promise<void> {
   try {
     child.kill(signal);
@@ -41,7 +38,6 @@ export async function end(child: Deno.ChildProcess, signal: Deno.Signal = "SIGKI
   await child.status;
 }
 
-/** Runs a command to its end. */
 export async function output(command: readonly string[], options?: Deno.CommandOptions): Promise<Ended> {
   return await endOf(spawn(command, options));
 }
@@ -74,7 +70,6 @@ export function lackOf(...programs: readonly string[]): string | undefined {
   return missing.length === 0 ? undefined : `${missing.join(", ")} not installed`;
 }
 
-/** A directory that is removed with its block. */
 export async function temporaryDirectory(): Promise<AsyncDisposable & { readonly path: string }> {
   const path = await Deno.makeTempDir({ prefix: "lematt-test-" });
   return { path, [Symbol.asyncDispose]: () => Deno.remove(path, { recursive: true }) };
@@ -174,7 +169,6 @@ export function blocks(file: string, heading = ""): string[] {
   );
 }
 
-/** The block that begins with `start`. */
 export function blockOf(file: string, start: string, heading = ""): string {
   const found = blocks(file, heading).find((text) => text.startsWith(start));
   if (found === undefined) throw new Error(`no block of ${file} begins with ${start}`);

@@ -65,7 +65,6 @@ export async function startServer(
   return { child, [Symbol.asyncDispose]: stop };
 }
 
-/** Whether connections are accepted at a port of 127.0.0.1. */
 export async function accepts(port: number): Promise<boolean> {
   return await Deno.connect({ hostname: "127.0.0.1", port }).then(
     (connection) => (connection.close(), true),
@@ -73,7 +72,6 @@ export async function accepts(port: number): Promise<boolean> {
   );
 }
 
-/** Deno.test() if nginx is installed. */
 export function nginxTest(name: string, fn: () => Promise<void>): void {
   Deno.test({ name: `${name} (nginx)`, ignore: which("nginx") === undefined, fn });
 }
@@ -109,7 +107,6 @@ export async function startHttps(directory: string, ...files: readonly string[])
   return Object.assign(server, { port });
 }
 
-/** A TCP server on loopback that gives every connection to `serve`. */
 export async function tcpServer(serve: (socket: Socket) => void, hostname = "127.0.0.1") {
   const sockets = new Set<Socket>();
   const server = createServer((socket) => {
@@ -174,7 +171,6 @@ export async function startHaproxy(home: string, port: number, bind: string): Pr
   return await startServer(which("haproxy")!, ["-W", "-f", file], port);
 }
 
-/** Postfix with `home` as its configuration directory. */
 export async function startPostfix(home: string, port: number, tls: string): Promise<Server> {
   for (const name of ["queue", "data"]) await Deno.mkdir(join(home, name));
   await run("chown", "postfix", join(home, "data"));
@@ -203,7 +199,6 @@ postlog unix-dgram n - n - 1 postlogd\n`;
   };
 }
 
-/** Dovecot (IMAP) with `home`/dovecot.conf. */
 export async function startDovecot(home: string, port: number, tls: string): Promise<Server> {
   const settings = `base_dir = ${home}/run
 state_dir = ${home}/state

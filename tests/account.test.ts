@@ -188,5 +188,6 @@ Deno.test("a certificate is revoked with its own key if its account is not known
   await Deno.rename(bed.path("aside"), bed.path(KEY));
   await revokeIt();
   assert.equal(bed.ca.issued[1]!.revoked!.reason, 1);
+  assert.equal(new Set(bed.text("test/revoked-keys").match(/^[0-9a-f]{64}$/gm)).size, 2);
   bed.ca.violations.splice(0); // the other account is not authorized
 });

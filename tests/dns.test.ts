@@ -93,7 +93,7 @@ Deno.test("hooks place the values of dns-01, also behind a CNAME, and the CA is 
 
 Deno.test("C10: hooks of all lines run one after the other, without deadlock, or in parallel with dnsParallel: yes", async () => {
   const table: [dnsParallel: string, around: string][] = [
-    ["no", "mkdir HERE/busy && HOOK && rmdir HERE/busy"],
+    ["no", "mkdir HERE/busy && sleep 0.05 && HOOK && rmdir HERE/busy"],
     ["yes", "touch HERE/x.DOMAIN; until [ $(ls HERE | grep -c ^x) = 4 ]; do sleep 0.01; done; HOOK"],
   ];
   await all(table.map(async ([dnsParallel, around]) => {

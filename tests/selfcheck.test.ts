@@ -133,4 +133,8 @@ Deno.test("every address must serve the challenge, as the CA may choose any; a c
   const redirecting = at(["127.0.0.1", web.port], ["127.0.0.1", web.port]);
   assert.equal(await faultOf((...to) => (to[0] === "example.com" ? redirecting : at(v4))(...to)), "");
   assert.equal(count, 1);
+  count = 0;
+  await using maze = serve((request) => redirect(`/${++count}`)(request));
+  const entrances = at(...Array.from({ length: 4 }, () => ["127.0.0.1", maze.port] as const));
+  assert.match(await faultOf(entrances, { signal: AbortSignal.timeout(5000) }), /more than 50 requests/);
 });

@@ -59,11 +59,12 @@ function printed(notices: readonly Notice[]): string[] {
   );
 }
 
-/** Throws unless each notice begins with the first word of its pattern and contains the rest. */
+/** Throws unless each notice begins with the first word of its pattern and contains the rest, at least one word. */
 function matches(notices: readonly Notice[], patterns: readonly string[], what = "") {
   const found = printed(notices);
   const right = found.length === patterns.length && patterns.every((pattern, i) => {
     const [place, ...words] = pattern.split(" ");
+    ok(words.join(""), `no words after the place: ${pattern}`);
     return found[i]!.startsWith(`${place} `) && found[i]!.includes(words.join(" "));
   });
   ok(right, `${what}: ${JSON.stringify(found, null, 1)} is not ${JSON.stringify(patterns, null, 1)}`);
@@ -132,7 +133,8 @@ Deno.test("loadConfig() normalizes names, removes duplicates, and knows the file
     same([line!.names, ...line!.formerNames].map((names) => names.join(" ")), expected);
   }
   const many = Array.from({ length: 101 }, (_, n) => `${n}.com`).join(" ");
-  for (const line of [`a${label}.com`, `a.${long}`, many]) matches(errors(`D: ${line}`), ["domains:1"]);
+  const tooLong = [[`a${label}.com`, "63 characters"], [`a.${long}`, "253 characters"], [many, "101 names"]];
+  for (const [line, words] of tooLong) matches(errors(`D: ${line}`), [`domains:1 ${words}`]);
 });
 
 Deno.test("a line has the sections of its names, or [default], then [every], with their key types, challenges and profiles", () => {
@@ -190,7 +192,8 @@ Deno.test("loadConfig() rejects each invalid name, with its line and the name", 
   const named = invalid.map((name, index) => `domains:${index + 1} ${name}`);
   matches(errors(`D: ${invalid.join("\n")}`), named);
   const more = "exam\u200dple.com\n\x1b[31mexample.com\n192.0.2.1 www\nexample.com # mine\na.com *\n";
-  const expected = "domains:1 u{200d}|domains:2 u{1b}|domains:3 |domains:4 comment|domains:5 dns-01";
+  const expected =
+    "domains:1 u{200d}|domains:2 u{1b}|domains:3 no subdomains|domains:4 comment|domains:5 dns-01";
   matches(errors(`D: ${more}`), expected.split("|"));
 });
 
@@ -208,11 +211,11 @@ const invalid = rows`
   a bundle that is missing => S: caBundle: nowhere.pem => lematt.conf:4 caBundle
   a bundle without certificates => S: caBundle: ../account.key => lematt.conf:4 caBundle
   a path for the shell => S: caBundle: ~/ca.pem => lematt.conf:4 caBundle
-  rsaTag and curveTag that differ only in case => S: rsaTag: x⏎curveTag: X => lematt.conf:5
+  rsaTag and curveTag that differ only in case => S: rsaTag: x⏎curveTag: X => lematt.conf:5 same names
   eabKeyId without eabHmacKey => S: eabKeyId: kid => lematt.conf:1 eabHmacKey
   an eabHmacKey that is not base64 => S: eabKeyId: kid⏎eabHmacKey: ../no-eab
     => lematt.conf:5 BASE/no-eab
-  a mistyped setting, and no setting => S: reautorizeDays: 15⏎what => lematt.conf:4 did you mean reauthorizeDays => lematt.conf:5
+  a mistyped setting, and no setting => S: reautorizeDays: 15⏎what => lematt.conf:4 did you mean reauthorizeDays => lematt.conf:5 neither
   keys without a section => C: # nothing => lematt.conf: [config]
   a section that is almost [config] => S: [confg]⏎x: 1 => lematt.conf:4 did you mean [config]
   domains of [every] => A: [every]⏎domains: a.com => actions.conf:2 every name
@@ -248,17 +251,17 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
   const { sections, warnings } = load(actions);
   same([sections[0]!.update, warnings], [["printf 'a\nb'", "", " ", 'é "x" \\'], []]); // T1
   const lists = rows`
-    "cmd %% x" => 2 => ["cmd % x"]
-    ⏎  one⏎  'two' => 2 => ["one", "two"]
-    ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6
-    ["a",] => 2
-    ["a"] # why => 2
-    ["b",⏎  "a⏎  b"] => 3
-    ["b",⏎ "\u0000"] => 3
-    ["b",⏎ "\ud800"] => 3`;
-  for (const [list, line, corrected] of lists) {
+    "cmd %% x" => 2 no "[" => ["cmd % x"]
+    ⏎  one⏎  'two' => 2 no "[" => ["one", "two"]
+    ["a",⏎⏎  # no⏎  "b"⏎  "c"] => 6 unexpected ""c
+    ["a",] => 2 unexpected "]"
+    ["a"] # why => 2 a comment needs a line of its own
+    ["b",⏎  "a⏎  b"] => 3 unexpected ""a
+    ["b",⏎ "\u0000"] => 3 NUL
+    ["b",⏎ "\ud800"] => 3 half a character`;
+  for (const [list, problem, corrected] of lists) {
     const problems = errors(`A: [default]\nupdate: ${list}\n`);
-    matches(problems, [`actions.conf:${line}`], list);
+    matches(problems, [`actions.conf:${problem}`], list);
     if (!corrected) continue;
     const [, hint] = /write (\[.*\])/.exec(problems[0]!.hint!)!;
     same(load(`A: [default]\nupdate: ${hint}\n`).sections[0]!.update, JSON.parse(corrected));
@@ -278,7 +281,7 @@ Deno.test("T9: no message contains a secret from a file", () => {
 
 const warned = rows`
   rotation beyond the weekly limit of a pair => S: generateNewCertsAfterDays: 3.4 => lematt.conf:4 3.5
-  keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 => lematt.conf:5
+  keys that Let's Encrypt refuses => S: keyBitsRSA: 8192⏎curve: P-521 => lematt.conf:4 RSA of 2048 => lematt.conf:5 P-256
   RSA keys that are too short => S: keyBitsRSA: 1024⏎directory: https://b/⏎testDirectory: https://b/ => lematt.conf:4 1024
   a private CA without testDirectory, so --test would send its names to Let's Encrypt => S: directory: https://ca.test/
     => lematt.conf:4 testDirectory
@@ -292,7 +295,7 @@ const warned = rows`
   the same names in another order => D: a.com b⏎b.a.com a.com => domains:2 line 1 in another order
   a comma and a short name in a section => A: [a]⏎domains: example.com, www
     => actions.conf:2 "example.com," => actions.conf:2 "www"
-  a section without names => A: [a]⏎domains: => actions.conf:2
+  a section without names => A: [a]⏎domains: => actions.conf:2 no names
   a name of a section that is in no line => D: a.com => A: [x]⏎domains: a.com⏎  ww.a.com => actions.conf:3 "ww.a.com"
   a name of a section that only a wildcard covers => D: *.b.com
     => A: [every]⏎challenge: dns-persist-01⏎[x]⏎domains: www.b.com => actions.conf:4 *.b.com

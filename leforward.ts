@@ -26,11 +26,11 @@ const HELP = `leforward: send ACME http-01 challenges of this host on to another
   anything else                                 ->  404
 
 It ends on INT, TERM and HUP, when its standard input closes and when its parent goes away.
-Exit status: 0 ended as asked, 1 the port cannot be had, 2 usage.`;
+Exit status: 0 ended as asked, 1 cannot listen on the port, 2 usage.`;
 
 const MAX_HEAD = 8192; // bytes of a request; a CA's has about 300
 const MAX_OPEN = 900; // connections; under 1024, a usual limit of open files, which Deno does not survive
-const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request at once
+const MAX_AGE_MS = 5_000; // of a connection; a CA sends its request immediately
 const WATCH_MS = 200; // how often parent and connections are checked
 
 // safe in a header: no user, query, fragment, blank, control character or shell text
@@ -105,11 +105,14 @@ async function listen(hostname: string, port: number): Promise<Deno.TcpListener>
         hostname = "0.0.0.0";
       } else if (code === "EADDRINUSE") {
         if (Date.now() < deadline) await pause(WATCH_MS);
-        else exit(1, `${where}: it is taken, by a web server (let it redirect) or by another leforward`);
+        else {exit(
+            1,
+            `${where}: in use by another leforward, or by a web server, which can redirect by itself`,
+          );}
       } else if (code === "EACCES") {
         exit(
           1,
-          `${where}: it needs cap_net_bind_service; conf/remote/README.md has the ways and what each grants`,
+          `${where}: it needs cap_net_bind_service; see conf/remote/README.md`,
         );
       } else {
         exit(1, `${where}: ${message}`);

@@ -213,7 +213,7 @@ export async function main(args: readonly string[], outside: Partial<Context> = 
     options = parse(args);
   } catch (error) {
     const { message } = error as Error;
-    // parseArgs() adds advice behind a full stop
+    // parseArgs() adds advice after a full stop
     err(`lematt: ${error instanceof UsageError ? message : message.split(/\. |\n/)[0]}\ntry --help\n`);
     return 2;
   }

@@ -164,7 +164,7 @@ export class AcmeClient {
     if (externalAccountRequired && eab === undefined) {
       throw new AcmeError(
         step,
-        "the CA wants an external account: set eabKeyId and eabHmacKey",
+        "the CA requires external account binding: set eabKeyId and eabHmacKey",
         newAccount,
       );
     }

@@ -332,7 +332,7 @@ export async function checkChallenges(
         return await untilRight(0, 0, recordsCheck(txtNameOf(name), context, () => undefined), context);
       case "dns-persist-01":
         if (account === undefined) {
-          return { fault: "its record names the account, which the first run makes" };
+          return { fault: "the record needs the URL of the account, which is known after the first run" };
         }
         return await untilRight(0, 0, persistentCheck(name, account.issuers, account.url, context), context);
     }

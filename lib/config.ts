@@ -168,7 +168,7 @@ function locate(path?: string, beside?: string): { file: string; skipped: Notice
       const { isDirectory, uid } = Deno.statSync(place);
       if (path === undefined && place !== beside && uid !== 0 && uid !== Deno.uid()) {
         const text = `skipped: it belongs to user ${uid}`;
-        const hint = "name it with --config if it is meant";
+        const hint = `to use it: --config ${shellWord(place)}`;
         skipped.push({ file: resolve(Deno.cwd(), place), text, hint });
         continue;
       }
@@ -231,8 +231,8 @@ function readSettings(source: SourceFile) {
   if (section) {
     checkUnknown(source, file, [section, file.defaults], SETTINGS);
     missing("accountKey", "the file of your account key; lematt makes it if it is missing");
-    if (written.has("eabKeyId")) missing("eabHmacKey", "it goes with eabKeyId");
-    if (written.has("eabHmacKey")) missing("eabKeyId", "it goes with eabHmacKey");
+    if (written.has("eabKeyId")) missing("eabHmacKey", "required with eabKeyId");
+    if (written.has("eabHmacKey")) missing("eabKeyId", "required with eabHmacKey");
     checkSettings(settings, written, source);
   } else if (text !== undefined) {
     source.error("no section [config]", undefined, "put [config] in a line above the keys");
@@ -252,17 +252,17 @@ function checkSettings(settings: Settings, written: ReadonlyMap<string, number>,
   const letsEncrypt = isLetsEncrypt(settings, source.mode);
   const half = written.has("directory") && !written.has("testDirectory") && !isLetsEncrypt(settings, "prod");
   const [rsa, ec] = [keyTypes.includes("rsa"), keyTypes.includes("ec")];
-  // a run renews all key types of a line: so many runs a week as the limit allows whole sets
+  // a renewal takes one certificate of each key type, all of which count
   const least = 7 / Math.floor(SAME_NAMES_PER_WEEK / keyTypes.length);
   const limit = `Let's Encrypt issues ${SAME_NAMES_PER_WEEK} certificates a week for the same names`;
   // its CP/CPS, "DV-SSL Subscriber Certificate"
   const accepted = "Let's Encrypt accepts RSA of 2048, 3072 and 4096 bits, P-256 and P-384 alone";
   const shown = "--test would send the names of a private CA to Let's Encrypt's staging";
-  const late = "certificates of 45 days are renewed when 30 are left, whatever it says";
+  const late = "more than 30 has no effect on certificates of 45 days";
   const warnings: readonly (readonly [isSo: boolean, key: string, why: string, hint?: string])[] = [
     [age > 0 && written.has("reauthorizeDays"), "reauthorizeDays", "generateNewCertsAfterDays overrules it"],
     [age === 0 && days === 0, "reauthorizeDays", "with 0, a certificate is renewed when it has expired"],
-    [letsEncrypt && age === 0 && days > 30, "reauthorizeDays", late, "15 is right for all"],
+    [letsEncrypt && age === 0 && days > 30, "reauthorizeDays", late, "use 15"],
     [letsEncrypt && age > 0 && age < least, "generateNewCertsAfterDays", `less than ${least}: ${limit}`],
     [letsEncrypt && rsa && ![2048, 3072, 4096].includes(keyBitsRSA), "keyBitsRSA", accepted],
     [letsEncrypt && ec && curve === "P-521", "curve", accepted],
@@ -419,7 +419,7 @@ function toMember(word: string, first: string, primary: string | Invalid): strin
   if (word.includes(".") || word.includes(":")) return toIdentifier(word);
   if (isInvalid(primary)) return toIdentifier(`${word}.example.com`); // its own error is noted already
   if (!primary.startsWith("*.") && !isIP(primary)) return toIdentifier(`${word}.${first}`);
-  return { why: `${quote(first)} has no subdomains to be short for`, hint: "write the name in full" };
+  return { why: `a name without a dot cannot be below ${quote(first)}`, hint: "write the name in full" };
 }
 
 /** The order of names within a stem: by labels from the right, without the last one; ties by the whole name. */
@@ -564,7 +564,9 @@ function checkVerify(sections: readonly Section[], lines: readonly Line[], sourc
     const names = new Set(lines.flatMap(({ names }) => names));
     for (const { text, host, sni = host } of named) {
       if (covers(names, sni)) continue;
-      const why = `${quote(text)} matches no line of ${title(section)}, so any of its certificates is right`;
+      const why = `${quote(text)} matches no line of ${
+        title(section)
+      }, so any certificate of the section is accepted`;
       const hint = `name one, such as ${text.replace(/#.*/, "")}#${lines[0]!.names[0]}`;
       source.warn(`verify: ${why}`, line, hint);
     }

@@ -42,7 +42,7 @@ export type DeliverEvent =
   | { readonly kind: "drift"; readonly section: string; readonly endpoints: readonly EndpointStatus[] }
   | { readonly kind: "delivery"; readonly delivered: Delivered };
 
-/** Sections that are delivered side by side. */
+/** How many sections are delivered in parallel at most. */
 const MOST_SECTIONS = 8;
 /** Probes of each address in the round that counts: one server behind a balancer may be right and another wrong. */
 const PROBES = 3;
@@ -397,7 +397,7 @@ export interface Alert {
   readonly section: Section;
   /** Those of which this section was not alerted in the last 20 hours. */
   readonly problems: readonly Problem[];
-  /** What is well again. */
+  /** What is no longer a problem. */
   readonly resolved: readonly string[];
 }
 
@@ -410,7 +410,7 @@ export interface AlertEvent {
   readonly error?: Error;
 }
 
-/** The alerts that are to be sent now: each problem once in 20 hours, and once when it is well again. */
+/** The alerts that are to be sent now: each problem once in 20 hours, and once when it is resolved. */
 export function dueAlerts(
   { sections }: Config,
   problems: readonly Problem[],
@@ -487,7 +487,7 @@ export async function alertConfigError(
   return results.flatMap(({ errors }) => errors);
 }
 
-/** Whether a file has this text since less than 20 hours. */
+/** Whether a file was written with this text in the last 20 hours. */
 function isRecent(path: string, text: string): boolean {
   try {
     return Deno.readTextFileSync(path) === text &&
@@ -501,10 +501,10 @@ function isRecent(path: string, text: string): boolean {
 function alertText({ mode }: Config, { problems, resolved }: Alert): { subject: string[]; text: string } {
   const first = problems[0];
   const subject = first === undefined
-    ? ["well", "again"]
+    ? ["resolved"]
     : [...`${count(problems.length, "problem")}:`.split(" "), first.lines[0]?.names[0] ?? "lematt"];
   const texts = problems.map((problem) => problemLines(problem).join("\n  "));
-  const lines = [...texts, ...resolved.map((what) => `well again: ${what}`)];
+  const lines = [...texts, ...resolved.map((what) => `resolved: ${what}`)];
   return { subject, text: `${lines.join("\n")}\n\nlematt --${mode} --status shows all of it.\n` };
 }
 

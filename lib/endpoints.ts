@@ -110,7 +110,7 @@ interface Place {
 }
 
 /**
- * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. One that no line has the name of
+ * The endpoints of a section with the names of a line for DOMAIN and DOMAINS_ALL. An endpoint whose name is on no line
  * is probed with the first name of this line.
  */
 function placesOf(section: Section, line: Line, ownersOf: (name: string) => readonly Line[]): Place[] {

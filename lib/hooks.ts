@@ -64,7 +64,7 @@ const TERM_SECONDS = 5;
 const KILL_SECONDS = 0.5;
 /** How long to read on after the shell has ended; a daemon that it started may keep its output open. */
 const LINGER_MS = 500;
-/** Longest delay of setTimeout; longer ones fire at once. */
+/** Longest delay of setTimeout; longer ones fire immediately. */
 const LONGEST_DELAY_MS = 2 ** 31 - 1;
 
 // ---- command lines -----------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ function start(
 
   const group = -child.pid;
   const end = async () => {
-    send(group, "SIGTERM"); // first, or the guard would send another, which can hit what cleans up after this one
+    send(group, "SIGTERM"); // first: the guard sends SIGTERM when the input closes, and a second one could end the clean-up
     stdin?.destroy(); // processes of another user (sudo) get no signal, but notice this
     await waitUntil(async () => killing.signal.aborted || await isGone(group), TERM_SECONDS);
     send(group, "SIGKILL");

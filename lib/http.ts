@@ -317,9 +317,11 @@ export class Session {
 
   /** The setting, or the clock, to check if TLS fails. */
   #hint(reason: string): string {
-    if (reason.includes("UnknownIssuer")) return "; the root of the CA's own certificate belongs in caBundle";
+    if (reason.includes("UnknownIssuer")) {
+      return "; if the CA is yours, add the root of its TLS certificate to caBundle";
+    }
     if (!/expired|not valid yet|NotValidYet/i.test(reason)) return "";
-    return `; is this clock right? It says ${this.context.now().toISOString()}`;
+    return `; check this host's clock, which says ${this.context.now().toISOString()}`;
   }
 }
 

@@ -57,7 +57,7 @@ const ORDER_LIFE_MS = 7 * DAY_MS;
  * for challenges for which others wait. Each next pause is twice the last, up to the longest.
  */
 const FAILED_PAUSE_MS = 1_500, FIRST_PAUSE_MS = 5_000, SOON_PAUSE_MS = 250, LONGEST_READ_PAUSE_MS = 8_000;
-/** How often the CA is asked to validate a challenge that has failed: for a quarter of a minute. */
+/** How often the CA is asked to validate a challenge that has failed: for 15 s. */
 const MOST_RESPONSES = 4;
 /** After so many polls that show an order still ready, it is finalized again; the first of them take a second. */
 const READY_POLLS = 4;
@@ -306,7 +306,7 @@ export class Orders {
       why = ` (${error.message})`;
     }
     const wanted = JSON.stringify(preferredChain);
-    context.warn(`no chain of ${line.names[0]} leads to ${wanted}${why}: the default one is taken`);
+    context.warn(`no chain of ${line.names[0]} leads to ${wanted}${why}; using the default chain`);
     return first!;
   }
 
@@ -315,7 +315,7 @@ export class Orders {
     try {
       const { leaf, chainPem } = checkChain(received, line.names, keyPem, context.now());
       if (pemBlocks(chainPem).length === 1 && !leaf.selfSigned) {
-        context.warn(`the CA sent no certificate of an issuer for ${line.names[0]}; clients may miss it`);
+        context.warn(`the CA sent no intermediate certificate for ${line.names[0]}; clients may reject it`);
       }
       return { keyPem, csrPem: csr.pem, chainPem, certificate: leaf };
     } catch (error) {

@@ -65,7 +65,7 @@ export interface Delivery {
   /** The pending ones, and the other key types of their lines: a line is delivered whole. */
   readonly entries: readonly Entry[];
   readonly pending: readonly { readonly entry: Entry; readonly reason: DeliveryReason }[];
-  /** New certificates and drift are delivered side by side; anything else is a rollout, one section at a time. */
+  /** New certificates and drift are delivered in parallel; anything else is a rollout, one section at a time. */
   readonly urgent: boolean;
   /** Identifies the delivery: another one starts without back-off. */
   readonly key: string;

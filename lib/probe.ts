@@ -49,7 +49,7 @@ export class ProbeError extends Error {
 
 /** How long an address may be silent: more than mail servers wait before they greet (postscreen: 6 s). */
 const TIMEOUT_SECONDS = 10;
-/** Of a name with more addresses, so many are probed; 4,000 addresses would be an attack. */
+/** How many addresses of a name are probed at most; 4,000 would be an attack. */
 const MOST_ADDRESSES = 32;
 /** Processes of openssl in the whole program, some 8 MB each. */
 const processes = limit(16);
@@ -170,10 +170,10 @@ class Round {
     const known = this.#routes.get(`${host} ${port}`);
     if (known !== undefined) return known;
     const found = contacts(async () => {
-      if (host.startsWith("*")) throw new Error("a wildcard is no host");
+      if (host.startsWith("*")) throw new Error("a wildcard cannot be probed");
       using deadline = this.#deadline();
       const destinations = await within(deadline.signal, this.context.route(host, port));
-      if (destinations.length === 0) throw new Error("the name has none");
+      if (destinations.length === 0) throw new Error("no A or AAAA record");
       if (destinations.length > MOST_ADDRESSES) {
         this.context.warn(
           `${host} has ${destinations.length} addresses; ${MOST_ADDRESSES} of them are probed`,

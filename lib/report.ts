@@ -195,7 +195,7 @@ export class Report {
       this.#hasAlertFailed = true;
       return this.#printErrors("", `[${section.name}] alert`, [error]);
     }
-    const texts = [...problems.length > 0 ? [subject] : [], ...resolved.map((what) => `well again: ${what}`)];
+    const texts = [...problems.length > 0 ? [subject] : [], ...resolved.map((what) => `resolved: ${what}`)];
     for (const text of texts) this.#printChange(`alert     [${section.name}] ${text}`);
   }
 
@@ -278,7 +278,7 @@ export class Report {
 
 // ---- plan -------------------------------------------------------------------------------------------------
 
-/** So many members of a group are listed. */
+/** How many members of a group are listed at most. */
 const MOST_LISTED = 10;
 
 /** One thing that a run would do, and why. */

@@ -66,7 +66,7 @@ function optional<T>(read: Read<T>, spelling?: string): Setting<T | undefined> {
   return { read, spelling };
 }
 
-/** A timer of more than 2^31 - 1 milliseconds fires at once. */
+/** A timer of more than 2^31 - 1 milliseconds fires immediately. */
 const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
 const MAX_DAYS = 36_500; // a century; more is a typing error
 const STARTTLS = ["smtp", "imap", "pop3", "ldap", "ftp", "postgres"] as const;
@@ -381,14 +381,14 @@ function domains(value: Value): Word[] {
   });
 }
 
-/** Command lines with these placeholders: whole words, not behind `$`, `{` or a backslash. */
+/** Command lines with these placeholders: whole words, not after `$`, `{` or a backslash. */
 function commands(...replaced: string[]): Read<string[]> {
   const words = [...new Set([...PLACEHOLDERS, ...replaced])].join("|");
   const placeholder = new RegExp(`(?<![\\w\\\\])([$]?[{]|[$])?(${words})(?!\\w)`, "g");
   return (value) =>
     list(value).map(({ text, line }) => {
       const isArgument = !text.includes("\0") && text.isWellFormed();
-      if (!isArgument) value.error({ why: `NUL, or half a character, in ${quote(text)}` }, line);
+      if (!isArgument) value.error({ why: `NUL or unpaired surrogate in ${quote(text)}` }, line);
       for (const [all, behind, word] of text.matchAll(placeholder)) {
         const isOurs = replaced.includes(word!);
         const hint = isOurs ? `write ${word}, or $LEMATT_${word}` : `here it is ${replaced.join(", ")}`;
@@ -470,7 +470,7 @@ function list(value: Value): Word[] {
 function path(value: Value): string | Invalid {
   return ofText(value, (text) => {
     if (/^[~$]/.test(text)) {
-      return { why: `no shell replaces "${text[0]}" here`, hint: "write the path in full" };
+      return { why: `"${text[0]}" is not expanded here`, hint: "write the path in full" };
     }
     const path = resolve(value.source.directory, text);
     if (mayExist(path)) return path;
@@ -548,7 +548,7 @@ function hmacKey(value: Value): Uint8Array | Invalid {
   return ofPath(value, (path) => {
     // the value is not shown: it may be the key itself
     if (!mayExist(path)) {
-      return { why: "it names no file", hint: "write the key into a file, and its path here" };
+      return { why: "no such file", hint: "write the key into a file, and its path here" };
     }
     return ofSecret(value, path, (content) => {
       try {

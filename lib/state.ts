@@ -210,7 +210,7 @@ const RECORDS = {
   deliveries: recordOf(isDeliveryFailure),
   /** `host:port/starttls#name keyType` -> what was served there when it was last probed */
   probes: recordOf(isProbeRecord),
-  /** name of a section -> key of a problem -> the last alert for it, and what is printed when it is well again */
+  /** name of a section -> key of a problem -> the last alert for it, and what is printed when it is resolved */
   alerts: recordOf(recordOf(shape({ at: isDate, what: isText }))),
   /** key of a problem -> when a run printed it; with `--cron`, none prints it again for 20 hours */
   reported: recordOf(isDate),

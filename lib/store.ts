@@ -366,7 +366,9 @@ export class Store implements Disposable {
       if (unusable !== undefined) {
         const aside = `state.json.unusable-${now.toISOString().replaceAll(":", "")}`;
         Deno.renameSync(join(base, "state.json"), join(base, aside));
-        notices.push(`cannot use ${mode}/state.json: ${unusable}; set aside as ${aside}, a new one is begun`);
+        notices.push(
+          `cannot use ${mode}/state.json: ${unusable}; set aside as ${aside}, starting with an empty state`,
+        );
       }
       const store = new Store(config, lock, state, text, notices);
       store.#completeCommits();

@@ -98,7 +98,7 @@ export const RULE_TEXT: Readonly<Record<Rule, string>> = {
   "expiry": "by reauthorizeDays",
   "expiry, capped": "by reauthorizeDays, but not in the first third of its life",
   "life": "by its lifetime",
-  "runs": "early enough for two more runs",
+  "runs": "so that two more runs are possible before it expires",
   "ari": "as the CA suggests",
 };
 
@@ -117,7 +117,7 @@ export function warningText(warning: Warning): string {
       } is not as configured; the next renewal makes one that is`;
     case "no key":
       return `${warning.entry.files.key} is missing, so a new certificate is issued; ` +
-        "a command that moves keys away makes every run do so";
+        "if a command of yours moves keys away, every run issues again";
     case "not renewed": {
       const { section, file, notAfter } = warning;
       return `[${section}] was given ${file}, which is no longer renewed and expires ${timeText(notAfter)} ` +

@@ -38,8 +38,8 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
   bed.act(actions);
   bed.ca.refused.clear();
   const well = await bed.run({ retry: true, cron: true });
-  assert.match(well.stdout, /^alert +\[every\] well again: .*a\.example\.com/m);
-  assert.match(takeAlerts(bed), /^well again .*\nwell again: .*a\.example\.com/);
+  assert.match(well.stdout, /^alert +\[every\] resolved: .*a\.example\.com/m);
+  assert.match(takeAlerts(bed), /^resolved .*\nresolved: .*a\.example\.com/);
   bed.configure({ domains: "a.example.com www\nc.example.com\nd.example.com" });
   for (let run = 0; run < 3; run++) {
     assert.equal(takeAlerts(bed), "");
@@ -77,10 +77,10 @@ Deno.test("R12: an alert for a delivery pending for 20 hours has command, output
   bed.act(actions.replace("echo", "test DOMAINS_CN = a.example.com || echo"));
   await bed.run({ named: { deliver: ["a.example.com"] } });
   await bed.run();
-  assert.doesNotMatch(takeAlerts(bed), /well again/);
+  assert.doesNotMatch(takeAlerts(bed), /resolved/);
   Deno.removeSync(join(bed.home, "down"));
   await bed.run({ retry: true });
-  assert.match(takeAlerts(bed), /^well again .*\nwell again: \[default\]/);
+  assert.match(takeAlerts(bed), /^resolved .*\nresolved: \[default\]/);
 });
 
 nginxTest("an endpoint that fails its clients, or that a delivery broke, is alerted at once", async () => {
@@ -93,7 +93,7 @@ nginxTest("an endpoint that fails its clients, or that a delivery broke, is aler
   await site.restore("other");
   assert.match(await alerts(), /other\.example\.com at 127\.0\.0\.1, valid until /);
   await site.restore("right");
-  assert.match(await alerts(), /^well again [^]*\nwell again: 127\.0\.0\.1:\d+#www\.example\.com/);
+  assert.match(await alerts(), /^resolved [^]*\nresolved: 127\.0\.0\.1:\d+#www\.example\.com/);
   const end = "kill $(cat HERE/web/pid); while kill -0 $(cat HERE/web/pid); do sleep 0.01; done";
   site.act(`[default]\nupdate: ["${end}"]\n${verify}`); // a reload that ends the server
   assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);

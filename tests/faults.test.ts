@@ -127,7 +127,7 @@ Deno.test("a clock that is a year behind costs no order; what one a year ahead h
   bed.ca.advance(2 * DAYS);
   subject.configure({ more: alert });
   assert.equal((await bed.run()).code, 0);
-  assert.match(bed.take("alerts").join("\n"), /well again/);
+  assert.match(bed.take("alerts").join("\n"), /resolved/);
   await subject.recover({ orders: 2 });
 });
 

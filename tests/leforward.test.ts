@@ -156,7 +156,7 @@ test("leforward waits for a port whose user is about to end; one that it cannot 
   const unprivileged = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-net_bind_service"] : [];
   assert.match(await failure(unprivileged, 1) ?? "cap_net_bind_service", /cap_net_bind_service/);
   await using first = await start(TO);
-  assert.match((await failure([], first.port))!, /it is taken, .*another leforward/);
+  assert.match((await failure([], first.port))!, /in use by another leforward/);
   const second = start(["--baseurl", "http://d.example", "--port", `${first.port}`]);
   first.child.kill("SIGTERM");
   await using _server = await second;

@@ -74,7 +74,7 @@ Deno.test("--cron repeats a failure after 20 hours; a restricted run delivers an
     `[${name}]\ndomains: ${name}.example.com\nupdate: ["echo ${name} >> HERE/log; test -e HERE/up"]\n`;
   const every = `[every]\nalert: ["cat >> HERE/alerts"]`;
   await using bed = await bedOf("a.example.com\nb.example.com", failing("a") + failing("b") + every);
-  const alerts = () => bed.take("alerts").join("\n").match(/^(well again: )?\[\w+\]/gm);
+  const alerts = () => bed.take("alerts").join("\n").match(/^(resolved: )?\[\w+\]/gm);
   await bed.run();
   bed.ca.advance(19 * HOUR);
   const early = await bed.run({ cron: true });
@@ -89,9 +89,9 @@ Deno.test("--cron repeats a failure after 20 hours; a restricted run delivers an
   bed.take();
   Deno.writeTextFileSync(join(bed.home, "up"), "");
   await bed.run({ named: { renew: ["a.example.com"] } });
-  assert.deepEqual([bed.take(), alerts()], [["a"], ["well again: [a]"]]);
+  assert.deepEqual([bed.take(), alerts()], [["a"], ["resolved: [a]"]]);
   const { code, stdout } = await bed.run({ named: { deliver: ["[b]"] } });
-  assert.deepEqual([code, bed.take(), alerts()], [0, ["b"], ["well again: [b]"]]);
+  assert.deepEqual([code, bed.take(), alerts()], [0, ["b"], ["resolved: [b]"]]);
   assert.match(stdout, /\n1 section delivered\n$/, "no count of certificates, which are left aside");
   await bed.run({ named: { deliver: ["b.example.com"] } });
   assert.deepEqual([bed.take(), (await bed.run()).code, bed.take()], [["b"], 0, []]);

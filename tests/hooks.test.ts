@@ -76,6 +76,8 @@ Deno.test("4,000 paths are passed to a command in disjoint parts, up to the part
   assert.deepEqual(linesOf(`${log}.1`), CERTS);
   assert.deepEqual(linesOf(`${log}.2`), KEYS);
   assert.equal(linesOf(`${log}.3`).length, 4);
+  await run(`printf '%s\\n' $LEMATT_CERTS >> ${log}.4`, { CERTS });
+  assert.deepEqual(linesOf(`${log}.4`), CERTS, "a variable alone is too long");
   const error = await failureOf(run("set CERTS; echo $1; exit 1", { CERTS }));
   assert.equal(error.output, `${CERTS[0]}\n`);
   assert.ok(error.command.length < 128 * 1024 && error.message.length < 300, error.message);

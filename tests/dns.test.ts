@@ -131,21 +131,26 @@ Deno.test("while a name server answers otherwise or is silent the CA is not aske
   const escapes: Ask = (_, type) =>
     type === "NS" ? ["\x1b[2J\n.example.com"] : type === "TXT" ? [] : undefined;
   const silence: Ask = (_, type) => type === "TXT" ? new Promise(() => {}) : undefined;
-  const table: [ask: Ask, dnsWait: number, waited: number, ...expected: string[]][] = [
-    [txt("127.0.0.2", []), 20, 18_000, `ns2.${NAME}`, "no TXT record"],
-    [txt("127.0.0.1", ["x"]), 20, 18_000, `ns1.${NAME}`, "other TXT records"],
-    [(_, type) => type === "CNAME" ? [RECORD] : undefined, 20, 18_000, "8 CNAMEs"],
-    [escapes, 20, 18_000, "([2J .example.com)"],
-    [silence, 1, 0, "no answer in time"], // S2
+  const table: [ask: Ask, dnsWait: number, ...expected: string[]][] = [
+    [txt("127.0.0.2", []), 20, `ns2.${NAME}`, "no TXT record"],
+    [txt("127.0.0.1", ["x"]), 20, `ns1.${NAME}`, "other TXT records"],
+    [(_, type) => type === "CNAME" ? [RECORD] : undefined, 20, "8 CNAMEs"],
+    [escapes, 20, "([2J .example.com)"],
+    [silence, 1, "no answer in time"], // S2
   ];
-  await all(table.map(async ([ask, dnsWait, waited, ...expected]) => {
+  await all(table.map(async ([ask, dnsWait, ...expected]) => {
     await using at = await dnsBed({ settings: `dnsWait: ${dnsWait}` });
-    const begun = performance.now();
-    const ran = await at.run(ask);
+    let begun = Infinity;
+    const ran = await at.run((...query) => {
+      begun = Math.min(begun, performance.now());
+      return ask(...query);
+    });
     assert(performance.now() - begun < 12_000, "one check takes up to 15 s, unless dnsWait is less");
     assert.deepEqual([ran.code, asked(ran), at.placed()], [1, 0, []]);
     for (const text of [NAME, RECORD, ...expected]) assert(ran.stderr.includes(text), ran.stderr);
-    assert.equal(at.bed.waits.reduce((sum, ms) => sum + ms, 0), waited);
+    const waited = at.bed.waits.reduce((sum, ms) => sum + ms, 0);
+    // what a check takes counts, too
+    assert(waited <= dnsWait * 1000 && (dnsWait === 1) === (waited === 0), `${waited} ms`);
   }));
 });
 

@@ -7,17 +7,13 @@ import { type AddressInfo, createServer } from "node:net";
 const TYPES = { A: 1, NS: 2, CNAME: 5, SOA: 6, TXT: 16 } as const;
 export type RecordType = keyof typeof TYPES;
 
-export interface Dns extends AsyncDisposable {
-  readonly port: number;
-  /** Replaces the records of one type at a name, or removes them if there are no values. The value of SOA is the primary. */
-  set(name: string, type: RecordType, ...values: string[]): void;
-}
+export type Dns = Awaited<ReturnType<typeof startDns>>;
 
 /** Further records, for example from files that a hook command writes. Called for every question. */
 export type Further = (name: string, type: RecordType) => readonly string[];
 
 /** Starts a DNS server on 127.0.0.1; port 0 takes a free one. */
-export async function startDns(further: Further = () => [], port = 0): Promise<Dns> {
+export async function startDns(further: Further = () => [], port = 0) {
   const records = new Map<string, readonly string[]>();
   const canonical = (name: string) => name.toLowerCase().replace(/\.$/, "");
   const get = (name: string, type: RecordType) => [
@@ -60,7 +56,8 @@ export async function startDns(further: Further = () => [], port = 0): Promise<D
   await once(udp, "listening");
   return {
     port: udp.address().port,
-    set(name, type, ...values) {
+    /** Replaces the records of one type at a name, or removes them if there are no values. The value of SOA is the primary. */
+    set(name: string, type: RecordType, ...values: string[]) {
       records.set(`${type} ${canonical(name)}`, values);
     },
     async [Symbol.asyncDispose]() {

@@ -77,11 +77,7 @@ export function respond({ status, headers, body, isCut = false }: Answer, now: D
   return new Response(half, { status, headers: { ...all, "content-length": `${bytes.length}` } });
 }
 
-export interface Server extends AsyncDisposable {
-  readonly port: number;
-  /** Breaks the connection with the number that `handler` got, and the next one too if `alsoNext`. */
-  break(connection: number, alsoNext: boolean): void;
-}
+export type Server = Awaited<ReturnType<typeof listen>>;
 
 /**
  * Serves HTTP/2 and HTTP/1.1 on 127.0.0.1; `handler` gets the same number for all requests of one connection. Since
@@ -90,7 +86,7 @@ export interface Server extends AsyncDisposable {
 export async function listen(
   { certificate, key }: { certificate: string; key: string },
   handler: (request: Request, connection: number) => Promise<Response>,
-): Promise<Server> {
+) {
   const stop = new AbortController();
   const server = Deno.serve(
     { hostname: "127.0.0.1", port: 0, cert: certificate, key, signal: stop.signal, onListen: () => {} },
@@ -114,7 +110,8 @@ export async function listen(
   await once(relay, "listening");
   return {
     port: (relay.address() as AddressInfo).port,
-    break(connection, alsoNext) {
+    /** Breaks a connection, and the next one too if `alsoNext`. */
+    break(connection: number, alsoNext: boolean) {
       if (alsoNext) refusals++;
       open.get(connection)?.destroy();
     },
@@ -127,13 +124,10 @@ export async function listen(
   };
 }
 
-export interface Webroot extends AsyncDisposable {
-  readonly port: number;
-  readonly log: readonly { readonly status: number }[];
-}
+export type Webroot = ReturnType<typeof startWebroot>;
 
 /** Serves `dir` on loopback below /.well-known/acme-challenge/, and 404 for all other paths. */
-export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } = {}): Webroot {
+export function startWebroot(dir: string, { hostname = "127.0.0.1", port = 0 } = {}) {
   const log: { readonly status: number }[] = [];
   const stop = new AbortController();
   const server = Deno.serve({ hostname, port, signal: stop.signal, onListen: () => {} }, async ({ url }) => {

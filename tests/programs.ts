@@ -78,10 +78,10 @@ export async function temporaryDirectory(): Promise<AsyncDisposable & { readonly
 // ---- leforward ---------------------------------------------------------------------------------------------------
 
 /** A running leforward on a free port; `child.stdin` is open by default. */
-export async function startLeforward(args: readonly string[], { stdin = "piped", by = LEFORWARD }: {
-  stdin?: "piped" | "null";
-  by?: readonly string[];
-} = {}) {
+export async function startLeforward(
+  args: readonly string[],
+  { stdin = "piped" as "piped" | "null", by = LEFORWARD } = {},
+) {
   const child = spawn([...by, "--port", "0", ...args], { stdin });
   const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   const port = Number(/^leforward: port (\d+) /.exec((await reader.read()).value ?? "")?.[1]);

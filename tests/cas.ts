@@ -121,19 +121,20 @@ const LINES = `${ONE}\n${HUNDRED}\n${WILD}\n`;
 const CHANGED = LINES.replace(ONE, `${ONE} two.example.com`);
 const ISSUED = /^issued /m, IDLE = /^nothing due/m;
 
-/** Runs the life cycle at a CA; `passed` is called after each step. */
+/** Runs the life cycle at a CA; `passed` is called after each step. For DNS and HTTP, port 0 takes a free one. */
 export async function lifeCycle(name: Name, ports: typeof PORTS, passed = (_step: string) => {}) {
   await using bed = await testBed({
     actions: `[wild]\ndomains: ${WILD}\nchallenge: dns-01\ndnsCleanup: ["rm HERE/zone/RECORD/VALUE"]\n` +
       `dnsPresent: ["mkdir -p HERE/zone/RECORD && touch HERE/zone/RECORD/VALUE"]\n`,
   });
-  await using _web = startWebroot(bed.drop, { port: ports.http });
+  await using web = startWebroot(bed.drop, { port: ports.http });
   await using dns = await startDns((name, type) => {
     if (type === "TXT") return listing(join(bed.home, "zone", name));
     return type === "A" && /(?<!lost)\.example\.com$/.test(name) ? ["127.0.0.1"] : [];
   }, ports.dns);
   for (const type of ["NS", "SOA"] as const) dns.set("example.com", type, "ns.example.com");
-  await using ca = await startCa(name, join(bed.home, "ca"), ports);
+  const directory = join(bed.home, "ca");
+  await using ca = await startCa(name, directory, { ca: ports.ca, dns: dns.port, http: web.port });
   await Deno.writeTextFile(bed.path("root.pem"), ca.root);
   // with the SQLite of acme2certifier, simultaneous validations fail
   const parallel = name === "acme2certifier" ? 1 : 10;

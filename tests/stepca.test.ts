@@ -11,5 +11,5 @@ const lack = lackOf("step-ca", "openssl");
 const name = "certificates are issued, renewed and revoked by step-ca, and a failed validation is reported";
 if (lack !== undefined) console.log(`${name} is not tested: ${lack}`);
 Deno.test({ name, ignore: lack !== undefined }, async () => {
-  await lifeCycle("step-ca", { ca: freePort(), dns: freePort(), http: freePort() });
+  await lifeCycle("step-ca", { ca: freePort(), dns: 0, http: 0 });
 });

@@ -48,7 +48,7 @@ export async function startSite({ actions = ACTIONS, age = 0, domains = NAME } =
     });
     // a worker with the old file takes connections for 100 ms more
     const children = ["/bin/sh", "-c", `cat /proc/${child.pid}/task/*/children`];
-    await until("one worker", async () => (await output(children)).stdout.trim().split(" ").length === 1);
+    await until("one worker", async () => /^\d+ ?$/.test((await output(children)).stdout));
   };
   const act = (text: string) => bed.act(text.replaceAll("PORT", `${port}`));
   const sleep = async (ms: number) => {

@@ -13,6 +13,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Config, loadConfig, type Mode } from "../lib/config.ts";
+import { codeOf } from "../lib/files.ts";
 import { type Event, Report } from "../lib/report.ts";
 import { type Context, limit } from "../lib/context.ts";
 import { run, select } from "../lib/run.ts";
@@ -132,13 +133,10 @@ export class Bed implements AsyncDisposable {
 
   /** Returns the lines that commands wrote to `<home>/<name>`, and removes the file. */
   take(name = "log"): string[] {
-    try {
-      const text = Deno.readTextFileSync(join(this.home, name));
-      Deno.removeSync(join(this.home, name));
-      return text.split("\n").slice(0, -1);
-    } catch {
-      return [];
-    }
+    const path = join(this.home, name);
+    const text = ifThere(() => Deno.readTextFileSync(path), "");
+    if (text !== "") Deno.removeSync(path);
+    return text.split("\n").slice(0, -1);
   }
 
   dropped(): string[] {
@@ -220,6 +218,16 @@ export class Bed implements AsyncDisposable {
     await Promise.all([this.ca, this.web].map((server) => server[Symbol.asyncDispose]()));
     await Deno.remove(this.home, { recursive: true });
     assert.deepEqual(this.ca.violations, []);
+  }
+}
+
+/** What `read` returns; `empty` if the file or directory is not there. */
+export function ifThere<T>(read: () => T, empty: T): T {
+  try {
+    return read();
+  } catch (error) {
+    if (!["ENOENT", "ENOTDIR"].includes(codeOf(error)!)) throw error;
+    return empty;
   }
 }
 

@@ -8,14 +8,13 @@
 
 import assert from "node:assert/strict";
 import { basename, join } from "node:path";
-import process from "node:process";
 import { ConfigError } from "../lib/config.ts";
 import { type Context, limit, within } from "../lib/context.ts";
 import { errorText, isSystemError } from "../lib/text.ts";
 import { preview } from "../lib/run.ts";
 import { type Entry, LockedError, orphans, readInventory, readState, Store } from "../lib/store.ts";
 import { isPrivateKey } from "../lib/x509.ts";
-import { type Bed, type Ran, testBed, until } from "./bed.ts";
+import { type Bed, ifThere, type Ran, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
 import { type Ended, output } from "./programs.ts";
 
@@ -216,30 +215,19 @@ export function presentable(text: string): void {
   assert.doesNotMatch(text, /\n\s+at .*:\d+:\d+|undefined|\[object /);
 }
 
-/** The text of a file; empty if it cannot be read. */
+/** The text of a file; empty if it is not there. */
 export function textOf(path: string): string {
-  try {
-    return Deno.readTextFileSync(path);
-  } catch {
-    return "";
-  }
+  return ifThere(() => Deno.readTextFileSync(path), "");
 }
 
-/** The names in a directory; empty if it cannot be read. */
+/** The names in a directory; empty if it is not there. */
 export function listing(path: string): string[] {
-  try {
-    return [...Deno.readDirSync(path)].map(({ name }) => name).sort();
-  } catch {
-    return [];
-  }
+  return ifThere(() => [...Deno.readDirSync(path)].map(({ name }) => name).sort(), []);
 }
 
 /** Whether a process is running; a zombie is not. */
 export function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-  } catch {
-    return false;
-  }
-  return !/\) Z /.test(textOf(`/proc/${pid}/stat`));
+  // Deno itself may not read /proc
+  const { stdout } = new Deno.Command("ps", { args: ["-o", "stat=", "-p", `${pid}`] }).outputSync();
+  return /^[^Z]/.test(new TextDecoder().decode(stdout));
 }

@@ -195,7 +195,7 @@ Deno.test("loadConfig() rejects each invalid name, with its line and the name", 
   matches(errors(`D: ${invalid.join("\n")}`), named);
   const more = "exam\u200dple.com\n\x1b[31mexample.com\n192.0.2.1 www\nexample.com # mine\na.com *\n";
   const expected =
-    "domains:1 u{200d}|domains:2 u{1b}|domains:3 no subdomains|domains:4 comment|domains:5 dns-01";
+    "domains:1 u{200d}|domains:2 u{1b}|domains:3 cannot be below|domains:4 comment|domains:5 dns-01";
   matches(errors(`D: ${more}`), expected.split("|"));
 });
 
@@ -260,7 +260,7 @@ Deno.test("loadConfig() reads lists as JSON, and rejects others with the line of
     ["a"] # why => 2 a comment needs a line of its own
     ["b",⏎  "a⏎  b"] => 3 unexpected ""a
     ["b",⏎ "\u0000"] => 3 NUL
-    ["b",⏎ "\ud800"] => 3 half a character`;
+    ["b",⏎ "\ud800"] => 3 unpaired surrogate`;
   for (const [list, problem, corrected] of lists) {
     const problems = errors(`A: [default]\nupdate: ${list}\n`);
     matches(problems, [`actions.conf:${problem}`], list);

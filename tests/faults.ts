@@ -16,7 +16,7 @@ import { type Entry, LockedError, orphans, readInventory, readState, Store } fro
 import { isPrivateKey } from "../lib/x509.ts";
 import { type Bed, ifThere, type Ran, testBed, until } from "./bed.ts";
 import type { Switches } from "./ca.ts";
-import { type Ended, output } from "./programs.ts";
+import { type Ended, run } from "./programs.ts";
 
 const WANTED = Deno.env.get("LEMATT_FAULTS");
 /** The fraction of the points to try; 0 means a few. */
@@ -145,10 +145,15 @@ ${more}`);
   async afterFault({ stdout = "", stderr = "" }: Partial<Ended> = {}): Promise<void> {
     presentable(stdout + stderr);
     await until("the prepare commands have ended", () => !this.prepared().some(isRunning));
+    assert.deepEqual(await this.#secrets("-perm", "/077"), [], "open to others");
+  }
+
+  /** The directory of keys and the files with secrets that meet these conditions of find(1). */
+  async #secrets(...conditions: string[]): Promise<string[]> {
     const { conf } = this.bed;
     const secret = `( -path ${conf}/test/key* -o -name account.key* -o -name state.json )`.split(" ");
-    const args = [conf, "-xdev", ...secret, "!", "-type", "l", "-perm", "/077"];
-    assert.equal((await output(["find", ...args])).stdout, "", "open to others");
+    const found = await run("find", conf, "-xdev", ...secret, "!", "-type", "l", ...conditions);
+    return found.split("\n").slice(0, -1);
   }
 
   /** One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders. */
@@ -158,6 +163,7 @@ ${more}`);
     const ran = await bed.run({ retry: true });
     assert.equal(ran.code, 0, `the undisturbed run failed:\n${ran.stdout}${ran.stderr}`);
     await this.afterFault(ran);
+    assert.equal((await this.#secrets()).length, 5, "key, its two files, account.key.test, state.json");
     await this.#checkFiles();
     const config = bed.config();
     const { state, unusable } = readState(config, bed.ca.now);

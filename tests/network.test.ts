@@ -24,6 +24,7 @@ const addressOf = (server: string) => `192.0.2.${53 + SERVERS.indexOf(server)}`;
 const run = async (command: string, env = {}) => {
   const { code, stdout, stderr } = await output(["sh", "-c", command], { env });
   if (code !== 0) throw new Error(`${command}: ${stdout}${stderr}`);
+  return stdout;
 };
 
 if (DIRECTORY === undefined) {
@@ -41,7 +42,8 @@ if (DIRECTORY === undefined) {
         for address in ${addresses.join(" ")}; do ip addr add $address dev lo || exit; done`;
       const test = `${Deno.execPath()} test -q --no-prompt -P=tests --no-check ${import.meta.filename}`;
       const env = { LEMATT_NAMESPACE: directory.path, NO_COLOR: "1" };
-      await run(`exec unshare -rmn sh -c '${setUp} && exec ${test}'`, env);
+      const result = await run(`exec unshare -rmn sh -c '${setUp} && exec ${test}'`, env);
+      assert.match(result, /\b3 passed \| 0 failed/);
     },
   });
 } else {

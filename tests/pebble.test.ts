@@ -96,10 +96,12 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
   const missing = () => new Response(null, { status: 404 });
   const invalid = (body: string, headers: Headers) =>
     new Response(body.replace(/^MI[^-]*/gm, "AAAA\n"), { headers });
-  const elsewhere = (body: string, headers: Headers) => {
-    headers.set("link", '<https://elsewhere.example/chain>;rel="alternate"');
+  const linked = (link: string) => (body: string, headers: Headers) => {
+    headers.set("link", link);
     return new Response(body, { headers });
   };
+  const elsewhere = linked('<https://elsewhere.example/chain>;rel="alternate"');
+  const many = linked('<>;rel="alternate",'.repeat(100));
   const table: [wanted: string, changed: RegExp, change: typeof invalid, expected: string][] = [
     [roots[0]!, /\/alternate/, missing, roots[0]!],
     [roots[2]!, /^$/, missing, roots[2]!],
@@ -107,17 +109,21 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
     [roots[2]!, /\/alternate/, missing, roots[0]!],
     [roots[2]!, /\/alternate/, invalid, roots[0]!],
     [roots[2]!, /\/certZ\//, elsewhere, roots[0]!],
+    [roots[2]!, /\/certZ\//, many, roots[0]!],
   ];
   const { fetch } = bed.context();
   for (const [wanted, changed, change, expected] of table) {
     ca.set(`ari: no\nkeyTypes: ec\npreferredChain: ${wanted}`);
+    let downloads = 0;
     const { code, stdout, stderr } = await runAt(bed, {
       async fetch(url, init) {
+        downloads += Number(url.includes("/certZ/"));
         const response = await fetch(url, init);
         return changed.test(url) ? change(await response.text(), new Headers(response.headers)) : response;
       },
     });
     assert.deepEqual([code, stderr], [0, ""]);
+    assert(downloads < 50, `${downloads} downloads`);
     assert.equal(rootOf(bed.text(CERT)), expected, wanted);
     assert.equal(new RegExp(`^note .*"${wanted}"`, "m").test(stdout), expected !== wanted, stdout);
     await Deno.remove(bed.path("test/cert"), { recursive: true });

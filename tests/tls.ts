@@ -25,13 +25,15 @@ export async function makeCertificate(
   return readCertificate(await Deno.readTextFile(`${path}.pem`));
 }
 
-/** A free port below those that the system assigns by itself, so that nothing else that starts meanwhile gets it. */
+let lastPort = 10_000 + Math.floor(Math.random() * 20_000);
+
+/** A free port, another one each time, since its server starts later. The system assigns none of these by itself. */
 export function freePort(): number {
   for (;;) {
-    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    lastPort = lastPort < 30_000 ? lastPort + 1 : 10_000;
     try {
-      Deno.listen({ hostname: "127.0.0.1", port }).close();
-      return port;
+      Deno.listen({ hostname: "127.0.0.1", port: lastPort }).close();
+      return lastPort;
     } catch (error) {
       if (!(error instanceof Deno.errors.AddrInUse)) throw error;
     }

@@ -123,7 +123,7 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
       },
     });
     assert.deepEqual([code, stderr], [0, ""]);
-    assert(downloads < 50, `${downloads} downloads`);
+    assert(downloads <= 12, `${downloads} downloads`);
     assert.equal(rootOf(bed.text(CERT)), expected, wanted);
     assert.equal(new RegExp(`^note .*"${wanted}"`, "m").test(stdout), expected !== wanted, stdout);
     await Deno.remove(bed.path("test/cert"), { recursive: true });

@@ -49,7 +49,7 @@ async function subjectFor(run: "first run" | "renewal"): Promise<Subject> {
   if (run === "first run") return subject;
   await subject.bed.run();
   subject.bed.ca.advance(85 * DAYS); // which is past the CA's suggestion, too
-  subject.countOrders();
+  subject.begin();
   return subject;
 }
 

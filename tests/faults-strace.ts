@@ -73,7 +73,7 @@ export async function subjectIn(situation: string): Promise<Subject> {
   // after being killed it has forgotten when to ask again
   const subject = await Subject.create({ settings: `${PROGRAM}\nari: no`, ca: { reuse: "none" } });
   await PREPARED[situation]!(subject);
-  subject.countOrders();
+  subject.begin();
   return subject;
 }
 

@@ -155,6 +155,6 @@ Deno.test("any text in any file that lematt reads is used, reported or set aside
   Deno.writeTextFileSync(bed.path("test/state.json"), "{");
   subject.configure();
   await runAnyway();
-  subject.countOrders();
+  subject.begin();
   await subject.recover();
 });

@@ -37,7 +37,7 @@ Deno.test("anything in the place of a file is reported and harms nothing else, a
     await using subject = await create();
     const { bed } = subject;
     await bed.run();
-    subject.countOrders();
+    subject.begin();
     const [path, aside, victim] = [bed.path(what), join(bed.home, "aside"), join(bed.home, "victim")];
     Deno.writeTextFileSync(victim, "precious");
     if (existsSync(path)) Deno.renameSync(path, aside);
@@ -53,7 +53,7 @@ Deno.test("anything in the place of a file is reported and harms nothing else, a
     subject.dropUnusable();
     await Deno.remove(path, { recursive: true }).catch(() => {}); // as an administrator might, without looking inside
     if (what === "account.key.test") Deno.renameSync(aside, path);
-    await subject.recover();
+    await subject.recover({ lost: path });
   });
 });
 
@@ -80,7 +80,7 @@ Deno.test("another user's files and a file system without locks cost no order, a
     const { bed } = subject;
     await bed.run();
     Deno.removeSync(bed.path(CERT)); // so that something is due
-    subject.countOrders();
+    subject.begin();
     const before = bed.ca.orders.length;
     const open = Deno.statSync(bed.path(closed)).mode!;
     Deno.chmodSync(bed.path(closed), mode);
@@ -167,7 +167,7 @@ Deno.test("a command that goes wrong in any way leaves nothing behind, and what 
     Deno.mkdirSync(bed.drop, { recursive: true });
     subject.configure();
     bed.configure({ settings: SETTINGS });
-    if (list === "upload" && how.startsWith("takes")) subject.countOrders();
+    if (list === "upload" && how.startsWith("takes")) subject.begin();
     await subject.recover();
   });
 });

@@ -91,6 +91,7 @@ export const PROGRAM = "keyTypes: ec\npreflight: no";
 export class Subject implements AsyncDisposable {
   readonly served: string;
   #ordersBefore = 0;
+  #keys: Readonly<Record<string, string>> = {};
 
   private constructor(readonly bed: Bed) {
     this.served = join(bed.home, "served");
@@ -115,8 +116,11 @@ ${more}`);
     return readInventory(this.bed.config());
   }
 
-  countOrders(): void {
+  /** Orders are counted from here on, and private keys must not change, except those that are revoked. */
+  begin(): void {
     this.#ordersBefore = this.bed.ca.orders.length;
+    const kept = this.inventory().filter(({ finding }) => finding.kind !== "revoked");
+    this.#keys = Object.fromEntries(kept.map(({ files: { key } }) => [key, textOf(key)]));
   }
 
   /** A run in this process; errors that the program reports in one line are reported as it does. */
@@ -156,8 +160,11 @@ ${more}`);
     return found.split("\n").slice(0, -1);
   }
 
-  /** One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders. */
-  async recover({ orders = 1 } = {}): Promise<Ran> {
+  /**
+   * One undisturbed run, and all that must hold after it. The fault may have cost each line `orders` orders, and the keys at
+   * or below the path `lost`.
+   */
+  async recover({ orders = 1, lost = "none" } = {}): Promise<Ran> {
     const { bed } = this;
     bed.ca.switches.fault = undefined;
     const ran = await bed.run({ retry: true });
@@ -165,6 +172,9 @@ ${more}`);
     await this.afterFault(ran);
     assert.equal((await this.#secrets()).length, 5, "key, its two files, account.key.test, state.json");
     await this.#checkFiles();
+    for (const [path, key] of Object.entries(this.#keys)) {
+      if (key !== "" && !path.startsWith(lost)) assert.equal(textOf(path), key, `another key: ${path}`);
+    }
     const config = bed.config();
     const { state, unusable } = readState(config, bed.ca.now);
     const { failures, deliveries, orders: unfinished, published } = state;

@@ -45,6 +45,8 @@ export interface Exchange {
   readonly connection: number;
   /** The status of the answer; 0 if there is none, or not yet. */
   status: number;
+  /** Whether the answer is as the CA wants it: no fault has changed it. */
+  isTrue: boolean;
 }
 
 export interface Switches {
@@ -212,12 +214,14 @@ export class Ca implements AsyncDisposable {
     const [, first, id = ""] = pathname.split("/");
     const resource = RESOURCES.find((name) => name === first) ?? "unknown";
     const [n, method, url] = [this.log.length + 1, request.method, this.origin + pathname];
-    const entry: Exchange = { n, method, url, resource, connection, status: 0 };
+    const entry: Exchange = { n, method, url, resource, connection, status: 0, isTrue: false };
     this.log.push(entry);
-    const handle = () => this.#handle(request, entry, id);
+    let own: Answer | undefined;
+    const handle = async () => own = await this.#handle(request, entry, id);
     const answer = await this.#answerUnder(this.switches.fault?.(entry), entry, handle);
     if (answer === undefined) return new Response(null, { status: 503 }); // the connection is broken
     entry.status = answer.status;
+    entry.isTrue = answer === own;
     return wire.respond(answer, this.now);
   }
 
@@ -252,8 +256,9 @@ export class Ca implements AsyncDisposable {
       case "truncate":
         return await rewritten((body) => body.slice(0, body.length / 2));
       case "drop header": {
-        const { headers: { [fault.name]: _, ...headers }, ...answer } = await handle();
-        return { ...answer, headers };
+        const answer = await handle();
+        const { [fault.name]: dropped, ...headers } = answer.headers;
+        return dropped === undefined ? answer : { ...answer, headers };
       }
       case "rewrite":
         return await rewritten((body) => JSON.stringify(fault.rewrite(JSON.parse(body || "{}"))));

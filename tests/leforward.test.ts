@@ -4,7 +4,16 @@ import assert from "node:assert/strict";
 import { setTimeout as delay } from "node:timers/promises";
 import { limit, settled } from "../lib/context.ts";
 import { together, until } from "./bed.ts";
-import { lackOf, LEFORWARD, output, startLeforward as start, startResets } from "./programs.ts";
+import { textOf } from "./faults.ts";
+import { missing as noStrace } from "./faults-strace.ts";
+import {
+  lackOf,
+  LEFORWARD,
+  output,
+  startLeforward as start,
+  startResets,
+  temporaryDirectory,
+} from "./programs.ts";
 import { accepts } from "./tls.ts";
 
 const test = together("leforward");
@@ -144,9 +153,22 @@ test("leforward takes its URL from --baseurl, else from the one word of SSH_ORIG
   }
 });
 
-test("leforward waits for a port whose user is about to end; one that it cannot have is reported in one line", async () => {
+test("leforward waits for a port whose user is about to end", async () => {
+  await using directory = await temporaryDirectory();
+  const log = `${directory.path}/log`;
+  const by = ["strace", "-f", "-e", "trace=bind", "-o", log, ...LEFORWARD];
+  const user = Deno.listen({ hostname: "::", port: 0 });
+  const { port } = user.addr;
+  const waiting = start([...TO, "--port", `${port}`], { by });
+  await until("it has tried to listen", () => textOf(log).includes("EADDRINUSE"));
+  user.close();
+  await using _server = await waiting;
+  assert.equal(await ask(port), moved("http://c.example"));
+}, noStrace);
+
+test("a port that leforward cannot have is reported in one line", async () => {
   const failure = async (by: readonly string[], port: number) => {
-    const command = [...by, ...LEFORWARD, ...TO, `--port=${port}`, "--lifetime=0.05"];
+    const command = [...by, ...LEFORWARD, ...TO, `--port=${port}`, "--lifetime=1"];
     const { code, stdout, stderr } = await output(command);
     if (stdout) return; // every user may use every port on this machine
     assert.match(stderr, /^leforward: cannot listen on port \d+ of "::": .*\n$/);
@@ -157,10 +179,6 @@ test("leforward waits for a port whose user is about to end; one that it cannot 
   assert.match(await failure(unprivileged, 1) ?? "cap_net_bind_service", /cap_net_bind_service/);
   await using first = await start(TO);
   assert.match((await failure([], first.port))!, /in use by another leforward/);
-  const second = start(["--baseurl", "http://d.example", "--port", `${first.port}`]);
-  first.child.kill("SIGTERM");
-  await using _server = await second;
-  assert.equal(await ask(first.port), moved("http://d.example"));
 });
 
 test("leforward ends on a signal, when its lifetime is over, and when its input is closed or its parent gone", async () => {

@@ -58,19 +58,25 @@ async function runWithFault(subject: Subject, n: number, fault: Fault | "interru
   const { bed } = subject;
   const before = bed.ca.log.length;
   const stop = new AbortController();
+  const isSilent = JSON.stringify(fault).includes("silence");
+  let timeOut = new AbortController(); // of the requests up to a silence
   bed.ca.switches.fault = (exchange) => {
     if (exchange.n !== before + n) return undefined;
+    if (isSilent) {
+      const current = timeOut;
+      setTimeout(() => current.abort(new DOMException("silence", "TimeoutError")), 1000);
+      timeOut = new AbortController();
+    }
     if (fault !== "interruption") return fault;
     stop.abort();
     return undefined;
   };
   const { fetch } = bed.context();
   const impatient: typeof fetch = (url, init) =>
-    fetch(url, { ...init, signal: AbortSignal.any([init.signal!, AbortSignal.timeout(500)]) });
-  const isSilent = JSON.stringify(fault).includes("silence");
+    fetch(url, { ...init, signal: AbortSignal.any([init.signal!, timeOut.signal]) });
   const ran = fault === "interruption"
     ? await subject.attempt({ signal: stop.signal })
-    : await bed.run({ retry: true, ...(isSilent && { fetch: impatient }) });
+    : await bed.run({ retry: true, fetch: impatient });
   if (stop.signal.aborted) assert.equal(ran.code, 1);
   await subject.afterFault(ran);
   assert.deepEqual(bed.dropped(), [], "challenge files");

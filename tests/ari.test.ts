@@ -128,6 +128,12 @@ Deno.test("a certificate without an authority key identifier, or of another CA, 
   const [bare, foreign] = notes(await bed.run());
   assert.match(bare!, /^example\.com \(ec\): .* no authority key identifier; its dates decide$/);
   assert.match(foreign!, /^other\.example \(ec\): .* \(malformed\); its dates decide$/);
+  const state = bed.state();
+  for (const id of Object.keys(state.renewals)) {
+    state.renewals[id] = { account: "https://elsewhere.example/ x" };
+  }
+  Deno.writeTextFileSync(bed.path("test/state.json"), JSON.stringify(state));
+  assert.deepEqual(notes(await bed.run()), [bare], "this CA did not issue the other one");
   bed.ca.violations.splice(0);
 });
 

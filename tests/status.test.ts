@@ -123,6 +123,8 @@ Deno.test("a crowded status: a table that fits the terminal, a document as in it
     assert.ok(document[key].length > 0, key);
   }
   assert.deepEqual(violations(document, "status"), []);
+  const isAhead = ({ renewAt = "" }) => Date.parse(renewAt) > bed.ca.now.getTime();
+  assert.ok(document.certificates.some(isAhead), "renewAt");
 
   const metrics = statusMetrics(found);
   const addressed = `{mode="prod",endpoint="${endpoint}",address=`;

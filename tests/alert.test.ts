@@ -18,9 +18,10 @@ const bedOf = (domains: string, actions: string) =>
 const ALERT = `alert: ["{ echo 'SUBJECT (DOMAINS_ALL)'; cat; } >> HERE/alerts"]`;
 const takeAlerts = (bed: Bed) => bed.take("alerts").join("\n");
 
-Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued; a CA that is down is one problem, an error that ends the run another", async () => {
-  const actions = `[every]\n${ALERT}\n[b]\ndomains: b.example.com\nalert: ["touch HERE/b"]`;
-  await using bed = await bedOf("a.example.com www\nb.example.com", actions.replace('["', '["exit 5", "'));
+const ACTIONS = `[every]\n${ALERT}\n[b]\ndomains: b.example.com\nalert: ["touch HERE/b"]`;
+
+Deno.test("a line that failed in three runs causes an alert, another after 20 hours, and one when it is issued", async () => {
+  await using bed = await bedOf("a.example.com www\nb.example.com", ACTIONS.replace('["', '["exit 5", "'));
   await bed.plant({ age: 61 });
   bed.ca.refused.add("www.a.example.com");
   for (let run = 0; run < 2; run++) await bed.run({ retry: true });
@@ -35,19 +36,27 @@ Deno.test("a line that failed in three runs causes an alert, another after 20 ho
   bed.ca.advance(HOUR + MINUTE);
   assert.match((await bed.run({ retry: true }), takeAlerts(bed)), /5 times/);
   assert(!existsSync(join(bed.home, "b")), "a section hears of its own lines");
-  bed.act(actions);
+  bed.act(ACTIONS);
   bed.ca.refused.clear();
   const well = await bed.run({ retry: true, cron: true });
   assert.match(well.stdout, /^alert +\[every\] resolved: .*a\.example\.com/m);
   assert.match(takeAlerts(bed), /^resolved .*\nresolved: .*a\.example\.com/);
-  bed.configure({ domains: "a.example.com www\nc.example.com\nd.example.com" });
+});
+
+Deno.test("a CA that is down is one problem in one alert, to each section whose lines it concerns", async () => {
+  await using bed = await bedOf("a.example.com\nb.example.com", ACTIONS);
   for (let run = 0; run < 3; run++) {
     assert.equal(takeAlerts(bed), "");
     await bed.run({ fetch: () => Promise.reject(new TypeError("no route to host")) });
   }
-  assert.match(takeAlerts(bed), /^1 problem: c\..*\n2 lines not issued, 3 times .*no route to host/);
+  assert.match(takeAlerts(bed), /^1 problem: a\..*\n2 lines not issued, 3 times .*no route to host/);
+  assert(existsSync(join(bed.home, "b")));
+});
 
-  bed.act(`${actions}\n[default]\nupdate: ["true"]\nverify: ["127.0.0.1:1"]`);
+Deno.test("an error that ends the run causes an alert, once", async () => {
+  const verified = `[default]\nupdate: ["true"]\nverify: ["127.0.0.1:1"]`;
+  await using bed = await bedOf("a.example.com", `[every]\n${ALERT}\n${verified}`);
+  await bed.plant();
   for (const count of [1, 0]) {
     const sleep = () => Promise.reject(new TypeError("a bug"));
     await assert.rejects(bed.run({ named: { deliver: ["[default]"] }, sleep }), { message: "a bug" });

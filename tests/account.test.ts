@@ -88,6 +88,8 @@ Deno.test("--test uses the key of --prod if its user cannot write to the directo
   await Deno.mkdir(keys);
   await Deno.writeTextFile(`${keys}/account.key`, await newKey(), { mode: 0o600 });
   await Deno.chmod(keys, 0o555);
+  using restoring = new DisposableStack();
+  restoring.defer(() => Deno.chmodSync(keys, 0o755)); // or only root could remove it
   bed.configure({ settings: `accountKey: ${keys}/account.key\nkeyTypes: ec` });
   // root may write everywhere unless it loses this capability
   const by = Deno.uid() === 0 ? ["setpriv", "--bounding-set=-dac_override"] : [];

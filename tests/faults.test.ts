@@ -85,10 +85,10 @@ Deno.test("another user's files and a file system without locks cost no order, a
     const open = Deno.statSync(bed.path(closed)).mode!;
     Deno.chmodSync(bed.path(closed), mode);
     const ran = await bed.lemattBy(by, "--test");
+    Deno.chmodSync(bed.path(closed), open);
     presentable(ran.stdout + ran.stderr);
     assert.match(ran.stderr, error);
     assert.deepEqual([ran.code, bed.ca.orders.length - before], [code, orders]);
-    Deno.chmodSync(bed.path(closed), open);
     const { stdout } = await subject.recover();
     assert.equal(stdout.startsWith("nothing due"), orders > 0);
   });

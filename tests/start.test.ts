@@ -143,6 +143,8 @@ Deno.test("README leads from nothing to a certificate, then also without a netwo
   }
 
   await run("chmod", "-R", "a-w", cache);
+  await using restoring = new AsyncDisposableStack();
+  restoring.defer(async () => void await run("chmod", "-R", "u+w", cache)); // or only root could remove it
   for (const way of ["", "deno run -q -P=lematt ", "deno run -q -P=lematt --cached-only --frozen "]) {
     const checked = await shell(host, `${way}${host.program}/lematt.ts --check ${etc}`, {}, ...OFFLINE);
     assert.deepEqual([checked.code, checked.stderr], [0, ""], `${way}: ${checked.stdout}`);
@@ -152,7 +154,6 @@ Deno.test("README leads from nothing to a certificate, then also without a netwo
     const helped = await shell(host, line, { DENO_DIR: "/nowhere" }, ...OFFLINE);
     assert.deepEqual([helped.code, helped.stdout.includes("--baseurl")], [0, true], way);
   }
-  await run("chmod", "-R", "u+w", cache);
 });
 
 Deno.test("missing packages and a Deno that is too old are reported in one line", async () => {

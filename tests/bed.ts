@@ -139,6 +139,11 @@ export class Bed implements AsyncDisposable {
     return text.split("\n").slice(0, -1);
   }
 
+  /** The violations so far, such as "malformed newOrder", which fail the test no more. */
+  takeViolations(): string[] {
+    return this.ca.violations.splice(0).map(({ type, resource }) => `${type} ${resource}`);
+  }
+
   dropped(): string[] {
     return [...Deno.readDirSync(this.drop)].map(({ name }) => name);
   }

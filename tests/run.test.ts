@@ -160,7 +160,7 @@ Deno.test("a directory of 0.1.0 is taken over with its pending deliveries and re
   assert.equal((await bed.run(), bed.take().length), 0);
 });
 
-Deno.test("R4, R19: what was shown is revoked, even if it was renewed since; it is a problem until replaced, under a new key even if its files are gone", async () => {
+Deno.test("R4, R19: the certificate that was shown is revoked, and then replaced under a new key, whatever happens in between", async () => {
   await using bed = await bedOf("a.example.com www\nb.example.com");
   await bed.run();
   const config = bed.config();

@@ -27,7 +27,10 @@ export async function makeCertificate(
 
 let lastPort = 10_000 + Math.floor(Math.random() * 20_000);
 
-/** A free port, another one each time, since its server starts later. The system assigns none of these by itself. */
+/**
+ * A free port, another one each time, since its server starts later. The system assigns none of these by itself, but another
+ * test file may: startServer() and its end fail if the program could not listen.
+ */
 export function freePort(): number {
   for (;;) {
     lastPort = lastPort < 30_000 ? lastPort + 1 : 10_000;
@@ -61,7 +64,9 @@ export async function startServer(
     throw error;
   }
   const stop = async () => {
+    const hadEnded = ended; // perhaps because another program listened at the port
     await end(child, "SIGTERM");
+    if (hadEnded) throw new Error(`${command} has ended by itself: ${await stderr}`);
     await stderr;
   };
   return { child, [Symbol.asyncDispose]: stop };
@@ -196,7 +201,7 @@ postlog unix-dgram n - n - 1 postlogd\n`;
     child: running.child,
     async [Symbol.asyncDispose]() {
       await run(which("postfix")!, "-c", home, "stop"); // its master outlives the process that started it
-      await running[Symbol.asyncDispose]();
+      await running.child.status;
     },
   };
 }

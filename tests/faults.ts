@@ -2,8 +2,8 @@
  * What the fault tests share: the points at which a fault is injected, the subject, and what must hold after the fault and
  * after one undisturbed run.
  *
- * By default a spread of the points is tried, the same each time (`LEMATT_SEED` picks another); `LEMATT_FAULTS=all`,
- * as in `deno task test:faults`, tries every point and prints the counts, and `LEMATT_FAULTS=0.1` a tenth of them.
+ * By default a spread of the points is tried, the same each time (`LEMATT_SEED` picks another); with `LEMATT_FAULTS=all`,
+ * as in `deno task test:faults`, every point is tried and the counts are printed, with `LEMATT_FAULTS=0.1` a tenth of them.
  */
 
 import assert from "node:assert/strict";

@@ -55,6 +55,11 @@ test("the configuration is a file, a directory or a link, else ./conf of the sam
     const { code, stdout } = await lematt(`--check ${way}`, bed.home);
     assert.deepEqual([code, stdout], [0, `${bed.path("lematt.conf")}: 1 line of domains, no errors\n`]);
   }));
+  bed.act("[default]\ncolour: blue");
+  for (const args of ["--check", "--test --plan"]) {
+    const { stdout } = await lematt(`${args} ${bed.conf}`);
+    assert.match(stdout, /^(note +)?actions\.conf:2: unknown key "colour" is ignored$/m);
+  }
   const missing = await lematt("--check missing.conf", bed.home);
   assert.deepEqual([missing.code, missing.stderr.includes('"missing.conf"')], [2, true]);
 
@@ -77,7 +82,8 @@ test("every command prints all errors of the configuration, and does nothing els
 });
 
 test("each command has its exit status: 0, 1 if there is a problem, 2 for what does not exist", async () => {
-  const actions = `[constructor]\ndomains: a.example.com b.example.com\nupdate: ["echo >> HERE/log; false"]`; // S8
+  const actions =
+    `[constructor]\ndomains: a.example.com b.example.com\nupdate: ["echo hello; echo >> HERE/log; false"]`; // S8
   await using bed = await bedOf("a.example.com\nb.example.com", actions);
   const run = (args = "") => lematt(`--test ${bed.conf} ${args}`);
   const planned = await run("--plan");
@@ -87,8 +93,9 @@ test("each command has its exit status: 0, 1 if there is a problem, 2 for what d
   assert.equal((await run("--plan --accept [constructor]")).code, 0);
   assert.deepEqual([listing(bed.conf).length, bed.ca.log.length], [3, 0], "--plan changes nothing");
 
-  const first = await run();
+  const first = await run("--verbose");
   assert.equal(first.code, 1);
+  assert.match(first.stdout, /\[constructor\] \| hello$/m);
   assert.match(first.stdout, /^issued +a\.example\.com /m);
   assert.match(first.stderr, /^FAILED +\[constructor\] /m);
   const table = await run("--status --offline");

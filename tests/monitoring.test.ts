@@ -143,6 +143,8 @@ test("the page shows a real status, refuses any other document, loads nothing fr
     return page({ ...status, problems: [], certificates });
   };
   assert.match(shown(await pageOf([])), /No problems as of /);
+  const unprobed = { endpoint: "x:443", keyType: "ec", addresses: [] };
+  assert.match(shown(await page({ ...status, endpoints: [unprobed] })), / 0 of 1 /);
   const ofDay = (n: number) => ({ notBefore: day(-60), notAfter: day(n + 30), renewAt: day(n) });
   const many = Array.from({ length: 2000 }, (_, n) => ofDay(n % 60));
   assert.match(shown(await pageOf(many)), /all 2,000 lines .* 1,960 more lines /);

@@ -44,6 +44,11 @@ Deno.test("a line that the CA refuses waits 1, 10, 100, 1000 minutes, then 20 ho
   bed.ca.advance(HOUR + MINUTE);
   assert.equal((await bed.run()).code, 0);
   assert.deepEqual(bed.state().failures, {});
+  // one that names no line is for all
+  bed.ca.switches.fault = faultAt("newOrder", refusing(429, "rateLimited", "too many orders"), Infinity);
+  bed.configure({ domains: "d.example.com\ne.example.com" });
+  const { requests } = await bed.run({ parallel: 1 });
+  assert.equal(requests.filter(({ resource }) => resource === "newOrder").length, 1);
 });
 
 Deno.test("--renew issues the lines that it names, with --new-key under new keys; --only forces nothing", async () => {

@@ -74,7 +74,7 @@ Deno.test("each package is imported by one file, and only when it is needed, sin
   );
 });
 
-Deno.test("the programs name their permissions, and what is written in two places agrees", () => {
+Deno.test("permissions, version and V8 flags are the same in deno.json and the programs", () => {
   assert.deepEqual(Object.keys(permissions.lematt).sort(), ["env", "net", "read", "run", "sys", "write"]);
   assert.deepEqual(permissions.leforward, { net: true, env: ["SSH_ORIGINAL_COMMAND"] });
   assert.deepEqual(permissions.tests, permissions.lematt);

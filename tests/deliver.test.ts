@@ -151,7 +151,7 @@ Deno.test("a rollout delivers one section at a time and ends at the first failur
   assert.equal(bed.take().length, 1, "an endpoint that is not right is a failure, too");
 });
 
-Deno.test("new certificates are delivered to eight sections at once, while a rollout waits for its turn", async () => {
+Deno.test("eight sections with new certificates and one rollout run in parallel", async () => {
   const names = Array.from({ length: 12 }, (_, n) => `host${n}.example.com`);
   await using bed = await bedOf(`${names.join("\n")}\nold.example.com`, "");
   await settle(bed);

@@ -83,7 +83,7 @@ test("a self-signed certificate is replaced; one from elsewhere is reported once
   }
 });
 
-test("R8: an old certificate is found at each of several servers, and replaced three times", async () => {
+test("R8: an old certificate is found at each of several servers, and delivered again three times, then once in 20 hours", async () => {
   await using site = await startSite({ age: 80 });
   const { bed, run, port, web } = site;
   site.save("stale");

@@ -11,7 +11,7 @@ import { listing, pairs, presentable, PROGRAM, SHARE, Subject, sweep, textOf } f
 import { missing as noStrace } from "./faults-strace.ts";
 import { LEMATT } from "./programs.ts";
 
-const DAYS = 86_400_000;
+const DAYS = 86_400_000, YEAR = 365 * DAYS;
 /** ari: no, as lematt would ask again too soon after its state is lost, which is a violation. */
 const SETTINGS = `${PROGRAM}\nari: no`;
 const create = () => Subject.create({ settings: SETTINGS });
@@ -108,15 +108,15 @@ Deno.test("a run of each mode at the same time does the work of its mode, with a
 Deno.test("a clock that is a year behind costs no order; what one a year ahead has postponed is done once it is right", async () => {
   await using subject = await create();
   const { bed } = subject;
-  const in365Days = (sign: number) => () => new Date(bed.ca.now.getTime() + sign * 365 * DAYS);
-  for (let times = 1; times <= 3; times++) presentable((await bed.run({ now: in365Days(-1) })).stderr);
+  const clock = (offset: number) => () => new Date(bed.ca.now.getTime() + offset);
+  for (let times = 1; times <= 3; times++) presentable((await bed.run({ now: clock(-YEAR) })).stderr);
   assert.equal(bed.ca.orders.length, 0);
 
   const alert = `alert: ["cat >> HERE/alerts"]`;
   subject.configure({ upload: "exit 1", more: alert });
   await bed.run();
   for (let times = 1; times <= 2; times++) {
-    presentable((await bed.run({ now: in365Days(1), retry: true })).stderr);
+    presentable((await bed.run({ now: clock(YEAR), retry: true })).stderr);
   }
   bed.take("alerts");
   for (let times = 1; times <= 2; times++) {

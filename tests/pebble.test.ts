@@ -102,10 +102,10 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
   };
   const elsewhere = linked('<https://elsewhere.example/chain>;rel="alternate"');
   const many = linked('<>;rel="alternate",'.repeat(100));
-  const table: [wanted: string, changed: RegExp, change: typeof invalid, expected: string][] = [
+  const table: [wanted: string, changed: RegExp | undefined, change: typeof invalid, expected: string][] = [
     [roots[0]!, /\/alternate/, missing, roots[0]!],
-    [roots[2]!, /^$/, missing, roots[2]!],
-    [roots[2]!.slice(0, -1), /^$/, missing, roots[0]!],
+    [roots[2]!, undefined, missing, roots[2]!],
+    [roots[2]!.slice(0, -1), undefined, missing, roots[0]!], // not a root of this CA
     [roots[2]!, /\/alternate/, missing, roots[0]!],
     [roots[2]!, /\/alternate/, invalid, roots[0]!],
     [roots[2]!, /\/certZ\//, elsewhere, roots[0]!],
@@ -119,7 +119,7 @@ pebbleTest("the default chain is used unless an alternate chain leads to the pre
       async fetch(url, init) {
         downloads += Number(url.includes("/certZ/"));
         const response = await fetch(url, init);
-        if (!response.ok || !changed.test(url)) return response; // Pebble rejects some nonces
+        if (!response.ok || !changed?.test(url)) return response; // Pebble rejects some nonces
         return change(await response.text(), new Headers(response.headers));
       },
     });

@@ -167,11 +167,18 @@ test("a second run exits with status 3 while one is in progress; a signal ends t
   for (const args of ["--plan", "--status --offline"]) {
     assert.equal((await lematt(`--test ${bed.conf} ${args}`)).code, 0, args);
   }
-  first.kill("SIGTERM");
-  const killed = performance.now();
-  const { code, stderr } = await endOf(first);
-  assert.ok(performance.now() - killed < 10_000);
-  assert.deepEqual([code, stderr, isRunning(pid())], [1, "lematt: interrupted\n", false]);
+  const ends = async (run: Deno.ChildProcess, signal: Deno.Signal) => {
+    run.kill(signal);
+    const killed = performance.now();
+    const { code, stderr } = await endOf(run);
+    assert.ok(performance.now() - killed < 10_000);
+    assert.deepEqual([code, stderr, isRunning(pid())], [1, "lematt: interrupted\n", false], signal);
+  };
+  await ends(first, "SIGTERM");
+  Deno.removeSync(join(bed.home, "pid"));
+  const next = bed.start("--test");
+  await until("the next run delivers", () => pid() > 0);
+  await ends(next, "SIGHUP");
 });
 
 test("the demo issues, delivers, and names the files that it made", async () => {

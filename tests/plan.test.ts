@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import type { Config, Endpoint, KeyType, Line, Section } from "../lib/config.ts";
 import { recordOf } from "../lib/endpoints.ts";
 import { listsDigest, plan as planOn } from "../lib/plan.ts";
-import { adoptReceipts, forgetUnknown } from "../lib/receipts.ts";
+import { adoptReceipts, forgetUnknown, writeReceipts } from "../lib/receipts.ts";
 import * as renewals from "../lib/renewal.ts";
 import type { Basis, PlanOptions, Selection, Task } from "../lib/renewal.ts";
 import { emptyState, record } from "../lib/state.ts";
@@ -392,6 +392,9 @@ Deno.test("drift is repaired three times at once, then once in 20 hours, and onl
   for (const [what, state, now, expected, given] of table) {
     assert.equal(pending(state, { now, ...given }), expected, what);
   }
+  const { config, state } = basisOf({ state: receipts({ repairs: 3 }) });
+  writeReceipts(WEB, [present(SITE)], undefined, config, state, day(2));
+  assert.equal(state.receipts.web![FILE]!.repairs, undefined, "delivered for another reason");
 });
 
 Deno.test("recordOf() records since when an endpoint is wrong, and whether our own delivery broke it", () => {

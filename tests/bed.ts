@@ -254,6 +254,7 @@ export function together(name: string, most = 4) {
   Deno.test({
     name,
     ...sanitizers,
+    sanitizeResources: true, // finds programs that any of the steps has left running
     async fn(t) {
       const passed = await Promise.all(steps.map((step) => t.step(step)));
       assert(passed.every((ok, index) => ok || steps[index]!.ignore));

@@ -145,10 +145,12 @@ test("a key allows one action, whatever command the client sends: a reload, or a
     await until("leforward answers", () => accepts(remote.httpPort));
     const path = "/.well-known/acme-challenge/LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0";
     const answer = await fetch(`http://127.0.0.1:${remote.httpPort}${path}`, { redirect: "manual" });
+    await answer.body?.cancel();
     assert.deepEqual([answer.status, answer.headers.get("location")], [301, CENTRAL + path]);
     await end(child);
     await until(`${how}: its port is free`, async () => !await accepts(remote.httpPort), 10);
     await child.status;
+    if (stdin === "piped") await child.stdin.abort().catch(() => {});
   }
 });
 

@@ -54,19 +54,19 @@ export async function startServer(
 ): Promise<Server> {
   const child = spawn([command, ...args], { ...options, stdout: "null" });
   const stderr = new Response(child.stderr).text();
-  let ended = false;
-  child.status.then(() => ended = true);
+  let ended: Deno.CommandStatus | undefined;
+  child.status.then((status) => ended = status);
   try {
-    await until(`${command} listens`, async () => await accepts(port) || ended, 60);
+    await until(`${command} listens`, async () => await accepts(port) || ended !== undefined, 60);
     if (ended) throw new Error(`Cannot start ${command}: ${await stderr}`);
   } catch (error) {
     await end(child);
     throw error;
   }
   const stop = async () => {
-    const hadEnded = ended; // perhaps because another program listened at the port
+    const hadFailed = ended?.success === false; // perhaps because another program listened at the port
     await end(child, "SIGTERM");
-    if (hadEnded) throw new Error(`${command} has ended by itself: ${await stderr}`);
+    if (hadFailed) throw new Error(`${command} has ended by itself: ${await stderr}`);
     await stderr;
   };
   return { child, [Symbol.asyncDispose]: stop };

@@ -231,7 +231,7 @@ export function ifThere<T>(read: () => T, empty: T): T {
   try {
     return read();
   } catch (error) {
-    if (!["ENOENT", "ENOTDIR"].includes(codeOf(error)!)) throw error;
+    if (!["ENOENT", "ENOTDIR", "ELOOP"].includes(codeOf(error)!)) throw error;
     return empty;
   }
 }

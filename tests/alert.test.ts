@@ -108,35 +108,39 @@ nginxTest("an endpoint that fails its clients, or that a delivery broke, is aler
   assert.match(await alerts(), /unreachable at 127\.0\.0\.1/);
 });
 
-Deno.test("a full or read-only disk causes an alert that says what it prevents", AS_ROOT, async () => {
-  await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
-  const prod = bed.path("prod");
-  Deno.mkdirSync(prod);
-  execFileSync("mount", ["-t", "tmpfs", "-o", "size=512k,mode=755", "tmpfs", prod]);
-  try {
-    await bed.plant({ mode: "prod", age: 88 });
-    const filler = join(prod, "filler");
-    const file = Deno.openSync(filler, { write: true, create: true });
-    assert.throws(() => {
-      for (;;) file.writeSync(new Uint8Array(4096));
-    });
-    file.close();
-    const { code, stderr } = await bed.run({ mode: "prod" });
-    assert.equal(code, 1);
-    assert.match(stderr, /No space left on device/);
-    assert.match(takeAlerts(bed), /No space left on device[^]*expires \d{4}-\d\d-\d\d/);
-    assert.ok(bed.ca.log.every(({ resource }) => resource !== "newOrder"), "it could not be stored");
-    Deno.removeSync(filler);
-    assert.equal((await bed.run({ mode: "prod" })).code, 0);
-    takeAlerts(bed);
+Deno.test(
+  "a full or read-only disk causes an alert that says what it prevents (as root)",
+  AS_ROOT,
+  async () => {
+    await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);
+    const prod = bed.path("prod");
+    Deno.mkdirSync(prod);
+    execFileSync("mount", ["-t", "tmpfs", "-o", "size=512k,mode=755", "tmpfs", prod]);
+    try {
+      await bed.plant({ mode: "prod", age: 88 });
+      const filler = join(prod, "filler");
+      const file = Deno.openSync(filler, { write: true, create: true });
+      assert.throws(() => {
+        for (;;) file.writeSync(new Uint8Array(4096));
+      });
+      file.close();
+      const { code, stderr } = await bed.run({ mode: "prod" });
+      assert.equal(code, 1);
+      assert.match(stderr, /No space left on device/);
+      assert.match(takeAlerts(bed), /No space left on device[^]*expires \d{4}-\d\d-\d\d/);
+      assert.ok(bed.ca.log.every(({ resource }) => resource !== "newOrder"), "it could not be stored");
+      Deno.removeSync(filler);
+      assert.equal((await bed.run({ mode: "prod" })).code, 0);
+      takeAlerts(bed);
 
-    execFileSync("mount", ["-o", "remount,ro", prod]);
-    await assert.rejects(bed.run({ mode: "prod" }));
-    assert.match(takeAlerts(bed), /Read-only file system/);
-  } finally {
-    execFileSync("umount", [prod]);
-  }
-});
+      execFileSync("mount", ["-o", "remount,ro", prod]);
+      await assert.rejects(bed.run({ mode: "prod" }));
+      assert.match(takeAlerts(bed), /Read-only file system/);
+    } finally {
+      execFileSync("umount", [prod]);
+    }
+  },
+);
 
 Deno.test("configuration errors are printed and alerted by --cron once in 20 hours, and again after a valid configuration", async () => {
   await using bed = await bedOf("a.example.com", `[default]\n${ALERT}`);

@@ -253,36 +253,44 @@ Deno.test("T5, T6: as root, files keep their owner, and new ones get the directo
   assert.deepEqual([modeOf(key), Deno.statSync(victim).uid], ["640", 0], "nothing through a link");
 });
 
-Deno.test("a key is not readable by another group if its group cannot be kept", AS_ROOT, async () => {
-  await using bed = await bedOf("example.com");
-  await bed.plant();
-  const { key, cert } = inventory(bed)[0]!.files;
-  const { as, env, program } = await install(bed.home, NOBODY);
-  execFileSync("chown", ["-R", `${NOBODY}:${NOBODY}`, bed.conf, bed.drop]);
-  Deno.chmodSync(dirname(bed.ca.caBundleFile), 0o755);
-  for (const path of [key, cert]) {
-    Deno.chownSync(path, NOBODY, 1); // a group in which this user is not a member
-    Deno.chmodSync(path, 0o640);
-  }
-  const args = ["--test", "--renew", "example.com", "--new-key", bed.conf];
-  const { code, stderr } = await output(as(join(program, "lematt.ts"), ...args), { env, clearEnv: true });
-  assert.equal(code, 0, stderr);
-  const after = [key, cert].flatMap((path) => [modeOf(path), Deno.statSync(path).gid]);
-  assert.deepEqual(after, ["600", NOBODY, "640", NOBODY]);
-});
+Deno.test(
+  "a key is not readable by another group if its group cannot be kept (as root)",
+  AS_ROOT,
+  async () => {
+    await using bed = await bedOf("example.com");
+    await bed.plant();
+    const { key, cert } = inventory(bed)[0]!.files;
+    const { as, env, program } = await install(bed.home, NOBODY);
+    execFileSync("chown", ["-R", `${NOBODY}:${NOBODY}`, bed.conf, bed.drop]);
+    Deno.chmodSync(dirname(bed.ca.caBundleFile), 0o755);
+    for (const path of [key, cert]) {
+      Deno.chownSync(path, NOBODY, 1); // a group in which this user is not a member
+      Deno.chmodSync(path, 0o640);
+    }
+    const args = ["--test", "--renew", "example.com", "--new-key", bed.conf];
+    const { code, stderr } = await output(as(join(program, "lematt.ts"), ...args), { env, clearEnv: true });
+    assert.equal(code, 0, stderr);
+    const after = [key, cert].flatMap((path) => [modeOf(path), Deno.statSync(path).gid]);
+    assert.deepEqual(after, ["600", NOBODY, "640", NOBODY]);
+  },
+);
 
 const TRACED = { ignore: noStrace !== undefined };
-Deno.test("T8: a file system without hard links and syncs of directories can be used", TRACED, async () => {
-  await using bed = await bedOf("example.com www");
-  const paths = ["", "test", "test/key", "test/cert", "test/csr", "account.key.test"];
-  const among = paths.flatMap((name) => ["-P", bed.path(name)]);
-  const inject = ["-e", "inject=fsync:error=EINVAL", "-e", "inject=link,linkat:error=EPERM"];
-  const strace = ["strace", "-f", "-qq", "-y", "-o", join(bed.home, "trace"), ...among, ...inject];
-  const { code, stderr } = await bed.lemattBy(strace, "--test");
-  assert.equal(code, 0, stderr);
-  const injected = Deno.readTextFileSync(join(bed.home, "trace")).match(/(fsync|link(at)?)\(.*INJECTED/g)!;
-  assert(
-    ["fsync", "link"].every((call) => injected.some((line) => line.startsWith(call))),
-    injected.join(),
-  );
-});
+Deno.test(
+  "T8: a file system without hard links and syncs of directories can be used (strace)",
+  TRACED,
+  async () => {
+    await using bed = await bedOf("example.com www");
+    const paths = ["", "test", "test/key", "test/cert", "test/csr", "account.key.test"];
+    const among = paths.flatMap((name) => ["-P", bed.path(name)]);
+    const inject = ["-e", "inject=fsync:error=EINVAL", "-e", "inject=link,linkat:error=EPERM"];
+    const strace = ["strace", "-f", "-qq", "-y", "-o", join(bed.home, "trace"), ...among, ...inject];
+    const { code, stderr } = await bed.lemattBy(strace, "--test");
+    assert.equal(code, 0, stderr);
+    const injected = Deno.readTextFileSync(join(bed.home, "trace")).match(/(fsync|link(at)?)\(.*INJECTED/g)!;
+    assert(
+      ["fsync", "link"].every((call) => injected.some((line) => line.startsWith(call))),
+      injected.join(),
+    );
+  },
+);

@@ -7,9 +7,9 @@ import { join } from "node:path";
 import { type Bed, testBed } from "./bed.ts";
 import { startSite, VERIFY } from "./site.ts";
 import { makeCertificate, nginxTest } from "./tls.ts";
+import { AS_ROOT } from "./programs.ts";
 
 const MINUTE = 60_000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
-const AS_ROOT = { ignore: Deno.uid() !== 0 };
 
 const bedOf = (domains: string, actions: string) =>
   testBed({ domains, actions, settings: "keyTypes: ec\nari: no" });

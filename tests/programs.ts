@@ -73,6 +73,9 @@ export function which(name: string): string | undefined {
   return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
 }
 
+/** For tests of what only root can do. */
+export const AS_ROOT = { ignore: Deno.uid() !== 0 };
+
 /** What of these programs is not installed, in words. */
 export function lackOf(...programs: readonly string[]): string | undefined {
   const missing = programs.filter((program) => which(program) === undefined);

@@ -10,11 +10,10 @@ import { changingLinks, readInventory, stemOf, Store } from "../lib/store.ts";
 import { generateKey } from "../lib/x509.ts";
 import { type Bed, testBed } from "./bed.ts";
 import { missing as noStrace } from "./faults-strace.ts";
-import { install, NOBODY, output } from "./programs.ts";
+import { AS_ROOT, install, NOBODY, output } from "./programs.ts";
 
 const HOUR = 3_600_000, DAY = 24 * HOUR;
 const STEM = "example.com_www.example.com";
-const AS_ROOT = { ignore: Deno.uid() !== 0 };
 
 const bedOf = (domains: string, settings = "", actions = "") =>
   testBed({ domains, actions, settings: `keyTypes: ec\npreflight: no\nari: no\n${settings}` });
